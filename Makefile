@@ -1,0 +1,49 @@
+# Everything a newcomer needs: make train, make test. PYTHON=python3.12 picks another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+WORKDIR ?= runs/quickstart
+
+.PHONY: help setup train eval test test-all lint format clean
+
+help:
+	@echo "make train     set up, train the quickstart, evaluate it, print the table"
+	@echo "make eval      evaluate WORKDIR=$(WORKDIR) again"
+	@echo "make test      set up, lint, type-check and run the tests"
+	@echo "make test-all  the same with the slow tests"
+	@echo "make format    sort imports and format"
+	@echo "make clean     remove caches (not runs, not the environment)"
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+setup: $(VENV)/.installed
+
+train: setup
+	$(RUN) train.py --config=configs/slam_v3_quickstart.py --workdir=$(WORKDIR)
+	$(RUN) eval.py --workdir=$(WORKDIR)
+
+eval: setup
+	$(RUN) eval.py --workdir=$(WORKDIR)
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+
+test: lint
+	$(RUN) -m pytest
+
+test-all: lint
+	$(RUN) -m pytest -m "slow or not slow"
+
+format: setup
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,29 @@
+"""Data: tokenizer, data sets, batches."""
+
+from slam_jax.data.config import DataConfig
+from slam_jax.data.datasets import Dataset, prepare
+from slam_jax.data.pipeline import (
+    Batch,
+    EvaluationBatch,
+    Example,
+    Source,
+    evaluation_batches,
+    training_batches,
+)
+from slam_jax.data.tokenizer import Tokenizer
+from slam_jax.data.views import HALF_VIEWS, TRAINING_VIEWS
+
+__all__ = [
+    "HALF_VIEWS",
+    "TRAINING_VIEWS",
+    "Batch",
+    "DataConfig",
+    "Dataset",
+    "EvaluationBatch",
+    "Example",
+    "Source",
+    "Tokenizer",
+    "evaluation_batches",
+    "prepare",
+    "training_batches",
+]

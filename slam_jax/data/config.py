@@ -1,0 +1,91 @@
+"""What to train on, in which order."""
+
+import bisect
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from slam_jax.data.views import TRAINING_VIEWS
+from slam_jax.errors import ConfigError
+
+Stage = tuple[int, Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The data of a run.
+
+    name: a data set of `slam_jax.data.prepare`, with its variant after a slash where it has some.
+    data_dir: where built data sets are kept; None = $SLAM_JAX_DATA_DIR or ~/.cache/slam_jax/tfds.
+    batch_size: examples per step over all processes.
+    seed: of shuffling, rendering and the choice of views.
+    vocab_size: most tokens the tokenizer may learn.
+    stages: pairs (first step, {view: rate}); from that step on a batch is of that view with
+      probability proportional to the rate. Lists, as JSON gives them, are accepted.
+
+    Raises:
+      ConfigError: naming the field, if a value cannot be used.
+    """
+
+    name: str = "sort_of_clevr"
+    data_dir: str | None = None
+    batch_size: int = 64
+    seed: int = 0
+    vocab_size: int = 512
+    stages: Sequence[Any] = ((0, {"image": 1.0}),)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}; it must be in 0..{2**32 - 1}")
+        stages = tuple(_stage(i, stage) for i, stage in enumerate(self.stages))
+        starts = [first for first, _ in stages]
+        if starts[:1] != [0] or starts != sorted(set(starts)):
+            raise ConfigError(f"stages begin at steps {starts}; they must begin at 0 and increase")
+        object.__setattr__(self, "stages", stages)
+
+    @property
+    def directory(self) -> pathlib.Path:
+        chosen = self.data_dir or os.environ.get("SLAM_JAX_DATA_DIR") or "~/.cache/slam_jax/tfds"
+        return pathlib.Path(chosen).expanduser()
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Every view that some stage uses, in the order of `TRAINING_VIEWS`."""
+        used = {view for _, rates in self.stages for view, rate in rates.items() if rate > 0}
+        return tuple(view for view in TRAINING_VIEWS if view in used)
+
+    def view(self, step: int) -> str:
+        """The view of step `step`, drawn from the rates in force by a generator of its own."""
+        rates = self.stages[bisect.bisect([first for first, _ in self.stages], step) - 1][1]
+        # Sorted: JSON and ConfigDict do not keep the order in which rates were written.
+        names = sorted(rates)
+        weights = np.array([rates[name] for name in names])
+        rng = np.random.default_rng((self.seed, step))
+        return names[rng.choice(len(names), p=weights / weights.sum())]
+
+
+def _stage(i: int, stage: Any) -> Stage:
+    try:
+        first, rates = stage
+        first, rates = int(first), {str(view): float(rate) for view, rate in rates.items()}
+    except (TypeError, ValueError, AttributeError):
+        raise ConfigError(
+            f"stages[{i}] is {stage!r}; it must be a pair (first step, {{view: rate}}), "
+            'such as (0, {"image": 1.0})'
+        ) from None
+    for view, rate in rates.items():
+        if view not in TRAINING_VIEWS:
+            raise ConfigError(
+                f"stages[{i}] names the view {view!r}; use one of {', '.join(TRAINING_VIEWS)}"
+            )
+        if not 0 <= rate < float("inf"):
+            raise ConfigError(f"stages[{i}] gives {view} the rate {rate}; it must be 0 or more")
+    if not any(rates.values()):
+        raise ConfigError(f"stages[{i}] has no view with a rate above 0; give at least one")
+    return first, rates

@@ -1,0 +1,203 @@
+"""From any source of examples to batches, each a pure function of (seed, global step)."""
+
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import grain
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int, UInt8
+
+from slam_jax.data.config import DataConfig
+from slam_jax.data.tokenizer import Tokenizer
+from slam_jax.slam_v3.streams import Inputs
+
+_THREADS = 2
+_PREFETCHED_BATCHES = 4
+_QUESTIONS_KEPT = 1 << 14
+
+
+class Example(NamedTuple):
+    """One example as one view shows it; all examples of a view have the same inputs and Q.
+
+    needs_both: whether the answer needs both renderings of a split scene; all False elsewhere.
+    """
+
+    text: str | None
+    image: UInt8[np.ndarray, "H W 3"] | None
+    aux: Float[np.ndarray, "A C"] | None
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    kinds: tuple[str, ...]
+    needs_both: tuple[bool, ...]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Records by index, how a view shows them, and how many tokens that takes at most."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def render(self, record: Any, view: str, rng: np.random.Generator) -> Example:
+        """The example that `view` makes of a record; all random choices come from `rng`."""
+        ...
+
+    def text_lengths(self, view: str, tokenizer: Tokenizer) -> tuple[int, int]:
+        """The least and the most tokens that the text of `view` can have."""
+        ...
+
+    def paired(self, view: str) -> bool:
+        """Whether text and image of `view` show the same, so that each could find the other."""
+        ...
+
+    def question_length(self, tokenizer: Tokenizer) -> int:
+        """The most tokens that a prompt and its answer can have together."""
+        ...
+
+    def corpus(self) -> Iterator[str]:
+        """A bounded sample of texts, prompts and answers to train a tokenizer on."""
+        ...
+
+
+@struct.dataclass
+class Batch:
+    """A batch of one view; inputs that the view does not have are None.
+
+    tokens: <bos> prompt answer <eos>, right-padded. prompt_length: tokens of <bos> and the prompt.
+    length: all tokens. The answer is what tokens[prompt_length - 1 : length - 1] predict.
+    paired: whether text and image show the same; part of the structure, not of the arrays.
+    """
+
+    inputs: Inputs
+    tokens: Int[Array | np.ndarray, "B Q T"]
+    prompt_length: Int[Array | np.ndarray, "B Q"]
+    length: Int[Array | np.ndarray, "B Q"]
+
+
+class EvaluationBatch(NamedTuple):
+    """A batch with what it was made of. Only the first `valid` rows count; the others repeat the
+    last one so that every batch has the same shape. `examples` holds the valid ones."""
+
+    batch: Batch
+    examples: list[Example]
+    valid: int
+
+
+def training_batches(
+    source: Source,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    *,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[tuple[str, Batch]]:
+    """Endless (view, local batch) from step `start_step` on, as numpy arrays, prefetched.
+
+    Step s is the same whatever the start and however many processes share the work: the local
+    batches of all processes, one after the other, are the batch of a single process. Examples are
+    reshuffled every epoch.
+
+    Raises:
+      ValueError: if the batch does not divide among the processes.
+    """
+    if config.batch_size % process_count:
+        raise ValueError(
+            f"batch_size is {config.batch_size}, which {process_count} processes cannot share "
+            "evenly; make it a multiple of their number"
+        )
+    local = config.batch_size // process_count
+    records = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
+
+    def examples_of(view: str) -> grain.MapDataset:
+        def render(record: Any, rng: np.random.Generator) -> Example:
+            return source.render(record, view, rng)
+
+        return records.random_map(render)
+
+    examples: dict[str, Any] = {view: examples_of(view) for view in config.views}
+    collate = {view: _Collate(source, tokenizer, view) for view in config.views}
+
+    def batch_of(step: int) -> tuple[str, Batch]:
+        view = config.view(step)
+        first = step * config.batch_size + process_index * local
+        return view, collate[view]([examples[view][i] for i in range(first, first + local)])
+
+    steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch_of)
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCHED_BATCHES)
+    return iter(steps.to_iter_dataset(options))
+
+
+def evaluation_batches(
+    source: Source, tokenizer: Tokenizer, view: str, batch_size: int, *, seed: int
+) -> Iterator[EvaluationBatch]:
+    """Every example of `source` once, in order. Example i depends on (seed, i) and the view only,
+    and all views of a scene share its random choices: the halves of a split are its halves."""
+    collate = _Collate(source, tokenizer, view)
+    for first in range(0, len(source), batch_size):
+        examples = [
+            source.render(source[i], view, np.random.default_rng((seed, i)))
+            for i in range(first, min(first + batch_size, len(source)))
+        ]
+        padding = examples[-1:] * (batch_size - len(examples))
+        yield EvaluationBatch(collate(examples + padding), examples, len(examples))
+
+
+class _Collate:
+    """Examples of one view to a `Batch` whose shapes depend on their number alone."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, view: str):
+        self._tokenizer = tokenizer
+        self._shortest, self._longest = source.text_lengths(view, tokenizer)
+        self._paired = source.paired(view)
+        self._question_length = source.question_length(tokenizer) + 2
+        # Questions come again: the same words in other scenes, the same scene in every epoch.
+        self._encode = functools.lru_cache(maxsize=_QUESTIONS_KEPT)(tokenizer.encode)
+        self._questions = functools.lru_cache(maxsize=_QUESTIONS_KEPT)(self._encode_questions)
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        inputs = self._texts([e.text for e in examples if e.text is not None])
+        images = [e.image for e in examples if e.image is not None]
+        aux = [e.aux for e in examples if e.aux is not None]
+        if images:
+            inputs["image"] = np.stack(images)
+        if aux:
+            inputs["aux"] = np.stack(aux)
+        rows: Any = np.stack([self._questions(e.prompts, e.answers) for e in examples])
+        return Batch(Inputs(**inputs), rows[..., :-2], rows[..., -2], rows[..., -1], self._paired)
+
+    def _encode_questions(
+        self, prompts: tuple[str, ...], answers: tuple[str, ...]
+    ) -> Int[np.ndarray, "Q columns"]:
+        """Per question its padded tokens, then its prompt length and its length."""
+        tokenizer, rows = self._tokenizer, []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            start = [tokenizer.bos_id, *self._encode(prompt)]
+            ids = [*start, *self._encode(answer), tokenizer.eos_id]
+            padded = _pad(ids, self._question_length, tokenizer.pad_id)
+            rows.append([*padded, len(start), len(ids)])
+        return np.array(rows, np.int32)
+
+    def _texts(self, texts: Sequence[str]) -> dict[str, Any]:
+        if not texts:
+            return {}
+        ids = [self._tokenizer.encode(text) for text in texts]
+        rows = [_pad(row, self._longest, self._tokenizer.pad_id) for row in ids]
+        text = np.array(rows, np.int32)
+        if self._shortest == self._longest:
+            return {"text": text}
+        lengths = np.array([len(row) for row in ids])
+        return {"text": text, "text_mask": np.arange(self._longest) < lengths[:, None]}
+
+
+def _pad(ids: list[int], length: int, pad_id: int) -> list[int]:
+    if len(ids) > length:
+        raise ValueError(
+            f"a text of {len(ids)} tokens where the source promised at most {length}; "
+            "correct its text_lengths or question_length"
+        )
+    return ids + [pad_id] * (length - len(ids))

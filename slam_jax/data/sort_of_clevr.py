@@ -1,0 +1,200 @@
+"""Sort-of-CLEVR: six coloured shapes on a 75x75 image and twenty questions about them.
+
+Generated, no download. After Santoro et al. 2017, "A simple neural network module for relational
+reasoning" (arXiv 1706.01427). Two differences from the published generator, so that every answer is
+defined: bounding boxes never overlap, and from no object are two others equally far.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Bool, Int, UInt8
+from PIL import Image
+
+SIZE = 75
+RADIUS = 5
+COLOURS = ("red", "green", "blue", "orange", "gray", "yellow")
+SHAPES = ("circle", "square")
+KINDS = ("non_relational", "relational")
+ANSWERS = ("circle", "square", "yes", "no", "1", "2", "3", "4", "5", "6")
+PROMPTS = (
+    ("shape of {}?", "is {} left?", "is {} on top?"),
+    ("shape closest to {}?", "shape furthest from {}?", "how many like {}?"),
+)
+QUESTIONS_PER_KIND = 10
+
+_RGB = np.array(
+    [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 156, 0), (128, 128, 128), (255, 255, 0)],
+    np.uint8,
+)
+_SEED = 1706_01427
+_OFFSET = np.arange(-RADIUS, RADIUS + 1)
+_STAMPS = np.stack(
+    [
+        _OFFSET[:, None] ** 2 + _OFFSET**2 <= (RADIUS + 0.5) ** 2,
+        np.ones((2 * RADIUS + 1, 2 * RADIUS + 1), bool),
+    ]
+)
+
+
+def draw(objects: Int[np.ndarray, "6 3"], visible: Iterable[int]) -> UInt8[np.ndarray, "75 75 3"]:
+    """Draws the objects named in `visible` (indices into COLOURS) on white."""
+    image = np.full((SIZE, SIZE, 3), 255, np.uint8)
+    for colour in visible:
+        shape, x, y = objects[colour].tolist()
+        window = image[y - RADIUS : y + RADIUS + 1, x - RADIUS : x + RADIUS + 1]
+        window[_STAMPS[shape]] = _RGB[colour]
+    return image
+
+
+def answer_table(
+    objects: Int[np.ndarray, "6 3"], visible: Bool[np.ndarray, "6 6"] | None = None
+) -> Int[np.ndarray, "2 6 3"]:
+    """Answers to every question, as indices into ANSWERS: [kind, named colour, subtype].
+
+    Args:
+      objects: per colour its shape (index into SHAPES) and centre x, y in pixels.
+      visible: whether someone asked about object i knows of object j; None = of all. Each row
+        must hold i itself and at least one other.
+
+    Non-relational answers depend on the named object alone. Distances are between centres.
+    """
+    shape, centre = objects[:, 0], objects[:, 1:]
+    if visible is None:
+        visible = np.ones((6, 6), bool)
+    others = visible & ~np.eye(6, dtype=bool)
+    distance = ((centre[:, None] - centre) ** 2).sum(-1)
+    closest = np.where(others, distance, np.iinfo(distance.dtype).max).argmin(1)
+    furthest = np.where(others, distance, -1).argmax(1)
+    alike = (visible & (shape[:, None] == shape)).sum(1)
+    left, top = (np.where(centre < SIZE / 2, 2, 3)).T
+    return np.stack(
+        [
+            np.stack([shape, left, top], -1),
+            np.stack([shape[closest], shape[furthest], 3 + alike], -1),
+        ]
+    )
+
+
+def needs_both(
+    objects: Int[np.ndarray, "6 3"],
+    questions: Int[np.ndarray, "Q 3"],
+    answers: Int[np.ndarray, "Q"],
+    first_half: Sequence[int],
+) -> Bool[np.ndarray, "Q"]:
+    """Whether each answer needs objects of both halves of a split scene.
+
+    The scene's objects are split in two halves, `first_half` and the other three. An answer needs
+    both if whoever sees only the half that holds the named object, and answers from it, is wrong.
+    (From the other half alone the named object is unknown.) Hence never for a non-relational
+    question, and not for a relational one whose answer from the one half happens to be right.
+    """
+    in_first = np.zeros(6, bool)
+    in_first[list(first_half)] = True
+    from_half = answer_table(objects, in_first[:, None] == in_first)
+    colour, kind, subtype = questions.T
+    return from_half[kind, colour, subtype] != answers
+
+
+def make_scene(index: int) -> tuple[Int[np.ndarray, "6 3"], Int[np.ndarray, "20 3"]]:
+    """Scene `index`: (objects, questions). A question is (colour, kind, subtype)."""
+    rng = np.random.default_rng((_SEED, index))
+    centre = _make_centres(rng)
+    objects = np.concatenate([rng.integers(2, size=(6, 1)), centre], -1)
+    count = 2 * QUESTIONS_PER_KIND
+    kind = np.arange(count) // QUESTIONS_PER_KIND
+    questions = np.stack([rng.integers(6, size=count), kind, rng.integers(3, size=count)], -1)
+    return objects, questions
+
+
+def _make_centres(rng: np.random.Generator) -> Int[np.ndarray, "6 2"]:
+    while True:
+        centres: list[tuple[int, int]] = []
+        for x, y in rng.integers(RADIUS, SIZE - RADIUS, size=(60, 2)).tolist():
+            if all(max(abs(x - u), abs(y - v)) > 2 * RADIUS for u, v in centres):
+                centres.append((x, y))
+            if len(centres) == 6:
+                break
+        else:
+            continue
+        distances = [{(x - u) ** 2 + (y - v) ** 2 for u, v in centres} for x, y in centres]
+        if all(len(one) == 6 for one in distances):
+            return np.array(centres)
+
+
+@dataclasses.dataclass
+class SortOfClevrConfig(tfds.core.BuilderConfig):
+    """How many scenes each split has."""
+
+    train: int = 9300
+    validation: int = 500
+    test: int = 200
+
+
+class SortOfClevr(tfds.core.GeneratorBasedBuilder):
+    """Sort-of-CLEVR as a TFDS data set; configs `full` (10,000 scenes) and `tiny` (for tests).
+
+    `validation` is set aside from the 9,800 published training scenes. Features: `index` (of the
+    scene over all splits), `image` (PNG), `objects` [6, 3] and `questions` [20, 3] as in
+    `make_scene`, `answers` [20] as indices into ANSWERS. Pixels and numbers are the same on every
+    machine; PNG compression may differ.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: ClassVar = [
+        SortOfClevrConfig(name="full"),
+        SortOfClevrConfig(name="tiny", train=256, validation=32, test=32),
+    ]
+
+    @property
+    def scenes(self) -> dict[str, int]:
+        """Scenes per split."""
+        config = self.builder_config
+        assert isinstance(config, SortOfClevrConfig)
+        return {"train": config.train, "validation": config.validation, "test": config.test}
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        tensor = tfds.features.Tensor
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Six coloured shapes on a 75x75 image and twenty questions about them.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "index": tensor(shape=(), dtype=np.int32),
+                    "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png"),
+                    "objects": tensor(shape=(6, 3), dtype=np.int32),
+                    "questions": tensor(shape=(2 * QUESTIONS_PER_KIND, 3), dtype=np.int32),
+                    "answers": tensor(shape=(2 * QUESTIONS_PER_KIND,), dtype=np.int32),
+                }
+            ),
+            homepage="https://arxiv.org/abs/1706.01427",
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
+        first = {"train": 0, "validation": 9300, "test": 9800}
+        return {
+            split: self._generate_examples(first[split], count)
+            for split, count in self.scenes.items()
+        }
+
+    def _generate_examples(self, first: int, count: int) -> Iterator[tuple[int, dict]]:
+        for index in range(first, first + count):
+            objects, questions = make_scene(index)
+            colour, kind, subtype = questions.T
+            png = io.BytesIO()
+            Image.fromarray(draw(objects, range(6))).save(png, "png")
+            yield (
+                index,
+                {
+                    "index": index,
+                    "image": png.getvalue(),
+                    "objects": objects.astype(np.int32),
+                    "questions": questions.astype(np.int32),
+                    "answers": answer_table(objects)[kind, colour, subtype].astype(np.int32),
+                },
+            )

@@ -1,0 +1,111 @@
+"""Byte-level BPE: any text in, the same text out."""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from jaxtyping import Array, Int
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+_SPECIALS = ("<pad>", "<bos>", "<eos>")
+_SMALLEST = len(_SPECIALS) + 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A trained tokenizer, as the JSON of the `tokenizers` library; equal JSON is equal behaviour.
+
+    No text can produce a special token: a literal "<eos>" is encoded letter by letter.
+
+    Raises:
+      ValueError: if the JSON is not that of a tokenizer trained here.
+    """
+
+    json: str = dataclasses.field(repr=False)
+
+    pad_id = 0
+    bos_id = 1
+    eos_id = 2
+
+    def __post_init__(self) -> None:
+        if tuple(map(self._model.id_to_token, range(len(_SPECIALS)))) != _SPECIALS:
+            raise ValueError(
+                f"tokenizer: ids 0, 1, 2 must be {', '.join(_SPECIALS)}; "
+                "load one saved by slam_jax.data.Tokenizer"
+            )
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learns at most `vocab_size` tokens; fewer where the texts hold no more pairs to merge.
+
+        The same texts give the same tokenizer.
+
+        Raises:
+          ValueError: if `vocab_size` has no room for the specials and the 256 bytes.
+        """
+        if vocab_size < _SMALLEST:
+            raise ValueError(
+                f"vocab_size is {vocab_size}, but the specials and the 256 bytes need {_SMALLEST}; "
+                f"use at least {_SMALLEST}"
+            )
+        model = tokenizers.Tokenizer(models.BPE())
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(_SPECIALS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        model.train_from_iterator(texts, trainer)
+        return cls(model.to_str())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without <bos> and <eos>."""
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int] | Int[Array | np.ndarray, "T"]) -> str:
+        """Text of `ids` up to the first <eos>, without the other specials."""
+        kept: list[int] = np.asarray(ids, np.int64).tolist()
+        if self.eos_id in kept:
+            kept = kept[: kept.index(self.eos_id)]
+        return self._model.decode(kept, skip_special_tokens=True)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.get_vocab_size()
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.json.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return self.json
+
+    @classmethod
+    def from_json(cls, json: str) -> "Tokenizer":
+        return cls(json)
+
+    def save(self, path: str | pathlib.Path) -> None:
+        pathlib.Path(path).write_text(self.json, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> "Tokenizer":
+        return cls(pathlib.Path(path).read_text(encoding="utf-8"))
+
+    @functools.cached_property
+    def _model(self) -> tokenizers.Tokenizer:
+        try:
+            model = tokenizers.Tokenizer.from_str(self.json)
+        except Exception as error:  # the library raises no narrower type
+            raise ValueError(
+                f"tokenizer: not a tokenizer's JSON ({error}); "
+                "give the text that Tokenizer.save wrote"
+            ) from error
+        # Not part of the JSON: without it a user's literal "<eos>" would become the special token.
+        model.encode_special_tokens = True
+        return model

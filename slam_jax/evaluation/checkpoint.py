@@ -1,0 +1,35 @@
+"""Evaluation of a checkpoint on the test split, from what stands beside it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from slam_jax.data import HALF_VIEWS, TRAINING_VIEWS, evaluation_batches, prepare
+from slam_jax.evaluation.answers import Results, evaluate
+from slam_jax.evaluation.table import write_metrics
+from slam_jax.training import Experiment, load, override, split_model
+
+
+def evaluate_checkpoint(
+    workdir: str | Path, step: int | str | None = None, overrides: Sequence[str] = ()
+) -> Results:
+    """Every view of the test split; writes `WORKDIR/eval/metrics.json`.
+
+    step: a number, "best" or "latest"; None = best. overrides: `--config.field=value` arguments
+    that change the configuration saved with the checkpoint (where the data is, the batch size).
+
+    Raises:
+      CheckpointError, ConfigError: what cannot be read or built, in one line.
+    """
+    loaded = load(workdir, step)
+    data = Experiment.from_config(override(loaded.config, overrides)).data
+    dataset = prepare(data, loaded.tokenizer)
+    graphdef, params = split_model(loaded.model)
+    batches = {
+        view: evaluation_batches(
+            dataset.test, loaded.tokenizer, view, data.batch_size, seed=data.seed
+        )
+        for view in (*TRAINING_VIEWS, *HALF_VIEWS)
+    }
+    results = evaluate(graphdef, params, batches, loaded.tokenizer, step=loaded.step)
+    write_metrics(Path(workdir) / "eval" / "metrics.json", results.metrics)
+    return results

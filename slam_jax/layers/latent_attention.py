@@ -1,0 +1,262 @@
+"""Multi-head latent attention: keys and values are kept as one small latent per token.
+
+Source: DeepSeek-AI 2024, "DeepSeek-V2" (arXiv 2405.04434), sections 2.1.2 (low-rank joint
+compression), 2.1.3 (decoupled rotary key) and appendix C (the absorbed form).
+"""
+
+import jax.numpy as jnp
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int
+
+from slam_jax.layers.attention import masked_softmax
+from slam_jax.layers.linear import Linear, project
+from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.rotary import rotary
+
+
+@struct.dataclass
+class LatentCache:
+    """What one layer remembers: R + H_r numbers a token, right-padded to a fixed capacity T.
+
+    c_kv: normed latents, from which every head's keys and values are made.
+    k_rope: the rotated key that all heads share.
+    length: tokens stored per row; entries at and beyond it are never attended to.
+    """
+
+    c_kv: Float[Array, "*B T R"]
+    k_rope: Float[Array, "*B T H_r"]
+    length: Int[Array, "*B"]
+
+
+def latent_attend(
+    q: Float[Array, "*B T N H"],
+    latents: Float[Array, "*B S R"],
+    w_uk: Float[Array, "R N H"],
+    w_uv: Float[Array, "R N V"],
+    *,
+    q_rope: Float[Array, "*B T N H_r"] | None = None,
+    k_rope: Float[Array, "*B S H_r"] | None = None,
+    mask: Bool[Array, "*#B #T S"] | None = None,
+    absorbed: bool,
+) -> Float[Array, "*B T N V"]:
+    """Attention to keys `latents @ w_uk`, beside them the shared `k_rope`; values `latents @ w_uv`.
+
+    Two forms that are equal in exact arithmetic. Expanded: make every key and value, cheapest when
+    there are many queries. Absorbed: take the queries to the latents instead, so that a decoding
+    step reads R numbers a token and not N * (H + V). Both scale by the expanded key width H + H_r.
+    """
+    f32 = dict(preferred_element_type=jnp.float32)
+    width = q.shape[-1] + (0 if q_rope is None else q_rope.shape[-1])
+    # Heads first throughout, as in `attend`.
+    if absorbed:
+        q = jnp.einsum("...tnh,rnh->...ntr", q, w_uk)
+        logits = jnp.einsum("...ntr,...sr->...nts", q, latents, **f32)
+    else:
+        q, k = jnp.swapaxes(q, -2, -3), jnp.swapaxes(project(latents, w_uk), -2, -3)
+        logits = jnp.einsum("...nth,...nsh->...nts", q, k, **f32)
+    if q_rope is not None:
+        q_rope = jnp.swapaxes(q_rope, -2, -3)
+        logits += jnp.einsum("...nth,...sh->...nts", q_rope, k_rope, **f32)
+    mask = None if mask is None else mask[..., None, :, :]
+    probs = masked_softmax(logits * width**-0.5, mask).astype(latents.dtype)
+    if absorbed:
+        mixed = jnp.einsum("...nts,...sr->...ntr", probs, latents)
+        return jnp.einsum("...ntr,rnv->...tnv", mixed, w_uv)
+    v = jnp.swapaxes(project(latents, w_uv), -2, -3)
+    return jnp.swapaxes(jnp.einsum("...nts,...nsv->...ntv", probs, v), -2, -3)
+
+
+def _write(
+    buffer: Float[Array, "*B T C"], row: Float[Array, "*B 1 C"], position: Int[Array, "*B"]
+) -> Float[Array, "*B T C"]:
+    """`buffer` with `row` at each row's own position; positions beyond T are dropped."""
+    flat = buffer.reshape(-1, *buffer.shape[-2:])
+    flat = flat.at[jnp.arange(flat.shape[0]), position.reshape(-1)].set(
+        row.reshape(-1, row.shape[-1]), mode="drop"
+    )
+    return flat.reshape(buffer.shape)
+
+
+class MultiHeadLatentAttention(nnx.Module):
+    """Causal self-attention with a latent cache.
+
+    `mla(x)` sees a whole sequence, `prefill` does the same and fills an empty cache, `decode_step`
+    appends one token to it; the three agree.
+
+    Args:
+      embed_dim: D. num_heads: N.
+      kv_lora_rank: R, the latent width. q_lora_rank: rank of the queries, None = full.
+      qk_nope_head_dim: H, key width a head without positions. qk_rope_head_dim: H_r, the rotary
+        part (even). v_head_dim: V, value width a head.
+      window: a token attends to itself and the window - 1 tokens before it; None = all.
+      out_scale: of the initial output map, as in `GatedMLP`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        kv_lora_rank: int,
+        q_lora_rank: int | None = None,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        window: int | None = None,
+        rope_base: float = 10_000.0,
+        out_scale: float = 1.0,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
+        self.q_lora_rank = q_lora_rank
+        self.window, self.rope_base, self.dtype = window, rope_base, dtype
+        q_width = embed_dim
+        if q_lora_rank is not None:
+            self.q_down = Linear(embed_dim, q_lora_rank, **kw)
+            self.q_norm = RMSNorm(q_lora_rank, param_dtype=param_dtype)
+            q_width = q_lora_rank
+        self.q_nope = Linear(q_width, (num_heads, qk_nope_head_dim), **kw)
+        self.q_rope = Linear(q_width, (num_heads, qk_rope_head_dim), **kw)
+        self.kv_down = Linear(embed_dim, kv_lora_rank, **kw)
+        self.k_rope = Linear(embed_dim, qk_rope_head_dim, **kw)
+        self.kv_norm = RMSNorm(kv_lora_rank, param_dtype=param_dtype)
+        self.k_up = Linear(kv_lora_rank, (num_heads, qk_nope_head_dim), **kw)
+        self.v_up = Linear(kv_lora_rank, (num_heads, v_head_dim), **kw)
+        heads = (num_heads, v_head_dim)
+        self.out = Linear(heads, embed_dim, init_scale=out_scale, **kw)
+
+    def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> LatentCache:
+        """An empty cache for rows of `batch_shape`, each of at most `max_length` tokens."""
+        return LatentCache(
+            c_kv=jnp.zeros((*batch_shape, max_length, self.kv_lora_rank), self.dtype),
+            k_rope=jnp.zeros((*batch_shape, max_length, self.qk_rope_head_dim), self.dtype),
+            length=jnp.zeros(batch_shape, jnp.int32),
+        )
+
+    def __call__(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T D"]:
+        """Every token attends to itself and to those before it (in its window)."""
+        return self._full(x)[0]
+
+    def prefill(
+        self, x: Float[Array, "*B T D"], cache: LatentCache, lengths: Int[Array, "*B"] | None = None
+    ) -> tuple[Float[Array, "*B T D"], LatentCache]:
+        """`self(x)`, and the cache that remembers x; `cache` must be empty.
+
+        lengths: real tokens of each right-padded row, None = all T. Raises ValueError where T
+        exceeds the capacity of the cache.
+        """
+        num_tokens, capacity = x.shape[-2], cache.c_kv.shape[-2]
+        if num_tokens > capacity:
+            raise ValueError(
+                f"prefill of {num_tokens} tokens into a cache of {capacity}: "
+                f"make it with init_cache(..., max_length={num_tokens} or more)"
+            )
+        y, c_kv, k_rope = self._full(x)
+        if lengths is None:
+            lengths = jnp.full(x.shape[:-2], num_tokens, jnp.int32)
+        return y, LatentCache(
+            c_kv=cache.c_kv.at[..., :num_tokens, :].set(c_kv),
+            k_rope=cache.k_rope.at[..., :num_tokens, :].set(k_rope),
+            length=lengths.astype(jnp.int32),
+        )
+
+    def decode_step(
+        self, x: Float[Array, "*B 1 D"], cache: LatentCache, *, absorbed: bool = True
+    ) -> tuple[Float[Array, "*B 1 D"], LatentCache]:
+        """The output of one more token per row, and the cache that remembers it.
+
+        A row whose cache is full keeps what it has and does not remember the token: leave room.
+        `absorbed=False` makes all keys and values anew; it is there to be compared with.
+        """
+        positions = cache.length[..., None]
+        q, q_rope, c_kv, k_rope = self._project(x, positions)
+        cache = LatentCache(
+            c_kv=_write(cache.c_kv, c_kv, cache.length),
+            k_rope=_write(cache.k_rope, k_rope, cache.length),
+            length=jnp.minimum(cache.length + 1, cache.c_kv.shape[-2]),
+        )
+        slots = jnp.arange(cache.c_kv.shape[-2])
+        mask = self._visible(positions, slots)
+        y = self._attend(q, q_rope, cache.c_kv, cache.k_rope, mask, absorbed)
+        return y, cache
+
+    def _full(self, x):
+        positions = jnp.arange(x.shape[-2])
+        q, q_rope, c_kv, k_rope = self._project(x, positions)
+        mask = self._visible(positions, positions)
+        return self._attend(q, q_rope, c_kv, k_rope, mask, absorbed=False), c_kv, k_rope
+
+    def _project(self, x, positions):
+        latent = x if self.q_lora_rank is None else self.q_norm(self.q_down(x))
+        q_rope = rotary(self.q_rope(latent), positions, self.rope_base)
+        k_rope = rotary(self.k_rope(x)[..., None, :], positions, self.rope_base)[..., 0, :]
+        return self.q_nope(latent), q_rope, self.kv_norm(self.kv_down(x)), k_rope
+
+    def _visible(self, queries, keys):
+        """Which key positions a query position sees: [..., T], [S] -> [..., T, S]."""
+        distance = queries[..., None] - keys
+        visible = distance >= 0
+        return visible if self.window is None else visible & (distance < self.window)
+
+    def _attend(self, q, q_rope, c_kv, k_rope, mask, absorbed):
+        heads = latent_attend(
+            q,
+            c_kv,
+            self.k_up.kernel[...].astype(self.dtype),
+            self.v_up.kernel[...].astype(self.dtype),
+            q_rope=q_rope,
+            k_rope=k_rope,
+            mask=mask,
+            absorbed=absorbed,
+        )
+        return self.out(heads)
+
+
+class LatentCrossAttention(nnx.Module):
+    """Attention to a bank of latents that others made: its own up-projections, no positions.
+
+    The same compression as above, for tokens that do not change while text is generated.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        kv_lora_rank: int,
+        qk_head_dim: int,
+        v_head_dim: int,
+        out_scale: float = 1.0,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.dtype = dtype
+        self.q = Linear(embed_dim, (num_heads, qk_head_dim), **kw)
+        self.k_up = Linear(kv_lora_rank, (num_heads, qk_head_dim), **kw)
+        self.v_up = Linear(kv_lora_rank, (num_heads, v_head_dim), **kw)
+        heads = (num_heads, v_head_dim)
+        self.out = Linear(heads, embed_dim, init_scale=out_scale, **kw)
+
+    def __call__(
+        self,
+        x: Float[Array, "*B T D"],
+        latents: Float[Array, "*B S R"],
+        mask: Bool[Array, "*#B #T S"] | None = None,
+        *,
+        absorbed: bool = False,
+    ) -> Float[Array, "*B T D"]:
+        """What the tokens of x read from the bank; 0 for a row whose bank is all masked."""
+        heads = latent_attend(
+            self.q(x),
+            latents,
+            self.k_up.kernel[...].astype(self.dtype),
+            self.v_up.kernel[...].astype(self.dtype),
+            mask=mask,
+            absorbed=absorbed,
+        )
+        return self.out(heads)

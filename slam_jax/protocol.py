@@ -1,0 +1,37 @@
+"""What training, generation and evaluation know of a model, whatever it is made of."""
+
+from typing import Any, Protocol
+
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+
+@struct.dataclass
+class Output:
+    """What a full forward pass returns: next-token logits at every position."""
+
+    logits: Float[Array, "*B T V"]
+
+
+class Decodable(Protocol):
+    """A model that continues token sequences with a cache passed in and out.
+
+    `memory` is what an encoder made of the other inputs; a pure language model is given None.
+    prefill reads right-padded prompts into an empty cache and returns the logits of every position,
+    decode_step reads one token a row. Both agree with the full forward pass.
+    """
+
+    def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> Any: ...
+
+    def prefill(
+        self,
+        tokens: Int[Array, "*B T"],
+        cache: Any,
+        memory: Any,
+        *,
+        lengths: Int[Array, "*B"] | None = None,
+    ) -> tuple[Float[Array, "*B T V"], Any]: ...
+
+    def decode_step(
+        self, tokens: Int[Array, "*B"], cache: Any, memory: Any
+    ) -> tuple[Float[Array, "*B V"], Any]: ...

@@ -1,0 +1,41 @@
+"""Text and image of the same scene, brought together: embeddings, loss."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from slam_jax.layers.linear import Linear
+from slam_jax.slam_v3.config import SlamV3Config
+from slam_jax.slam_v3.decoder import Memory
+
+
+class AlignmentHead(nnx.Module):
+    """From the mean of a memory's latents to a unit vector, for retrieval and the alignment loss.
+
+    The memory must be that of one input alone: fused tokens have already seen each other.
+    """
+
+    def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
+        kw = dict(**config.dtypes, rngs=rngs)
+        self.project = Linear(config.kv_lora_rank, config.alignment_dim, **kw)
+        # The initial values of Zhai et al. 2023, section 3.2: nearly all pairs are negative.
+        self.log_temperature = nnx.Param(jnp.log(jnp.full((), 10.0, kw["param_dtype"])))
+        self.bias = nnx.Param(jnp.full((), -10.0, kw["param_dtype"]))
+
+    def __call__(self, memory: Memory) -> Float[Array, "B E"]:
+        present = 1.0 if memory.mask is None else memory.mask[..., None]
+        weights = jnp.broadcast_to(jnp.float32(present), (*memory.c_mem.shape[:2], 1))
+        total = jnp.sum(memory.c_mem * weights, axis=1)
+        mean = total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
+        e = self.project(mean.astype(memory.c_mem.dtype)).astype(jnp.float32)
+        return e / jnp.maximum(jnp.linalg.norm(e, axis=-1, keepdims=True), 1e-6)
+
+    def loss(self, a: Float[Array, "B E"], b: Float[Array, "B E"]) -> Float[Array, ""]:
+        """Sigmoid loss of all B x B pairs, of which the diagonal belongs together.
+
+        Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", section 3.2.
+        """
+        logits = a @ b.T * jnp.exp(self.log_temperature[...]) + self.bias[...]
+        signs = 2.0 * jnp.eye(a.shape[0]) - 1.0
+        return -jnp.sum(jax.nn.log_sigmoid(signs * logits)) / a.shape[0]

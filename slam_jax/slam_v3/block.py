@@ -1,0 +1,39 @@
+"""The pre-norm transformer block of the ViT and of level 1."""
+
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from slam_jax.layers.attention import SelfAttention
+from slam_jax.layers.dropout import dropout, split
+from slam_jax.layers.mlp import GatedMLP
+from slam_jax.layers.norms import RMSNorm
+from slam_jax.slam_v3.config import SlamV3Config
+
+
+class TransformerBlock(nnx.Module):
+    """x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
+        kw = dict(**config.dtypes, rngs=rngs)
+        dim, param_dtype = config.embed_dim, kw["param_dtype"]
+        scale = config.encoder_out_scale
+        self.dropout = config.dropout
+        self.attention_norm = RMSNorm(dim, param_dtype=param_dtype)
+        self.attention = SelfAttention(
+            dim, config.num_heads, config.head_dim, out_scale=scale, **kw
+        )
+        self.mlp_norm = RMSNorm(dim, param_dtype=param_dtype)
+        self.mlp = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        mask: Bool[Array, "B #S S"] | None = None,
+        positions: Int[Array, "S"] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B S D"]:
+        key_attention, key_mlp = split(key, 2)
+        h = self.attention(self.attention_norm(x), mask, positions)
+        x = x + dropout(h, self.dropout, key_attention)
+        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, key_mlp)

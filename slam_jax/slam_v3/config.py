@@ -1,0 +1,213 @@
+"""What a SLAM v3 is made of: frozen, checked where it is built, and nothing else is consulted."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax.numpy as jnp
+
+from slam_jax.errors import require
+
+ENCODERS = ("resnet", "vit")
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """The image stream.
+
+    encoder: "resnet" halves the image once a stage, from `patch_size` on; "vit" projects patches
+      and runs `num_layers` transformer blocks over them.
+    size: height and width in pixels the model is trained on; the "vit" and its positions take any
+      multiple of the patch, the "resnet" any size.
+    patch_size: pixels a side of one patch ("vit") or of one step of the stem ("resnet").
+    stage_widths: channels of each residual stage of the "resnet".
+    blocks_per_stage: residual blocks a stage.
+    num_layers: transformer blocks of the "vit".
+    """
+
+    encoder: str = "resnet"
+    size: int = 75
+    patch_size: int = 3
+    stage_widths: tuple[int, ...] = (32, 64, 96)
+    blocks_per_stage: int = 1
+    num_layers: int = 4
+
+    def __post_init__(self):
+        object.__setattr__(self, "stage_widths", tuple(self.stage_widths))
+        require(self.encoder in ENCODERS, "image.encoder", self.encoder, f"one of {ENCODERS}")
+        for field in ("size", "patch_size", "blocks_per_stage"):
+            value = getattr(self, field)
+            require(value >= 1, f"image.{field}", value, "at least 1")
+        require(self.num_layers >= 0, "image.num_layers", self.num_layers, "at least 0")
+        if self.encoder == "vit":
+            low = self.size - self.size % self.patch_size
+            near = f"a multiple of image.patch_size, such as {low or self.patch_size}"
+            require(self.size % self.patch_size == 0, "image.size", self.size, near)
+        widths = self.stage_widths
+        require(len(widths) > 0, "image.stage_widths", widths, "at least one width")
+        bad = [w for w in widths if w < 8 or w % 8]
+        require(not bad, "image.stage_widths", widths, "multiples of 8 (the width of a norm group)")
+
+
+@dataclasses.dataclass(frozen=True)
+class SlamV3Config:
+    """All of SLAM v3.
+
+    vocab_size: V of text and answers. embed_dim: D. num_heads: N of every attention.
+    mlp_dim: F of every gated MLP. num_processes: P. num_process_layers: layers a process.
+    num_decoder_layers: layers of the decoder.
+    num_memory_tokens: M, the bottleneck; 0 = the fused tokens themselves are the memory.
+    kv_lora_rank: R, of the cache and of the memory bank. q_lora_rank: of the decoder's queries,
+      None = full rank. qk_nope_head_dim, qk_rope_head_dim, v_head_dim: None = the head width, half
+      of it (made even), the head width.
+    window: the decoder's sliding window in tokens, None = all.
+    aux_dim: numbers an auxiliary vector. max_aux: with aux_slots, the number of slots.
+    aux_slots: True = the row an auxiliary vector stands in has a meaning of its own.
+    image: the image stream.
+    alignment_dim: width of the retrieval embedding.
+    dropout: rate on what each sublayer adds and on the embeddings.
+    dtype, param_dtype: of the computation and of the parameters.
+    """
+
+    vocab_size: int
+    embed_dim: int = 96
+    num_heads: int = 4
+    mlp_dim: int = 256
+    num_processes: int = 4
+    num_process_layers: int = 1
+    num_decoder_layers: int = 2
+    num_memory_tokens: int = 0
+    kv_lora_rank: int = 48
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    window: int | None = None
+    aux_dim: int = 10
+    aux_slots: bool = False
+    max_aux: int = 16
+    image: ImageConfig = ImageConfig()
+    alignment_dim: int = 64
+    dropout: float = 0.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        positive = (
+            "vocab_size embed_dim num_heads mlp_dim num_processes num_process_layers "
+            "num_decoder_layers kv_lora_rank aux_dim max_aux alignment_dim"
+        )
+        for field in positive.split():
+            require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
+        near = self.embed_dim - self.embed_dim % self.num_heads or self.num_heads
+        even = f"a multiple of num_heads={self.num_heads}, such as {near}"
+        require(self.embed_dim % self.num_heads == 0, "embed_dim", self.embed_dim, even)
+        require(
+            self.head_dim % 2 == 0,
+            "embed_dim",
+            self.embed_dim,
+            f"num_heads times an even width, such as {self.num_heads * (self.head_dim + 1)}",
+        )
+        require(
+            self.embed_dim % 4 == 0,
+            "embed_dim",
+            self.embed_dim,
+            "a multiple of 4, for the 2-D positions",
+        )
+        defaults = {
+            "qk_nope_head_dim": self.head_dim,
+            "qk_rope_head_dim": max(2, self.head_dim // 4 * 2),
+            "v_head_dim": self.head_dim,
+        }
+        for field, value in defaults.items():
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, value)
+            require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
+        rope = self.qk_rope_head_dim
+        require(rope % 2 == 0, "qk_rope_head_dim", rope, f"an even number, such as {rope + 1}")
+        for field in ("q_lora_rank", "window"):
+            value = getattr(self, field)
+            require(value is None or value >= 1, field, value, "None or at least 1")
+        memory = self.num_memory_tokens
+        require(memory >= 0, "num_memory_tokens", memory, "0 (no bottleneck) or more")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "a rate in [0, 1)")
+        for field in ("dtype", "param_dtype"):
+            require(getattr(self, field) in DTYPES, field, getattr(self, field), f"one of {DTYPES}")
+
+    @property
+    def head_dim(self) -> int:
+        """H = D / N."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def encoder_out_scale(self) -> float:
+        """Initial size of what a sublayer of the encoder adds: 1 / sqrt(sublayers).
+
+        With it a token leaves the encoder still mostly itself, and can be found by a question; at
+        full size the views of Sort-of-CLEVR did not take off within 600 steps, so within 200.
+        Source: Radford et al. 2019 (GPT-2), section 2.3.
+        """
+        return (2 + 3 * self.num_process_layers + 3) ** -0.5
+
+    @property
+    def decoder_out_scale(self) -> float:
+        """The same for the decoder."""
+        return (3 * self.num_decoder_layers) ** -0.5
+
+    @property
+    def dtypes(self) -> dict[str, Any]:
+        """The two dtypes as keyword arguments of a layer."""
+        return {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
+
+    @classmethod
+    def preset(cls, name: str, vocab_size: int, **overrides: Any) -> Self:
+        """One of `PRESETS`, with some fields changed."""
+        fields = {**PRESETS[name], **overrides}
+        image = fields.get("image", {})
+        if not isinstance(image, ImageConfig):
+            fields["image"] = ImageConfig(**image)
+        return cls(vocab_size, **fields)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Tests: every part present, milliseconds a call.
+    "tiny": dict(
+        embed_dim=32,
+        num_heads=2,
+        mlp_dim=48,
+        kv_lora_rank=12,
+        q_lora_rank=20,
+        aux_dim=5,
+        alignment_dim=8,
+        image=dict(size=24, stage_widths=(8, 16)),
+    ),
+    # About a million parameters: a laptop.
+    "small": dict(),
+    # One accelerator.
+    "medium": dict(
+        embed_dim=256,
+        num_heads=8,
+        mlp_dim=688,
+        num_process_layers=2,
+        num_decoder_layers=4,
+        kv_lora_rank=128,
+        alignment_dim=128,
+        image=dict(stage_widths=(64, 128, 256)),
+    ),
+    # As wide as ViT-B: 768 in 12 heads, 224-pixel images in patches of 16, a bottleneck.
+    "base": dict(
+        embed_dim=768,
+        num_heads=12,
+        mlp_dim=2_048,
+        num_process_layers=6,
+        num_decoder_layers=12,
+        num_memory_tokens=128,
+        kv_lora_rank=256,
+        q_lora_rank=384,
+        aux_dim=64,
+        alignment_dim=512,
+        dropout=0.1,
+        dtype="bfloat16",
+        image=dict(encoder="vit", size=224, patch_size=16, num_layers=12),
+    ),
+}

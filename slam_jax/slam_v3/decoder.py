@@ -1,0 +1,146 @@
+"""The decoder: causal latent attention over the text so far, latent attention over the memory."""
+
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from slam_jax.layers.dropout import dropout, split
+from slam_jax.layers.latent_attention import (
+    LatentCache,
+    LatentCrossAttention,
+    MultiHeadLatentAttention,
+)
+from slam_jax.layers.linear import Linear
+from slam_jax.layers.mlp import GatedMLP
+from slam_jax.layers.norms import RMSNorm
+from slam_jax.slam_v3.config import SlamV3Config
+
+# One per layer and no stack of them: a decoding step then updates each in place.
+DecoderCache = tuple[LatentCache, ...]
+
+
+@struct.dataclass
+class Memory:
+    """One encode: a latent per memory token, shared by every decoder layer, question and sample.
+
+    mask: True = present, None = all present.
+    """
+
+    c_mem: Float[Array, "B M R"]
+    mask: Bool[Array, "B M"] | None = None
+
+
+class MemoryBank(nnx.Module):
+    """From fused tokens to their normed latents."""
+
+    def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
+        kw = dict(**config.dtypes, rngs=rngs)
+        param_dtype = kw["param_dtype"]
+        self.norm_in = RMSNorm(config.embed_dim, param_dtype=param_dtype)
+        self.down = Linear(config.embed_dim, config.kv_lora_rank, **kw)
+        self.norm = RMSNorm(config.kv_lora_rank, param_dtype=param_dtype)
+
+    def __call__(self, fused: Float[Array, "B M D"], mask: Bool[Array, "B M"] | None) -> Memory:
+        return Memory(self.norm(self.down(self.norm_in(fused))), mask)
+
+
+class DecoderLayer(nnx.Module):
+    """Latent self-attention, memory attention, SwiGLU; each pre-norm and residual.
+
+    Tokens are [B, Q, T, D] and the memory is [B, M, R]: every question of an example, and every
+    position of it, is one more query to the same bank.
+    """
+
+    def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
+        kw = dict(**config.dtypes, rngs=rngs)
+        dim, scale = config.embed_dim, config.decoder_out_scale
+        self.dropout = config.dropout
+        self.norms = nnx.List([RMSNorm(dim, param_dtype=kw["param_dtype"]) for _ in range(3)])
+        self.attention = MultiHeadLatentAttention(
+            dim,
+            config.num_heads,
+            kv_lora_rank=config.kv_lora_rank,
+            q_lora_rank=config.q_lora_rank,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=config.v_head_dim,
+            window=config.window,
+            out_scale=scale,
+            **kw,
+        )
+        self.memory_attention = LatentCrossAttention(
+            dim,
+            config.num_heads,
+            kv_lora_rank=config.kv_lora_rank,
+            qk_head_dim=config.qk_nope_head_dim,
+            v_head_dim=config.v_head_dim,
+            out_scale=scale,
+            **kw,
+        )
+        self.mlp = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw)
+
+    def __call__(self, h, memory: Memory, *, key: PRNGKeyArray | None = None):
+        keys = split(key, 2)
+        h = h + dropout(self.attention(self.norms[0](h)), self.dropout, keys[0])
+        return self._rest(h, memory, keys[1], absorbed=False)
+
+    def prefill(self, h, cache: LatentCache, memory: Memory, lengths):
+        a, cache = self.attention.prefill(self.norms[0](h), cache, lengths)
+        return self._rest(h + a, memory, None, absorbed=False), cache
+
+    def decode_step(self, h, cache: LatentCache, memory: Memory):
+        a, cache = self.attention.decode_step(self.norms[0](h), cache)
+        return self._rest(h + a, memory, None, absorbed=True), cache
+
+    def _rest(self, h, memory, key, *, absorbed):
+        keys = split(key, 2)
+        queries = self.norms[1](h)
+        flat = queries.reshape(queries.shape[0], -1, queries.shape[-1])
+        mask = None if memory.mask is None else memory.mask[:, None, :]
+        read = self.memory_attention(flat, memory.c_mem, mask, absorbed=absorbed)
+        h = h + dropout(read.reshape(h.shape), self.dropout, keys[0])
+        return h + dropout(self.mlp(self.norms[2](h)), self.dropout, keys[1])
+
+
+class Decoder(nnx.Module):
+    """The layers and the final norm, from embedded tokens to what the head reads."""
+
+    def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
+        self.dropout = config.dropout
+        self.layers = nnx.List(
+            [DecoderLayer(config, rngs=rngs) for _ in range(config.num_decoder_layers)]
+        )
+        self.norm = RMSNorm(config.embed_dim, param_dtype=config.dtypes["param_dtype"])
+
+    def __call__(
+        self, h: Float[Array, "B Q T D"], memory: Memory, *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B Q T D"]:
+        keys = split(key, len(self.layers) + 1)
+        h = dropout(h, self.dropout, keys[-1])
+        for layer, layer_key in zip(self.layers, keys, strict=False):
+            h = layer(h, memory, key=layer_key)
+        return self.norm(h)
+
+    def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> DecoderCache:
+        return tuple(layer.attention.init_cache(batch_shape, max_length) for layer in self.layers)
+
+    def prefill(
+        self,
+        h: Float[Array, "B Q T D"],
+        cache: DecoderCache,
+        memory: Memory,
+        lengths: Int[Array, "B Q"] | None,
+    ) -> tuple[Float[Array, "B Q T D"], DecoderCache]:
+        new = []
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            h, layer_cache = layer.prefill(h, layer_cache, memory, lengths)
+            new.append(layer_cache)
+        return self.norm(h), tuple(new)
+
+    def decode_step(
+        self, h: Float[Array, "B Q 1 D"], cache: DecoderCache, memory: Memory
+    ) -> tuple[Float[Array, "B Q 1 D"], DecoderCache]:
+        new = []
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            h, layer_cache = layer.decode_step(h, layer_cache, memory)
+            new.append(layer_cache)
+        return self.norm(h), tuple(new)

@@ -1,0 +1,125 @@
+"""SLAM v3: four parallel encoder processes over any mix of inputs, one memory, one decoder."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from slam_jax.layers.dropout import dropout, split
+from slam_jax.layers.linear import Linear
+from slam_jax.protocol import Output
+from slam_jax.slam_v3.alignment import AlignmentHead
+from slam_jax.slam_v3.config import SlamV3Config
+from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryBank
+from slam_jax.slam_v3.fusion import Fusion
+from slam_jax.slam_v3.processes import LevelOne, ParallelProcesses
+from slam_jax.slam_v3.streams import Inputs, Streams
+
+
+class SlamV3(nnx.Module):
+    """The whole model. A pytree: jit, grad and vmap take it as an argument.
+
+        memory = model.encode(Inputs(image=image))
+        logits = model.decode(tokens, memory)
+
+    Tokens are [B, *Q, T]: an example may have any number of prompts, or a single one [B, T], and
+    all of them read the one memory of their example.
+    """
+
+    def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
+        kw = dict(**config.dtypes, rngs=rngs)
+        self.config = config
+        # Text is read and written with one table: the "red" of a question finds that of a scene.
+        self.embedding = nnx.Embed(
+            config.vocab_size,
+            config.embed_dim,
+            embedding_init=nnx.initializers.normal(0.02),
+            **kw,
+        )
+        self.streams = Streams(config, rngs=rngs)
+        self.level_one = LevelOne(config, rngs=rngs)
+        self.processes = ParallelProcesses(config, rngs=rngs)
+        self.fusion = Fusion(config, rngs=rngs)
+        self.memory_bank = MemoryBank(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        self.head = Linear(config.embed_dim, config.vocab_size, **kw)
+        self.alignment = AlignmentHead(config, rngs=rngs)
+
+    def encode(self, inputs: Inputs, *, key: PRNGKeyArray | None = None) -> Memory:
+        """What the decoder may look at. `key`: for dropout, None = none.
+
+        Raises ValueError where no input is given.
+        """
+        keys = split(key, 4)
+        text = None if inputs.text is None else self.embedding(inputs.text)
+        streams = [
+            stream._replace(tokens=dropout(stream.tokens, self.config.dropout, stream_key))
+            for stream, stream_key in zip(
+                self.streams(inputs, text), split(keys[0], 3), strict=False
+            )
+        ]
+        streams, bank = self.level_one(streams, key=keys[1])
+        y = self.processes(streams, bank, key=keys[2])
+        return self.memory_bank(*self.fusion(y, streams, key=keys[3]))
+
+    def decode(
+        self, tokens: Int[Array, "B *Q T"], memory: Memory, *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B *Q T V"]:
+        """Next-token logits (float32) at every position; right pads change nothing before them."""
+        h = self.decoder(self._embed(tokens), memory, key=key)
+        return self._logits(h).reshape(*tokens.shape, -1)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B *Q T"],
+        inputs: Inputs,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Output:
+        """Encode, then decode."""
+        key_encode, key_decode = split(key, 2)
+        memory = self.encode(inputs, key=key_encode)
+        return Output(self.decode(tokens, memory, key=key_decode))
+
+    def embed(self, inputs: Inputs, *, key: PRNGKeyArray | None = None) -> Float[Array, "B E"]:
+        """A unit vector for retrieval; give one input alone (see `AlignmentHead`)."""
+        return self.alignment(self.encode(inputs, key=key))
+
+    def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> DecoderCache:
+        """An empty cache for rows of `batch_shape` (B, *Q) and at most `max_length` tokens each."""
+        return self.decoder.init_cache(_rows(batch_shape), max_length)
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B *Q T"],
+        cache: DecoderCache,
+        memory: Memory,
+        *,
+        lengths: Int[Array, "B *Q"] | None = None,
+    ) -> tuple[Float[Array, "B *Q T V"], DecoderCache]:
+        """`decode`, and an empty cache filled; `lengths` are the real tokens of each row."""
+        if lengths is not None:
+            lengths = lengths.reshape(_rows(lengths.shape))
+        h, cache = self.decoder.prefill(self._embed(tokens), cache, memory, lengths)
+        return self._logits(h).reshape(*tokens.shape, -1), cache
+
+    def decode_step(
+        self, tokens: Int[Array, "B *Q"], cache: DecoderCache, memory: Memory
+    ) -> tuple[Float[Array, "B *Q V"], DecoderCache]:
+        """The logits after one more token per row, straight on the latents (absorbed form)."""
+        h, cache = self.decoder.decode_step(self._embed(tokens[..., None]), cache, memory)
+        return self._logits(h).reshape(*tokens.shape, -1), cache
+
+    def _embed(self, tokens: Int[Array, "B *Q T"]) -> Float[Array, "B R T D"]:
+        return self.embedding(tokens.reshape(*_rows(tokens.shape[:-1]), tokens.shape[-1]))
+
+    def _logits(self, h: Float[Array, "B R T D"]) -> Float[Array, "B R T V"]:
+        return self.head(h).astype(jnp.float32)
+
+
+def _rows(batch_shape: tuple[int, ...]) -> tuple[int, int]:
+    """[B, *Q] as the decoder has it: B and the number of prompts an example."""
+    batch, *prompts = batch_shape
+    count = 1
+    for size in prompts:
+        count *= size
+    return batch, count

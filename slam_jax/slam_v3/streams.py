@@ -1,0 +1,205 @@
+"""From what the user has to tokens of width D: one stream for each present input."""
+
+from typing import NamedTuple
+
+import einops
+import jax.numpy as jnp
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from slam_jax.layers.linear import Linear
+from slam_jax.layers.norms import RMSNorm
+from slam_jax.slam_v3.block import TransformerBlock
+from slam_jax.slam_v3.config import SlamV3Config
+
+
+@struct.dataclass
+class Inputs:
+    """What a model is given. Any part may be absent for the whole call (None) or, by its mask, for
+    some of the examples; the two give the same result, and None costs nothing.
+
+    text: token ids, right-padded. image: pixels 0..255. aux: auxiliary vectors, a set unless the
+    config says slots have a meaning. Masks: True = present, None = all present.
+    """
+
+    text: Int[Array, "B S_t"] | None = None
+    text_mask: Bool[Array, "B S_t"] | None = None
+    image: UInt8[Array, "B H W 3"] | None = None
+    image_mask: Bool[Array, "B"] | None = None
+    aux: Float[Array, "B A C"] | None = None
+    aux_mask: Bool[Array, "B A"] | None = None
+
+
+class Stream(NamedTuple):
+    """The tokens of one input.
+
+    mask: True = present, None = all present. positions: for the rotary embedding of attention
+    inside the stream; None where tokens carry their place themselves.
+    """
+
+    tokens: Float[Array, "B S D"]
+    mask: Bool[Array, "B S"] | None
+    positions: Int[Array, "S"] | None
+
+
+def grid_positions(height: int, width: int, dim: int) -> Float[Array, "S D"]:
+    """Sine and cosine of row and column, row-major, a quarter of `dim` (divisible by 4) each.
+
+    Source: Chen et al. 2021, "An Empirical Study of Training Self-Supervised Vision Transformers"
+    (MoCo v3), section 4; frequencies as in Vaswani et al. 2017, section 3.5.
+    """
+    frequency = 10_000.0 ** (-jnp.arange(dim // 4) / (dim // 4))
+    rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
+    angles = [place.reshape(-1, 1) * frequency for place in (rows, columns)]
+    return jnp.concatenate([f(a) for a in angles for f in (jnp.sin, jnp.cos)], axis=-1)
+
+
+class ResidualBlock(nnx.Module):
+    """Pre-activation residual block: norm, silu, 3x3 convolution, twice; `stride` at the first.
+
+    Source: He et al. 2016, "Identity Mappings in Deep Residual Networks", figure 4(e), with
+    GroupNorm (Wu & He 2018) for batch norm: no statistics shared between examples.
+    """
+
+    def __init__(self, width_in: int, width: int, stride: int, *, dtype, param_dtype, rngs):
+        kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm1 = nnx.GroupNorm(width_in, num_groups=None, group_size=8, **kw)
+        self.conv1 = nnx.Conv(width_in, width, (3, 3), stride, use_bias=False, **kw)
+        self.norm2 = nnx.GroupNorm(width, num_groups=None, group_size=8, **kw)
+        self.conv2 = nnx.Conv(width, width, (3, 3), use_bias=False, **kw)
+        same = stride == 1 and width_in == width
+        self.shortcut = (
+            None if same else nnx.Conv(width_in, width, (1, 1), stride, use_bias=False, **kw)
+        )
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
+        h = nnx.silu(self.norm1(x))
+        x = x if self.shortcut is None else self.shortcut(h)
+        h = nnx.silu(self.norm2(self.conv1(h)))
+        return x + self.conv2(h)
+
+
+class ResNet(nnx.Module):
+    """A strided stem and residual stages; every stage after the first halves the grid."""
+
+    def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
+        kw = dict(**config.dtypes, rngs=rngs)
+        image = config.image
+        widths, patch = image.stage_widths, image.patch_size
+        # Windows overlap by a third on each side, so that an edge is never lost between two.
+        window = patch + 2 * (patch // 2)
+        self.stem = nnx.Conv(3, widths[0], (window, window), patch, **kw)
+        blocks, width = [], widths[0]
+        for stage, stage_width in enumerate(widths):
+            for block in range(image.blocks_per_stage):
+                stride = 2 if stage and not block else 1
+                blocks.append(ResidualBlock(width, stage_width, stride, **kw))
+                width = stage_width
+        self.blocks = nnx.List(blocks)
+        self.norm = nnx.GroupNorm(width, num_groups=None, group_size=8, **kw)
+        self.project = Linear(width, config.embed_dim, use_bias=True, **kw)
+
+    def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
+        x = self.stem(pixels)
+        for block in self.blocks:
+            x = block(x)
+        x = self.project(nnx.silu(self.norm(x)))
+        _, height, width, dim = x.shape
+        return einops.rearrange(x, "B h w D -> B (h w) D") + grid_positions(
+            height, width, dim
+        ).astype(x.dtype)
+
+
+class ViT(nnx.Module):
+    """Patches projected, 2-D positions, transformer blocks.
+
+    Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1, with the fixed
+    2-D positions of `grid_positions` and no class token.
+    """
+
+    def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
+        kw = dict(**config.dtypes, rngs=rngs)
+        self.patch = config.image.patch_size
+        self.project = Linear(3 * self.patch**2, config.embed_dim, use_bias=True, **kw)
+        self.blocks = nnx.List(
+            [TransformerBlock(config, rngs=rngs) for _ in range(config.image.num_layers)]
+        )
+        self.norm = RMSNorm(config.embed_dim, param_dtype=kw["param_dtype"])
+
+    def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
+        grid = [side // self.patch for side in pixels.shape[1:3]]
+        if [side * self.patch for side in grid] != list(pixels.shape[1:3]):
+            raise ValueError(
+                f"image of {pixels.shape[1]} x {pixels.shape[2]} pixels: "
+                f"expected multiples of the patch size {self.patch}; resize or pad it"
+            )
+        patches = einops.rearrange(
+            pixels, "B (h p) (w q) C -> B (h w) (p q C)", p=self.patch, q=self.patch
+        )
+        x = self.project(patches)
+        x = x + grid_positions(*grid, x.shape[-1]).astype(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Streams(nnx.Module):
+    """All input pipelines; absent inputs leave no stream."""
+
+    def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
+        kw = dict(**config.dtypes, rngs=rngs)
+        self.config = config
+        norms = [RMSNorm(config.embed_dim, param_dtype=kw["param_dtype"]) for _ in range(3)]
+        # Whatever the scale of pixels, embeddings and numbers, the streams enter alike.
+        self.text_norm, self.image_norm, self.aux_norm = norms
+        encoder = ResNet if config.image.encoder == "resnet" else ViT
+        self.image = encoder(config, rngs=rngs)
+        self.aux = Linear(config.aux_dim, config.embed_dim, use_bias=True, **kw)
+        embedding = nnx.initializers.normal(0.02)
+        if config.aux_slots:
+            slots = (config.max_aux, config.embed_dim)
+            self.slot = nnx.Param(embedding(rngs.params(), slots, kw["param_dtype"]))
+        self.type = nnx.Param(embedding(rngs.params(), (3, config.embed_dim), kw["param_dtype"]))
+
+    def __call__(
+        self, inputs: Inputs, text_embeddings: Float[Array, "B S_t D"] | None
+    ) -> list[Stream]:
+        """The present streams, in the order text, image, aux; raises ValueError where none is.
+
+        text_embeddings: the embedded `inputs.text`; the table belongs to the model, which reads
+        and writes text with the same one.
+        """
+        dtype = self.config.dtypes["dtype"]
+        types = self.type[...].astype(dtype)
+        streams = []
+        if text_embeddings is not None:
+            positions = jnp.arange(text_embeddings.shape[1])
+            streams.append(
+                Stream(self.text_norm(text_embeddings) + types[0], inputs.text_mask, positions)
+            )
+        if inputs.image is not None:
+            pixels = inputs.image.astype(dtype) / 127.5 - 1.0
+            tokens = self.image_norm(self.image(pixels)) + types[1]
+            mask = inputs.image_mask
+            if mask is not None:
+                mask = jnp.broadcast_to(mask[:, None], tokens.shape[:2])
+            streams.append(Stream(tokens, mask, None))
+        if inputs.aux is not None:
+            tokens = self.aux_norm(self._aux(inputs.aux.astype(dtype))) + types[2]
+            streams.append(Stream(tokens, inputs.aux_mask, None))
+        if not streams:
+            raise ValueError("nothing to encode: give at least one of text, image and aux")
+        return streams
+
+    def _aux(self, aux):
+        count, width = aux.shape[1:]
+        if width != self.config.aux_dim:
+            raise ValueError(
+                f"aux vectors of {width} numbers, expected aux_dim={self.config.aux_dim}"
+            )
+        tokens = self.aux(aux)
+        if not self.config.aux_slots:
+            return tokens
+        if count > self.config.max_aux:
+            raise ValueError(f"{count} aux vectors, expected at most max_aux={self.config.max_aux}")
+        return tokens + self.slot[:count].astype(tokens.dtype)

@@ -1,0 +1,29 @@
+"""Training: configuration, state, loss, loop, checkpoints."""
+
+from slam_jax.training.checkpoint import CheckpointError, Checkpoints
+from slam_jax.training.experiment import Experiment, RunConfig, default_config, override
+from slam_jax.training.loading import Loaded, load
+from slam_jax.training.loop import train
+from slam_jax.training.losses import LossConfig, slam_v3_loss
+from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
+from slam_jax.training.state import TrainState, make_train_step, merge_model, split_model
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "Experiment",
+    "Loaded",
+    "LossConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "TrainState",
+    "default_config",
+    "load",
+    "make_optimizer",
+    "make_train_step",
+    "merge_model",
+    "override",
+    "slam_v3_loss",
+    "split_model",
+    "train",
+]

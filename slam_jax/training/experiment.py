@@ -1,0 +1,196 @@
+"""The door at which a ConfigDict stops: beyond it there are frozen, checked dataclasses only."""
+
+import ast
+import copy
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from slam_jax.data import DataConfig
+from slam_jax.errors import ConfigError, check_names, require
+from slam_jax.slam_v3 import SlamV3Config
+from slam_jax.slam_v3.config import PRESETS
+from slam_jax.training.losses import LossConfig
+from slam_jax.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """num_steps: steps of the whole run. log_every: steps between lines of the metrics file.
+    evaluate_every: steps between evaluations on the validation split, each followed by a
+    checkpoint. evaluate_views: the views evaluated then; () = those that the run trains on.
+    evaluate_batches: batches a view, None = the whole split. keep_every: checkpoints at its
+    multiples are kept for good, None = only the latest and the best.
+    tensorboard: write event files too (extra `tracking`).
+    """
+
+    num_steps: int = 1_000
+    log_every: int = 20
+    evaluate_every: int = 500
+    evaluate_views: tuple[str, ...] = ()
+    evaluate_batches: int | None = None
+    keep_every: int | None = None
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "evaluate_views", tuple(self.evaluate_views))
+        for field in ("num_steps", "log_every", "evaluate_every"):
+            value = getattr(self, field)
+            require(value >= 1, f"run.{field}", value, "at least 1")
+        for field in ("evaluate_batches", "keep_every"):
+            value = getattr(self, field)
+            require(value is None or value >= 1, f"run.{field}", value, "None or at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A whole run. seed: of the parameters and of dropout.
+
+    The model's vocabulary is 1 until the tokenizer is known: see `with_vocabulary`.
+    """
+
+    seed: int
+    model: SlamV3Config
+    data: DataConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    run: RunConfig
+
+    @classmethod
+    def from_config(cls, config: ConfigDict | Mapping[str, Any]) -> typing.Self:
+        """Raises ConfigError, naming the field, for whatever cannot be built."""
+        values = as_json(config)
+        values["model"] = {"vocab_size": 1, **values.get("model", {})}
+        return _build(cls, values, "")
+
+    def with_vocabulary(self, vocab_size: int) -> SlamV3Config:
+        """The model's configuration for a tokenizer of `vocab_size` tokens."""
+        return dataclasses.replace(self.model, vocab_size=vocab_size)
+
+
+def default_config(preset: str = "small") -> ConfigDict:
+    """Every field a config may have; a file in configs/ starts from it and changes some.
+
+    `preset` is one of `slam_jax.slam_v3.config.PRESETS`. None stands for "derived" or "off". The
+    vocabulary is the tokenizer's and no field.
+    """
+    model = _defaults(SlamV3Config)
+    del model["vocab_size"]
+    image = {**model["image"], **PRESETS[preset].get("image", {})}
+    parts = {"data": DataConfig, "loss": LossConfig, "optimizer": OptimizerConfig, "run": RunConfig}
+    return ConfigDict(
+        {
+            "seed": 0,
+            "model": {**model, **PRESETS[preset], "image": image},
+            **{name: _defaults(part) for name, part in parts.items()},
+        },
+    )
+
+
+def as_json(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as it stands beside a checkpoint: dicts, lists, numbers and texts."""
+    plain = config.to_dict() if isinstance(config, ConfigDict) else config
+    return json.loads(json.dumps(plain))
+
+
+def flatten(config: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+    """Nested groups as one level of dotted names."""
+    flat = {}
+    for name, value in config.items():
+        inner = isinstance(value, Mapping)
+        flat |= flatten(value, f"{group}{name}.") if inner else {group + name: value}
+    return flat
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """The defaults as written, before a class derives values from them; None keeps its type."""
+    types, defaults = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        value = None if field.default is dataclasses.MISSING else field.default
+        if dataclasses.is_dataclass(value):
+            value = _defaults(type(value))
+        elif value is None:
+            value = placeholder(next(t for t in (*typing.get_args(types[field.name]), int) if t))
+        defaults[field.name] = value
+    return defaults
+
+
+def _build(cls: type, values: Mapping[str, Any], group: str) -> Any:
+    """The dataclass `cls` from nested mappings, its field types checked."""
+    types = typing.get_type_hints(cls)
+    check_names(values, list(types), group.rstrip(".") or "the config")
+    built = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(types[name]):
+            require(isinstance(value, Mapping), group + name, value, "a group of fields")
+            built[name] = _build(types[name], value, f"{group}{name}.")
+        else:
+            require(_fits(value, types[name]), group + name, value, _describe(types[name]))
+            built[name] = value
+    try:
+        return cls(**built)
+    except ConfigError as error:
+        raise ConfigError(error if str(error).startswith(group) else f"{group}{error}") from None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    options = typing.get_args(kind) if _is_union(kind) else (kind,)
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if origin is float and isinstance(value, int) and not isinstance(value, bool):
+            return True
+        if origin is int and isinstance(value, bool):
+            continue
+        if isinstance(origin, type) and issubclass(origin, Sequence) and origin is not str:
+            # JSON has lists only.
+            if isinstance(value, (list, tuple)):
+                return True
+        elif isinstance(value, origin):
+            return True
+    return False
+
+
+def _is_union(kind: Any) -> bool:
+    return type(None) in typing.get_args(kind)
+
+
+def _describe(kind: Any) -> str:
+    options = typing.get_args(kind) if _is_union(kind) else (kind,)
+    names = {
+        type(None): "None",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "True or False",
+    }
+    return " or ".join(names.get(option, "a list") for option in options)
+
+
+def override(config: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """The configuration with `--config.group.field=value` arguments applied.
+
+    Values are Python literals, or else text. Raises ConfigError for an argument of another form and
+    for a field that the configuration does not have.
+    """
+    changed = copy.deepcopy(dict(config))
+    for argument in arguments:
+        path, equals, text = argument.lstrip("-").partition("=")
+        first, *groups = path.split(".")
+        if first != "config" or not groups or not equals:
+            raise ConfigError(f"argument {argument!r}; expected --config.field=value")
+        target = changed
+        for i, name in enumerate(groups):
+            known = list(target) if isinstance(target, dict) else []
+            check_names([name], known, ".".join(groups[:i]) or "the config")
+            if i < len(groups) - 1:
+                target = target[name]
+        try:
+            target[groups[-1]] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            target[groups[-1]] = text
+    return changed

@@ -1,0 +1,28 @@
+"""What the host needs to know before the first computation."""
+
+import ctypes
+import os
+import pathlib
+
+import jax
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+def tune_host() -> None:
+    """Keeps compiled programs between runs and memory between steps; called by `train`.
+
+    Compiled programs go to $SLAM_JAX_CACHE_DIR or ~/.cache/slam_jax/xla unless JAX was told of
+    another place. XLA:CPU allocates its temporaries anew at every execution; glibc gives large ones
+    back to the system at once, which then clears the same pages again, step after step. Kept, a
+    gated MLP's gradient takes 0.6 times as long (benchmarks/host_memory.py).
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        chosen = os.environ.get("SLAM_JAX_CACHE_DIR") or "~/.cache/slam_jax/xla"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(chosen).expanduser()))
+    # Absent on macOS and on Linuxes without glibc, where nothing needs to be done.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+        mallopt(_M_TOP_PAD, 64 << 20)

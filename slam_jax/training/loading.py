@@ -1,0 +1,48 @@
+"""From a workdir to a model that answers."""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+from flax import nnx
+
+from slam_jax.data import Tokenizer
+from slam_jax.slam_v3 import SlamV3
+from slam_jax.training.checkpoint import Checkpoints
+from slam_jax.training.experiment import Experiment
+from slam_jax.training.state import merge_model, split_model
+
+
+class Loaded(NamedTuple):
+    """A trained model with all that is needed to use it.
+
+    config: the configuration of its run as nested dicts. step: of the checkpoint it is from.
+    """
+
+    model: SlamV3
+    tokenizer: Tokenizer
+    config: dict[str, Any]
+    step: int
+
+
+def load(workdir: str | Path, step: int | Literal["best", "latest"] | None = None) -> Loaded:
+    """The model of a checkpoint: `step`, or the best where it is None.
+
+    With an optimizer that averages parameters, the averaged ones. Only arrays and JSON are read;
+    nothing from the workdir is executed.
+
+    Raises:
+      CheckpointError: there is no such workdir or step, or it does not fit its configuration.
+    """
+    checkpoints = Checkpoints(workdir)
+    found = checkpoints.resolve(step)
+    config = checkpoints.read_config(found)
+    tokenizer = Tokenizer.from_json(checkpoints.read_tokenizer(found))
+    experiment = Experiment.from_config(config)
+    model = nnx.eval_shape(
+        lambda: SlamV3(experiment.with_vocabulary(tokenizer.vocab_size), rngs=nnx.Rngs(0))
+    )
+    graphdef, like = split_model(model)
+    part = "params" if experiment.optimizer.ema_decay is None else "ema"
+    params = jax.device_put(checkpoints.restore_subtree(found, part, like))
+    return Loaded(merge_model(graphdef, params), tokenizer, config, found)

@@ -1,0 +1,102 @@
+"""Metrics of a run: a JSON line a record in `WORKDIR/metrics.jsonl`, and TensorBoard if wanted."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends records to a run's metrics file, each flushed as it is written.
+
+    Args:
+        workdir: folder of the run, created if needed.
+        resume_step: step that the run goes on from. Records of later steps are dropped, since they
+            will be written again, and so is a last line that a killed run left unfinished.
+        tensorboard: also write event files to `WORKDIR/tensorboard`.
+
+    Raises:
+        ValueError: TensorBoard is asked for and tensorboardX is not installed.
+    """
+
+    def __init__(self, workdir: str | Path, *, resume_step: int = 0, tensorboard: bool = False):
+        workdir = Path(workdir)
+        self._board = _board(workdir / "tensorboard", resume_step) if tensorboard else None
+        workdir.mkdir(parents=True, exist_ok=True)
+        _drop_after(workdir / _FILE, resume_step)
+        self._file = (workdir / _FILE).open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+        """Writes one record.
+
+        Args:
+            step: step of the run that the values belong to.
+            split: `train` or `validation`.
+            values: numbers or arrays of one; not-a-number and infinities become null, which keeps
+                every line valid JSON. Texts are kept, in the file alone.
+        """
+        texts = {name: value for name, value in values.items() if isinstance(value, str)}
+        numbers = {name: float(value) for name, value in values.items() if name not in texts}
+        finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        self._file.write(json.dumps({"step": int(step), "split": split, **texts, **finite}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, number in numbers.items():
+                self._board.add_scalar(f"{split}/{name}", number, int(step))
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
+    """All records of a run in the order written: `step`, `split`, and floats or None by name."""
+    return [record for record, _ in _records(Path(workdir) / _FILE)]
+
+
+def _records(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """Records with their lines; a line that a killed run left unfinished is passed over."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if line.endswith("\n") and isinstance(record, dict) and "step" in record:
+                records.append((record, line))
+    return records
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = "".join(line for record, line in _records(path) if record["step"] <= step)
+    if kept.encode() == path.read_bytes():
+        return
+    # A new file renamed over the old one: a kill in between loses no line.
+    new = path.with_suffix(".tmp")
+    new.write_text(kept, encoding="utf-8")
+    os.replace(new, path)
+
+
+def _board(folder: Path, resume_step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "TensorBoard needs tensorboardX, which is not installed: "
+            "`pip install 'slam_jax[tracking]'`, or turn it off in the configuration"
+        ) from None
+    return SummaryWriter(str(folder), purge_step=resume_step + 1)

@@ -1,0 +1,111 @@
+"""How a run is doing, for the person who watches: a bar on a terminal, plain lines elsewhere."""
+
+import time
+from collections import deque
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
+
+_WINDOW = 50  # updates that rates and the remaining time are taken over
+
+
+class Progress:
+    """Shows step, loss, rates and the remaining time of a run.
+
+    Args:
+        total_steps: step at which the run ends.
+        first_step: step that the run goes on from.
+        every: steps between two plain lines, where there is no terminal.
+        console: where to show it; by default standard output.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        every: int = 100,
+        console: Console | None = None,
+    ):
+        self._total = total_steps
+        self._every = every
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._recent: deque[tuple[float, int, int, int]] = deque(maxlen=_WINDOW + 1)
+        self._recent.append((time.monotonic(), first_step, 0, 0))
+        # A narrow terminal wraps the status; the other columns keep their width.
+        width = len(f"step {total_steps}/{total_steps}")
+        self._bar = Bar(
+            TextColumn("step {task.completed}/{task.total}", table_column=Column(min_width=width)),
+            BarColumn(bar_width=12, table_column=Column(min_width=12)),
+            TextColumn("{task.fields[status]}", markup=False, table_column=Column(ratio=1)),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total_steps, completed=first_step, status="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def update(
+        self, step: int, *, loss: float, examples: int = 0, tokens: int = 0, view: str = ""
+    ) -> None:
+        """Shows a finished step.
+
+        Args:
+            step: its number.
+            loss: its loss.
+            examples: how many examples were seen since the last update.
+            tokens: how many tokens were seen since the last update.
+            view: what the examples were given as.
+        """
+        _, _, seen_examples, seen_tokens = self._recent[-1]
+        now = time.monotonic()
+        self._recent.append((now, step, seen_examples + examples, seen_tokens + tokens))
+        status = self._status(loss, view)
+        self._bar.update(self._task, completed=step, status=status)
+        if not self._console.is_terminal and (step % self._every == 0 or step == self._total):
+            self.log(f"step {step}/{self._total} · {status}")
+
+    def log(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        self._console.print(self._writable(text), markup=False)
+
+    def _status(self, loss: float, view: str) -> str:
+        old, new = self._recent[0], self._recent[-1]
+        seconds = max(new[0] - old[0], 1e-9)
+        steps, examples, tokens = (new[i] - old[i] for i in (1, 2, 3))
+        parts = [f"view {view}"] if view else []
+        parts.append(f"loss {loss:.3f}")
+        if examples:
+            parts.append(f"{_rate(examples / seconds)} examples/s")
+        if tokens:
+            parts.append(f"{_rate(tokens / seconds)} tokens/s")
+        if steps:
+            parts.append(f"ETA {_clock((self._total - new[1]) * seconds / steps)}")
+        return self._writable(" · ".join(parts))
+
+    def _writable(self, text: str) -> str:
+        """The text with what the terminal's encoding lacks replaced, which would raise there."""
+        encoding = self._console.encoding
+        if not encoding.startswith("utf"):
+            text = text.replace("·", "|")
+        return text.encode(encoding, "replace").decode(encoding)
+
+
+def _rate(value: float) -> str:
+    if value >= 1e4:
+        return f"{value:.1e}".replace("e+0", "e")
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,109 @@
+"""The state of a run and the one pure step that takes it on."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from slam_jax.training.losses import LossParts
+
+
+@struct.dataclass
+class TrainState:
+    """All that a run is: saved, restored and donated as one.
+
+    step: steps taken. params: nested dicts of arrays. ema: their running average, or None.
+    key: the root of all randomness; that of a step is folded from it and the step.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: optax.OptState
+    ema: Any
+    key: PRNGKeyArray
+
+    @property
+    def best_params(self) -> Any:
+        """The parameters to evaluate: the average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+class StepMetrics(NamedTuple):
+    loss: LossParts
+    grad_norm: Float[Array, ""]
+
+
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
+    """A model as its structure and its parameters in nested dicts; `merge_model` is the inverse."""
+    graphdef, params = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def merge_model(graphdef: nnx.GraphDef, params: Any) -> Any:
+    return nnx.merge(graphdef, nnx.State(params))
+
+
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, key: PRNGKeyArray, *, ema: bool
+) -> TrainState:
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        key=key,
+    )
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    loss_fn: Callable[..., LossParts],
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float | None = None,
+    accumulate_steps: int = 1,
+) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
+    """(state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    loss_fn: (model, batch, key=) -> LossParts. With `accumulate_steps` the leading axis of the
+    batch is taken in that many parts and their gradients are averaged.
+    """
+
+    def gradients(params, batch, key):
+        def loss(params):
+            parts = loss_fn(merge_model(graphdef, params), batch, key=key)
+            return parts.total, parts
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    def accumulated(params, batch, key):
+        parts = jax.tree.map(lambda x: x.reshape(accumulate_steps, -1, *x.shape[1:]), batch)
+        keys = jax.random.split(key, accumulate_steps)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradients(params, *part)), None
+
+        shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], parts), key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, (parts, keys))
+        return jax.tree.map(lambda x: x / accumulate_steps, total)
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        take = gradients if accumulate_steps == 1 else accumulated
+        grads, loss = take(state.params, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema_decay is not None:
+            # The average forgets its random start first, then settles.
+            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = optax.incremental_update(params, ema, 1.0 - decay)
+        state = TrainState(state.step + 1, params, opt_state, ema, state.key)
+        return state, StepMetrics(loss, optax.global_norm(grads))
+
+    return step

@@ -1,0 +1,292 @@
+"""Checkpoints come back bit for bit or not at all, and the right ones are kept."""
+
+import contextlib
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from slam_jax.training.checkpoint import CheckpointError, Checkpoints
+
+
+@flax.struct.dataclass
+class State:
+    step: Any
+    params: Any
+    opt_state: Any
+    ema: Any
+    key: Any
+
+
+def make_state(seed: int = 0, ema: bool = False) -> State:
+    key = jax.random.key(seed)
+    params = {
+        "encoder": {"kernel": jax.random.normal(key, (8, 4))},
+        "decoder": {"bias": jax.random.normal(key, (4,), jnp.bfloat16)},
+    }
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    return State(
+        step=jnp.int32(seed),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(lambda x: x + 1, params) if ema else None,
+        key=jax.random.fold_in(key, 7),
+    )
+
+
+def abstract(tree):
+    return jax.eval_shape(lambda: tree)
+
+
+def save(checkpoints, step, state=None, *, config=None, tokenizer="{}", **metrics):
+    state = make_state(step) if state is None else state
+    config = config or {"seed": step}
+    return checkpoints.save(step, state, config=config, tokenizer=tokenizer, metrics=metrics)
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Files may not grow over a few KiB, which a write notices in the background."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def big():
+    return {"x": jax.random.normal(jax.random.key(0), (1 << 16,))}
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_round_trip_is_bit_for_bit(tmp_path, ema):
+    state = make_state(3, ema=ema)
+    tokenizer = '{"a":  "é\\n"}'
+    config = {"model": {"width": 8, "rate": 1e-3, "name": "ü", "none": None}, "views": ["aux"]}
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 3, state, config=config, tokenizer=tokenizer, accuracy=np.float32(0.5))
+    reader = Checkpoints(tmp_path)
+    assert_same(reader.restore(3, abstract(state)), state)
+    assert_same(reader.restore(3, state), state)
+    assert reader.read_config(3) == config
+    assert reader.read_tokenizer(3) == tokenizer
+    assert reader.read_metrics(3) == {"accuracy": 0.5}
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    update = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    state = {"x": jnp.arange(1 << 20, dtype=jnp.float32)}
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, state)
+        for _ in range(3):
+            state = update(state)
+        checkpoints.wait()
+        restored = checkpoints.restore(1, abstract(state))
+    np.testing.assert_array_equal(restored["x"], np.arange(1 << 20))
+
+
+def test_latest_best_and_every_kth_are_kept(tmp_path):
+    nan = float("nan")
+    scores = {1: 0.5, 2: 0.9, 3: None, 4: 0.1, 5: 0.9, 6: 0.2, 7: nan, 8: 0.3, 9: 0.1}
+    checkpoints = Checkpoints(tmp_path, keep_every=2)
+    for step, score in scores.items():
+        save(checkpoints, step, **({} if score is None else {"accuracy": score}))
+        if step in (3, 7):  # a run that is started again knows the best so far
+            checkpoints.close()
+            checkpoints = Checkpoints(tmp_path, keep_every=2)
+    checkpoints.close()
+    assert checkpoints.steps() == [2, 4, 5, 6, 8, 9]
+    assert (checkpoints.latest(), checkpoints.best()) == (9, 5)
+    assert checkpoints.resolve() == checkpoints.resolve("best") == 5
+    assert checkpoints.resolve("latest") == checkpoints.resolve("9") == 9
+
+
+def test_a_saved_step_is_left_as_it_is(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert save(checkpoints, 2, config={"first": True})
+        assert not save(checkpoints, 2, config={"first": False})
+    assert checkpoints.read_config(2) == {"first": True}
+
+
+KERNEL = "params/encoder/kernel"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.replace(ema=s.params), "ema/decoder/bias is absent .* and bfloat16.4. here"),
+        (lambda s: s.replace(key=None), "key is uint32.2. .* and absent here"),
+        (lambda s: s.replace(step=jnp.zeros((3,), jnp.int32)), "step is int32.. .* and int32.3. h"),
+        (lambda s: s.replace(key=jax.random.key(0, impl="rbg")), "key is uint32.2. .* uint32.4. h"),
+        (
+            lambda s: s.replace(params=jax.tree.map(lambda x: x.astype("float16"), s.params)),
+            r"params/decoder/bias is bfloat16\[4\] in the checkpoint and float16\[4\] here",
+        ),
+        (
+            lambda s: s.replace(params=jax.tree.map(lambda x: x.T, s.params)),
+            rf"{KERNEL} is float32\[8, 4\] in the checkpoint and float32\[4, 8\] here",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(tmp_path, change, message):
+    state = make_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, state)
+        checkpoints.wait()
+        with pytest.raises(CheckpointError, match=message) as error:
+            checkpoints.restore(1, change(state))
+    assert "\n" not in str(error.value)
+
+
+def test_a_part_is_read_alone(tmp_path):
+    state = make_state(ema=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, state)
+        save(checkpoints, 2, make_state())
+        checkpoints.wait()
+        like = abstract(state.params)
+        assert_same(checkpoints.restore_subtree(2, "params", like), state.params)
+        with pytest.raises(CheckpointError, match="ema/decoder/bias is absent in the checkpoint"):
+            checkpoints.restore_subtree(2, "ema", like)
+        with pytest.raises(CheckpointError, match=f"{KERNEL} is float32.* and absent here"):
+            checkpoints.restore_subtree(2, "params", {"decoder": like["decoder"]})
+    with Checkpoints(tmp_path / "other") as checkpoints:
+        save(checkpoints, 1, state)
+        checkpoints.wait()
+        assert_same(checkpoints.restore_subtree(1, "ema", like), state.ema)
+
+
+def test_a_failed_write_surfaces_and_loses_nothing(tmp_path, big):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1, big)
+    checkpoints.wait()
+    for surface in (checkpoints.wait, lambda: save(checkpoints, 3, big), checkpoints.close):
+        with full_disk():
+            save(checkpoints, 2, big)
+            with pytest.raises(
+                CheckpointError, match="2: the checkpoint could not be written"
+            ) as e:
+                surface()
+        assert "\n" not in str(e.value)
+        assert checkpoints.steps() == [1]
+        assert_same(checkpoints.restore("latest", big), big)
+    save(checkpoints, 2, big)  # the disk has room again
+    checkpoints.close()
+    assert checkpoints.steps() == [2]
+
+
+def test_a_write_that_cannot_start_says_why(tmp_path, big):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file/checkpoints/1: .*Not a directory"):
+        save(Checkpoints(tmp_path / "file"), 1, big)
+
+
+def test_only_committed_steps_count(tmp_path, big):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, big)
+    folder = checkpoints.directory
+    (folder / "9").mkdir()
+    (folder / "notes").mkdir()
+    for step in (7, 8):  # what a killed run leaves behind
+        shutil.copytree(folder / "1", folder / f"{step}.orbax-checkpoint-tmp")
+    before = sorted(folder.rglob("*"))
+    assert checkpoints.steps() == [1]
+    assert_same(checkpoints.restore("latest", big), big)
+    assert sorted(folder.rglob("*")) == before  # a reader leaves a run in progress alone
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 8, big)
+        save(checkpoints, 9, big)
+    assert checkpoints.steps() == [9]
+    assert {path.name for path in folder.iterdir()} <= {"9", "notes"}
+
+
+def test_a_step_that_is_not_there_is_one_clear_line(tmp_path, big):
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        Checkpoints(tmp_path / "nowhere").resolve("latest")
+    assert not (tmp_path / "nowhere").exists()
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        Checkpoints(tmp_path).read_config(3)
+    assert Checkpoints(tmp_path).latest() is Checkpoints(tmp_path).best() is None
+    with Checkpoints(tmp_path, keep_every=1) as checkpoints:
+        save(checkpoints, 1, big)
+        save(checkpoints, 2, big)
+    assert checkpoints.resolve() == 2
+    for step, message in (
+        (3, "no checkpoint of step 3; there are: 1, 2"),
+        ("last", "'last', expected a number, 'latest' or 'best'; there are: 1, 2"),
+        ("best", "no checkpoint has the metric 'accuracy'; there are: 1, 2"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.restore(step, big)
+
+
+@pytest.mark.parametrize("file", ["state/_METADATA", "config/data.json", "metrics/metrics"])
+def test_broken_files_are_one_error_that_names_the_step(tmp_path, big, file):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 4, big, accuracy=1.0)
+    path = checkpoints.directory / "4" / file
+    path.write_bytes(path.read_bytes()[:3])
+    read = {
+        "state/_METADATA": lambda: checkpoints.restore_subtree(4, "x", big["x"]),
+        "config/data.json": lambda: checkpoints.read_config(4),
+        "metrics/metrics": checkpoints.best,
+    }[file]
+    with pytest.raises(CheckpointError, match="checkpoints/4: .* could not be read") as error:
+        read()
+    assert "\n" not in str(error.value)
+
+
+ON_FOUR_DEVICES = """
+import sys, jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from slam_jax.training.checkpoint import Checkpoints
+there, back = sys.argv[1:]
+rows = NamedSharding(Mesh(jax.devices(), ("data",)), PartitionSpec("data"))
+like = {"x": jax.ShapeDtypeStruct((8, 2), "float32", sharding=rows)}
+state = Checkpoints(there).restore(1, like)
+assert len(state["x"].addressable_shards) == 4
+with Checkpoints(back) as checkpoints:
+    checkpoints.save(1, state, config={}, tokenizer="", metrics={})
+"""
+
+
+def test_devices_may_change_between_runs(tmp_path):
+    state = {"x": jnp.arange(16.0).reshape(8, 2)}
+    with Checkpoints(tmp_path / "one") as checkpoints:
+        save(checkpoints, 1, state)
+    subprocess.run(
+        [sys.executable, "-c", ON_FOUR_DEVICES, tmp_path / "one", tmp_path / "four"],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        check=True,
+    )
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    like = {
+        "x": jax.ShapeDtypeStruct(
+            (8, 2), "float32", sharding=NamedSharding(mesh, PartitionSpec("data"))
+        )
+    }
+    restored = Checkpoints(tmp_path / "four").restore(1, like)
+    assert_same(restored, state)
+    assert restored["x"].sharding == like["x"].sharding
+    assert_same(Checkpoints(tmp_path / "four").restore(1, abstract(state)), state)

@@ -1,0 +1,120 @@
+"""The metrics file has no gap, no double line and no invalid one; progress shows what it says."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from slam_jax.training import progress as progress_module
+from slam_jax.training.metrics import MetricsWriter, read_metrics
+from slam_jax.training.progress import Progress
+
+
+def strict(text):
+    def refuse(constant):
+        raise ValueError(constant)
+
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_records_are_valid_json_and_can_be_read_while_writing(tmp_path):
+    with MetricsWriter(tmp_path / "run") as writer:
+        writer.write(1, "train", {"loss": np.float32(0.5), "nan": float("nan")})
+        writer.write(2, "validation", {"up": np.inf, "down": -np.inf})
+        expected = [
+            {"step": 1, "split": "train", "loss": 0.5, "nan": None},
+            {"step": 2, "split": "validation", "up": None, "down": None},
+        ]
+        assert read_metrics(tmp_path / "run") == expected
+        assert strict((tmp_path / "run" / "metrics.jsonl").read_text()) == expected
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 7, "spl', '{"step": 3, "split": "train"}'])
+def test_a_resumed_run_writes_the_same_file_as_an_unbroken_one(tmp_path, torn):
+    def records(first, last):
+        return [(s, "train", {"loss": 1 / s}) for s in range(first, last + 1)]
+
+    with MetricsWriter(tmp_path / "whole") as writer:
+        for record in records(1, 9):
+            writer.write(*record)
+    with MetricsWriter(tmp_path / "broken") as writer:
+        for record in records(1, 6):
+            writer.write(*record)
+    with open(tmp_path / "broken" / "metrics.jsonl", "a") as file:
+        file.write(torn)
+    with MetricsWriter(tmp_path / "broken", resume_step=4) as writer:
+        for record in records(5, 9):
+            writer.write(*record)
+    whole, broken = (tmp_path / run / "metrics.jsonl" for run in ("whole", "broken"))
+    assert broken.read_bytes() == whole.read_bytes()
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_gets_every_record(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        writer.write(1, "train", {"loss": 0.5})
+        writer.write(1, "validation", {"accuracy": 0.25})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert all(name in events.read_bytes() for name in (b"train/loss", b"validation/accuracy"))
+
+
+def test_tensorboard_without_its_package_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    with pytest.raises(ValueError, match=r"tensorboardX.*slam_jax\[tracking\]") as error:
+        MetricsWriter(tmp_path / "run", tensorboard=True)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def run_progress(monkeypatch, console, **options):
+    clock = iter(range(1000))
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock) / 2)
+    with Progress(240, first_step=120, every=50, console=console, **options) as progress:
+        for step in range(121, 241):
+            progress.update(step, loss=1 / step, examples=64, tokens=6400, view="image")
+            if step == 160:
+                progress.log("saved [best] 3/4")
+
+
+def test_without_a_terminal_there_are_plain_lines(monkeypatch):
+    out = io.StringIO()
+    run_progress(monkeypatch, Console(file=out, width=40, soft_wrap=True, highlight=False))
+    rates = "128 examples/s · 1.3e4 tokens/s"
+    assert out.getvalue().splitlines() == [
+        f"step 150/240 · view image · loss 0.007 · {rates} · ETA 0:45",
+        "saved [best] 3/4",
+        f"step 200/240 · view image · loss 0.005 · {rates} · ETA 0:20",
+        f"step 240/240 · view image · loss 0.004 · {rates} · ETA 0:00",
+    ]
+
+
+def test_on_a_terminal_the_bar_ends_whole_and_lines_stand_above_it(monkeypatch):
+    out = io.StringIO()
+    console = Console(
+        file=out, force_terminal=True, width=120, color_system=None, legacy_windows=False
+    )
+    run_progress(monkeypatch, console)
+    lines = out.getvalue().splitlines()
+    assert any("saved [best] 3/4" in line for line in lines)
+    assert "step 150/240 · " not in out.getvalue()
+    last = [line for line in lines if "step 240/240" in line][-1]
+    assert last.rstrip().endswith("1.3e4 tokens/s · ETA 0:00")
+
+
+def test_a_terminal_without_unicode_is_no_crash(monkeypatch):
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
+    with Progress(2, every=1, console=Console(file=out, width=80)) as progress:
+        progress.update(1, loss=0.5, view="image")
+        progress.log("é · ok")
+    assert raw.getvalue().decode("ascii").splitlines()[-1] == "? | ok"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (372, "6:12"), (36_061, "10:01:01")]
+)
+def test_remaining_time(seconds, text):
+    assert progress_module._clock(seconds) == text
