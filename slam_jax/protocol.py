@@ -1,6 +1,6 @@
 """What training, generation and evaluation know of a model, whatever it is made of."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from flax import struct
 from jaxtyping import Array, Float, Int
@@ -13,6 +13,7 @@ class Output:
     logits: Float[Array, "*B T V"]
 
 
+@runtime_checkable
 class Decodable(Protocol):
     """A model that continues token sequences with a cache passed in and out.
 

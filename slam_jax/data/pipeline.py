@@ -76,6 +76,7 @@ class Batch:
     tokens: Int[Array | np.ndarray, "B Q T"]
     prompt_length: Int[Array | np.ndarray, "B Q"]
     length: Int[Array | np.ndarray, "B Q"]
+    paired: bool = struct.field(pytree_node=False, default=False)
 
 
 class EvaluationBatch(NamedTuple):

@@ -1,7 +1,7 @@
 """What a SLAM v3 is made of: frozen, checked where it is built, and nothing else is consulted."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -160,7 +160,7 @@ class SlamV3Config:
         return {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
 
     @classmethod
-    def preset(cls, name: str, vocab_size: int, **overrides: Any) -> Self:
+    def preset(cls, name: str, vocab_size: int, **overrides: Any) -> "SlamV3Config":
         """One of `PRESETS`, with some fields changed."""
         fields = {**PRESETS[name], **overrides}
         image = fields.get("image", {})

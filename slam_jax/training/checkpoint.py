@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -47,7 +47,7 @@ class Checkpoints:
         self._pending: tuple[int, ocp.AsyncResponse[bool]] | None = None
         logging.getLogger("absl").addFilter(_is_not_orbax)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -62,7 +62,7 @@ class Experiment:
     run: RunConfig
 
     @classmethod
-    def from_config(cls, config: ConfigDict | Mapping[str, Any]) -> typing.Self:
+    def from_config(cls, config: ConfigDict | Mapping[str, Any]) -> "Experiment":
         """Raises ConfigError, naming the field, for whatever cannot be built."""
         values = as_json(config)
         values["model"] = {"vocab_size": 1, **values.get("model", {})}

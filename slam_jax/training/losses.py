@@ -40,7 +40,7 @@ class LossParts(NamedTuple):
     accuracy: Float[Array, ""]
 
 
-def answer_mask(batch: Batch) -> Bool[Array, "B Q T-1"]:
+def answer_mask(batch: Batch) -> Bool[Array, "B Q _"]:
     """True at positions t whose next token belongs to the answer or is the <eos> after it."""
     t = jnp.arange(batch.tokens.shape[-1] - 1)
     first, end = batch.prompt_length[..., None] - 1, batch.length[..., None] - 1

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 _FILE = "metrics.jsonl"
 
@@ -31,7 +31,7 @@ class MetricsWriter:
         _drop_after(workdir / _FILE, resume_step)
         self._file = (workdir / _FILE).open("a", encoding="utf-8")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -2,7 +2,6 @@
 
 import time
 from collections import deque
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -46,7 +45,7 @@ class Progress:
         )
         self._task = self._bar.add_task("", total=total_steps, completed=first_step, status="")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         self._bar.start()
         return self
 

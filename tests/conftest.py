@@ -1,0 +1,65 @@
+"""Shared by all tests: models that are built once, and something to put into them."""
+
+import dataclasses
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import slam_jax.evaluation.checkpoint  # noqa: F401  (with it all modules are there)
+from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
+
+# Accelerators multiply float32 in fewer bits by default; the tolerances here are those of float32.
+jax.config.update("jax_default_matmul_precision", "highest")
+# Nearly all of the time goes into compiling what then runs for a millisecond.
+jax.config.update("jax_disable_most_optimizations", True)
+
+# Shapes and types are checked where functions are called, and not where dataclasses are built: JAX
+# builds those of arrays with whatever a tree may hold (shapes without values, shardings, None), and
+# those of settings check themselves.
+for name, module in list(sys.modules.items()):
+    for cls in vars(module).values() if name.startswith("slam_jax.") else ():
+        if dataclasses.is_dataclass(cls) and isinstance(cls, type) and cls.__module__ == name:
+            cls.__init__ = inspect.unwrap(cls.__init__)
+
+VOCAB = 13
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[..., SlamV3]:
+    """`build(**changes)`: the tiny preset with some fields changed, one model a configuration.
+
+    The models are shared: a test that changes one has to copy it first.
+    """
+
+    @functools.cache
+    def make(**changes) -> SlamV3:
+        config = SlamV3Config.preset("tiny", VOCAB, **changes)
+        return jax.jit(lambda: SlamV3(config, rngs=nnx.Rngs(0)))()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_inputs() -> Callable[..., Any]:
+    """`make_inputs(batch)`: random inputs of the tiny preset, all streams present and masked."""
+
+    def make(batch: int = 2, *, text: int = 6, aux: int = 3, size: int = 24, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        arrays: dict[str, Any] = {
+            "text": rng.integers(0, VOCAB, (batch, text), np.int32),
+            "text_mask": np.ones((batch, text), bool),
+            "image": rng.integers(0, 256, (batch, size, size, 3), np.uint8),
+            "image_mask": np.ones(batch, bool),
+            "aux": rng.normal(size=(batch, aux, 5)).astype(np.float32),
+            "aux_mask": np.ones((batch, aux), bool),
+        }
+        return Inputs(**arrays)
+
+    return make

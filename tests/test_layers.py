@@ -1,0 +1,338 @@
+"""Every layer by itself: what it computes, and what it must not look at."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from slam_jax.layers import (
+    GatedMLP,
+    LatentCrossAttention,
+    MultiHeadLatentAttention,
+    RMSNorm,
+    SelfAttention,
+    attend,
+    latent_attend,
+    masked_softmax,
+    rotary,
+)
+from slam_jax.layers.dropout import dropout, split
+from slam_jax.layers.linear import Linear
+
+DIM, HEADS, RANK, NOPE, ROPE, VALUE = 12, 2, 7, 6, 4, 5
+LENGTH = 8
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def close(x, y, tolerance=1e-5):
+    np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+def make_mla(**changes):
+    fields = {
+        "kv_lora_rank": RANK,
+        "qk_nope_head_dim": NOPE,
+        "qk_rope_head_dim": ROPE,
+        "v_head_dim": VALUE,
+        **changes,
+    }
+    # Under jit, since initialising compiles one program then and not a hundred.
+    return jax.jit(lambda: MultiHeadLatentAttention(DIM, HEADS, **fields, rngs=nnx.Rngs(0)))()
+
+
+VARIANTS = {"plain": {}, "query rank": {"q_lora_rank": 6}, "window": {"window": 3}}
+
+
+@pytest.fixture(scope="module", params=VARIANTS.values(), ids=list(VARIANTS))
+def mla(request):
+    return make_mla(**request.param)
+
+
+# --- Multi-head latent attention
+
+
+def test_latent_attention_is_its_definition_head_by_head(mla):
+    x, positions = normal(1, LENGTH, DIM), jnp.arange(LENGTH)
+
+    def weight(layer, head: Any = ...):
+        return np.asarray(layer.kernel[...])[:, head]
+
+    def turned(x):
+        return np.asarray(rotary(jnp.asarray(x)[:, None], positions))[:, 0]
+
+    latent = np.asarray(x if mla.q_lora_rank is None else mla.q_norm(x @ weight(mla.q_down)))
+    c_kv = np.asarray(mla.kv_norm(x @ weight(mla.kv_down)))
+    k_rope = turned(x @ weight(mla.k_rope))
+    y = np.zeros((LENGTH, DIM))
+    for head in range(HEADS):
+        q_rope = turned(latent @ weight(mla.q_rope, head))
+        q = np.concatenate([latent @ weight(mla.q_nope, head), q_rope], axis=-1)
+        k = np.concatenate([c_kv @ weight(mla.k_up, head), k_rope], axis=-1)
+        v = c_kv @ weight(mla.v_up, head)
+        for t in range(LENGTH):
+            seen = slice(0 if mla.window is None else max(0, t + 1 - mla.window), t + 1)
+            probs = np.exp(k[seen] @ q[t] / np.sqrt(NOPE + ROPE))
+            y[t] += probs / probs.sum() @ v[seen] @ np.asarray(mla.out.kernel[head])
+    close(mla(x), y)
+
+
+def test_prefill_and_steps_give_what_the_full_pass_gives_at_every_position(mla):
+    x = normal(2, 2, 2, LENGTH, DIM)
+    full = mla(x)
+    lengths = jnp.array([[5, 1], [3, 6]])
+    real = jnp.arange(6) < lengths[..., None]
+    prompt = jnp.where(real[..., None], x[:, :, :6], normal(3, 2, 2, 6, DIM))
+    y, cache = mla.prefill(prompt, mla.init_cache((2, 2), LENGTH), lengths)
+    close(y[real], full[:, :, :6][real])
+    step = jax.jit(MultiHeadLatentAttention.decode_step, static_argnames="absorbed")
+    for _ in range(LENGTH - 1):
+        at = jnp.minimum(cache.length, LENGTH - 1)[..., None, None]
+        token, expected = (jnp.take_along_axis(a, at, axis=-2) for a in (x, full))
+        unfinished = cache.length < LENGTH
+        expanded, _ = step(mla, token, cache, absorbed=False)
+        y, cache = step(mla, token, cache)
+        close(y[unfinished], expected[unfinished])
+        close(y, expanded)
+    assert cache.length.tolist() == [[LENGTH] * 2] * 2
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_a_token_depends_on_itself_and_those_before_it_in_its_window_and_no_other(window):
+    mla = make_mla(window=window)
+    jacobian = jax.jit(jax.jacobian(mla))(normal(4, LENGTH, DIM))
+    depends = np.abs(jacobian).max(axis=(1, 3)) > 0
+    distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
+    np.testing.assert_array_equal(depends, (distance >= 0) & (distance < (window or LENGTH)))
+
+
+def test_cache_is_three_small_arrays():
+    cache = make_mla().init_cache((2, 3), LENGTH)
+    assert {name: (x.shape, x.dtype) for name, x in vars(cache).items()} == {
+        "c_kv": ((2, 3, LENGTH, RANK), jnp.float32),
+        "k_rope": ((2, 3, LENGTH, ROPE), jnp.float32),
+        "length": ((2, 3), jnp.int32),
+    }
+    assert all(not x.any() for x in jax.tree.leaves(cache))
+
+
+def test_prefill_without_lengths_fills_the_first_places_and_no_other():
+    mla, x = make_mla(), normal(5, 1, 3, DIM)
+    _, cache = mla.prefill(x, mla.init_cache((1,), LENGTH))
+    assert cache.length.tolist() == [3]
+    assert cache.c_kv[:, :3].all()
+    assert not cache.c_kv[:, 3:].any()
+    assert not cache.k_rope[:, 3:].any()
+
+
+def test_a_full_cache_keeps_what_it_has():
+    mla = make_mla()
+    _, full = mla.prefill(normal(6, 2, LENGTH, DIM), mla.init_cache((2,), LENGTH))
+    _, after = mla.decode_step(normal(7, 2, 1, DIM), full)
+    jax.tree.map(np.testing.assert_array_equal, after, full)
+
+
+def test_prefill_of_more_than_the_cache_holds_says_what_would_fit():
+    mla = make_mla()
+    with pytest.raises(ValueError, match=r"8 tokens into a cache of 4.*max_length=8"):
+        mla.prefill(normal(8, 1, LENGTH, DIM), mla.init_cache((1,), 4))
+
+
+def test_latent_attention_computes_in_bfloat16_and_keeps_its_parameters():
+    exact, half = make_mla(), make_mla(dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}
+    x = normal(9, 2, LENGTH, DIM)
+    y, cache = half.prefill(x[:, :-1].astype(jnp.bfloat16), half.init_cache((2,), LENGTH))
+    step, _ = half.decode_step(x[:, -1:].astype(jnp.bfloat16), cache)
+    assert y.dtype == step.dtype == cache.c_kv.dtype == cache.k_rope.dtype == jnp.bfloat16
+    y = jnp.concatenate([y, step], axis=1).astype(jnp.float32)
+    close(y, exact(x), 0.05)
+
+
+def test_latent_attention_goes_through_jit_grad_and_vmap():
+    mla, x = make_mla(), normal(10, 3, LENGTH, DIM)
+    y = mla(x)
+    close(jax.jit(lambda mla, x: mla(x))(mla, x), y)
+    close(jax.vmap(lambda mla, x: mla(x), in_axes=(None, 0))(mla, x), y)
+    grads = jax.grad(lambda mla: jnp.sum(mla(x) ** 2))(mla)
+    assert all(g.any() and jnp.isfinite(g).all() for g in jax.tree.leaves(nnx.state(grads)))
+
+
+@pytest.mark.parametrize("with_rope", [False, True])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_absorbed_is_expanded(with_rope, with_mask):
+    rope = {"q_rope": normal(1, 2, 3, HEADS, ROPE), "k_rope": normal(2, 2, LENGTH, ROPE)}
+    arrays = (
+        normal(3, 2, 3, HEADS, NOPE),
+        normal(4, 2, LENGTH, RANK),
+        normal(5, RANK, HEADS, NOPE),
+        normal(6, RANK, HEADS, VALUE),
+    )
+    mask = jax.random.bernoulli(jax.random.key(7), 0.5, (2, 3, LENGTH)).at[0, 0].set(False)
+    kw = (rope if with_rope else {}) | ({"mask": mask} if with_mask else {})
+    expanded = latent_attend(*arrays, **kw, absorbed=False)
+    # Values of a few tens: relative to them.
+    close(latent_attend(*arrays, **kw, absorbed=True), expanded, 1e-4)
+    assert bool(expanded[0, 0].any()) is not with_mask
+
+
+def test_cross_attention_is_attention_to_keys_and_values_made_of_the_latents():
+    cross = LatentCrossAttention(
+        DIM, HEADS, kv_lora_rank=RANK, qk_head_dim=NOPE, v_head_dim=VALUE, rngs=nnx.Rngs(0)
+    )
+    x, bank = normal(1, 2, 3, DIM), normal(2, 2, LENGTH, RANK)
+    mask = (jnp.arange(LENGTH) < jnp.array([[5], [0]]))[:, None]
+    y = cross(x, bank, mask)
+    close(y, cross.out(attend(cross.q(x), cross.k_up(bank), cross.v_up(bank), mask)))
+    close(cross(x, bank, mask, absorbed=True), y)
+    close(cross(x, bank, absorbed=True), cross(x, bank))
+    assert y[0].any()
+    np.testing.assert_array_equal(y[1], 0)
+
+
+# --- Attention
+
+
+def test_a_row_that_may_attend_to_nothing_is_0_and_its_gradients_are_finite():
+    q, k, v = (normal(i, 2, 3, HEADS, 4) for i in range(3))
+    mask = jnp.ones((2, 3, 3), bool).at[0, 1].set(False)
+
+    def loss(q, k, v):
+        return jnp.sum(attend(q, k, v, mask) ** 2)
+
+    y = attend(q, k, v, mask)
+    np.testing.assert_array_equal(y[0, 1], 0)
+    grads = jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    assert all(jnp.isfinite(g).all() for g in grads)
+    np.testing.assert_array_equal(grads[0][0, 1], 0)
+    assert grads[0][0, 0].any()
+    np.testing.assert_array_equal(
+        masked_softmax(jnp.ones((3, 3)), mask[0]).sum(-1) > 0.9, [1, 0, 1]
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_that_of_jax_where_every_row_has_a_key(masked):
+    q, k, v = normal(1, 2, 3, HEADS, 4), normal(2, 2, 5, HEADS, 4), normal(3, 2, 5, HEADS, 4)
+    mask = jax.random.bernoulli(jax.random.key(4), 0.5, (2, 3, 5)).at[..., 2].set(True)
+    theirs = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None] if masked else None)
+    close(attend(q, k, v, mask if masked else None), theirs)
+
+
+def test_masked_keys_do_not_count_whatever_their_scores():
+    q, k, v = normal(1, 1, 3, HEADS, 4), normal(2, 1, 5, HEADS, 4), normal(3, 1, 5, HEADS, 4)
+    mask = jnp.arange(5)[None, None] < 3
+    hidden_k, hidden_v = (x.at[:, 3:].set(1e4) for x in (k, v))
+    close(attend(q, hidden_k, hidden_v, mask), attend(q, k[:, :3], v[:, :3]))
+
+
+def test_self_attention_knows_places_only_where_they_are_given():
+    layer = SelfAttention(DIM, HEADS, 6, rngs=nnx.Rngs(0))
+    x, order = normal(1, 2, LENGTH, DIM), np.random.default_rng(0).permutation(LENGTH)
+    q, k, v = layer.query(x), layer.key(x), layer.value(x)
+    close(layer(x), layer.out(attend(q, k, v)))
+    close(layer(x[:, order]), layer(x)[:, order])
+    positions = jnp.arange(LENGTH)
+    placed = layer(x, None, positions)
+    close(layer(x, None, positions + 9), placed, 1e-4)
+    close(placed, layer.out(attend(rotary(q, positions), rotary(k, positions), v)))
+    assert np.abs(layer(x[:, order], None, positions) - placed[:, order]).max() > 1e-3
+
+
+# --- Rotary
+
+
+def test_rotary_turns_each_pair_by_its_own_angle():
+    x, positions = normal(1, 2, 5, HEADS, 6), jnp.array([0, 1, 2, 7, 100])
+    turned = rotary(x, positions, base=50.0)
+    frequency = 50.0 ** (-2 * np.arange(3) / 6)
+    angle = np.asarray(positions)[:, None, None] * frequency
+    pairs = (np.asarray(x[..., :3]) + 1j * np.asarray(x[..., 3:])) * np.exp(1j * angle)
+    close(turned, np.concatenate([pairs.real, pairs.imag], axis=-1), 1e-4)
+    np.testing.assert_array_equal(turned[:, 0], x[:, 0])
+    close(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1))
+
+
+def test_rotated_scores_depend_on_differences_only():
+    q, k = normal(1, 5, 1, 6), normal(2, 5, 1, 6)
+
+    def scores(shift):
+        rotated = (rotary(x, jnp.arange(5) + shift)[:, 0] for x in (q, k))
+        return jnp.einsum("td,sd->ts", *rotated)
+
+    close(scores(0), scores(37), 1e-4)
+    assert np.abs(scores(0) - q[:, 0] @ k[:, 0].T).max() > 0.1
+
+
+def test_rotary_of_bfloat16_has_float32_angles():
+    x, positions = normal(1, 1, 1, 4).astype(jnp.bfloat16), jnp.array([999])
+    y = rotary(x, positions)
+    assert y.dtype == jnp.bfloat16
+    close(y.astype(jnp.float32), rotary(x.astype(jnp.float32), positions), 0.01)
+
+
+# --- The small ones
+
+
+def test_rms_norm_is_its_formula():
+    norm, x = RMSNorm(DIM, epsilon=0.1, init_scale=0.5), normal(1, 3, DIM)
+    norm.scale[...] += jnp.arange(DIM)
+    scale = 0.5 + np.arange(DIM)
+    close(norm(x), x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 0.1) * scale)
+    half = RMSNorm(DIM)(1000 * x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    close(half.astype(jnp.float32), RMSNorm(DIM)(x), 0.02)
+
+
+def test_gated_mlp_is_its_formula():
+    mlp = GatedMLP(DIM, 20, activation=jnp.tanh, rngs=nnx.Rngs(0))
+    x = normal(1, 3, DIM)
+    gate, up, down = (layer.kernel[...] for layer in (mlp.gate, mlp.up, mlp.down))
+    close(mlp(x), (jnp.tanh(x @ gate) * (x @ up)) @ down)
+    assert GatedMLP(DIM, 20, rngs=nnx.Rngs(0)).activation is jax.nn.silu
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(6, 4), (6, (2, 3)), ((2, 3), 4), ((2, 3), (3, 2))]
+)
+def test_linear_contracts_all_its_input_features(inputs, outputs):
+    layer = Linear(inputs, outputs, use_bias=True, rngs=nnx.Rngs(0))
+    assert layer.bias is not None
+    layer.bias[...] += 1.0
+    lead = (5, 1)
+    x = normal(1, *lead, *(inputs if isinstance(inputs, tuple) else (inputs,)))
+    axes = 1 if isinstance(inputs, int) else len(inputs)
+    close(layer(x), jnp.tensordot(x, layer.kernel[...], axes) + 1.0)
+
+
+def test_linear_starts_as_lecun_normal_times_its_scale():
+    layer = Linear((8, 50), (20, 30), init_scale=0.5, rngs=nnx.Rngs(0))
+    assert layer.bias is None
+    assert jnp.std(layer.kernel[...]) == pytest.approx(0.5 * 400**-0.5, rel=0.02)
+    # The scale is of the start alone: it does not act in the call.
+    x = normal(1, 8, 50)
+    close(layer(x), jnp.tensordot(x, layer.kernel[...], 2))
+
+
+def test_dropout_keeps_the_mean_and_repeats_itself_for_the_same_key():
+    x, key = jnp.ones((100, 100)), jax.random.key(0)
+    y = dropout(x, 0.25, key)
+    close(np.unique(y), [0, 1 / 0.75])
+    assert y.mean() == pytest.approx(1, abs=0.03)
+    np.testing.assert_array_equal(y, dropout(x, 0.25, key))
+    assert (y != dropout(x, 0.25, jax.random.key(1))).any()
+
+
+def test_no_key_or_no_rate_is_no_dropout():
+    x = normal(1, 10)
+    assert dropout(x, 0.5, None) is x
+    assert dropout(x, 0.0, jax.random.key(0)) is x
+    assert split(None, 2) == [None, None]
+    one, two = split(jax.random.key(0), 2)
+    assert one is not None
+    assert one != two

@@ -1,0 +1,453 @@
+"""SLAM v3 whole: what may change its answers, and what must not."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from slam_jax.errors import ConfigError
+from slam_jax.layers import attend
+from slam_jax.slam_v3 import ImageConfig, Inputs, SlamV3, SlamV3Config
+from slam_jax.slam_v3.config import PRESETS
+from slam_jax.slam_v3.processes import split_streams
+
+VOCAB, LENGTH = 13, 7
+STREAMS = ("text", "image", "aux")
+TOKENS = np.random.default_rng(1).integers(0, VOCAB, (2, 3, LENGTH), np.int32)
+
+encode = jax.jit(SlamV3.encode)
+decode = jax.jit(SlamV3.decode)
+prefill = jax.jit(SlamV3.prefill)
+decode_step = jax.jit(SlamV3.decode_step)
+
+
+@jax.jit
+def forward(model, tokens, inputs, key=None):
+    return model(tokens, inputs, key=key).logits
+
+
+@jax.jit
+def gradients(model, tokens, inputs):
+    """Of a loss in which every logit counts, by parameter."""
+    return nnx.state(jax.grad(lambda model: jnp.sum(model(tokens, inputs).logits ** 2))(model))
+
+
+@jax.jit
+def run_parts(model, inputs):
+    """Streams after level 1, the bank, the outputs of the processes."""
+    embeddings = None if inputs.text is None else model.embedding(inputs.text)
+    streams, bank = model.level_one(model.streams(inputs, embeddings))
+    return streams, bank, model.processes(streams, bank)
+
+
+def close(x, y, tolerance=1e-5):
+    np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+def without(inputs, *names):
+    return dataclasses.replace(inputs, **{n + s: None for n in names for s in ("", "_mask")})
+
+
+def masked(inputs, rows, *names):
+    """The inputs with these streams absent in these rows."""
+    masks = {f"{name}_mask": getattr(inputs, f"{name}_mask").copy() for name in names}
+    for mask in masks.values():
+        mask[rows] = False
+    return dataclasses.replace(inputs, **masks)
+
+
+@pytest.fixture(scope="module")
+def model(build):
+    return build()
+
+
+@pytest.fixture(scope="module")
+def inputs(make_inputs):
+    return make_inputs()
+
+
+@pytest.fixture(scope="module")
+def parts(model, inputs):
+    return run_parts(model, masked(inputs, 1, "image"))
+
+
+# --- Decoding
+
+
+@pytest.mark.parametrize("prompts", [(), (3,)], ids=["one prompt", "three prompts"])
+def test_prefill_and_steps_give_the_logits_of_decode_at_every_position(model, inputs, prompts):
+    tokens = TOKENS if prompts else TOKENS[:, 0]
+    memory = encode(model, inputs)
+    full = decode(model, tokens, memory)
+    lengths = jnp.array([[4, 1, 3], [2, 4, 4]] if prompts else [4, 1])
+    cache = model.init_cache((2, *prompts), LENGTH)
+    logits, cache = prefill(model, tokens[..., :4], cache, memory, lengths=lengths)
+    close(logits, full[..., :4, :])
+    for step in range(LENGTH - 1):
+        at = jnp.minimum(lengths + step, LENGTH - 1)[..., None]
+        token = jnp.take_along_axis(tokens, at, axis=-1)[..., 0]
+        logits, cache = decode_step(model, token, cache, memory)
+        expected = jnp.take_along_axis(full, at[..., None], axis=-2)[..., 0, :]
+        unfinished = lengths + step < LENGTH
+        close(logits[unfinished], expected[unfinished])
+
+
+def test_no_logit_depends_on_a_later_token(model, inputs):
+    memory = encode(model, without(inputs, "text", "image"))
+    memory = jax.tree.map(lambda x: x[:1], memory)
+    h = jax.random.normal(jax.random.key(0), (1, 1, LENGTH, model.config.embed_dim))
+    jacobian = jax.jit(jax.jacrev(lambda h: model._logits(model.decoder(h, memory))[0, 0, :, 0]))(h)
+    depends = np.abs(jacobian[:, 0, 0]).max(axis=-1) > 0
+    np.testing.assert_array_equal(depends, np.tri(LENGTH, dtype=bool))
+
+
+def test_right_pads_change_nothing_before_them(model, inputs):
+    memory = encode(model, inputs)
+    padded = np.array(TOKENS)
+    padded[..., 4:] = 0
+    close(decode(model, padded, memory)[..., :4, :], decode(model, TOKENS, memory)[..., :4, :])
+
+
+def test_one_encode_serves_every_question(model, inputs):
+    logits = forward(model, TOKENS, inputs)
+    assert logits.shape == (2, 3, LENGTH, VOCAB)
+    repeated = jax.tree.map(lambda x: np.repeat(x, 3, axis=0), inputs)
+    alone = forward(model, TOKENS.reshape(6, LENGTH), repeated)
+    close(logits.reshape(alone.shape), alone)
+
+
+def test_batch_mates_change_nothing(model, inputs):
+    together = forward(model, TOKENS, inputs)
+    for row in range(2):
+        one = jax.tree.map(lambda x, row=row: x[row : row + 1], (TOKENS, inputs))
+        close(forward(model, *one)[0], together[row])
+
+
+# --- Absent inputs
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_an_absent_stream_is_one_whose_mask_is_all_false(model, inputs, name):
+    absent, hidden = without(inputs, name), masked(inputs, slice(None), name)
+    close(forward(model, TOKENS, hidden), forward(model, TOKENS, absent))
+    # Finite, and 0 for all that belongs to the stream alone.
+    exact, found = (gradients(model, TOKENS, x) for x in (absent, hidden))
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(exact))
+    jax.tree.map(lambda x, y: close(x / scale, y / scale), found, exact)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_may_be_absent_in_some_rows(model, inputs, name):
+    logits = forward(model, TOKENS, masked(inputs, 0, name))
+    close(logits[0], forward(model, TOKENS, without(inputs, name))[0])
+    close(logits[1], forward(model, TOKENS, inputs)[1])
+
+
+def test_a_row_without_any_input_is_finite_and_leaves_the_others_alone(model, inputs):
+    empty = masked(inputs, 0, *STREAMS)
+    logits = forward(model, TOKENS, empty)
+    assert jnp.isfinite(logits[0]).all()
+    close(logits[1], forward(model, TOKENS, inputs)[1])
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients(model, TOKENS, empty)))
+
+
+def test_padded_text_is_the_shorter_text(model, inputs):
+    short = Inputs(text=inputs.text[:, :4])
+    padded = Inputs(text=inputs.text, text_mask=jnp.arange(6) < jnp.full((2, 1), 4))
+    close(forward(model, TOKENS, padded), forward(model, TOKENS, short))
+
+
+def test_text_has_an_order(model, inputs):
+    text = jnp.array([[1, 2, 3, 4, 5, 6]] * 2)
+    one, turned = (forward(model, TOKENS, Inputs(text=x)) for x in (text, text[:, ::-1]))
+    assert np.abs(one - turned).max() > 1e-4
+
+
+@pytest.mark.parametrize("slots", [False, True])
+def test_aux_vectors_are_a_set_unless_their_slots_have_meaning(build, inputs, slots):
+    model = build(aux_slots=slots)
+    one = Inputs(aux=inputs.aux)
+    other = Inputs(aux=inputs.aux[:, [2, 0, 1]])
+    difference = np.abs(forward(model, TOKENS, one) - forward(model, TOKENS, other)).max()
+    assert difference > 1e-4 if slots else difference < 1e-5
+
+
+def test_wrong_inputs_are_refused_in_words(build, model, inputs):
+    with pytest.raises(ValueError, match="give at least one of text, image and aux"):
+        jax.eval_shape(model.encode, Inputs())
+    with pytest.raises(ValueError, match="aux vectors of 4 numbers, expected aux_dim=5"):
+        jax.eval_shape(model.encode, Inputs(aux=inputs.aux[..., :4]))
+    with pytest.raises(ValueError, match="17 aux vectors, expected at most max_aux=16"):
+        jax.eval_shape(build(aux_slots=True).encode, Inputs(aux=jnp.zeros((1, 17, 5))))
+
+
+# --- Four processes
+
+
+def test_the_four_processes_start_differently(model):
+    for path, x in nnx.to_flat_state(nnx.state(model.processes.stack)):
+        pairs = itertools.combinations(np.asarray(x[...]), 2)
+        same = [np.array_equal(a, b) for a, b in pairs]
+        assert len(same) == 6
+        # Norms start at a constant.
+        assert all(same) if path[-1] == "scale" else not any(same), path
+
+
+def test_the_four_processes_drop_out_differently(build, inputs):
+    model = build(dropout=0.5)
+    streams, bank, _ = run_parts(model, inputs)
+    graphdef, state = nnx.split(model.processes)
+    equal = nnx.merge(graphdef, jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), state))
+    run = jax.jit(lambda key: equal(streams, bank, key=key))
+    for a, b in itertools.combinations(run(None), 2):
+        np.testing.assert_array_equal(a, b)
+    for a, b in itertools.combinations(run(jax.random.key(0)), 2):
+        assert np.abs(a - b).max() > 0.01
+
+
+def test_the_vmapped_processes_are_a_loop_over_them(model, parts):
+    streams, bank, y = parts
+    assert y.shape[0] == 4
+    one = jax.jit(lambda process: process(streams, bank))
+    for p in range(4):
+        close(one(jax.tree.map(lambda x, p=p: x[p], model.processes.stack)), y[p])
+
+
+def test_one_process_changed_changes_its_own_output_only(model, parts):
+    streams, bank, _ = parts
+    run = jax.jit(lambda processes: processes(streams, bank))
+    y = run(model.processes)
+    changed = run(jax.tree.map(lambda x: x.at[2].mul(1.1), model.processes))
+    for p in range(4):
+        assert np.array_equal(y[p], changed[p]) is (p != 2)
+
+
+def test_isolated_attention_sees_its_own_stream_only(model, parts):
+    streams, _, _ = parts
+    process = jax.tree.map(lambda x: x[0], model.processes.stack)
+    h = jnp.concatenate([stream.tokens for stream in streams], axis=1)
+    for i in range(len(streams)):
+
+        def outputs(h, i=i):
+            return split_streams(process.layers[0]._isolated(h, streams), streams)[i].sum()
+
+        grads = split_streams(jax.jit(jax.grad(outputs))(h), streams)
+        assert [bool(g.any()) for g in grads] == [i == j for j in range(len(streams))]
+
+
+def test_shared_attention_sees_every_stream(model, parts):
+    streams, bank, _ = parts
+
+    @jax.jit
+    @jax.grad
+    def influence(values, i):
+        y = model.processes(streams, bank._replace(v=values))
+        return sum(jnp.where(i == j, p.sum(), 0) for j, p in enumerate(split_streams(y, streams)))
+
+    for i in range(len(streams)):
+        flat = influence(bank.v, i).reshape(2, -1, model.config.embed_dim)
+        seen = [bool(g[0].any()) for g in split_streams(flat, streams)]
+        assert seen == [True] * len(streams)
+        # The image of the second row is absent.
+        assert not split_streams(flat, streams)[1][1].any()
+
+
+# --- Fusion
+
+
+def test_cross_modal_is_exactly_0_without_another_stream(model, inputs, parts):
+    streams, _, y = parts
+    cross_modal, mean = model.fusion.cross_modal, y.mean(axis=0)
+    alone = split_streams(mean, streams)[1]
+    np.testing.assert_array_equal(cross_modal(alone, streams[1:2]), 0)
+    absent = jnp.zeros((2, streams[1].tokens.shape[1]), bool).at[1].set(True)
+    masks = [~jnp.zeros(streams[0].tokens.shape[:2], bool), absent, jnp.zeros((2, 3), bool)]
+    masks[0] = masks[0].at[1].set(False)
+    some = [s._replace(mask=mask) for s, mask in zip(streams, masks, strict=True)]
+    # Row 0 has text alone, row 1 the image alone.
+    text, image, _ = split_streams(cross_modal(mean, some), streams)
+    np.testing.assert_array_equal(text[0], 0)
+    np.testing.assert_array_equal(image[1], 0)
+    assert text[1].any()
+
+
+def test_fusion_is_its_formula(model, parts):
+    streams, _, y = parts
+    fusion, dim = model.fusion, model.config.embed_dim
+    x = jnp.concatenate([stream.tokens for stream in streams], axis=1)
+    mean = sum(y) / 4
+    f = x + mean
+    for p in range(4):
+        f += y[p] @ fusion.concat.kernel[p * dim : (p + 1) * dim]
+    modality = np.repeat(np.arange(3), [s.tokens.shape[1] for s in streams])
+    present = jnp.concatenate([s.mask for s in streams], axis=1)
+    other = (modality[:, None] != modality) & present[:, None]
+    attention, tokens = fusion.cross_modal.attention, fusion.cross_modal.norm(mean)
+    q, k, v = attention.query(tokens), attention.key(tokens), attention.value(tokens)
+    f += attention.out(attend(q, k, v, other))
+    f += fusion.mlp(fusion.norm(f))
+    fused, mask = fusion(y, streams)
+    close(fused, f)
+    np.testing.assert_array_equal(mask, present)
+
+
+def test_bottleneck_gives_its_number_of_tokens_and_none_to_a_row_without_input(build, inputs):
+    model = build(num_memory_tokens=5)
+    memory = encode(model, masked(inputs, 0, *STREAMS))
+    assert memory.c_mem.shape == (2, 5, model.config.kv_lora_rank)
+    np.testing.assert_array_equal(memory.mask, [[False] * 5, [True] * 5])
+    assert np.abs(memory.c_mem[1, 0] - memory.c_mem[1, 1]).max() > 0.01
+    assert encode(model, masked(inputs, 0, "image")).mask.all()
+    assert encode(model, Inputs(aux=inputs.aux)).mask is None
+    logits = forward(model, TOKENS, masked(inputs, 0, *STREAMS))
+    close(logits[1], forward(model, TOKENS, inputs)[1])
+    assert jnp.isfinite(logits).all()
+
+
+# --- Images
+
+
+@pytest.mark.parametrize(("encoder", "tokens"), [("resnet", 16), ("vit", 64)])
+def test_every_pixel_reaches_the_image_tokens(build, encoder, tokens):
+    image = ImageConfig(encoder, size=24, stage_widths=(8, 16), num_layers=1)
+    streams = build(image=image).streams
+    pixels = jax.random.normal(jax.random.key(0), (1, 24, 24, 3))
+    weights = jax.random.normal(jax.random.key(1), (1, tokens, 32))
+    grads = jax.jit(jax.grad(lambda pixels: jnp.sum(streams.image(pixels) * weights)))(pixels)
+    assert grads.all()
+
+
+@pytest.mark.parametrize("encoder", ["resnet", "vit"])
+def test_image_tokens_know_their_place(build, encoder):
+    image = ImageConfig(encoder, size=24, stage_widths=(8, 16), num_layers=0)
+    blank = jax.jit(build(image=image).streams.image.__call__)(jnp.ones((1, 48, 48, 3)))[0]
+    # Away from the border equal pixels differ by their place alone.
+    side = int(len(blank) ** 0.5)
+    inner = blank.reshape(side, side, -1)[2:-2, 2:-2].reshape(-1, 32)
+    distances = np.linalg.norm(inner[:, None] - inner, axis=-1)
+    assert (distances + np.eye(len(inner))).min() > 0.1
+
+
+def test_vit_refuses_a_size_that_is_no_multiple_of_its_patch(build, make_inputs):
+    image = ImageConfig("vit", size=24, num_layers=1)
+    inputs = without(make_inputs(size=25), "text", "aux")
+    with pytest.raises(ValueError, match="25 x 25 pixels: expected multiples of the patch size 3"):
+        jax.eval_shape(build(image=image).encode, inputs)
+
+
+def test_resnet_takes_any_size(model, make_inputs):
+    for size, tokens in ((24, 16), (25, 25)):
+        memory = jax.eval_shape(model.encode, Inputs(image=make_inputs(size=size).image))
+        assert memory.c_mem.shape[1] == tokens
+
+
+# --- Alignment
+
+
+def test_embeddings_have_length_1_and_no_embedding_depends_on_absent_tokens(model, inputs):
+    embed = jax.jit(SlamV3.embed)
+    whole = embed(model, without(masked(inputs, 0, "text"), "image"))
+    close(jnp.linalg.norm(whole, axis=-1), 1)
+    close(whole[0], embed(model, Inputs(aux=inputs.aux))[0])
+
+
+def test_alignment_loss_is_a_sum_over_all_pairs(model):
+    a, b = jax.random.normal(jax.random.key(0), (2, 4, 8)) / 3
+    temperature, bias = np.exp(model.alignment.log_temperature[...]), model.alignment.bias[...]
+    total = 0.0
+    for i, j in itertools.product(range(4), range(4)):
+        sign = 1 if i == j else -1
+        total += np.log1p(np.exp(-sign * (temperature * np.dot(a[i], b[j]) + bias)))
+    close(model.alignment.loss(a, b), total / 4)
+
+
+# --- The model as a value
+
+
+def test_jit_grad_and_vmap_take_the_model_as_an_argument(build, model, inputs):
+    aux, tokens = Inputs(aux=inputs.aux), TOKENS[:, 0]
+    expected = forward(model, tokens, aux)
+    pair = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), model)
+    both = jax.jit(jax.vmap(forward, in_axes=(0, None, None)))(pair, tokens, aux)
+    close(both[0], expected)
+    assert np.abs(both[1] - expected).max() > 1e-3
+    grads = gradients(model, tokens, aux)
+    assert jax.tree.structure(grads) == jax.tree.structure(nnx.state(model))
+    assert grads["processes"]["stack"]["instruction"][...].any()
+
+
+def test_dropout_follows_its_key(build, inputs):
+    model = build(dropout=0.5)
+    aux = Inputs(aux=inputs.aux)
+    one, two, three = (forward(model, TOKENS, aux, jax.random.key(i)) for i in (0, 0, 1))
+    np.testing.assert_array_equal(one, two)
+    assert np.abs(one - three).max() > 0.01
+    assert np.abs(one - forward(model, TOKENS, aux)).max() > 0.01
+
+
+def test_computing_in_bfloat16_keeps_parameters_and_logits_float32(build, model, inputs):
+    half = build(dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}
+    logits = forward(half, TOKENS, inputs)
+    assert logits.dtype == jnp.float32
+    assert encode(half, inputs).c_mem.dtype == jnp.bfloat16
+    close(logits, forward(model, TOKENS, inputs), 0.15)
+
+
+# --- Configuration
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        *((name, 0, "at least 1") for name in ("vocab_size", "num_heads", "kv_lora_rank")),
+        ("embed_dim", 33, "multiple of num_heads=2, such as 32"),
+        ("embed_dim", 30, "even width, such as 32"),
+        ("qk_nope_head_dim", 0, "at least 1"),
+        ("qk_rope_head_dim", 5, "an even number, such as 6"),
+        ("q_lora_rank", 0, "None or at least 1"),
+        ("window", 0, "None or at least 1"),
+        ("num_memory_tokens", -1, "0 "),
+        ("dropout", 1.0, "a rate"),
+        ("dtype", "int8", "one of"),
+        ("param_dtype", "float", "one of"),
+        ("image.encoder", "cnn", "one of"),
+        ("image.size", 0, "at least 1"),
+        ("image.patch_size", 0, "at least 1"),
+        ("image.num_layers", -1, "at least 0"),
+        ("image.stage_widths", (), "at least one width"),
+        ("image.stage_widths", (8, 12), "multiples of 8"),
+    ],
+)
+def test_a_bad_field_is_named_with_what_would_do(field, value, expected):
+    group, _, name = field.rpartition(".")
+    with pytest.raises(ConfigError, match=rf"^{field} is .*; expected .*{expected}"):
+        if group:
+            ImageConfig(**{name: value})
+        else:
+            SlamV3Config.preset("tiny", **{"vocab_size": VOCAB, name: value})
+
+
+def test_vit_size_is_checked_where_it_is_configured():
+    with pytest.raises(ConfigError, match=r"^image\.size is 25; expected a multiple .* such as 24"):
+        ImageConfig("vit", size=25)
+
+
+def test_derived_widths_follow_the_head_width_and_can_be_set():
+    config = SlamV3Config(VOCAB, embed_dim=96, num_heads=4)
+    assert config.head_dim == 24
+    assert (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim) == (24, 12, 24)
+    assert SlamV3Config(VOCAB, v_head_dim=7).v_head_dim == 7
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds(name):
+    config = SlamV3Config.preset(name, VOCAB)
+    model = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
+    millions = sum(x.size for x in jax.tree.leaves(nnx.state(model))) / 1e6
+    low, high = {"tiny": (0, 0.2), "small": (0.5, 2), "medium": (10, 40), "base": (200, 500)}[name]
+    assert low < millions < high
