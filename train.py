@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unknown arguments {argv[1:]}; use --config.field=value")
     with clear_errors():
-        train(CONFIG.value, WORKDIR.value)
+        train(CONFIG.value, str(WORKDIR.value))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from slam_jax.array_typing import AnyArray
+
 
 @struct.dataclass
 class Output:
@@ -26,13 +28,13 @@ class Decodable(Protocol):
 
     def prefill(
         self,
-        tokens: Int[Array, "*B T"],
+        tokens: Int[AnyArray, "*B T"],
         cache: Any,
         memory: Any,
         *,
-        lengths: Int[Array, "*B"] | None = None,
+        lengths: Int[AnyArray, "*B"] | None = None,
     ) -> tuple[Float[Array, "*B T V"], Any]: ...
 
     def decode_step(
-        self, tokens: Int[Array, "*B"], cache: Any, memory: Any
+        self, tokens: Int[AnyArray, "*B"], cache: Any, memory: Any
     ) -> tuple[Float[Array, "*B V"], Any]: ...

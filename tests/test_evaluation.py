@@ -159,7 +159,7 @@ def test_slam_v3_answers_a_scene_the_same_whatever_fills_its_batch():
         truth = answer_table(objects)[kind, colour, subtype]
         records.append({"objects": objects, "questions": questions, "answers": truth})
     tokenizer = Tokenizer.train(Scenes(records).corpus(), 400)
-    config = SlamV3Config.tiny(tokenizer.vocab_size, aux_dim=10, num_decoder_layers=1)
+    config = SlamV3Config.preset("tiny", tokenizer.vocab_size, aux_dim=10, num_decoder_layers=1)
     shapes = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
     graphdef, shapes = nnx.split(shapes, nnx.Param)
     rng = np.random.default_rng(0)

@@ -104,7 +104,7 @@ def test_asking_for_no_token_says_so():
 
 
 def test_slam_v3_says_with_its_cache_what_it_says_reading_everything_again_at_each_token():
-    config = SlamV3Config.tiny(vocab_size=VOCAB)
+    config = SlamV3Config.preset("tiny", vocab_size=VOCAB)
     shapes = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
     graphdef, shapes = nnx.split(shapes, nnx.Param)
     rng = np.random.default_rng(0)

@@ -5,14 +5,20 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from slam_jax.data.views import TRAINING_VIEWS
 from slam_jax.errors import ConfigError
 
-Stage = tuple[int, Mapping[str, float]]
+
+class Stage(NamedTuple):
+    """From step `first` on; kinds: the kinds of question that are asked, None = all."""
+
+    first: int
+    rates: Mapping[str, float]
+    kinds: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +30,9 @@ class DataConfig:
     batch_size: examples per step over all processes.
     seed: of shuffling, rendering and the choice of views.
     vocab_size: most tokens the tokenizer may learn.
-    stages: pairs (first step, {view: rate}); from that step on a batch is of that view with
-      probability proportional to the rate. Lists, as JSON gives them, are accepted.
+    stages: (first step, {view: rate}) or (first step, {view: rate}, kinds); from that step on a
+      batch is of that view with probability proportional to the rate, and asks the questions of
+      those kinds, or all of them. Lists, as JSON gives them, are accepted.
 
     Raises:
       ConfigError: naming the field, if a value cannot be used.
@@ -44,7 +51,7 @@ class DataConfig:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; it must be in 0..{2**32 - 1}")
         stages = tuple(_stage(i, stage) for i, stage in enumerate(self.stages))
-        starts = [first for first, _ in stages]
+        starts = [stage.first for stage in stages]
         if starts[:1] != [0] or starts != sorted(set(starts)):
             raise ConfigError(f"stages begin at steps {starts}; they must begin at 0 and increase")
         object.__setattr__(self, "stages", stages)
@@ -57,12 +64,17 @@ class DataConfig:
     @property
     def views(self) -> tuple[str, ...]:
         """Every view that some stage uses, in the order of `TRAINING_VIEWS`."""
-        used = {view for _, rates in self.stages for view, rate in rates.items() if rate > 0}
+        rates = [item for stage in self.stages for item in stage.rates.items()]
+        used = {view for view, rate in rates if rate > 0}
         return tuple(view for view in TRAINING_VIEWS if view in used)
+
+    def stage(self, step: int) -> Stage:
+        """The stage that step `step` falls into."""
+        return self.stages[bisect.bisect([stage.first for stage in self.stages], step) - 1]
 
     def view(self, step: int) -> str:
         """The view of step `step`, drawn from the rates in force by a generator of its own."""
-        rates = self.stages[bisect.bisect([first for first, _ in self.stages], step) - 1][1]
+        rates = self.stage(step).rates
         # Sorted: JSON and ConfigDict do not keep the order in which rates were written.
         names = sorted(rates)
         weights = np.array([rates[name] for name in names])
@@ -72,12 +84,13 @@ class DataConfig:
 
 def _stage(i: int, stage: Any) -> Stage:
     try:
-        first, rates = stage
+        first, rates, *kinds = stage
         first, rates = int(first), {str(view): float(rate) for view, rate in rates.items()}
+        asked = None if not kinds or kinds[0] is None else tuple(map(str, *kinds))
     except (TypeError, ValueError, AttributeError):
         raise ConfigError(
-            f"stages[{i}] is {stage!r}; it must be a pair (first step, {{view: rate}}), "
-            'such as (0, {"image": 1.0})'
+            f"stages[{i}] is {stage!r}; it must be (first step, {{view: rate}}) or "
+            '(first step, {view: rate}, kinds), such as (0, {"image": 1.0}, ["relational"])'
         ) from None
     for view, rate in rates.items():
         if view not in TRAINING_VIEWS:
@@ -88,4 +101,4 @@ def _stage(i: int, stage: Any) -> Stage:
             raise ConfigError(f"stages[{i}] gives {view} the rate {rate}; it must be 0 or more")
     if not any(rates.values()):
         raise ConfigError(f"stages[{i}] has no view with a rate above 0; give at least one")
-    return first, rates
+    return Stage(first, rates, asked)

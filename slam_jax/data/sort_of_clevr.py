@@ -22,8 +22,8 @@ SHAPES = ("circle", "square")
 KINDS = ("non_relational", "relational")
 ANSWERS = ("circle", "square", "yes", "no", "1", "2", "3", "4", "5", "6")
 PROMPTS = (
-    ("shape of {}?", "is {} left?", "is {} on top?"),
-    ("shape closest to {}?", "shape furthest from {}?", "how many like {}?"),
+    ("shape of {}", "left half: {}", "top half: {}"),
+    ("shape closest to {}", "shape furthest from {}", "how many like {}"),
 )
 QUESTIONS_PER_KIND = 10
 

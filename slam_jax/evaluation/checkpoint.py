@@ -7,10 +7,11 @@ from slam_jax.data import HALF_VIEWS, TRAINING_VIEWS, evaluation_batches, prepar
 from slam_jax.evaluation.answers import Results, evaluate
 from slam_jax.evaluation.table import write_metrics
 from slam_jax.training import Experiment, load, override, split_model
+from slam_jax.training.checkpoint import Step
 
 
 def evaluate_checkpoint(
-    workdir: str | Path, step: int | str | None = None, overrides: Sequence[str] = ()
+    workdir: str | Path, step: Step = None, overrides: Sequence[str] = ()
 ) -> Results:
     """Every view of the test split; writes `WORKDIR/eval/metrics.json`.
 

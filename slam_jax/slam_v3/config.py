@@ -114,16 +114,10 @@ class SlamV3Config:
             self.embed_dim,
             "a multiple of 4, for the 2-D positions",
         )
-        defaults = {
-            "qk_nope_head_dim": self.head_dim,
-            "qk_rope_head_dim": max(2, self.head_dim // 4 * 2),
-            "v_head_dim": self.head_dim,
-        }
-        for field, value in defaults.items():
-            if getattr(self, field) is None:
-                object.__setattr__(self, field, value)
-            require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
-        rope = self.qk_rope_head_dim
+        for field, width in self.latent_widths.items():
+            object.__setattr__(self, field, width)
+            require(width >= 1, field, width, "at least 1")
+        rope = self.latent_widths["qk_rope_head_dim"]
         require(rope % 2 == 0, "qk_rope_head_dim", rope, f"an even number, such as {rope + 1}")
         for field in ("q_lora_rank", "window"):
             value = getattr(self, field)
@@ -138,6 +132,18 @@ class SlamV3Config:
     def head_dim(self) -> int:
         """H = D / N."""
         return self.embed_dim // self.num_heads
+
+    @property
+    def latent_widths(self) -> dict[str, int]:
+        """The decoder's widths a head by name: those given, or derived from H."""
+        given = {
+            "qk_nope_head_dim": self.qk_nope_head_dim,
+            "qk_rope_head_dim": self.qk_rope_head_dim,
+            "v_head_dim": self.v_head_dim,
+        }
+        half = max(2, self.head_dim // 4 * 2)
+        derived = {**dict.fromkeys(given, self.head_dim), "qk_rope_head_dim": half}
+        return {name: derived[name] if width is None else width for name, width in given.items()}
 
     @property
     def encoder_out_scale(self) -> float:

@@ -52,7 +52,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         kw = dict(**config.dtypes, rngs=rngs)
-        dim, scale = config.embed_dim, config.decoder_out_scale
+        dim, scale, widths = config.embed_dim, config.decoder_out_scale, config.latent_widths
         self.dropout = config.dropout
         self.norms = nnx.List([RMSNorm(dim, param_dtype=kw["param_dtype"]) for _ in range(3)])
         self.attention = MultiHeadLatentAttention(
@@ -60,9 +60,7 @@ class DecoderLayer(nnx.Module):
             config.num_heads,
             kv_lora_rank=config.kv_lora_rank,
             q_lora_rank=config.q_lora_rank,
-            qk_nope_head_dim=config.qk_nope_head_dim,
-            qk_rope_head_dim=config.qk_rope_head_dim,
-            v_head_dim=config.v_head_dim,
+            **widths,
             window=config.window,
             out_scale=scale,
             **kw,
@@ -71,8 +69,8 @@ class DecoderLayer(nnx.Module):
             dim,
             config.num_heads,
             kv_lora_rank=config.kv_lora_rank,
-            qk_head_dim=config.qk_nope_head_dim,
-            v_head_dim=config.v_head_dim,
+            qk_head_dim=widths["qk_nope_head_dim"],
+            v_head_dim=widths["v_head_dim"],
             out_scale=scale,
             **kw,
         )

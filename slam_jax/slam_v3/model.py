@@ -1,9 +1,11 @@
 """SLAM v3: four parallel encoder processes over any mix of inputs, one memory, one decoder."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from slam_jax.array_typing import AnyArray
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear
 from slam_jax.protocol import Output
@@ -50,7 +52,8 @@ class SlamV3(nnx.Module):
         Raises ValueError where no input is given.
         """
         keys = split(key, 4)
-        text = None if inputs.text is None else self.embedding(inputs.text)
+        inputs = jax.tree.map(jnp.asarray, inputs)
+        text = None if inputs.text is None else self.embedding(jnp.asarray(inputs.text))
         streams = [
             stream._replace(tokens=dropout(stream.tokens, self.config.dropout, stream_key))
             for stream, stream_key in zip(
@@ -62,7 +65,7 @@ class SlamV3(nnx.Module):
         return self.memory_bank(*self.fusion(y, streams, key=keys[3]))
 
     def decode(
-        self, tokens: Int[Array, "B *Q T"], memory: Memory, *, key: PRNGKeyArray | None = None
+        self, tokens: Int[AnyArray, "B *Q T"], memory: Memory, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "B *Q T V"]:
         """Next-token logits (float32) at every position; right pads change nothing before them."""
         h = self.decoder(self._embed(tokens), memory, key=key)
@@ -70,7 +73,7 @@ class SlamV3(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B *Q T"],
+        tokens: Int[AnyArray, "B *Q T"],
         inputs: Inputs,
         *,
         key: PRNGKeyArray | None = None,
@@ -90,27 +93,28 @@ class SlamV3(nnx.Module):
 
     def prefill(
         self,
-        tokens: Int[Array, "B *Q T"],
+        tokens: Int[AnyArray, "B *Q T"],
         cache: DecoderCache,
         memory: Memory,
         *,
-        lengths: Int[Array, "B *Q"] | None = None,
+        lengths: Int[AnyArray, "B *Q"] | None = None,
     ) -> tuple[Float[Array, "B *Q T V"], DecoderCache]:
         """`decode`, and an empty cache filled; `lengths` are the real tokens of each row."""
         if lengths is not None:
-            lengths = lengths.reshape(_rows(lengths.shape))
+            lengths = jnp.asarray(lengths).reshape(_rows(lengths.shape))
         h, cache = self.decoder.prefill(self._embed(tokens), cache, memory, lengths)
         return self._logits(h).reshape(*tokens.shape, -1), cache
 
     def decode_step(
-        self, tokens: Int[Array, "B *Q"], cache: DecoderCache, memory: Memory
+        self, tokens: Int[AnyArray, "B *Q"], cache: DecoderCache, memory: Memory
     ) -> tuple[Float[Array, "B *Q V"], DecoderCache]:
         """The logits after one more token per row, straight on the latents (absorbed form)."""
         h, cache = self.decoder.decode_step(self._embed(tokens[..., None]), cache, memory)
         return self._logits(h).reshape(*tokens.shape, -1), cache
 
-    def _embed(self, tokens: Int[Array, "B *Q T"]) -> Float[Array, "B R T D"]:
-        return self.embedding(tokens.reshape(*_rows(tokens.shape[:-1]), tokens.shape[-1]))
+    def _embed(self, tokens: Int[AnyArray, "B *Q T"]) -> Float[Array, "B R T D"]:
+        rows = jnp.asarray(tokens).reshape(*_rows(tokens.shape[:-1]), tokens.shape[-1])
+        return self.embedding(rows)
 
     def _logits(self, h: Float[Array, "B R T D"]) -> Float[Array, "B R T V"]:
         return self.head(h).astype(jnp.float32)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from slam_jax.array_typing import AnyArray
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.slam_v3.block import TransformerBlock
@@ -22,12 +23,12 @@ class Inputs:
     config says slots have a meaning. Masks: True = present, None = all present.
     """
 
-    text: Int[Array, "B S_t"] | None = None
-    text_mask: Bool[Array, "B S_t"] | None = None
-    image: UInt8[Array, "B H W 3"] | None = None
-    image_mask: Bool[Array, "B"] | None = None
-    aux: Float[Array, "B A C"] | None = None
-    aux_mask: Bool[Array, "B A"] | None = None
+    text: Int[AnyArray, "B S_t"] | None = None
+    text_mask: Bool[AnyArray, "B S_t"] | None = None
+    image: UInt8[AnyArray, "B H W 3"] | None = None
+    image_mask: Bool[AnyArray, "B"] | None = None
+    aux: Float[AnyArray, "B A C"] | None = None
+    aux_mask: Bool[AnyArray, "B A"] | None = None
 
 
 class Stream(NamedTuple):
@@ -38,20 +39,25 @@ class Stream(NamedTuple):
     """
 
     tokens: Float[Array, "B S D"]
-    mask: Bool[Array, "B S"] | None
+    mask: Bool[AnyArray, "B S"] | None
     positions: Int[Array, "S"] | None
 
 
 def grid_positions(height: int, width: int, dim: int) -> Float[Array, "S D"]:
-    """Sine and cosine of row and column, row-major, a quarter of `dim` (divisible by 4) each.
+    """Fourier features of row and column, row-major: sine and cosine, `dim` / 4 (whole) of each.
 
-    Source: Chen et al. 2021, "An Empirical Study of Training Self-Supervised Vision Transformers"
-    (MoCo v3), section 4; frequencies as in Vaswani et al. 2017, section 3.5.
+    Coordinates run from -1 to 1 whatever the grid, at 1/2 a period up to the finest the grid can
+    hold. The usual 1 / 10000^(2i/D) would be all but constant on the small grid of an image.
+    Source: Jaegle et al. 2021, "Perceiver", section 3.2.
     """
-    frequency = 10_000.0 ** (-jnp.arange(dim // 4) / (dim // 4))
-    rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
-    angles = [place.reshape(-1, 1) * frequency for place in (rows, columns)]
-    return jnp.concatenate([f(a) for a in angles for f in (jnp.sin, jnp.cos)], axis=-1)
+    features = []
+    for size, axis in ((height, 0), (width, 1)):
+        place = jnp.linspace(-1.0, 1.0, size) if size > 1 else jnp.zeros(1)
+        angle = jnp.pi * place[:, None] * jnp.linspace(0.5, max(size / 2, 0.5), dim // 4)
+        waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+        waves = jnp.expand_dims(waves, 1 - axis)
+        features.append(jnp.broadcast_to(waves, (height, width, waves.shape[-1])))
+    return jnp.concatenate(features, axis=-1).reshape(height * width, -1)
 
 
 class ResidualBlock(nnx.Module):
@@ -96,14 +102,16 @@ class ResNet(nnx.Module):
                 blocks.append(ResidualBlock(width, stage_width, stride, **kw))
                 width = stage_width
         self.blocks = nnx.List(blocks)
-        self.norm = nnx.GroupNorm(width, num_groups=None, group_size=8, **kw)
+        # A group a channel: what a channel shows everywhere, the background, is taken out, and what
+        # is left of a token is what it alone shows.
+        self.norm = nnx.GroupNorm(width, num_groups=width, **kw)
         self.project = Linear(width, config.embed_dim, use_bias=True, **kw)
 
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
         x = self.stem(pixels)
         for block in self.blocks:
             x = block(x)
-        x = self.project(nnx.silu(self.norm(x)))
+        x = self.project(self.norm(x))
         _, height, width, dim = x.shape
         return einops.rearrange(x, "B h w D -> B (h w) D") + grid_positions(
             height, width, dim
@@ -127,8 +135,8 @@ class ViT(nnx.Module):
         self.norm = RMSNorm(config.embed_dim, param_dtype=kw["param_dtype"])
 
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
-        grid = [side // self.patch for side in pixels.shape[1:3]]
-        if [side * self.patch for side in grid] != list(pixels.shape[1:3]):
+        rows, columns = (side // self.patch for side in pixels.shape[1:3])
+        if pixels.shape[1:3] != (rows * self.patch, columns * self.patch):
             raise ValueError(
                 f"image of {pixels.shape[1]} x {pixels.shape[2]} pixels: "
                 f"expected multiples of the patch size {self.patch}; resize or pad it"
@@ -137,7 +145,7 @@ class ViT(nnx.Module):
             pixels, "B (h p) (w q) C -> B (h w) (p q C)", p=self.patch, q=self.patch
         )
         x = self.project(patches)
-        x = x + grid_positions(*grid, x.shape[-1]).astype(x.dtype)
+        x = x + grid_positions(rows, columns, x.shape[-1]).astype(x.dtype)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -178,14 +186,14 @@ class Streams(nnx.Module):
                 Stream(self.text_norm(text_embeddings) + types[0], inputs.text_mask, positions)
             )
         if inputs.image is not None:
-            pixels = inputs.image.astype(dtype) / 127.5 - 1.0
+            pixels = jnp.asarray(inputs.image, dtype) / 127.5 - 1.0
             tokens = self.image_norm(self.image(pixels)) + types[1]
             mask = inputs.image_mask
             if mask is not None:
                 mask = jnp.broadcast_to(mask[:, None], tokens.shape[:2])
             streams.append(Stream(tokens, mask, None))
         if inputs.aux is not None:
-            tokens = self.aux_norm(self._aux(inputs.aux.astype(dtype))) + types[2]
+            tokens = self.aux_norm(self._aux(jnp.asarray(inputs.aux, dtype))) + types[2]
             streams.append(Stream(tokens, inputs.aux_mask, None))
         if not streams:
             raise ValueError("nothing to encode: give at least one of text, image and aux")

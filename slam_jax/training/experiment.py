@@ -135,7 +135,11 @@ def _build(cls: type, values: Mapping[str, Any], group: str) -> Any:
     try:
         return cls(**built)
     except ConfigError as error:
-        raise ConfigError(error if str(error).startswith(group) else f"{group}{error}") from None
+        # The dataclass may name its own group: "image.size", "optimizer.b1".
+        above, _, own = group.rstrip(".").rpartition(".")
+        named = bool(own) and str(error).startswith(f"{own}.")
+        prefix = (f"{above}." if above else "") if named else group
+        raise ConfigError(f"{prefix}{error}") from None
 
 
 def _fits(value: Any, kind: Any) -> bool:

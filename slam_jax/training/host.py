@@ -17,7 +17,7 @@ def tune_host() -> None:
     back to the system at once, which then clears the same pages again, step after step. Kept, a
     gated MLP's gradient takes 0.6 times as long (benchmarks/host_memory.py).
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         chosen = os.environ.get("SLAM_JAX_CACHE_DIR") or "~/.cache/slam_jax/xla"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(chosen).expanduser()))
     # Absent on macOS and on Linuxes without glibc, where nothing needs to be done.

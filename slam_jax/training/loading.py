@@ -1,14 +1,14 @@
 """From a workdir to a model that answers."""
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from slam_jax.data import Tokenizer
 from slam_jax.slam_v3 import SlamV3
-from slam_jax.training.checkpoint import Checkpoints
+from slam_jax.training.checkpoint import Checkpoints, Step
 from slam_jax.training.experiment import Experiment
 from slam_jax.training.state import merge_model, split_model
 
@@ -25,8 +25,8 @@ class Loaded(NamedTuple):
     step: int
 
 
-def load(workdir: str | Path, step: int | Literal["best", "latest"] | None = None) -> Loaded:
-    """The model of a checkpoint: `step`, or the best where it is None.
+def load(workdir: str | Path, step: Step = None) -> Loaded:
+    """The model of a checkpoint: a step's number, "latest", "best", or None for the best.
 
     With an optimizer that averages parameters, the averaged ones. Only arrays and JSON are read;
     nothing from the workdir is executed.

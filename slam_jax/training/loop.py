@@ -70,7 +70,9 @@ def train(config: ConfigDict | Mapping[str, Any], workdir: str | Path) -> TrainS
 def initial_state(experiment: Experiment, vocab_size: int) -> tuple[nnx.GraphDef, TrainState]:
     """The structure of the model and the state before the first step."""
     init_key, run_key = jax.random.split(jax.random.key(experiment.seed))
-    model = SlamV3(experiment.with_vocabulary(vocab_size), rngs=nnx.Rngs(init_key))
+    model_config = experiment.with_vocabulary(vocab_size)
+    # Compiled as one program: each of a hundred small initialisers costs more alone.
+    model = jax.jit(lambda key: SlamV3(model_config, rngs=nnx.Rngs(key)))(init_key)
     graphdef, params = split_model(model)
     optimizer = make_optimizer(experiment.optimizer, experiment.run.num_steps)
     ema = experiment.optimizer.ema_decay is not None
@@ -103,7 +105,7 @@ def _run(experiment, config, graphdef, state, dataset, checkpoints, writer, prog
         )
         if step % run.log_every == 0:
             parts = {name: float(value) for name, value in values.loss._asdict().items()}
-            rate = float(schedule(step - 1))
+            rate = np.asarray(schedule(step - 1)).item()
             more = {"grad_norm": float(values.grad_norm), "learning_rate": rate, "view": view}
             writer.write(step, "train", parts | more)
 

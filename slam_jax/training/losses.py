@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from slam_jax.array_typing import AnyArray
 from slam_jax.data import Batch
 from slam_jax.errors import require
 from slam_jax.slam_v3 import Inputs, SlamV3
@@ -48,7 +49,7 @@ def answer_mask(batch: Batch) -> Bool[Array, "B Q _"]:
 
 
 def token_losses(
-    logits: Float[Array, "*B V"], targets: Int[Array, "*B"]
+    logits: Float[Array, "*B V"], targets: Int[AnyArray, "*B"]
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """Cross-entropy in nats and squared log-normaliser of each token."""
     normaliser = jax.nn.logsumexp(logits, axis=-1)

@@ -62,7 +62,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
         0.0,
         config.learning_rate,
-        min(config.warmup_steps, num_steps),
+        min(config.warmup_steps, num_steps - 1),
         num_steps,
         config.learning_rate * config.final_fraction,
     )

@@ -104,6 +104,6 @@ def make_train_step(
             decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema = optax.incremental_update(params, ema, 1.0 - decay)
         state = TrainState(state.step + 1, params, opt_state, ema, state.key)
-        return state, StepMetrics(loss, optax.global_norm(grads))
+        return state, StepMetrics(loss, optax.tree.norm(grads))
 
     return step
