@@ -1,6 +1,6 @@
 """Evaluates: python eval.py --workdir=DIR [--step=N|best|latest] [--config.field=value]"""
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from slam_jax.errors import clear_errors
 from slam_jax.evaluation import print_metrics
@@ -11,6 +11,7 @@ STEP = flags.DEFINE_string("step", "best", "A step, or best, or latest.")
 
 
 def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
     with clear_errors():
         results = evaluate_checkpoint(WORKDIR.value, STEP.value, overrides=argv[1:])
         print_metrics(results.metrics)

@@ -5,7 +5,7 @@ The same command again goes on where the run was.
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from slam_jax.errors import clear_errors
@@ -18,6 +18,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unknown arguments {argv[1:]}; use --config.field=value")
+    logging.set_verbosity(logging.WARNING)
     with clear_errors():
         train(CONFIG.value, str(WORKDIR.value))
 

@@ -1,6 +1,9 @@
-"""Sort-of-CLEVR on 2 CPU cores.
+"""Sort-of-CLEVR on 2 CPU cores, in minutes.
 
-python train.py --config=configs/slam_v3_quickstart.py --workdir=runs/quickstart
+    python train.py --config=configs/slam_v3_quickstart.py --workdir=runs/quickstart
+
+The first stage shows auxiliary vectors alone: six tokens a scene, from which the decoder learns
+what the questions mean. Then come images, then texts and scenes split between two renderings.
 """
 
 from typing import Any
@@ -10,5 +13,28 @@ from slam_jax.training import default_config
 
 def get_config() -> Any:
     config: Any = default_config("small")
+    config.model.mlp_dim = 192
+    config.model.image.patch_size = 4
     config.data.batch_size = 32
+    config.data.stages = (
+        (0, {"aux": 1.0}),
+        (350, {"image": 0.75, "aux": 0.25}),
+        (
+            2_000,
+            {
+                "image": 0.45,
+                "aux": 0.15,
+                "text": 0.2,
+                "image_text": 0.1,
+                "split_image_text": 0.05,
+                "split_image_aux": 0.05,
+            },
+        ),
+    )
+    config.loss.alignment = 0.1
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 20
+    config.run.num_steps = 3_400
+    config.run.evaluate_every = 1_700
+    config.run.evaluate_batches = 6
     return config

@@ -300,7 +300,7 @@ def test_a_batch_has_the_inputs_of_its_view_and_nothing_else(dataset, view):
         assert (value is not None) == (stream in parts)
         assert value is None or value.shape == shape
         assert getattr(batch.inputs, f"{stream}_mask") is None
-    assert batch.tokens.shape == (4, 20, 8)
+    assert batch.tokens.shape == (4, 20, 7)
 
 
 def test_tokens_are_bos_prompt_answer_eos_and_pads(dataset):

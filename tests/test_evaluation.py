@@ -27,8 +27,11 @@ PAD, BOS, EOS, QUESTION, ANSWERS = 0, 1, 2, 3, 4
 VOCAB = 8
 
 
-class WordTokenizer:
+class WordTokenizer(Tokenizer):
     pad_id, bos_id, eos_id = PAD, BOS, EOS
+
+    def __init__(self):
+        """Without a model: a token's text is its number."""
 
     def decode(self, ids):
         return "".join(f"{i} " for i in ids[: ids.index(EOS)])

@@ -114,7 +114,7 @@ def test_a_terminal_without_unicode_is_no_crash(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (372, "6:12"), (36_061, "10:01:01")]
+    ("seconds", "text"), [(0.0, "0:00"), (59.6, "1:00"), (372.0, "6:12"), (36_061.0, "10:01:01")]
 )
 def test_remaining_time(seconds, text):
     assert progress_module._clock(seconds) == text

@@ -4,17 +4,17 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 
-def print_metrics(metrics: Mapping[str, Any], file: IO[str] | None = None) -> None:
+def print_metrics(metrics: Mapping[str, Any], file: Any = None) -> None:
     """Prints accuracies by view and kind of question with 95% intervals, then retrieval.
 
-    On a terminal with rules and colours, elsewhere as plain ASCII columns. `file` is standard
+    On a terminal with rules and colours, elsewhere as plain ASCII columns. `file`, open for text, is standard
     output by default.
     """
     console = Console(file=file)

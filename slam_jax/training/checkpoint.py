@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,7 +54,7 @@ class Checkpoints:
         self.close()
 
     def save(
-        self, step: int, state: Any, *, config: dict, tokenizer: str, metrics: dict[str, float]
+        self, step: int, state: Any, *, config: dict, tokenizer: str, metrics: Mapping[str, Any]
     ) -> bool:
         """Starts to write a checkpoint and returns once the arrays are copied off the device.
 
