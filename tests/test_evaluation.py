@@ -34,6 +34,7 @@ class WordTokenizer(Tokenizer):
         """Without a model: a token's text is its number."""
 
     def decode(self, ids):
+        ids = list(ids)
         return "".join(f"{i} " for i in ids[: ids.index(EOS)])
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -422,3 +423,15 @@ def test_entry_points_say_in_one_line_what_is_wrong(arguments, message, tmp_path
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["quickstart", "sort_of_clevr", "base"])
+def test_every_config_builds_its_model(name):
+    path = Path(__file__).parents[1] / "configs" / f"slam_v3_{name}.py"
+    experiment = Experiment.from_config(runpy.run_path(str(path))["get_config"]())
+    config = experiment.with_vocabulary(300)
+    model = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
+    tokens = jax.ShapeDtypeStruct((2, 3, 7), jnp.int32)
+    image = jax.ShapeDtypeStruct((2, 75, 75, 3), jnp.uint8)
+    output = jax.eval_shape(lambda model, t, i: model(t, Inputs(image=i)), model, tokens, image)
+    assert output.logits.shape == (2, 3, 7, 300)

@@ -14,8 +14,8 @@ from rich.table import Table
 def print_metrics(metrics: Mapping[str, Any], file: Any = None) -> None:
     """Prints accuracies by view and kind of question with 95% intervals, then retrieval.
 
-    On a terminal with rules and colours, elsewhere as plain ASCII columns. `file`, open for text, is standard
-    output by default.
+    On a terminal with rules and colours, elsewhere as plain ASCII columns. `file` is open for text,
+    standard output by default.
     """
     console = Console(file=file)
     if not console.is_terminal:
