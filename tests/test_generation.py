@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from slam_jax.generation import greedy_decode
+from slam_jax.data import Tokenizer
+from slam_jax.generation import answer, greedy_decode
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 
 VOCAB, PAD, EOS = 11, 0, 1
@@ -135,3 +136,22 @@ def test_slam_v3_says_with_its_cache_what_it_says_reading_everything_again_at_ea
                 tokens[row][lengths[row] + i] = naive[row][i]
     assert len({tuple(row) for row in naive.reshape(6, -1)}) > 3
     np.testing.assert_array_equal(cached(params), naive)
+
+
+def test_answers_as_text_are_the_greedy_tokens_of_a_question_alone():
+    tokenizer = Tokenizer.train(["shape of red", "left half: blue", "circle", "yes"] * 9, 280)
+    config = SlamV3Config.preset("tiny", vocab_size=tokenizer.vocab_size)
+    model = jax.jit(lambda: SlamV3(config, rngs=nnx.Rngs(0)))()
+    aux = jax.random.normal(jax.random.key(1), (2, 3, 5))
+    memory = jax.jit(lambda model: model.encode(Inputs(aux=aux)))(model)
+    questions = [["red", "left half: blue"], ["shape of red", ""]]
+    together = answer(model, tokenizer, memory, questions, max_new_tokens=5)
+    second = jax.tree.map(lambda x: x[1:], memory)
+    ids = jnp.array([[tokenizer.bos_id, *tokenizer.encode("shape of red")]])
+    length = jnp.array([ids.shape[1]])
+    settings = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "max_new_tokens": 5}
+    alone = jax.jit(partial(greedy_decode, **settings))(model, second, ids, length)
+    assert together[1][0] == tokenizer.decode(alone[0])
+    assert len({text for row in together for text in row}) > 1
+    with pytest.raises(ValueError, match=r"\[1, 2\] prompts; give each as many"):
+        answer(model, tokenizer, memory, [["red"], ["red", "blue"]])

@@ -16,7 +16,7 @@ def project(
     """Contracts the last `in_axes` axes of x with the first of the kernel, as one 2-D matmul.
 
     Flattened here because the gradient of a matmul over several leading axes is a contraction over
-    all of them, which XLA:CPU runs 2 to 4 times slower than the same over one.
+    all of them, which XLA:CPU runs much slower than the same contraction over one.
     """
     lead, out = x.shape[: x.ndim - in_axes], kernel.shape[in_axes:]
     width = math.prod(kernel.shape[:in_axes])

@@ -149,8 +149,7 @@ class SlamV3Config:
     def encoder_out_scale(self) -> float:
         """Initial size of what a sublayer of the encoder adds: 1 / sqrt(sublayers).
 
-        With it a token leaves the encoder still mostly itself, and can be found by a question; at
-        full size the views of Sort-of-CLEVR did not take off within 600 steps, so within 200.
+        With it a token leaves the encoder still mostly itself, and can be found by a question.
         Source: Radford et al. 2019 (GPT-2), section 2.3.
         """
         return (2 + 3 * self.num_process_layers + 3) ** -0.5

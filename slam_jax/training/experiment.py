@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from slam_jax.data import DataConfig
+from slam_jax.data import HALF_VIEWS, TRAINING_VIEWS, DataConfig
 from slam_jax.errors import ConfigError, check_names, require
 from slam_jax.slam_v3 import SlamV3Config
 from slam_jax.slam_v3.config import PRESETS
@@ -39,6 +39,9 @@ class RunConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "evaluate_views", tuple(self.evaluate_views))
+        known = [*TRAINING_VIEWS, *HALF_VIEWS]
+        for view in self.evaluate_views:
+            require(view in known, "run.evaluate_views", view, f"some of {', '.join(known)}")
         for field in ("num_steps", "log_every", "evaluate_every"):
             value = getattr(self, field)
             require(value >= 1, f"run.{field}", value, "at least 1")

@@ -59,11 +59,12 @@ def train(config: ConfigDict | Mapping[str, Any], workdir: str | Path) -> TrainS
             MetricsWriter(workdir, resume_step=first, tensorboard=run.tensorboard) as writer,
             Progress(run.num_steps, first_step=first) as progress,
         ):
-            if first:
-                progress.log(f"goes on from step {first:,} of {workdir}")
-            else:
-                count = sum(x.size for x in jax.tree.leaves(state.params))
-                progress.log(f"{count:,} parameters on {jax.device_count()} {jax.devices()[0]}")
+            if first == run.num_steps:
+                progress.log(f"{workdir} is already at its last step, {first:,}")
+                return state
+            count = sum(x.size for x in jax.tree.leaves(state.params))
+            start = f"from step {first:,} of {workdir}" if first else f"in {workdir}"
+            progress.log(f"{count:,} parameters on {jax.devices()[0]}, {start}")
             return _run(experiment, config, graphdef, state, dataset, checkpoints, writer, progress)
 
 
