@@ -15,7 +15,8 @@ def tune_host() -> None:
     Compiled programs go to $SLAM_JAX_CACHE_DIR or ~/.cache/slam_jax/xla unless JAX was told of
     another place. XLA:CPU allocates its temporaries anew at every execution; glibc gives large ones
     back to the system at once, which then clears the same pages again, step after step. Kept, a
-    gated MLP's gradient takes 0.6 times as long (benchmarks/host_memory.py).
+    gated MLP's gradient took 0.68 times as long (2 cores of an AMD EPYC, 2026-11-23:
+    python benchmarks/host_memory.py).
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         chosen = os.environ.get("SLAM_JAX_CACHE_DIR") or "~/.cache/slam_jax/xla"
