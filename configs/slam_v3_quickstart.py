@@ -2,6 +2,11 @@
 
     python train.py --config=configs/slam_v3_quickstart.py --workdir=runs/quickstart
 
+2 cores of an AMD EPYC, 2026-11-23, with tests running beside it for part of the time: 23 minutes,
+and on the test scenes (`python eval.py --workdir=runs/quickstart`), non-relational and relational
+questions in percent: image 99.1 / 73.0, aux 99.8 / 77.8, text 56.9 / 70.7, image_text 99.0 / 75.8,
+split_image_text 78.8 / 69.5, split_image_aux 99.6 / 77.3.
+
 The first stage shows auxiliary vectors alone: six tokens a scene, from which the decoder learns
 what the questions mean. Then come images, then texts and scenes split between two renderings.
 """
