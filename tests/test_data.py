@@ -35,7 +35,6 @@ from slam_jax.data.sort_of_clevr import (
     make_scene,
     needs_both,
 )
-from slam_jax.errors import ConfigError
 
 STAGES = ((0, {"aux": 1.0}), (3, {view: 1.0 for view in TRAINING_VIEWS}))
 
@@ -483,18 +482,3 @@ def test_a_build_that_fails_says_so(config, tmp_path, monkeypatch):
     monkeypatch.setattr(SortOfClevr, "_split_generators", full)
     with pytest.raises(OSError, match="disk full"):
         prepare(dataclasses.replace(config, data_dir=str(tmp_path)))
-
-
-def test_a_stage_asks_the_kinds_it_names(dataset, config):
-    stages = [[0, {"aux": 1}, ["relational"]], [2, {"aux": 1}]]
-    config = dataclasses.replace(config, stages=stages)
-    assert [stage.kinds for stage in config.stages] == [("relational",), None]
-    batches = training_batches(dataset.train, dataset.tokenizer, config)
-    easy, _, full = (next(batches)[1] for _ in range(3))
-    assert easy.tokens.shape[:2] == (8, 10)
-    assert full.tokens.shape[:2] == (8, 20)
-    prompts = {dataset.tokenizer.decode(row[1:4]) for row in easy.tokens.reshape(-1, 7)}
-    assert prompts <= {"shape closest to", "shape furthest from", "how many like"}
-    config = dataclasses.replace(config, stages=[[0, {"aux": 1}, ["easy"]]])
-    with pytest.raises(ConfigError, match="kinds .'easy',.*relational"):
-        next(training_batches(dataset.train, dataset.tokenizer, config))

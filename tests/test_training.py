@@ -40,7 +40,6 @@ from slam_jax.training import (
 from slam_jax.training.experiment import as_json
 from slam_jax.training.losses import answer_mask
 from slam_jax.training.metrics import read_metrics
-from slam_jax.training.optimizer import decay_mask, make_schedule
 from slam_jax.training.state import init_state
 
 ROOT = Path(__file__).parent.parent
@@ -121,42 +120,7 @@ def test_alignment_counts_only_where_text_and_image_show_the_same(build, batch, 
     assert loss(model, dataclasses.replace(batch, inputs=shown, paired=False)).alignment == 0
 
 
-# --- Optimizer and step
-
-
-def test_weight_decay_is_for_kernels_alone(build):
-    _, params = split_model(build(aux_slots=True, num_memory_tokens=5))
-    flat = jax.tree_util.tree_leaves_with_path(decay_mask(params))
-    decayed = {path[-1].key for path, yes in flat if yes}
-    kept = {path[-1].key for path, yes in flat if not yes}
-    assert decayed == {"kernel"}
-    assert kept == {
-        *("scale", "bias", "embedding", "query_bias", "instruction"),
-        *("type", "slot", "queries", "log_temperature"),
-    }
-
-
-def test_schedule_warms_up_then_falls_as_a_cosine():
-    config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, final_fraction=0.1)
-    schedule = make_schedule(config, 110)
-    close([schedule(s) for s in (0, 5, 10, 60, 110)], [0.0, 1.0, 2.0, 1.1, 0.2])
-    # A run shorter than its warm-up is all warm-up.
-    close(make_schedule(config, 5)(4), 2.0)
-
-
-def test_gradients_are_clipped_by_their_global_norm_before_adam():
-    grads = {"kernel": jnp.full(4, 100.0)}
-    params = {"kernel": jnp.zeros(4)}
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, epsilon=1.0)
-
-    def update(config):
-        optimizer = make_optimizer(config, 10)
-        updates: Any = optimizer.update(grads, optimizer.init(params), params)[0]
-        return updates["kernel"]
-
-    # Clipped to 0.5 each: 0.5 / (0.5 + epsilon).
-    close(update(config), -np.full(4, 1 / 3), 1e-4)
-    close(update(dataclasses.replace(config, clip_norm=None)), -np.full(4, 100 / 101), 1e-4)
+# --- The step
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(build, batch, loss):
@@ -251,6 +215,8 @@ def test_an_override_that_fits_nothing_is_refused(argument, message):
         ("run.num_steps", True, "run.num_steps is True; expected a whole number"),
         ("run.num_steps", 0, "run.num_steps is 0; expected at least 1"),
         ("optimizer.clip_norm", "x", "optimizer.clip_norm is 'x'; expected a number or None"),
+        ("optimizer.name", "adam", "optimizer.name is 'adam'; expected one of ('adamw', 'muon')"),
+        ("optimizer.momentum", -0.1, "optimizer.momentum is -0.1; expected a number from 0 to 1"),
         ("optimizer.b1", 1.5, "optimizer.b1 is 1.5; expected a number from 0 to 1"),
         ("loss.z_loss", -1.0, "loss.z_loss is -1.0; expected 0"),
         ("model.embed_dim", 0, "model.embed_dim is 0; expected at least 1"),

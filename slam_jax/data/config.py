@@ -14,11 +14,10 @@ from slam_jax.errors import ConfigError
 
 
 class Stage(NamedTuple):
-    """From step `first` on; kinds: the kinds of question that are asked, None = all."""
+    """From step `first` on the views come at these rates."""
 
     first: int
     rates: Mapping[str, float]
-    kinds: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +29,8 @@ class DataConfig:
     batch_size: examples per step over all processes.
     seed: of shuffling, rendering and the choice of views.
     vocab_size: most tokens the tokenizer may learn.
-    stages: (first step, {view: rate}) or (first step, {view: rate}, kinds); from that step on a
-      batch is of that view with probability proportional to the rate, and asks the questions of
-      those kinds, or all of them. Lists, as JSON gives them, are accepted.
+    stages: (first step, {view: rate}); from that step on a batch is of that view with probability
+      proportional to the rate. Lists, as JSON gives them, are accepted.
 
     Raises:
       ConfigError: naming the field, if a value cannot be used.
@@ -84,13 +82,12 @@ class DataConfig:
 
 def _stage(i: int, stage: Any) -> Stage:
     try:
-        first, rates, *kinds = stage
+        first, rates = stage
         first, rates = int(first), {str(view): float(rate) for view, rate in rates.items()}
-        asked = None if not kinds or kinds[0] is None else tuple(map(str, *kinds))
     except (TypeError, ValueError, AttributeError):
         raise ConfigError(
-            f"stages[{i}] is {stage!r}; it must be (first step, {{view: rate}}) or "
-            '(first step, {view: rate}, kinds), such as (0, {"image": 1.0}, ["relational"])'
+            f"stages[{i}] is {stage!r}; it must be (first step, {{view: rate}}), "
+            'such as (0, {"image": 1.0})'
         ) from None
     for view, rate in rates.items():
         if view not in TRAINING_VIEWS:
@@ -101,4 +98,4 @@ def _stage(i: int, stage: Any) -> Stage:
             raise ConfigError(f"stages[{i}] gives {view} the rate {rate}; it must be 0 or more")
     if not any(rates.values()):
         raise ConfigError(f"stages[{i}] has no view with a rate above 0; give at least one")
-    return Stage(first, rates, asked)
+    return Stage(first, rates)

@@ -13,7 +13,6 @@ from jaxtyping import Float, Int, UInt8
 from slam_jax.array_typing import AnyArray
 from slam_jax.data.config import DataConfig
 from slam_jax.data.tokenizer import Tokenizer
-from slam_jax.errors import ConfigError
 from slam_jax.slam_v3.streams import Inputs
 
 _THREADS = 2
@@ -129,8 +128,7 @@ def training_batches(
         view = config.view(step)
         first = step * config.batch_size + process_index * local
         chosen = [examples[view][i] for i in range(first, first + local)]
-        kinds = config.stage(step).kinds
-        return view, collate[view](chosen if kinds is None else [_ask(e, kinds) for e in chosen])
+        return view, collate[view](chosen)
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch_of)
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCHED_BATCHES)
@@ -150,17 +148,6 @@ def evaluation_batches(
         ]
         padding = examples[-1:] * (batch_size - len(examples))
         yield EvaluationBatch(collate(examples + padding), examples, len(examples))
-
-
-def _ask(example: Example, kinds: Sequence[str]) -> Example:
-    """The example with its questions of these kinds alone."""
-    asked = [i for i, kind in enumerate(example.kinds) if kind in kinds]
-    if not asked:
-        raise ConfigError(
-            f"a stage asks for questions of the kinds {kinds}; the data has {set(example.kinds)}"
-        )
-    columns = ("prompts", "answers", "kinds", "needs_both")
-    return example._replace(**{c: tuple(getattr(example, c)[i] for i in asked) for c in columns})
 
 
 class _Collate:

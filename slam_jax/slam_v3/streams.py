@@ -167,7 +167,11 @@ class Streams(nnx.Module):
         if config.aux_slots:
             slots = (config.max_aux, config.embed_dim)
             self.slot = nnx.Param(embedding(rngs.params(), slots, kw["param_dtype"]))
-        self.type = nnx.Param(embedding(rngs.params(), (3, config.embed_dim), kw["param_dtype"]))
+        types = (3, config.embed_dim)
+        # As large as half a token: attention by place alone, such as to the token before, starts
+        # from what all tokens of a stream have in common.
+        wide = nnx.initializers.normal(0.5)
+        self.type = nnx.Param(wide(rngs.params(), types, kw["param_dtype"]))
 
     def __call__(
         self, inputs: Inputs, text_embeddings: Float[Array, "B S_t D"] | None

@@ -1,23 +1,32 @@
-"""AdamW with warm-up and cosine, clipping, and decay where decay belongs."""
+"""AdamW or Muon with warm-up and cosine, clipping, and decay where decay belongs."""
 
 import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from slam_jax.errors import require
+
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """learning_rate: the peak, reached after `warmup_steps` from 0, then a cosine to
+    """name: "adamw", or "muon" for the kernels inside the network and Adam for the rest (`head`,
+    embeddings, norms, biases); one learning rate serves both.
+    learning_rate: the peak, reached after `warmup_steps` from 0, then a cosine to
     `final_fraction` of it at the last step.
-    b1, b2, epsilon, weight_decay: of AdamW. clip_norm: global gradient norm, None = no clipping.
+    b1, b2: of Adam. momentum: of Muon. epsilon: of both. weight_decay: of the kernels; under Muon
+    not of `head`.
+    clip_norm: global gradient norm, None = no clipping.
     ema_decay: of the averaged parameters that evaluation then uses, None = no average.
     accumulate_steps: a batch is taken in that many parts, one after the other.
     """
 
+    name: str = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     final_fraction: float = 0.01
@@ -25,17 +34,19 @@ class OptimizerConfig:
     b2: float = 0.98
     epsilon: float = 1e-8
     weight_decay: float = 0.01
+    momentum: float = 0.95
     clip_norm: float | None = 1.0
     ema_decay: float | None = None
     accumulate_steps: int = 1
 
     def __post_init__(self):
         positive = "a number above 0"
+        require(self.name in OPTIMIZERS, "optimizer.name", self.name, f"one of {OPTIMIZERS}")
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, positive)
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, positive)
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        for field in ("final_fraction", "b1", "b2", "ema_decay"):
+        for field in ("final_fraction", "b1", "b2", "momentum", "ema_decay"):
             value = getattr(self, field)
             ok = (value is None and field == "ema_decay") or (value is not None and 0 <= value <= 1)
             require(ok, f"optimizer.{field}", value, "a number from 0 to 1")
@@ -57,6 +68,27 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(is_kernel, params)
 
 
+def muon_axes(params: Any) -> Any:
+    """Which axes of each kernel are its inputs and which its outputs; None = left to AdamW.
+
+    The stacked kernels of the processes are one matrix a process. `head` writes logits and, like
+    the embeddings, is no map inside the network.
+    """
+
+    def axes(path, x) -> MuonDimensionNumbers | None:
+        names = [getattr(key, "key", None) for key in path]
+        if names[-1] != "kernel" or names[0] == "head":
+            return None
+        first = 1 if "stack" in names else 0
+        is_convolution = x.ndim - first == 4
+        # Heads to width (N, H, D) and convolutions take in all but the last axis; the other maps
+        # take in the first: (D, F), (D, N, H).
+        split = x.ndim - 1 if names[-2] == "out" or is_convolution else first + 1
+        return MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, x.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Step -> learning rate."""
     return optax.warmup_cosine_decay_schedule(
@@ -68,16 +100,52 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     )
 
 
+def only_reached(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer`, but an array whose gradient is all 0 stands still.
+
+    A batch without an image has no say on the image stream. Without this its momentum would, and
+    Muon, which gives every update the same size, would go on in the direction of the last image at
+    full length.
+    """
+
+    def update(updates, state, params=None):
+        moves, state = optimizer.update(updates, state, params)
+        reached = jax.tree.map(
+            lambda g, move: jnp.where(jnp.any(g != 0), move, 0.0), updates, moves
+        )
+        return reached, state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of `num_steps` steps."""
-    adamw = optax.adamw(
-        make_schedule(config, num_steps),
-        config.b1,
-        config.b2,
-        config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-    )
-    if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    """The optimizer of a run of `num_steps` steps.
+
+    Sources: Loshchilov & Hutter 2019 (AdamW); Jordan et al. 2024, "Muon", with the update size that
+    lets it share AdamW's learning rate: Liu et al. 2025, "Muon is Scalable for LLM Training",
+    section 2.2.
+    """
+    schedule = make_schedule(config, num_steps)
+    if config.name == "muon":
+        optimizer = muon(
+            schedule,
+            beta=config.momentum,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=muon_axes,
+            consistent_rms=0.2,
+        )
+    else:
+        optimizer = optax.adamw(
+            schedule,
+            config.b1,
+            config.b2,
+            config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        )
+    if config.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return only_reached(optimizer)
