@@ -19,27 +19,31 @@ from slam_jax.training import default_config
 def get_config() -> Any:
     config: Any = default_config("small")
     config.model.mlp_dim = 192
-    config.model.image.patch_size = 4
-    config.data.batch_size = 32
+    config.model.image.patch_size = 2
+    config.model.image.stage_widths = (16, 32, 64, 96)
+    config.data.batch_size = 16
     config.data.stages = (
         (0, {"aux": 1.0}),
-        (350, {"image": 0.75, "aux": 0.25}),
+        (400, {"text": 0.7, "aux": 0.3}),
+        (1_000, {"image": 0.65, "text": 0.15, "aux": 0.2}),
         (
-            2_000,
+            3_000,
             {
-                "image": 0.45,
-                "aux": 0.15,
-                "text": 0.2,
+                "image": 0.3,
+                "text": 0.15,
+                "aux": 0.1,
                 "image_text": 0.1,
-                "split_image_text": 0.05,
-                "split_image_aux": 0.05,
+                "split_image_text": 0.2,
+                "split_image_aux": 0.15,
             },
         ),
     )
     config.loss.alignment = 0.1
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.momentum = 0.9
     config.optimizer.warmup_steps = 20
-    config.run.num_steps = 3_400
-    config.run.evaluate_every = 1_700
-    config.run.evaluate_batches = 6
+    config.run.num_steps = 7_000
+    config.run.evaluate_every = 3_500
+    config.run.evaluate_batches = 12
     return config
