@@ -20,7 +20,7 @@ def get_config() -> Any:
     config.model.kv_lora_rank = 64
     config.model.image.patch_size = 2
     config.model.image.stage_widths = (16, 32, 64, 128)
-    config.data.batch_size = 128
+    config.data.batch_size = 64
     config.data.stages = (
         (0, {"aux": 1.0}),
         (400, {"text": 0.7, "aux": 0.3}),
@@ -38,13 +38,12 @@ def get_config() -> Any:
         ),
     )
     config.loss.alignment = 0.1
-    config.loss.z_loss = 1e-4
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.momentum = 0.9
     config.optimizer.warmup_steps = 100
     config.optimizer.ema_decay = 0.999
-    config.run.num_steps = 15_000
-    config.run.evaluate_every = 1_500
+    config.run.num_steps = 10_000
+    config.run.evaluate_every = 2_000
     config.run.keep_every = 5_000
     return config
