@@ -118,3 +118,10 @@ def test_a_terminal_without_unicode_is_no_crash(monkeypatch):
 )
 def test_remaining_time(seconds, text):
     assert progress_module._clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(0.52, "0.52"), (9.4, "9.4"), (99.6, "100"), (13_200.0, "1.3e4")]
+)
+def test_rates_are_short(rate, text):
+    assert progress_module._rate(rate) == text

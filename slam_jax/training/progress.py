@@ -101,7 +101,7 @@ class Progress:
 def _rate(value: float) -> str:
     if value >= 1e4:
         return f"{value:.1e}".replace("e+0", "e")
-    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _clock(seconds: float) -> str:
