@@ -174,6 +174,43 @@ def test_each_step_drops_out_by_a_key_of_its_own(build, batch):
     assert len(set(keys)) == 3
 
 
+def nan_loss(parts, model):
+    return parts.total * jnp.nan
+
+
+def nan_gradient(parts, model):
+    """sqrt(x - x): the value is 0 and the slope is not finite."""
+    bias = model.level_one.norm.scale[0]
+    return parts.total + jnp.sqrt(bias - bias)
+
+
+@pytest.mark.parametrize("poison", [nan_loss, nan_gradient])
+def test_a_step_that_is_not_finite_is_one_that_never_was(build, batch, loss, poison):
+    graphdef, params = split_model(build(dropout=0.1))
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=2), 10)
+    bad = dataclasses.replace(batch, length=-batch.length)  # how the loss below tells them apart
+
+    def poisoned(model, batch, *, key):
+        length = jnp.abs(batch.length)
+        parts = loss(model, dataclasses.replace(batch, length=length), key=key)
+        broken = jax.lax.cond(batch.length[0, 0] < 0, poison, lambda p, m: p.total, parts, model)
+        return parts._replace(total=broken)
+
+    step = jax.jit(make_train_step(graphdef, poisoned, optimizer, ema_decay=0.9))
+    state = reference = init_state(params, optimizer, jax.random.key(0), ema=True)
+    counts = []
+    for given in (batch, bad, bad, batch):
+        state, metrics = step(state, given)
+        counts.append((int(metrics.bad_steps), int(state.skipped)))
+        if given is bad:
+            reference = reference.replace(step=reference.step + 1)
+        else:
+            reference, _ = step(reference, given)
+    assert counts == [(0, 0), (1, 1), (2, 2), (0, 2)]
+    assert_same(state.replace(skipped=reference.skipped), reference)
+    assert not jnp.array_equal(state.params["head"]["kernel"], params["head"]["kernel"])
+
+
 def test_split_and_merge_are_inverse(build, batch):
     model = build()
     graphdef, params = split_model(model)

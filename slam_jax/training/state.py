@@ -16,11 +16,15 @@ from slam_jax.training.losses import LossParts
 class TrainState:
     """All that a run is: saved, restored and donated as one.
 
-    step: steps taken. params: nested dicts of arrays. ema: their running average, or None.
+    step: steps taken, those that were skipped among them. skipped: how many of them were, in all.
+    bad_steps: how many the last ones were, in a row.
+    params: nested dicts of arrays. ema: their running average, or None.
     key: the root of all randomness; that of a step is folded from it and the step.
     """
 
     step: Int[Array, ""]
+    skipped: Int[Array, ""]
+    bad_steps: Int[Array, ""]
     params: Any
     opt_state: optax.OptState
     ema: Any
@@ -33,8 +37,11 @@ class TrainState:
 
 
 class StepMetrics(NamedTuple):
+    """bad_steps: 0, or how many steps in a row were skipped, this one among them."""
+
     loss: LossParts
     grad_norm: Float[Array, ""]
+    bad_steps: Int[Array, ""]
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
@@ -52,6 +59,8 @@ def init_state(
 ) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        bad_steps=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params) if ema else None,
@@ -71,6 +80,9 @@ def make_train_step(
 
     loss_fn: (model, batch, key=) -> LossParts. With `accumulate_steps` the leading axis of the
     batch is taken in that many parts and their gradients are averaged.
+
+    A step whose loss or gradient is not finite is skipped: it counts as taken, and parameters,
+    optimizer and average stay as they were.
     """
 
     def gradients(params, batch, key):
@@ -103,7 +115,23 @@ def make_train_step(
             # The average forgets its random start first, then settles.
             decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema = optax.incremental_update(params, ema, 1.0 - decay)
-        state = TrainState(state.step + 1, params, opt_state, ema, state.key)
-        return state, StepMetrics(loss, optax.tree.norm(grads))
+        grad_norm = optax.tree.norm(grads)
+        bad = ~(jnp.isfinite(loss.total) & jnp.isfinite(grad_norm))
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(bad, old, new),
+            (params, opt_state, ema),
+            (state.params, state.opt_state, state.ema),
+        )
+        bad_steps = jnp.where(bad, state.bad_steps + 1, 0)
+        state = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + bad,
+            bad_steps=bad_steps,
+            params=params,
+            opt_state=opt_state,
+            ema=ema,
+            key=state.key,
+        )
+        return state, StepMetrics(loss, grad_norm, bad_steps)
 
     return step
