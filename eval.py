@@ -1,8 +1,8 @@
-"""Evaluates: python eval.py --workdir=DIR [--step=N|best|latest] [--config.field=value]"""
+"""Evaluates: python eval.py --workdir=DIR [--step=N|best|latest] [--config.data.field=value]"""
 
-from absl import app, flags, logging
+from absl import flags
 
-from slam_jax.errors import clear_errors
+from slam_jax import command_line
 from slam_jax.evaluation import print_metrics
 from slam_jax.evaluation.checkpoint import evaluate_checkpoint
 
@@ -10,12 +10,10 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.",
 STEP = flags.DEFINE_string("step", "best", "A step, or best, or latest.")
 
 
-def main(argv: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
-    with clear_errors():
-        results = evaluate_checkpoint(WORKDIR.value, STEP.value, overrides=argv[1:])
-        print_metrics(results.metrics)
+def main(arguments: list[str]) -> None:
+    results = evaluate_checkpoint(WORKDIR.value, STEP.value, overrides=arguments)
+    print_metrics(results.metrics)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
+    command_line.run(main)

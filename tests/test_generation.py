@@ -153,5 +153,11 @@ def test_answers_as_text_are_the_greedy_tokens_of_a_question_alone():
     alone = jax.jit(partial(greedy_decode, **settings))(model, second, ids, length)
     assert together[1][0] == tokenizer.decode(alone[0])
     assert len({text for row in together for text in row}) > 1
-    with pytest.raises(ValueError, match=r"\[1, 2\] prompts; give each as many"):
-        answer(model, tokenizer, memory, [["red"], ["red", "blue"]])
+    for prompts, message in (
+        ([["red"], ["red", "blue"]], r"\[1, 2\] prompts; give each as many"),
+        ([[], []], r"\[0\] prompts; give each as many, one or more"),
+        (["red", "blue"], "a list of texts; give a list of prompts for each example"),
+        ([["red"]], "prompts for 1 examples, and the memory has 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            answer(model, tokenizer, memory, prompts)

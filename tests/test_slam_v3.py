@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,27 @@ def test_wrong_inputs_are_refused_in_words(build, model, inputs):
 
 
 # --- Four processes
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("text", ["red circle"], "text is a list; expected an array of token ids [B, S]"),
+        ("text", np.zeros(3, np.int32), "text is int32[3]; expected token ids [B, S]"),
+        ("text", np.zeros((2, 3)), "text is float64[2, 3]; expected token ids"),
+        ("image", np.zeros((2, 24, 24, 3)), "image is float64[2, 24, 24, 3]; expected uint8 pix"),
+        ("image", np.zeros((24, 24, 3), np.uint8), "image is uint8[24, 24, 3]; expected uint8"),
+        ("image", np.zeros((2, 3, 24, 24), np.uint8), "image is uint8[2, 3, 24, 24]; expected"),
+        ("image_mask", np.ones((2, 1), bool), "image_mask is bool[2, 1]; expected True and False"),
+        ("aux", np.zeros((2, 3, 5), np.int32), "aux is int32[2, 3, 5]; expected floats [B, "),
+        ("aux", np.zeros((3, 5), np.float32), "aux is float32[3, 5]; expected floats [B, "),
+        ("aux_mask", np.ones((2, 3), np.int32), "aux_mask is int32[2, 3]; expected True and"),
+        ("aux", np.zeros((1, 3, 5), np.float32), "batch sizes: text 2, text_mask 2, image 2, ima"),
+    ],
+)
+def test_an_input_that_would_be_misread_is_named(model, inputs, part, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.encode(dataclasses.replace(inputs, **{part: value}))
 
 
 def test_the_four_processes_start_differently(model):

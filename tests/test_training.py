@@ -33,6 +33,7 @@ from slam_jax.training import (
     make_train_step,
     merge_model,
     override,
+    read_config,
     slam_v3_loss,
     split_model,
     train,
@@ -203,11 +204,11 @@ def test_a_step_that_is_not_finite_is_one_that_never_was(build, batch, loss, poi
         state, metrics = step(state, given)
         counts.append((int(metrics.bad_steps), int(state.skipped)))
         if given is bad:
-            reference = reference.replace(step=reference.step + 1)
+            reference = dataclasses.replace(reference, step=reference.step + 1)
         else:
             reference, _ = step(reference, given)
     assert counts == [(0, 0), (1, 1), (2, 2), (0, 2)]
-    assert_same(state.replace(skipped=reference.skipped), reference)
+    assert_same(dataclasses.replace(state, skipped=reference.skipped), reference)
     assert not jnp.array_equal(state.params["head"]["kernel"], params["head"]["kernel"])
 
 
@@ -408,24 +409,58 @@ def run_script(*arguments):
     )
 
 
+QUICKSTART = "--config=configs/slam_v3_quickstart.py"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("eval.py",), "flag --workdir"),
         (("eval.py", "--workdir=nowhere"), "no such folder"),
+        (("train.py", "--workdir=new"), "flag --config"),
+        (("train.py", "--workdir=new", "--config=configs/no.py"), "configs/no.py: no such file"),
+        (("train.py", "--workdir=new", QUICKSTART, "--config.model.num_heads=7"), "embed_dim"),
         (
-            ("train.py", "--config=configs/slam_v3_quickstart.py", "--config.model.num_heads=7"),
-            "model.embed_dim",
+            ("train.py", "--workdir=new", QUICKSTART, "--config.run.num_step=7"),
+            "run has no field 'num_step'; did you mean 'num_steps'?",
         ),
+        (("train.py", "--workdir=new", QUICKSTART, "--steps=7"), "'--steps=7'; expected --config"),
     ],
 )
-def test_entry_points_say_in_one_line_what_is_wrong(arguments, message, tmp_path):
-    workdir = [] if "eval.py" in arguments else [f"--workdir={tmp_path}"]
-    done = run_script(*arguments, *workdir)
+def test_entry_points_say_in_one_line_what_is_wrong(arguments, message):
+    done = run_script(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+    assert not (ROOT / "new").exists()
+
+
+def test_a_config_file_that_gives_no_config_is_named(tmp_path):
+    path = tmp_path / "config.py"
+    with pytest.raises(ConfigError, match="config.py: no such file; give one such as configs/"):
+        read_config(path)
+    path.write_text("get_config = lambda: {'seed': (1, 2)}")
+    assert read_config(path) == {"seed": [1, 2]}
+    for text, reason in (
+        ("x = 1", "KeyError: 'get_config'"),
+        ("def get_config(:", "SyntaxError: "),
+        ("def get_config():\n    raise ValueError('one\\ntwo')", "ValueError: one$"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=f"config.py: get_config: {reason}"):
+            read_config(path)
+
+
+def test_a_preset_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match="preset is 'huge'; expected one of tiny, small, "):
+        default_config("huge")
+
+
+def test_an_evaluation_changes_the_data_alone(finished):
+    with pytest.raises(ConfigError, match="config.model is part of the checkpoint"):
+        evaluate_checkpoint(finished[0], "latest", ["--config.model.embed_dim=64"])
 
 
 @pytest.mark.parametrize("name", ["quickstart", "sort_of_clevr", "base"])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slam_jax.data import HALF_VIEWS, TRAINING_VIEWS, evaluation_batches, prepare
+from slam_jax.errors import ConfigError
 from slam_jax.evaluation.answers import Results, evaluate
 from slam_jax.evaluation.table import write_metrics
 from slam_jax.training import Experiment, load, override, split_model
@@ -15,14 +16,20 @@ def evaluate_checkpoint(
 ) -> Results:
     """Every view of the test split; writes `WORKDIR/eval/metrics.json`.
 
-    step: a number, "best" or "latest"; None = best. overrides: `--config.field=value` arguments
-    that change the configuration saved with the checkpoint (where the data is, the batch size).
+    step: a number, "best" or "latest"; None = best. overrides: `--config.data.field=value`
+    arguments that change where the data is and how it is read; the rest is the checkpoint's.
 
     Raises:
       CheckpointError, ConfigError: what cannot be read or built, in one line.
     """
     loaded = load(workdir, step)
-    data = Experiment.from_config(override(loaded.config, overrides)).data
+    config = override(loaded.config, overrides)
+    for group in config:
+        if group != "data" and config[group] != loaded.config[group]:
+            raise ConfigError(
+                f"config.{group} is part of the checkpoint; an evaluation changes config.data alone"
+            )
+    data = Experiment.from_config(config).data
     dataset = prepare(data, loaded.tokenizer)
     graphdef, params = split_model(loaded.model)
     batches = {

@@ -14,7 +14,7 @@ from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryBank
 from slam_jax.slam_v3.fusion import Fusion
 from slam_jax.slam_v3.processes import LevelOne, ParallelProcesses
-from slam_jax.slam_v3.streams import Inputs, Streams
+from slam_jax.slam_v3.streams import Inputs, Streams, check_inputs
 
 
 class SlamV3(nnx.Module):
@@ -49,8 +49,9 @@ class SlamV3(nnx.Module):
     def encode(self, inputs: Inputs, *, key: PRNGKeyArray | None = None) -> Memory:
         """What the decoder may look at. `key`: for dropout, None = none.
 
-        Raises ValueError where no input is given.
+        Raises ValueError where no input is given, or one is not what `Inputs` says.
         """
+        check_inputs(inputs)
         keys = split(key, 4)
         inputs = jax.tree.map(jnp.asarray, inputs)
         text = None if inputs.text is None else self.embedding(jnp.asarray(inputs.text))

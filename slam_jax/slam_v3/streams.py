@@ -1,6 +1,6 @@
 """From what the user has to tokens of width D: one stream for each present input."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import einops
 import jax.numpy as jnp
@@ -29,6 +29,37 @@ class Inputs:
     image_mask: Bool[AnyArray, "B"] | None = None
     aux: Float[AnyArray, "B A C"] | None = None
     aux_mask: Bool[AnyArray, "B A"] | None = None
+
+
+_EXPECTED: dict[str, tuple[Any, int, str]] = {
+    "text": (jnp.integer, 2, "token ids [B, S], of a tokenizer"),
+    "text_mask": (jnp.bool_, 2, "True and False [B, S]"),
+    "image": (jnp.uint8, 4, "uint8 pixels [B, height, width, 3]"),
+    "image_mask": (jnp.bool_, 1, "True and False [B]"),
+    "aux": (jnp.floating, 3, "floats [B, number of vectors, aux_dim]"),
+    "aux_mask": (jnp.bool_, 2, "True and False [B, number of vectors]"),
+}
+
+
+def check_inputs(inputs: Inputs) -> None:
+    """Raises ValueError, naming the part, for what would fail later or be misread silently: pixels
+    that are no bytes, whole numbers for vectors, a missing batch axis, different batch sizes."""
+    sizes = {}
+    for name, (kind, ndim, expected) in _EXPECTED.items():
+        value = getattr(inputs, name)
+        if value is None:
+            continue
+        if not hasattr(value, "dtype"):
+            raise ValueError(f"{name} is a {type(value).__name__}; expected an array of {expected}")
+        fits = jnp.issubdtype(value.dtype, kind) and value.ndim == ndim
+        if not fits or (name == "image" and value.shape[-1] != 3):
+            raise ValueError(f"{name} is {value.dtype}{list(value.shape)}; expected {expected}")
+        sizes[name] = value.shape[0]
+    if not sizes.keys() & {"text", "image", "aux"}:
+        raise ValueError("nothing to encode: give at least one of text, image and aux")
+    if len(set(sizes.values())) > 1:
+        shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"inputs of different batch sizes: {shown}; expected one for all")
 
 
 class Stream(NamedTuple):
@@ -176,7 +207,7 @@ class Streams(nnx.Module):
     def __call__(
         self, inputs: Inputs, text_embeddings: Float[Array, "B S_t D"] | None
     ) -> list[Stream]:
-        """The present streams, in the order text, image, aux; raises ValueError where none is.
+        """The present streams, in the order text, image, aux.
 
         text_embeddings: the embedded `inputs.text`; the table belongs to the model, which reads
         and writes text with the same one.
@@ -199,8 +230,6 @@ class Streams(nnx.Module):
         if inputs.aux is not None:
             tokens = self.aux_norm(self._aux(jnp.asarray(inputs.aux, dtype))) + types[2]
             streams.append(Stream(tokens, inputs.aux_mask, None))
-        if not streams:
-            raise ValueError("nothing to encode: give at least one of text, image and aux")
         return streams
 
     def _aux(self, aux):

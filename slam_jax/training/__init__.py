@@ -1,7 +1,13 @@
 """Training: configuration, state, loss, loop, checkpoints."""
 
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
-from slam_jax.training.experiment import Experiment, RunConfig, default_config, override
+from slam_jax.training.experiment import (
+    Experiment,
+    RunConfig,
+    default_config,
+    override,
+    read_config,
+)
 from slam_jax.training.loading import Loaded, load
 from slam_jax.training.loop import train
 from slam_jax.training.losses import LossConfig, slam_v3_loss
@@ -23,6 +29,7 @@ __all__ = [
     "make_train_step",
     "merge_model",
     "override",
+    "read_config",
     "slam_v3_loss",
     "split_model",
     "train",

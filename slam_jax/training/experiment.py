@@ -4,8 +4,10 @@ import ast
 import copy
 import dataclasses
 import json
+import runpy
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -80,8 +82,9 @@ def default_config(preset: str = "small") -> ConfigDict:
     """Every field a config may have; a file in configs/ starts from it and changes some.
 
     `preset` is one of `slam_jax.slam_v3.config.PRESETS`. None stands for "derived" or "off". The
-    vocabulary is the tokenizer's and no field.
+    vocabulary is the tokenizer's and no field. Raises ConfigError for another preset.
     """
+    require(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
     model = _defaults(SlamV3Config)
     del model["vocab_size"]
     image = {**model["image"], **PRESETS[preset].get("image", {})}
@@ -93,6 +96,20 @@ def default_config(preset: str = "small") -> ConfigDict:
             **{name: _defaults(part) for name, part in parts.items()},
         },
     )
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """What `get_config()` of a Python file returns, as JSON would hold it. The file is run.
+
+    Raises ConfigError where there is no such file, or no such function in it, or it fails.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such file; give one such as configs/slam_v3_quickstart.py")
+    try:
+        return as_json(runpy.run_path(str(path))["get_config"]())
+    except Exception as error:  # a user's own code may fail in any way
+        reason = (str(error).strip() or "it failed").splitlines()[0]
+        raise ConfigError(f"{path}: get_config: {type(error).__name__}: {reason}") from error
 
 
 def as_json(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
