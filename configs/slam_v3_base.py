@@ -2,9 +2,9 @@
 
     python train.py --config=configs/slam_v3_base.py --workdir=runs/base
 
-768 wide, four processes of six layers, a ViT of twelve over 224-pixel images, a bottleneck of 128
-memory tokens and a decoder of twelve layers. It names the embedded data set, whose pictures a ViT
-of 75 pixels reads, so that the command runs as it stands; change `data` and `model.image` to yours.
+768 wide, four processes of six layers, a ViT of twelve, a bottleneck of 128 memory tokens and a
+decoder of twelve layers. The preset is for images of 224 pixels in patches of 16; here it reads
+Sort-of-CLEVR, so that the command runs as it stands: change `data` and `model.image` to yours.
 It wants an accelerator of 40 GB or more and has not been trained: no duration or score stands here.
 """
 
