@@ -2,9 +2,16 @@
 
     python train.py --config=configs/slam_v3_sort_of_clevr.py --workdir=runs/sort_of_clevr
 
-Aims at the ceiling of the published task: bfloat16 computation with float32 parameters and an
-average of the parameters. It has not been run on an accelerator yet, so that no duration stands
-here.
+Aims at the ceiling of the published task: the quickstart, wider, with larger batches, bfloat16
+computation on float32 parameters, and an average of the parameters. It has not been run on an
+accelerator: no duration stands here. On 2 cores of an AMD EPYC, 2026-11-24, with
+
+    --config.model.dtype=float32 --config.data.batch_size=16 --config.run.num_steps=8000
+
+it took 41 minutes beside other work and reached, on the test scenes (`python eval.py --workdir=..`),
+non-relational and relational questions in percent: image 99.8 / 93.9, aux 99.9 / 96.3,
+text 100.0 / 94.8, image_text 100.0 / 94.4, split_image_text 100.0 / 94.4,
+split_image_aux 99.9 / 95.7.
 """
 
 from typing import Any

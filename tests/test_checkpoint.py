@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit or not at all, and the right ones are kept."""
 
 import contextlib
+import json
 import os
 import resource
 import shutil
@@ -117,6 +118,7 @@ def test_latest_best_and_every_kth_are_kept(tmp_path):
             checkpoints = Checkpoints(tmp_path, keep_every=2)
     checkpoints.close()
     assert checkpoints.steps() == [2, 4, 5, 6, 8, 9]
+    assert {path.name for path in checkpoints.directory.iterdir()} == set("245689")
     assert (checkpoints.latest(), checkpoints.best()) == (9, 5)
     assert checkpoints.resolve() == checkpoints.resolve("best") == 5
     assert checkpoints.resolve("latest") == checkpoints.resolve("9") == 9
@@ -193,7 +195,7 @@ def test_a_failed_write_surfaces_and_loses_nothing(tmp_path, big):
         assert_same(checkpoints.restore("latest", big), big)
     save(checkpoints, 2, big)  # the disk has room again
     checkpoints.close()
-    assert checkpoints.steps() == [2]
+    assert checkpoints.steps() == [1, 2]
 
 
 def test_a_write_that_cannot_start_says_why(tmp_path, big):
@@ -202,23 +204,20 @@ def test_a_write_that_cannot_start_says_why(tmp_path, big):
         save(Checkpoints(tmp_path / "file"), 1, big)
 
 
-def test_only_committed_steps_count(tmp_path, big):
+def test_what_a_killed_run_was_writing_does_not_count(tmp_path, big):
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, big)
     folder = checkpoints.directory
-    (folder / "9").mkdir()
     (folder / "notes").mkdir()
-    for step in (7, 8):  # what a killed run leaves behind
-        shutil.copytree(folder / "1", folder / f"{step}.orbax-checkpoint-tmp")
+    for step in (7, 8):
+        shutil.copytree(folder / "1", folder / f"{step}.writing")
     before = sorted(folder.rglob("*"))
     assert checkpoints.steps() == [1]
     assert_same(checkpoints.restore("latest", big), big)
     assert sorted(folder.rglob("*")) == before  # a reader leaves a run in progress alone
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 8, big)
-        save(checkpoints, 9, big)
-    assert checkpoints.steps() == [9]
-    assert {path.name for path in folder.iterdir()} <= {"9", "notes"}
+    assert {path.name for path in folder.iterdir()} == {"1", "8", "notes"}
 
 
 def test_a_step_that_is_not_there_is_one_clear_line(tmp_path, big):
@@ -241,20 +240,122 @@ def test_a_step_that_is_not_there_is_one_clear_line(tmp_path, big):
             checkpoints.restore(step, big)
 
 
-@pytest.mark.parametrize("file", ["state/_METADATA", "config/data.json", "metrics/metrics"])
-def test_broken_files_are_one_error_that_names_the_step(tmp_path, big, file):
+# --- Damage
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "flipped": flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "deleted": lambda path: path.unlink(),
+    "a link": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_no_damaged_file_is_read(tmp_path, damage):
+    """Whichever file it is: arrays, their index, JSON or the manifest itself."""
+    state = make_state()
     with Checkpoints(tmp_path) as checkpoints:
-        save(checkpoints, 4, big, accuracy=1.0)
-    path = checkpoints.directory / "4" / file
-    path.write_bytes(path.read_bytes()[:3])
-    read = {
-        "state/_METADATA": lambda: checkpoints.restore_subtree(4, "x", big["x"]),
-        "config/data.json": lambda: checkpoints.read_config(4),
-        "metrics/metrics": checkpoints.best,
-    }[file]
-    with pytest.raises(CheckpointError, match="checkpoints/4: .* could not be read") as error:
-        read()
-    assert "\n" not in str(error.value)
+        save(checkpoints, 4, state, accuracy=1.0)
+    folder = checkpoints.directory / "4"
+    whole = tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = [path.relative_to(folder) for path in files if path.stat().st_size]
+    assert len(names) > 8
+    for name in names:
+        DAMAGES[damage](folder / name)
+        reader = Checkpoints(tmp_path)
+        assert list(reader.verify()) == [4] and reader.verify()[4]
+        for read in (
+            lambda reader=reader: reader.restore(4, state),
+            lambda reader=reader: reader.read_config(4),
+            lambda reader=reader: reader.restore("latest", state),
+            lambda reader=reader: reader.recover(print),
+        ):
+            with pytest.raises(CheckpointError, match="checkpoint is damaged|can be read") as error:
+                read()
+            assert "\n" not in str(error.value)
+        shutil.rmtree(folder)
+        shutil.copytree(whole, folder)
+    assert Checkpoints(tmp_path).verify() == {4: None}
+
+
+def test_a_file_too_many_is_damage(tmp_path, big):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 4, big)
+    (checkpoints.directory / "4" / "arrays" / "more").write_text("x")
+    assert Checkpoints(tmp_path).verify() == {4: "arrays/more is not in its manifest"}
+
+
+def test_a_run_goes_on_from_the_newest_step_that_is_whole(tmp_path):
+    states = {step: make_state(step) for step in (1, 2, 3)}
+    with Checkpoints(tmp_path, keep_every=1) as checkpoints:
+        for step, state in states.items():
+            save(checkpoints, step, state, accuracy=step / 10)
+    folder = checkpoints.directory
+    flip(folder / "3" / "metrics.json")
+    flip(folder / "2" / "manifest.json")
+    told = []
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.resolve("latest") == checkpoints.resolve() == 1
+    assert checkpoints.recover(told.append) == 1
+    assert [line.partition(": ")[0] for line in told] == [
+        "checkpoint of step 3 passed over",
+        "checkpoint of step 2 passed over",
+    ]
+    assert "metrics.json is not what was written; it is now" in told[0]
+    # Nothing is lost, and the steps can be saved again; damaged once more they are kept as well.
+    assert {path.name for path in folder.iterdir()} == {"1", "2.damaged", "3.damaged"}
+    with checkpoints:
+        save(checkpoints, 2, states[2])
+    flip(folder / "2" / "config.json")
+    assert Checkpoints(tmp_path).recover(told.append) == 1
+    assert (folder / "2.damaged-2").is_dir()
+    flip(folder / "1" / "config.json")
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be read \(1: config.json is not"):
+        Checkpoints(tmp_path).recover(told.append)
+    assert (folder / "1").is_dir()
+    assert Checkpoints(tmp_path / "new").recover(told.append) is None
+
+
+def test_a_file_of_absurd_size_is_not_read(tmp_path, big):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, big)
+    folder = checkpoints.directory / "1"
+    with (folder / "config.json").open("ab") as file:
+        file.truncate(1 << 40)
+    listed = json.loads((folder / "manifest.json").read_text())
+    listed["files"]["config.json"]["size"] = 1 << 40
+    (folder / "manifest.json").write_text(json.dumps(listed))
+    reader = Checkpoints(tmp_path)
+    reader._verified.add(1)  # as if its sha256 fitted
+    with pytest.raises(CheckpointError, match="1,099,511,627,776 bytes"):
+        reader.read_config(1)
+    with (folder / "manifest.json").open("ab") as file:
+        file.truncate(1 << 40)
+    assert Checkpoints(tmp_path).verify() == {1: "manifest.json has 1,099,511,627,776 bytes"}
+
+
+def test_a_failed_write_is_told_without_waiting(tmp_path, big):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.poll()
+    with full_disk():
+        save(checkpoints, 2, big)
+        pending: Any = checkpoints._pending
+        with contextlib.suppress(Exception):
+            pending[1].result()
+        with pytest.raises(CheckpointError, match="2: the checkpoint could not be written"):
+            checkpoints.poll()
+    checkpoints.close()
+    assert list(checkpoints.directory.iterdir()) == []
 
 
 ON_FOUR_DEVICES = """

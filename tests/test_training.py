@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -265,7 +266,7 @@ def test_an_override_that_fits_nothing_is_refused(argument, message):
 )
 def test_a_value_that_cannot_be_built_is_named(name, value, message):
     config = override(as_json(default_config()), [f"--config.{name}={value!r}"])
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         Experiment.from_config(config)
 
 
@@ -373,6 +374,61 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(config, finished, tmp_pat
     assert Checkpoints(broken).steps() == [2]
     assert_same(train(config, broken), state)
     assert numbers(broken) == numbers(workdir)
+
+
+def break_steps(monkeypatch, steps):
+    """The batches of these steps hold a NaN."""
+    batches = loop.training_batches
+
+    def broken(*args, start_step=0, **kwargs):
+        made = batches(*args, start_step=start_step, **kwargs)
+        for step, (view, batch) in enumerate(made, start_step + 1):
+            if step in steps:
+                aux = np.full_like(batch.inputs.aux, np.nan)
+                batch = dataclasses.replace(batch, inputs=Inputs(aux=aux))
+            yield view, batch
+
+    monkeypatch.setattr(loop, "training_batches", broken)
+
+
+@pytest.mark.slow
+def test_a_run_goes_back_past_bad_batches_and_on(config, tmp_path, monkeypatch, capsys):
+    changes = {"run.max_bad_steps": 2, "run.num_steps": 9, "run.save_every": 3}
+    arguments = [f"--config.{name}={value}" for name, value in changes.items()]
+    config = override(config, [*arguments, "--config.run.evaluate_every=9"])
+    break_steps(monkeypatch, {2, 5, 6})
+    restored = []
+    restore = Checkpoints.restore
+    monkeypatch.setattr(Checkpoints, "restore", lambda *a: (restored.append(a[1]), restore(*a))[1])
+    state = train(config, tmp_path / "run")
+    assert restored == [3]
+    assert (state.step, state.skipped, state.bad_steps) == (9, 3, 0)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    shown = capsys.readouterr().out
+    assert "step 2 (aux): loss or gradient is not finite, step skipped" in shown
+    assert "step 6: loss or gradient has not been finite for 2 steps; going on with" in shown
+    # What a killed run that is started again does, too.
+    validate = loop.validate
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "validate", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        train(config, tmp_path / "broken")
+    assert loop.validate is validate
+    assert Checkpoints(tmp_path / "broken").steps() == [3, 6]
+    assert_same(train(config, tmp_path / "broken"), state)
+    assert numbers(tmp_path / "broken") == numbers(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_that_stays_bad_stops_with_its_checkpoint_whole(config, tmp_path, monkeypatch):
+    config = override(config, ["--config.run.max_bad_steps=2", "--config.run.num_steps=40"])
+    break_steps(monkeypatch, range(3, 99))
+    message = r"for 4 steps, also not from the checkpoint of step 4; lower .* steps 3 to 6$"
+    with pytest.raises(loop.TrainingDiverged, match=message):
+        train(
+            override(config, ["--config.run.evaluate_every=30", "--config.run.save_every=2"]),
+            tmp_path,
+        )
+    assert Checkpoints(tmp_path).verify() == {2: None, 4: None}
 
 
 def test_a_workdir_belongs_to_one_configuration(config, finished):

@@ -1,22 +1,29 @@
-"""Checkpoints of a run: one folder a step, written in the background, restored only if it fits.
+"""Checkpoints of a run: one folder a step, written in the background, restored only if it is what
+was written and only if it fits.
 
-`WORKDIR/checkpoints/STEP/` holds `state` (the arrays), `config` and `tokenizer` (JSON) and
-`metrics`, committed together by one rename: a step that can be seen is whole. Nothing in it is
-pickled or run.
+`WORKDIR/checkpoints/STEP/` holds `arrays` (of Orbax), `config.json`, `tokenizer.json`,
+`metrics.json` and their `manifest.json`. It gets its name, by one rename, when all of that is on
+disk: a step that can be seen is whole. Nothing in it is pickled or run.
 """
 
 import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from slam_jax.errors import UserError
+from slam_jax.training import manifest
+
+_MOST_BYTES = 64 << 20  # of a JSON file; it is read whole
 
 Step = int | str | None
 
@@ -32,7 +39,8 @@ class Checkpoints:
 
     Args:
         workdir: folder of the run; created by the first `save`.
-        keep_every: besides the latest and the best, keep the steps that this number divides.
+        keep_every: besides the last two (should the last be damaged) and the best, keep the steps
+            that this number divides.
         best_by: name of the metric, higher is better, that makes a checkpoint the best.
     """
 
@@ -43,8 +51,9 @@ class Checkpoints:
         self.directory = self.workdir / "checkpoints"
         self._keep_every = keep_every
         self._best_by = best_by
-        self._writer: ocp.training.Checkpointer | None = None
-        self._pending: tuple[int, ocp.AsyncResponse[bool]] | None = None
+        self._background: ThreadPoolExecutor | None = None
+        self._pending: tuple[int, Future[None]] | None = None
+        self._verified: set[int] = set()
         logging.getLogger("absl").addFilter(_is_not_orbax)
 
     def __enter__(self) -> "Checkpoints":
@@ -75,60 +84,93 @@ class Checkpoints:
         self.wait()
         if step in self.steps():
             return False
+        finite = {name: float(x) for name, x in metrics.items() if math.isfinite(x)}
+        folder = self.directory / f"{step}.writing"
         try:
-            writer = self._writer = self._writer or self._open()
-            response = writer.save_checkpointables_async(
-                step,
-                {"state": state, "config": config, "tokenizer": tokenizer},
-                force=True,
-                metrics={name: float(x) for name, x in metrics.items() if math.isfinite(x)},
-            )
+            for left in self.directory.glob("*.writing"):  # by a run that was killed
+                shutil.rmtree(left)
+            folder.mkdir(parents=True)
+            for name, value in (("config", config), ("tokenizer", tokenizer), ("metrics", finite)):
+                (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+            response = ocp.save_checkpointables_async(str(folder / "arrays"), {"state": state})
         except OSError as error:
             raise CheckpointError(self._unwritten(step, error)) from error
-        assert response is not None  # `force` leaves the policy no say
-        self._pending = step, response
+        self._background = self._background or ThreadPoolExecutor(1, "checkpoint")
+        self._pending = step, self._background.submit(self._commit, step, folder, response.result)
         return True
+
+    def poll(self) -> None:
+        """Raises CheckpointError if the write in progress has failed; never waits."""
+        if self._pending is not None and self._pending[1].done():
+            self.wait()
 
     def wait(self) -> None:
         """Blocks until the write in progress is on disk; raises CheckpointError if it failed."""
         if self._pending is None:
             return
-        step, response = self._pending
+        step, written = self._pending
         self._pending = None
         try:
-            response.result()
+            written.result()
         except Exception as error:
-            # Orbax goes on counting the lost step as the latest and repeats its error: open anew.
-            with contextlib.suppress(Exception):
-                self._shut()
+            shutil.rmtree(self.directory / f"{step}.writing", ignore_errors=True)
             raise CheckpointError(self._unwritten(step, error)) from error
 
     def close(self) -> None:
-        """Waits as `wait` does, then stops the threads; a later `save` starts them again."""
+        """Waits as `wait` does, then stops the thread; a later `save` starts it again."""
         try:
             self.wait()
         finally:
-            self._shut()
+            background, self._background = self._background, None
+            if background is not None:
+                background.shutdown()
+
+    def recover(self, report: Callable[[str], None]) -> int | None:
+        """The newest step that is what was written, for a run to go on from; None in a new workdir.
+
+        Damaged steps after it are kept under another name, and `report` is told which and why.
+
+        Raises:
+            CheckpointError: there are checkpoints and all of them are damaged.
+        """
+        damaged = {}
+        for step in reversed(self.steps()):
+            damage = self._damage(step)
+            if damage is None:
+                break
+            damaged[step] = damage
+        else:
+            if damaged:
+                shown = "; ".join(f"{step}: {damage}" for step, damage in damaged.items())
+                raise CheckpointError(
+                    f"{self.directory}: no checkpoint can be read ({shown}); "
+                    "put a good one there, or use another workdir"
+                )
+            return None
+        for number, damage in damaged.items():
+            name = _free(self.directory / f"{number}.damaged")
+            os.rename(self.directory / str(number), name)
+            report(f"checkpoint of step {number:,} passed over: {damage}; it is now {name}")
+        return step
 
     def steps(self) -> list[int]:
-        """Committed steps, ascending; empty for a new workdir."""
+        """Steps that have a checkpoint, ascending; empty for a new workdir."""
         if not self.directory.is_dir():
             return []
-        names = (path.name for path in self.directory.iterdir() if _is_committed(path))
-        return sorted(int(name) for name in names)
+        names = (path.name for path in self.directory.iterdir() if path.is_dir())
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def latest(self) -> int | None:
-        """The last committed step."""
+        """The last step that has a checkpoint."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
         """The step with the highest `best_by`; of equals the later; None where none has it."""
-        scores = {step: self._score(_metrics(self.directory / str(step))) for step in self.steps()}
-        known = [step for step, score in scores.items() if score > -math.inf]
-        return max(known, key=lambda step: (scores[step], step), default=None)
+        return next(iter(self._by_score()), None)
 
     def resolve(self, step: Step = None) -> int:
-        """The committed step meant by a number, `latest`, `best`, or None (best, else latest).
+        """The step meant by a number, `latest`, `best`, or None (best, else latest). What the names
+        mean is undamaged: damaged steps are passed over, and a warning logged.
 
         Raises:
             CheckpointError: there is no such step; the message says which there are.
@@ -139,11 +181,14 @@ class Checkpoints:
         if not steps:
             raise CheckpointError(f"{self.workdir}: holds no checkpoint; train into it first")
         if step == "latest":
-            return steps[-1]
+            return self._first_intact(reversed(steps))
         if step is None or step == "best":
-            best = self.best()
-            if best is not None or step is None:
-                return steps[-1] if best is None else best
+            scored = self._by_score()
+            if step is None:
+                rest = [step for step in reversed(steps) if step not in scored]
+                return self._first_intact(scored + rest)
+            if scored:
+                return self._first_intact(scored)
             reason = f"no checkpoint has the metric {self._best_by!r}"
         elif str(step).isdecimal():
             if int(step) in steps:
@@ -182,55 +227,86 @@ class Checkpoints:
 
     def read_metrics(self, step: Step) -> dict[str, float]:
         """The metrics saved with a step."""
-        return _metrics(self._path(step))
+        return self._read_json(step, "metrics")
 
-    def _open(self) -> ocp.training.Checkpointer:
-        keep = ocp.training.preservation_policies
-        policies = [
-            keep.LatestN(1),
-            keep.BestN(get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False),
-        ]
-        if self._keep_every is not None:
-            policies.append(keep.EveryNSteps(self._keep_every))
-        json_items = ocp.handlers.local_registry()
-        for name in ("config", "tokenizer"):  # Orbax would store a dict of numbers as arrays
-            json_items.add(ocp.handlers.JsonHandler, checkpointable_name=name)
-        context = ocp.Context()
-        context.checkpointables.registry = json_items
-        return ocp.training.Checkpointer(
-            str(self.directory),
-            context=context,
-            preservation_policy=cast(Any, keep.AnyPreservationPolicy(policies)),
-            cleanup_tmp_directories=True,
-        )
+    def verify(self) -> dict[int, str | None]:
+        """Each step with what is wrong with it, or None."""
+        return {step: self._damage(step) for step in self.steps()}
 
-    def _shut(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
+    def _commit(self, step: int, folder: Path, written: Callable[[], Any]) -> None:
+        """The end of a write, in the background."""
+        written()
+        manifest.seal(folder)
+        os.rename(folder, self.directory / str(step))
+        self._prune()
 
-    def _score(self, metrics: dict[str, float]) -> float:
-        return metrics.get(self._best_by, -math.inf)
+    def _prune(self) -> None:
+        steps = self.steps()
+        keep = {*steps[-2:], self.best()}
+        for step in steps:
+            if step in keep or (self._keep_every and step % self._keep_every == 0):
+                continue
+            # Under its own name a step is whole, also while it goes.
+            going = self.directory / f"{step}.writing"
+            os.rename(self.directory / str(step), going)
+            shutil.rmtree(going)
+
+    def _damage(self, step: int) -> str | None:
+        if step in self._verified:
+            return None
+        damage = manifest.find_damage(self.directory / str(step))
+        if damage is None:
+            self._verified.add(step)
+        return damage
+
+    def _first_intact(self, steps: Iterable[int]) -> int:
+        problems = []
+        for step in steps:
+            damage = self._damage(step)
+            if damage is None:
+                for problem in problems:
+                    logging.getLogger("slam_jax").warning("passed over %s", problem)
+                return step
+            problems.append(f"{self.directory / str(step)}: {damage}")
+        raise CheckpointError(f"no checkpoint can be read: {'; '.join(problems)}")
+
+    def _by_score(self) -> list[int]:
+        """Steps that have a score, the best first; of equals the later."""
+        scores = {}
+        for step in self.steps():
+            # A damaged file has no say here; whoever reads the step hears of it.
+            with contextlib.suppress(CheckpointError):
+                metrics = _read_json(self.directory / str(step) / "metrics.json")
+                score = metrics.get(self._best_by) if isinstance(metrics, dict) else None
+                if isinstance(score, (int, float)):
+                    scores[step] = score
+        return sorted(scores, key=lambda step: (scores[step], step), reverse=True)
 
     def _path(self, step: Step) -> Path:
-        return self.directory / str(self.resolve(step))
+        step = self.resolve(step)
+        path, damage = self.directory / str(step), self._damage(step)
+        if damage is not None:
+            raise CheckpointError(
+                f"{path}: the checkpoint is damaged: {damage}; choose another step"
+            )
+        return path
 
     def _read_json(self, step: Step, item: str) -> Any:
-        path = self._path(step)
-        with _damage_named(path):
-            return ocp.load_checkpointables(str(path), {item: None})[item]
+        return _read_json(self._path(step) / f"{item}.json")
 
     def _read_state(self, step: Step, like: Any, part: str | None = None) -> Any:
         path = self._path(step)
         with _damage_named(path):
-            saved = ocp.checkpointables_metadata(str(path)).metadata["state"]
+            saved = ocp.checkpointables_metadata(str(path / "arrays")).metadata["state"]
             if saved is None:
                 raise ValueError("the list of its arrays is damaged")
         _compare(path, saved if part is None else {part: saved.get(part)}, like)
         context = ocp.Context()
         context.pytree.loading.partial_load = part is not None
         with _damage_named(path), context:
-            items = ocp.load_checkpointables(str(path), {"state": jax.tree.map(_target, like)})
+            items = ocp.load_checkpointables(
+                str(path / "arrays"), {"state": jax.tree.map(_target, like)}
+            )
         return items["state"]
 
     def _unwritten(self, step: int, error: Exception) -> str:
@@ -240,15 +316,20 @@ class Checkpoints:
         )
 
 
-def _is_committed(path: Path) -> bool:
-    """Whether this is a step's folder that Orbax finished; its own test lets empty ones pass."""
-    return path.name.isdecimal() and (path / "_CHECKPOINT_METADATA").is_file()
-
-
-def _metrics(path: Path) -> dict[str, float]:
-    file = path / "metrics" / "metrics"  # the item's name is Orbax's own and its loader refuses it
+def _read_json(path: Path) -> Any:
     with _damage_named(path):
-        return json.loads(file.read_text()) if file.exists() else {}
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _free(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, .. that does not exist."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:

@@ -26,8 +26,12 @@ class RunConfig:
     """num_steps: steps of the whole run. log_every: steps between lines of the metrics file.
     evaluate_every: steps between evaluations on the validation split, each followed by a
     checkpoint. evaluate_views: the views evaluated then; () = those that the run trains on.
-    evaluate_batches: batches a view, None = the whole split. keep_every: checkpoints at its
-    multiples are kept for good, None = only the latest and the best.
+    evaluate_batches: batches a view, None = the whole split.
+    save_every: steps between checkpoints besides those of evaluations, None = no others.
+    keep_every: checkpoints at its multiples are kept for good, None = only the last two and the
+    best.
+    max_bad_steps: after so many steps in a row whose loss or gradient is not finite (each is
+    skipped) the run goes back to its last checkpoint; after twice as many it stops.
     tensorboard: write event files too (extra `tracking`).
     """
 
@@ -36,7 +40,9 @@ class RunConfig:
     evaluate_every: int = 500
     evaluate_views: tuple[str, ...] = ()
     evaluate_batches: int | None = None
+    save_every: int | None = None
     keep_every: int | None = None
+    max_bad_steps: int = 20
     tensorboard: bool = False
 
     def __post_init__(self):
@@ -44,10 +50,10 @@ class RunConfig:
         known = [*TRAINING_VIEWS, *HALF_VIEWS]
         for view in self.evaluate_views:
             require(view in known, "run.evaluate_views", view, f"some of {', '.join(known)}")
-        for field in ("num_steps", "log_every", "evaluate_every"):
+        for field in ("num_steps", "log_every", "evaluate_every", "max_bad_steps"):
             value = getattr(self, field)
             require(value >= 1, f"run.{field}", value, "at least 1")
-        for field in ("evaluate_batches", "keep_every"):
+        for field in ("evaluate_batches", "save_every", "keep_every"):
             value = getattr(self, field)
             require(value is None or value >= 1, f"run.{field}", value, "None or at least 1")
 

@@ -1,5 +1,6 @@
 """The training run: data in, checkpoints and metrics out."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from slam_jax.data import (
     prepare,
     training_batches,
 )
+from slam_jax.errors import UserError
 from slam_jax.evaluation import evaluate
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -31,6 +33,10 @@ from slam_jax.training.progress import Progress
 from slam_jax.training.state import TrainState, init_state, make_train_step, split_model
 
 
+class TrainingDiverged(UserError):
+    """The loss or its gradient is not finite, step after step."""
+
+
 def train(config: ConfigDict | Mapping[str, Any], workdir: str | Path) -> TrainState:
     """Trains, or goes on where the checkpoints of `workdir` stop; returns the final state.
 
@@ -38,14 +44,18 @@ def train(config: ConfigDict | Mapping[str, Any], workdir: str | Path) -> TrainS
 
     Raises:
       ConfigError: a field cannot be built.
-      CheckpointError: the workdir has checkpoints of another configuration, or a write failed.
+      CheckpointError: the workdir has checkpoints of another configuration or none that can be
+        read, or a write failed.
+      TrainingDiverged: `run.max_bad_steps` steps in a row were not finite, and again as many after
+        going back to the last checkpoint.
     """
     tune_host()
     config = as_json(config)
     experiment = Experiment.from_config(config)
     run = experiment.run
     with Checkpoints(workdir, keep_every=run.keep_every) as checkpoints:
-        latest = checkpoints.latest()
+        notes: list[str] = []
+        latest = checkpoints.recover(notes.append)
         tokenizer = None
         if latest is not None:
             _require_same(checkpoints.read_config(latest), config, Path(workdir))
@@ -59,6 +69,8 @@ def train(config: ConfigDict | Mapping[str, Any], workdir: str | Path) -> TrainS
             MetricsWriter(workdir, resume_step=first, tensorboard=run.tensorboard) as writer,
             Progress(run.num_steps, first_step=first) as progress,
         ):
+            for note in notes:
+                progress.log(note)
             if first == run.num_steps:
                 progress.log(f"{workdir} is already at its last step, {first:,}")
                 return state
@@ -95,7 +107,8 @@ def _run(experiment, config, graphdef, state, dataset, checkpoints, writer, prog
     batches = training_batches(dataset.train, dataset.tokenizer, experiment.data, start_step=first)
     pending = None
 
-    def report(step: int, view: str, batch: Batch, metrics: Any) -> None:
+    def report(step: int, view: str, batch: Batch, metrics: Any) -> int:
+        """Shows and writes a step; returns how many steps in a row were skipped."""
         values = jax.device_get(metrics)
         progress.update(
             step,
@@ -104,33 +117,64 @@ def _run(experiment, config, graphdef, state, dataset, checkpoints, writer, prog
             tokens=int(np.sum(batch.length)),
             view=view,
         )
+        if values.bad_steps:
+            progress.log(f"step {step:,} ({view}): loss or gradient is not finite, step skipped")
         if step % run.log_every == 0:
             parts = {name: float(value) for name, value in values.loss._asdict().items()}
             rate = np.asarray(schedule(step - 1)).item()
             more = {"grad_norm": float(values.grad_norm), "learning_rate": rate, "view": view}
             writer.write(step, "train", parts | more)
+        return int(values.bad_steps)
+
+    def save(step: int, metrics: Mapping[str, float]) -> None:
+        tokenizer = dataset.tokenizer.to_json()
+        checkpoints.save(step, state, config=config, tokenizer=tokenizer, metrics=metrics)
 
     for step in range(first + 1, run.num_steps + 1):
+        checkpoints.poll()
         view, batch = next(batches)
         state, metrics = step_fn(state, batch)
         # The device works on this step while the host reads the one before.
-        if pending is not None:
-            report(*pending)
+        bad_steps = [] if pending is None else [report(*pending)]
         pending = (step, view, batch, metrics)
-        if step % run.evaluate_every == 0 or step == run.num_steps:
-            report(*pending)
+        evaluates = step % run.evaluate_every == 0 or step == run.num_steps
+        saves = evaluates or (run.save_every is not None and step % run.save_every == 0)
+        if saves:
+            bad_steps.append(report(*pending))
             pending = None
+        for count in bad_steps:
+            if count and count % run.max_bad_steps == 0:
+                state = _go_back(state, step, count, checkpoints, run, progress)
+                pending = None
+        if evaluates:
             scores = validate(experiment, graphdef, state, dataset)
             writer.write(step, "validation", scores)
             progress.log(_summary(step, scores))
-            checkpoints.save(
-                step,
-                state,
-                config=config,
-                tokenizer=dataset.tokenizer.to_json(),
-                metrics=scores,
-            )
+            save(step, scores)
+        elif saves:
+            save(step, {})
     return state
+
+
+def _go_back(state, step, bad_steps, checkpoints, run, progress) -> TrainState:
+    """The state of the last checkpoint, past the batches that were not finite; once.
+
+    Raises TrainingDiverged the second time, or where there is no checkpoint.
+    """
+    checkpoints.wait()
+    last = checkpoints.recover(progress.log)
+    text = f"step {step:,}: loss or gradient has not been finite for {bad_steps} steps"
+    if last is None or bad_steps > run.max_bad_steps:
+        tried = "" if last is None else f", also not from the checkpoint of step {last:,}"
+        raise TrainingDiverged(
+            f"{text}{tried}; lower optimizer.learning_rate, set optimizer.clip_norm, or look at "
+            f"the batches of steps {step - bad_steps + 1:,} to {step:,}"
+        )
+    progress.log(f"{text}; going on with the parameters of step {last:,}")
+    restored = checkpoints.restore(last, state)
+    return dataclasses.replace(
+        restored, step=state.step, skipped=state.skipped, bad_steps=state.bad_steps
+    )
 
 
 def validate(

@@ -1,0 +1,77 @@
+"""What a checkpoint was when it was written: the sha256 of each file, in a file written last.
+
+A folder without a manifest was never finished; one that differs from its manifest is damaged.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+NAME = "manifest.json"
+_MOST_BYTES = 64 << 20  # of a manifest; it is read whole
+
+
+def seal(folder: Path) -> None:
+    """Writes the manifest of the files in `folder`: all of it or, where that fails, none."""
+    files = {name: {"size": size, "sha256": _sha256(path)} for name, path, size in _files(folder)}
+    new = folder / f"{NAME}.tmp"
+    with new.open("w", encoding="utf-8") as file:
+        json.dump({"files": files}, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, folder / NAME)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What differs from the manifest, in words; None if nothing does.
+
+    Sizes are compared before anything is read, and nothing outside of the folder is.
+    """
+    path = folder / NAME
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"{NAME} is no file"
+        if status.st_size > _MOST_BYTES:
+            return f"{NAME} has {status.st_size:,} bytes"
+        listed = json.loads(path.read_bytes())["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
+        found = {name: (size, path) for name, path, size in _files(folder)}
+        for name in sorted(expected.keys() | found.keys()):
+            if name not in found:
+                return f"{name} is missing"
+            if name not in expected:
+                return f"{name} is not in its manifest"
+            size, file = found[name]
+            if size != expected[name][0]:
+                return f"{name} has {size:,} bytes and had {expected[name][0]}"
+            if _sha256(file) != expected[name][1]:
+                return f"{name} is not what was written"
+    except FileNotFoundError:
+        return f"it has no {NAME}: its write was broken off"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return f"its files cannot be read ({type(error).__name__}: {error})".splitlines()[0]
+    return None
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path, int]]:
+    """Name, path and size of each file below `folder`, the manifest left out."""
+    for root, folders, names in os.walk(folder):
+        for name in sorted((*folders, *names)):
+            path = Path(root, name)
+            status = path.lstat()
+            if stat.S_ISDIR(status.st_mode):
+                continue
+            relative = path.relative_to(folder).as_posix()
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"{relative} is neither a file nor a folder")
+            if relative not in (NAME, f"{NAME}.tmp"):
+                yield relative, path, status.st_size
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
