@@ -8,8 +8,8 @@ accelerator: no duration stands here. On 2 cores of an AMD EPYC, 2026-11-24, wit
 
     --config.model.dtype=float32 --config.data.batch_size=16 --config.run.num_steps=8000
 
-it took 41 minutes beside other work and reached, on the test scenes (`python eval.py --workdir=..`),
-non-relational and relational questions in percent: image 99.8 / 93.9, aux 99.9 / 96.3,
+it took 41 minutes beside other work and reached, on the test scenes (`python eval.py` on its
+workdir), non-relational and relational questions in percent: image 99.8 / 93.9, aux 99.9 / 96.3,
 text 100.0 / 94.8, image_text 100.0 / 94.4, split_image_text 100.0 / 94.4,
 split_image_aux 99.9 / 95.7.
 """

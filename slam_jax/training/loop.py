@@ -26,6 +26,7 @@ from slam_jax.slam_v3 import SlamV3
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.experiment import Experiment, as_json, flatten
 from slam_jax.training.host import tune_host
+from slam_jax.training.lock import only_run_in
 from slam_jax.training.losses import slam_v3_loss
 from slam_jax.training.metrics import MetricsWriter
 from slam_jax.training.optimizer import make_optimizer, make_schedule
@@ -46,6 +47,7 @@ def train(config: ConfigDict | Mapping[str, Any], workdir: str | Path) -> TrainS
       ConfigError: a field cannot be built.
       CheckpointError: the workdir has checkpoints of another configuration or none that can be
         read, or a write failed.
+      WorkdirError: another run is in the workdir, or it cannot be written to.
       TrainingDiverged: `run.max_bad_steps` steps in a row were not finite, and again as many after
         going back to the last checkpoint.
     """
@@ -53,7 +55,7 @@ def train(config: ConfigDict | Mapping[str, Any], workdir: str | Path) -> TrainS
     config = as_json(config)
     experiment = Experiment.from_config(config)
     run = experiment.run
-    with Checkpoints(workdir, keep_every=run.keep_every) as checkpoints:
+    with only_run_in(workdir), Checkpoints(workdir, keep_every=run.keep_every) as checkpoints:
         notes: list[str] = []
         latest = checkpoints.recover(notes.append)
         tokenizer = None

@@ -1,0 +1,42 @@
+"""A workdir belongs to one run at a time, and to none that is dead."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from slam_jax.training.lock import WorkdirError, only_run_in
+
+HOLD = """
+import sys
+from slam_jax.training.lock import only_run_in
+with only_run_in(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path):
+    workdir = tmp_path / "a" / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, workdir], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        refused = pytest.raises(WorkdirError, match="a/run: another run is going on in it; wait")
+        with refused, only_run_in(workdir):
+            pass
+        os.kill(holder.pid, signal.SIGKILL)
+    for _ in range(2):
+        with only_run_in(workdir):
+            pass
+
+
+def test_a_workdir_that_cannot_be_made_says_why(tmp_path):
+    (tmp_path / "file").touch()
+    refused = pytest.raises(WorkdirError, match=r"file/run: cannot be written to \(Not a dir")
+    with refused, only_run_in(tmp_path / "file" / "run"):
+        pass
