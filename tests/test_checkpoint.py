@@ -5,8 +5,10 @@ import json
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -273,7 +275,10 @@ def test_no_damaged_file_is_read(tmp_path, damage):
     for name in names:
         DAMAGES[damage](folder / name)
         reader = Checkpoints(tmp_path)
-        assert list(reader.verify()) == [4] and reader.verify()[4]
+        found = reader.verify()[4]
+        assert found
+        if damage in ("cut", "longer") and name.name != "manifest.json":
+            assert f"{name.as_posix()} has " in found  # told without reading it
         for read in (
             lambda reader=reader: reader.restore(4, state),
             lambda reader=reader: reader.read_config(4),
@@ -293,6 +298,20 @@ def test_a_file_too_many_is_damage(tmp_path, big):
         save(checkpoints, 4, big)
     (checkpoints.directory / "4" / "arrays" / "more").write_text("x")
     assert Checkpoints(tmp_path).verify() == {4: "arrays/more is not in its manifest"}
+
+
+def test_what_is_no_file_is_not_opened(tmp_path, big, monkeypatch):
+    """A pipe, say, which never ends."""
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 4, big)
+    monkeypatch.chdir(checkpoints.directory / "4")
+    empty = next(
+        path for path in Path("arrays").iterdir() if path.is_file() and not path.stat().st_size
+    )
+    empty.unlink()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(empty))
+        assert "is neither a file nor a folder" in str(Checkpoints(tmp_path).verify()[4])
 
 
 def test_a_run_goes_on_from_the_newest_step_that_is_whole(tmp_path):
