@@ -186,9 +186,6 @@ def test_wrong_inputs_are_refused_in_words(build, model, inputs):
         jax.eval_shape(build(aux_slots=True).encode, Inputs(aux=jnp.zeros((1, 17, 5))))
 
 
-# --- Four processes
-
-
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
@@ -208,6 +205,9 @@ def test_wrong_inputs_are_refused_in_words(build, model, inputs):
 def test_an_input_that_would_be_misread_is_named(model, inputs, part, value, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         model.encode(dataclasses.replace(inputs, **{part: value}))
+
+
+# --- Four processes
 
 
 def test_the_four_processes_start_differently(model):

@@ -160,10 +160,6 @@ class Checkpoints:
         names = (path.name for path in self.directory.iterdir() if path.is_dir())
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def latest(self) -> int | None:
-        """The last step that has a checkpoint."""
-        return max(self.steps(), default=None)
-
     def best(self) -> int | None:
         """The step with the highest `best_by`; of equals the later; None where none has it."""
         return next(iter(self._by_score()), None)

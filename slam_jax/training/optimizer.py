@@ -69,7 +69,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def muon_axes(params: Any) -> Any:
-    """Which axes of each kernel are its inputs and which its outputs; None = left to AdamW.
+    """Which axes of each kernel are its inputs and which its outputs; None = left to Adam.
 
     The stacked kernels of the processes are one matrix a process. `head` writes logits and, like
     the embeddings, is no map inside the network.
