@@ -2,8 +2,8 @@
 
 import contextlib
 import difflib
-import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -14,10 +14,14 @@ class ConfigError(UserError, ValueError):
     """A field has a value that cannot be built; the message names it and says what would do."""
 
 
+class WriteError(UserError):
+    """A file could not be written: the message names it and says why."""
+
+
 def require(ok: bool, field: str, value: object, expected: str) -> None:
     """Raises ConfigError("field is value; expected ...") unless `ok`."""
     if not ok:
-        raise ConfigError(f"{field} is {value!r}; expected {expected}")
+        raise ConfigError(f"{field} is {shorten(repr(value))}; expected {expected}")
 
 
 def check_names(names: Iterable[str], known: Sequence[str], group: str) -> None:
@@ -26,14 +30,29 @@ def check_names(names: Iterable[str], known: Sequence[str], group: str) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-            raise ConfigError(f"{group} has no field {name!r}; {hint}")
+            raise ConfigError(f"{group} has no field {shorten(repr(name))}; {hint}")
 
 
 @contextlib.contextmanager
-def clear_errors() -> Iterator[None]:
-    """Ends the program with exit code 2 and the one line of a UserError, without a traceback."""
+def writing(path: str | Path) -> Iterator[None]:
+    """Raises WriteError, naming `path`, for an OSError in its body."""
     try:
         yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        raise WriteError(
+            f"{path}: could not be written ({first_line(error)}); check free space and "
+            "permissions, then start again"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What happened first, in words: of the innermost cause the first line, or its type's name."""
+    while error.__cause__ is not None:  # libraries wrap what happened in what they tried
+        error = error.__cause__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return shorten((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def shorten(text: str, width: int = 300) -> str:
+    return text if len(text) <= width else f"{text[:width]}..."

@@ -362,10 +362,10 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(config, finished, tmp_pat
     assert_same(train(config, tmp_path / "again"), state)
     validate = loop.validate
 
-    def fails_at_the_second(experiment, graphdef, state, dataset):
+    def fails_at_the_second(experiment, graphdef, state, *more):
         if int(state.step) == 4:
             raise KeyboardInterrupt
-        return validate(experiment, graphdef, state, dataset)
+        return validate(experiment, graphdef, state, *more)
 
     broken = tmp_path / "broken"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from slam_jax.errors import writing
+
 
 def print_metrics(metrics: Mapping[str, Any], file: Any = None) -> None:
     """Prints accuracies by view and kind of question with 95% intervals, then retrieval.
@@ -54,13 +56,18 @@ def write_metrics(path: str | os.PathLike[str], metrics: Mapping[str, Any]) -> N
 
     Raises:
       ValueError: a figure is NaN or infinite, which JSON cannot hold.
+      WriteError: the file cannot be written; what was there before is kept.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _percent(share: float) -> str:

@@ -57,6 +57,14 @@ class RunConfig:
             value = getattr(self, field)
             require(value is None or value >= 1, f"run.{field}", value, "None or at least 1")
 
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation and a checkpoint follow step `step`."""
+        return step % self.evaluate_every == 0 or step == self.num_steps
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint alone does."""
+        return self.save_every is not None and step % self.save_every == 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:

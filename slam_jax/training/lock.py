@@ -6,7 +6,7 @@ from pathlib import Path
 
 import filelock
 
-from slam_jax.errors import UserError
+from slam_jax.errors import UserError, first_line
 
 
 class WorkdirError(UserError):
@@ -33,7 +33,7 @@ def only_run_in(workdir: str | Path) -> Iterator[None]:
             f"{workdir}: another run is going on in it; wait for its end, or use another workdir"
         ) from None
     except OSError as error:
-        reason = error.strerror or error
+        reason = first_line(error)
         raise WorkdirError(
             f"{workdir}: cannot be written to ({reason}); use another workdir, or correct this"
         ) from error

@@ -1,20 +1,23 @@
 """The training run: data in, checkpoints and metrics out."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from slam_jax.data import (
     Batch,
     Dataset,
+    EvaluationBatch,
     Tokenizer,
     evaluation_batches,
     prepare,
@@ -23,9 +26,11 @@ from slam_jax.data import (
 from slam_jax.errors import UserError
 from slam_jax.evaluation import evaluate
 from slam_jax.slam_v3 import SlamV3
+from slam_jax.stop import Stop, Stopped
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
+from slam_jax.training.checkpoint.trees import num_bytes
 from slam_jax.training.experiment import Experiment, as_json, flatten
-from slam_jax.training.host import tune_host
+from slam_jax.training.host import require_room, tune_host
 from slam_jax.training.lock import only_run_in
 from slam_jax.training.losses import slam_v3_loss
 from slam_jax.training.metrics import MetricsWriter
@@ -38,18 +43,29 @@ class TrainingDiverged(UserError):
     """The loss or its gradient is not finite, step after step."""
 
 
-def train(config: ConfigDict | Mapping[str, Any], workdir: str | Path) -> TrainState:
+class OutOfMemory(UserError):
+    """A step needs more memory than there is."""
+
+
+def train(
+    config: ConfigDict | Mapping[str, Any], workdir: str | Path, stop: Stop | None = None
+) -> TrainState:
     """Trains, or goes on where the checkpoints of `workdir` stop; returns the final state.
 
     config: nested mappings as `default_config` makes them; it is saved with every checkpoint.
+    stop: asks the run to save and end early. So does the cluster's notice of preemption, where
+    `jax.distributed` is in use.
 
     Raises:
       ConfigError: a field cannot be built.
       CheckpointError: the workdir has checkpoints of another configuration or none that can be
         read, or a write failed.
       WorkdirError: another run is in the workdir, or it cannot be written to.
+      WriteError: a file could not be written.
       TrainingDiverged: `run.max_bad_steps` steps in a row were not finite, and again as many after
         going back to the last checkpoint.
+      OutOfMemory: a batch does not fit.
+      Stopped: the run was asked to stop and its last step is saved.
     """
     tune_host()
     config = as_json(config)
@@ -58,61 +74,122 @@ def train(config: ConfigDict | Mapping[str, Any], workdir: str | Path) -> TrainS
     with only_run_in(workdir), Checkpoints(workdir, keep_every=run.keep_every) as checkpoints:
         notes: list[str] = []
         latest = checkpoints.recover(notes.append)
-        tokenizer = None
         if latest is not None:
             _require_same(checkpoints.read_config(latest), config, Path(workdir))
+        dataset = prepare(experiment.data)
+        if latest is not None:
             tokenizer = Tokenizer.from_json(checkpoints.read_tokenizer(latest))
-        dataset = prepare(experiment.data, tokenizer)
+            _require_same_tokenizer(tokenizer, dataset.tokenizer, Path(workdir))
         graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
         if latest is not None:
             state = checkpoints.restore(latest, state)
         first = int(state.step)
+        # A run that was stopped in an evaluation saved the step without it.
+        owed = first > 0 and run.evaluates(first) and not checkpoints.read_metrics(first)
+        board = run.tensorboard
         with (
-            MetricsWriter(workdir, resume_step=first, tensorboard=run.tensorboard) as writer,
+            MetricsWriter(workdir, first, evaluated=not owed, tensorboard=board) as writer,
             Progress(run.num_steps, first_step=first) as progress,
         ):
             for note in notes:
                 progress.log(note)
-            if first == run.num_steps:
+            if first == run.num_steps and not owed:
                 progress.log(f"{workdir} is already at its last step, {first:,}")
                 return state
             count = sum(x.size for x in jax.tree.leaves(state.params))
             start = f"from step {first:,} of {workdir}" if first else f"in {workdir}"
             progress.log(f"{count:,} parameters on {jax.devices()[0]}, {start}")
-            return _run(experiment, config, graphdef, state, dataset, checkpoints, writer, progress)
+            run = _Run(
+                experiment, config, graphdef, dataset, checkpoints, writer, progress, stop or Stop()
+            )
+            with _memory_named():
+                return run(state, owed)
 
 
 def initial_state(experiment: Experiment, vocab_size: int) -> tuple[nnx.GraphDef, TrainState]:
-    """The structure of the model and the state before the first step."""
+    """The structure of the model and the state before the first step.
+
+    Raises ConfigError, before anything is allocated, where it has no room.
+    """
     init_key, run_key = jax.random.split(jax.random.key(experiment.seed))
     model_config = experiment.with_vocabulary(vocab_size)
-    # Compiled as one program: each of a hundred small initialisers costs more alone.
-    model = jax.jit(lambda key: SlamV3(model_config, rngs=nnx.Rngs(key)))(init_key)
-    graphdef, params = split_model(model)
     optimizer = make_optimizer(experiment.optimizer, experiment.run.num_steps)
     ema = experiment.optimizer.ema_decay is not None
-    return graphdef, init_state(params, optimizer, run_key, ema=ema)
+
+    def state(model: SlamV3) -> TrainState:
+        return init_state(split_model(model)[1], optimizer, run_key, ema=ema)
+
+    # Compiled as one program: each of a hundred small initialisers costs more alone.
+    lowered = jax.jit(lambda key: SlamV3(model_config, rngs=nnx.Rngs(key))).lower(init_key)
+    require_room(num_bytes(jax.eval_shape(state, lowered.out_info)), "the training state")
+    model = lowered.compile()(init_key)
+    return split_model(model)[0], state(model)
 
 
-def _run(experiment, config, graphdef, state, dataset, checkpoints, writer, progress) -> TrainState:
-    run, options = experiment.run, experiment.optimizer
-    step_fn = make_train_step(
-        graphdef,
-        functools.partial(slam_v3_loss, config=experiment.loss),
-        make_optimizer(options, run.num_steps),
-        ema_decay=options.ema_decay,
-        accumulate_steps=options.accumulate_steps,
-    )
-    step_fn = jax.jit(step_fn, donate_argnums=0)
-    schedule = make_schedule(options, run.num_steps)
-    first = int(state.step)
-    batches = training_batches(dataset.train, dataset.tokenizer, experiment.data, start_step=first)
-    pending = None
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a run works with; called with the state it starts from, it returns the final one."""
 
-    def report(step: int, view: str, batch: Batch, metrics: Any) -> int:
+    experiment: Experiment
+    config: dict[str, Any]
+    graphdef: nnx.GraphDef
+    dataset: Dataset
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    progress: Progress
+    stop: Stop
+
+    def __call__(self, state: TrainState, owed: bool) -> TrainState:
+        """owed: the evaluation of the first step is still to be done."""
+        run, options, dataset = self.experiment.run, self.experiment.optimizer, self.dataset
+        step_fn = make_train_step(
+            self.graphdef,
+            functools.partial(slam_v3_loss, config=self.experiment.loss),
+            make_optimizer(options, run.num_steps),
+            ema_decay=options.ema_decay,
+            accumulate_steps=options.accumulate_steps,
+        )
+        step_fn = jax.jit(step_fn, donate_argnums=0)
+        first = int(state.step)
+        batches = training_batches(
+            dataset.train, dataset.tokenizer, self.experiment.data, start_step=first
+        )
+        pending = None
+        if owed:
+            self._save(first, state, self._evaluate(first, state))
+        for step in range(first + 1, run.num_steps + 1):
+            self.checkpoints.poll()
+            view, batch = next(batches)
+            state, metrics = step_fn(state, batch)
+            self.stop.expect_save()
+            # The device works on this step while the host reads the one before.
+            bad_steps = [] if pending is None else [self._report(*pending)]
+            pending = (step, view, batch, metrics)
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.stop.request()
+            stops = self.stop.requested
+            if stops or run.evaluates(step) or run.saves(step):
+                bad_steps.append(self._report(*pending))
+                pending = None
+            for count in bad_steps:
+                if count and count % run.max_bad_steps == 0:
+                    state = self._go_back(step, state, count)
+                    pending = None
+            scores = None
+            if run.evaluates(step) and not stops:
+                scores = self._evaluate(step, state)
+                stops = scores is None
+            if stops or run.evaluates(step) or run.saves(step):
+                self._save(step, state, scores)
+            if stops:
+                self.checkpoints.wait()
+                raise Stopped(f"step {step:,} is saved; the same command goes on from there")
+        return state
+
+    def _report(self, step: int, view: str, batch: Batch, metrics: Any) -> int:
         """Shows and writes a step; returns how many steps in a row were skipped."""
         values = jax.device_get(metrics)
-        progress.update(
+        self.progress.update(
             step,
             loss=float(values.loss.total),
             examples=len(batch.tokens),
@@ -120,77 +197,86 @@ def _run(experiment, config, graphdef, state, dataset, checkpoints, writer, prog
             view=view,
         )
         if values.bad_steps:
-            progress.log(f"step {step:,} ({view}): loss or gradient is not finite, step skipped")
-        if step % run.log_every == 0:
+            skipped = f"step {step:,} ({view}): loss or gradient is not finite, step skipped"
+            self.progress.log(skipped)
+        if step % self.experiment.run.log_every == 0:
             parts = {name: float(value) for name, value in values.loss._asdict().items()}
+            schedule = make_schedule(self.experiment.optimizer, self.experiment.run.num_steps)
             rate = np.asarray(schedule(step - 1)).item()
             more = {"grad_norm": float(values.grad_norm), "learning_rate": rate, "view": view}
-            writer.write(step, "train", parts | more)
+            self.writer.write(step, "train", parts | more)
         return int(values.bad_steps)
 
-    def save(step: int, metrics: Mapping[str, float]) -> None:
-        tokenizer = dataset.tokenizer.to_json()
-        checkpoints.save(step, state, config=config, tokenizer=tokenizer, metrics=metrics)
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, float] | None:
+        """Scores on the validation split; None if a stop cut it short."""
+        try:
+            scores = validate(self.experiment, self.graphdef, state, self.dataset, self.stop)
+        except _CutShort:
+            return None
+        self.writer.write(step, "validation", scores)
+        self.progress.log(_summary(step, scores))
+        return scores
 
-    for step in range(first + 1, run.num_steps + 1):
-        checkpoints.poll()
-        view, batch = next(batches)
-        state, metrics = step_fn(state, batch)
-        # The device works on this step while the host reads the one before.
-        bad_steps = [] if pending is None else [report(*pending)]
-        pending = (step, view, batch, metrics)
-        evaluates = step % run.evaluate_every == 0 or step == run.num_steps
-        saves = evaluates or (run.save_every is not None and step % run.save_every == 0)
-        if saves:
-            bad_steps.append(report(*pending))
-            pending = None
-        for count in bad_steps:
-            if count and count % run.max_bad_steps == 0:
-                state = _go_back(state, step, count, checkpoints, run, progress)
-                pending = None
-        if evaluates:
-            scores = validate(experiment, graphdef, state, dataset)
-            writer.write(step, "validation", scores)
-            progress.log(_summary(step, scores))
-            save(step, scores)
-        elif saves:
-            save(step, {})
-    return state
-
-
-def _go_back(state, step, bad_steps, checkpoints, run, progress) -> TrainState:
-    """The state of the last checkpoint, past the batches that were not finite; once.
-
-    Raises TrainingDiverged the second time, or where there is no checkpoint.
-    """
-    checkpoints.wait()
-    last = checkpoints.recover(progress.log)
-    text = f"step {step:,}: loss or gradient has not been finite for {bad_steps} steps"
-    if last is None or bad_steps > run.max_bad_steps:
-        tried = "" if last is None else f", also not from the checkpoint of step {last:,}"
-        raise TrainingDiverged(
-            f"{text}{tried}; lower optimizer.learning_rate, set optimizer.clip_norm, or look at "
-            f"the batches of steps {step - bad_steps + 1:,} to {step:,}"
+    def _save(self, step: int, state: TrainState, scores: Mapping[str, float] | None) -> None:
+        self.writer.sync()
+        tokenizer = self.dataset.tokenizer.to_json()
+        self.checkpoints.save(
+            step, state, config=self.config, tokenizer=tokenizer, metrics=scores or {}
         )
-    progress.log(f"{text}; going on with the parameters of step {last:,}")
-    restored = checkpoints.restore(last, state)
-    return dataclasses.replace(
-        restored, step=state.step, skipped=state.skipped, bad_steps=state.bad_steps
-    )
+
+    def _go_back(self, step: int, state: TrainState, bad_steps: int) -> TrainState:
+        """The state of the last checkpoint, past the batches that were not finite; once.
+
+        Raises TrainingDiverged the second time, or where there is no checkpoint.
+        """
+        self.checkpoints.wait()
+        last = self.checkpoints.recover(self.progress.log)
+        text = f"step {step:,}: loss or gradient has not been finite for {bad_steps} steps"
+        if last is None or bad_steps > self.experiment.run.max_bad_steps:
+            tried = "" if last is None else f", also not from the checkpoint of step {last:,}"
+            raise TrainingDiverged(
+                f"{text}{tried}; lower optimizer.learning_rate, set optimizer.clip_norm, or look "
+                f"at the batches of steps {step - bad_steps + 1:,} to {step:,}"
+            )
+        self.progress.log(f"{text}; going on with the parameters of step {last:,}")
+        restored = self.checkpoints.restore(last, state)
+        return dataclasses.replace(
+            restored, step=state.step, skipped=state.skipped, bad_steps=state.bad_steps
+        )
+
+
+class _CutShort(Exception):
+    """An evaluation saw the request to stop."""
+
+
+@contextlib.contextmanager
+def _memory_named() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise OutOfMemory(
+                "a step does not fit into memory; lower data.batch_size, or raise "
+                "optimizer.accumulate_steps, which takes a batch in parts"
+            ) from error
+        raise
 
 
 def validate(
-    experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState, dataset: Dataset
+    experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState, dataset: Dataset, stop: Stop
 ) -> dict[str, float]:
     """Accuracy of generated answers on the validation split: "view/kind", and "accuracy", their
     mean, by which the best checkpoint is chosen."""
     run, data = experiment.run, experiment.data
 
-    def batches(view: str):
+    def batches(view: str) -> Iterator[EvaluationBatch]:
         made = evaluation_batches(
             dataset.validation, dataset.tokenizer, view, data.batch_size, seed=data.seed
         )
-        return itertools.islice(made, run.evaluate_batches)
+        for batch in itertools.islice(made, run.evaluate_batches):
+            if stop.requested:
+                raise _CutShort
+            yield batch
 
     views = run.evaluate_views or data.views
     results = evaluate(
@@ -223,3 +309,13 @@ def _require_same(saved: Mapping[str, Any], config: Mapping[str, Any], workdir: 
                 f"{workdir} holds a run with {name}={was.get(name)!r} and this one has "
                 f"{name}={now.get(name)!r}; use another workdir or the same configuration"
             )
+
+
+def _require_same_tokenizer(saved: Tokenizer, ours: Tokenizer, workdir: Path) -> None:
+    """Token ids mean what they meant only while the data are what they were."""
+    if saved.sha256 != ours.sha256:
+        raise CheckpointError(
+            f"{workdir} holds a run with a tokenizer of sha256 {saved.sha256[:12]} and that of the "
+            f"data is now {ours.sha256[:12]}: the data set has changed; put the old one back, or "
+            "use another workdir"
+        )

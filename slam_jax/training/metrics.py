@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from slam_jax.errors import writing
+
 _FILE = "metrics.jsonl"
 
 
@@ -18,18 +20,29 @@ class MetricsWriter:
         workdir: folder of the run, created if needed.
         resume_step: step that the run goes on from. Records of later steps are dropped, since they
             will be written again, and so is a last line that a killed run left unfinished.
+        evaluated: False drops also the evaluation of that step, which is still to be done.
         tensorboard: also write event files to `WORKDIR/tensorboard`.
 
     Raises:
         ValueError: TensorBoard is asked for and tensorboardX is not installed.
+        WriteError: here and in `write`, the file cannot be written.
     """
 
-    def __init__(self, workdir: str | Path, *, resume_step: int = 0, tensorboard: bool = False):
+    def __init__(
+        self,
+        workdir: str | Path,
+        resume_step: int = 0,
+        *,
+        evaluated: bool = True,
+        tensorboard: bool = False,
+    ):
         workdir = Path(workdir)
+        self._path = workdir / _FILE
         self._board = _board(workdir / "tensorboard", resume_step) if tensorboard else None
-        workdir.mkdir(parents=True, exist_ok=True)
-        _drop_after(workdir / _FILE, resume_step)
-        self._file = (workdir / _FILE).open("a", encoding="utf-8")
+        with writing(self._path):
+            workdir.mkdir(parents=True, exist_ok=True)
+            _drop_after(self._path, resume_step, evaluated)
+            self._file = self._path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -49,14 +62,22 @@ class MetricsWriter:
         texts = {name: value for name, value in values.items() if isinstance(value, str)}
         numbers = {name: float(value) for name, value in values.items() if name not in texts}
         finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
-        self._file.write(json.dumps({"step": int(step), "split": split, **texts, **finite}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": int(step), "split": split, **texts, **finite}) + "\n"
+        with writing(self._path):
+            self._file.write(line)
+            self._file.flush()
         if self._board is not None:
             for name, number in numbers.items():
                 self._board.add_scalar(f"{split}/{name}", number, int(step))
 
+    def sync(self) -> None:
+        """Has the system put what is written on disk: then no power cut takes it back."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -74,15 +95,25 @@ def _records(path: Path) -> list[tuple[dict[str, Any], str]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         with contextlib.suppress(ValueError):
             record = json.loads(line)
-            if line.endswith("\n") and isinstance(record, dict) and "step" in record:
+            if (
+                line.endswith("\n")
+                and isinstance(record, dict)
+                and isinstance(record.get("step"), int)
+            ):
                 records.append((record, line))
     return records
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int, evaluated: bool) -> None:
     if not path.exists():
         return
-    kept = "".join(line for record, line in _records(path) if record["step"] <= step)
+
+    def counts(record: dict[str, Any]) -> bool:
+        return record["step"] < step or (
+            record["step"] == step and (evaluated or record["split"] == "train")
+        )
+
+    kept = "".join(line for record, line in _records(path) if counts(record))
     if kept.encode() == path.read_bytes():
         return
     # A new file renamed over the old one: a kill in between loses no line.

@@ -16,13 +16,25 @@ _MOST_BYTES = 64 << 20  # of a manifest; it is read whole
 
 def seal(folder: Path) -> None:
     """Writes the manifest of the files in `folder`: all of it or, where that fails, none."""
-    files = {name: {"size": size, "sha256": _sha256(path)} for name, path, size in _files(folder)}
+    files = {}
+    for name, path, size in _files(folder):
+        sync(path)
+        files[name] = {"size": size, "sha256": _sha256(path)}
     new = folder / f"{NAME}.tmp"
     with new.open("w", encoding="utf-8") as file:
         json.dump({"files": files}, file, indent=1, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, folder / NAME)
+
+
+def sync(path: Path) -> None:
+    """Has the system put a file, or the names in a folder, on disk: a power cut then loses none."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def find_damage(folder: Path) -> str | None:

@@ -20,8 +20,9 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from slam_jax.errors import UserError
-from slam_jax.training import manifest
+from slam_jax.errors import UserError, first_line
+from slam_jax.training.checkpoint import manifest, trees
+from slam_jax.training.host import require_room
 
 _MOST_BYTES = 64 << 20  # of a JSON file; it is read whole
 
@@ -68,7 +69,8 @@ class Checkpoints:
         """Starts to write a checkpoint and returns once the arrays are copied off the device.
 
         Args:
-            step: number of the step; one that is already saved is left as it is.
+            step: number of the step; one that is already saved is left as it is, unless it was
+                saved without metrics and here they are.
             state: any pytree of arrays, typed PRNG keys included; it may be donated afterwards.
             config: what JSON can hold.
             tokenizer: its JSON text, kept letter for letter.
@@ -82,9 +84,9 @@ class Checkpoints:
             CheckpointError: the previous write failed, or this one could not start.
         """
         self.wait()
-        if step in self.steps():
-            return False
         finite = {name: float(x) for name, x in metrics.items() if math.isfinite(x)}
+        if step in self.steps() and (not finite or self.read_metrics(step)):
+            return False
         folder = self.directory / f"{step}.writing"
         try:
             for left in self.directory.glob("*.writing"):  # by a run that was killed
@@ -133,6 +135,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints and all of them are damaged.
         """
+        self._undo_replacement()
         damaged = {}
         for step in reversed(self.steps()):
             damage = self._damage(step)
@@ -233,8 +236,21 @@ class Checkpoints:
         """The end of a write, in the background."""
         written()
         manifest.seal(folder)
-        os.rename(folder, self.directory / str(step))
+        final, replaced = self.directory / str(step), self.directory / f"{step}.replaced"
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(folder, final)
+        manifest.sync(self.directory)
+        shutil.rmtree(replaced, ignore_errors=True)
         self._prune()
+
+    def _undo_replacement(self) -> None:
+        """A run that was killed between the two renames of `_commit` left the step aside."""
+        for replaced in self.directory.glob("*.replaced"):
+            if replaced.with_suffix("").exists():
+                shutil.rmtree(replaced)
+            else:
+                os.rename(replaced, replaced.with_suffix(""))
 
     def _prune(self) -> None:
         steps = self.steps()
@@ -296,7 +312,12 @@ class Checkpoints:
             saved = ocp.checkpointables_metadata(str(path / "arrays")).metadata["state"]
             if saved is None:
                 raise ValueError("the list of its arrays is damaged")
-        _compare(path, saved if part is None else {part: saved.get(part)}, like)
+        saved = saved if part is None else {part: saved.get(part)}
+        if oversized := trees.find_oversized_chunk(saved):
+            raise CheckpointError(f"{path}: {oversized}: no such checkpoint is written here")
+        if difference := trees.find_difference(saved, like):
+            raise CheckpointError(f"{path}: {difference}; use the configuration it was saved with")
+        require_room(trees.num_bytes(like), f"{path}: the checkpoint")
         context = ocp.Context()
         context.pytree.loading.partial_load = part is not None
         with _damage_named(path), context:
@@ -308,7 +329,7 @@ class Checkpoints:
     def _unwritten(self, step: int, error: Exception) -> str:
         return (
             f"{self.directory / str(step)}: the checkpoint could not be written "
-            f"({_first_line(error)}); check free space and permissions, then start again"
+            f"({first_line(error)}); check free space and permissions, then start again"
         )
 
 
@@ -340,14 +361,8 @@ def _damage_named(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise CheckpointError(
-            f"{path}: the checkpoint could not be read ({_first_line(error)}); choose another step"
+            f"{path}: the checkpoint could not be read ({first_line(error)}); choose another step"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    while error.__cause__ is not None:  # Orbax wraps what happened in what it tried
-        error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -355,33 +370,3 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
         jax.local_devices()[0]
     )
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _stored(leaf: Any) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of an array on disk, where a typed PRNG key is the integers beneath it."""
-    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return tuple(leaf.shape), str(leaf.dtype)
-
-
-def _by_name(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _stored(leaf)
-        for path, leaf in leaves
-    }
-
-
-def _compare(path: Path, saved: Any, like: Any) -> None:
-    """Raises CheckpointError at the first difference: Orbax would cast dtypes without a word."""
-    ours, theirs = _by_name(like), _by_name(saved)
-    for name in ours | theirs:
-        if ours.get(name) != theirs.get(name):
-            raise CheckpointError(
-                f"{path}: {name} is {_describe(theirs.get(name))} in the checkpoint and "
-                f"{_describe(ours.get(name))} here; use the configuration it was saved with"
-            )
-
-
-def _describe(array: tuple[tuple[int, ...], str] | None) -> str:
-    return "absent" if array is None else f"{array[1]}{list(array[0])}"

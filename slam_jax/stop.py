@@ -1,0 +1,101 @@
+"""Asked to stop, a run saves and ends; where it cannot in time, it ends with what it saved before.
+
+Nothing heavy is imported here: entry points listen before they import JAX.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from typing import NoReturn
+
+SAVED, INTACT = 75, 76
+"""Exit codes: all steps taken are in a checkpoint; or the steps since the last one are lost."""
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
+_SAME_EVENT_S = 1.0  # a closing terminal sends SIGHUP twice: by the shell and by the kernel
+
+
+class Stopped(Exception):
+    """The run ended early, because it was asked to, with its last step saved."""
+
+
+class Stop:
+    """A request to stop, which `train` looks for after every step and batch of an evaluation.
+
+    Args:
+        grace_seconds: while `listen` is in force, how long the save may take.
+    """
+
+    def __init__(self, grace_seconds: float = 10.0):
+        self._grace = grace_seconds
+        self._asked = threading.Event()
+        self._saves = False
+        self._wakeup: socket.socket | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self._asked.is_set()
+
+    def request(self) -> None:
+        """Asks to stop, from any thread."""
+        self._asked.set()
+        if self._wakeup is not None:
+            self._wakeup.send(bytes([signal.SIGTERM]))
+
+    def expect_save(self) -> None:
+        """Says that from now on there is something to save. Until then a signal ends the process at
+        once, even in an import or in the compilation of the first step."""
+        self._saves = True
+
+    def listen(self) -> None:
+        """Takes SIGTERM, SIGINT and SIGHUP as requests until the end of the process.
+
+        Once the grace is over, or at a second signal, the process ends with exit code INTACT,
+        whatever it is doing: Python runs signal handlers between two of its own instructions alone,
+        and a compilation can be one that takes minutes. So a thread of its own reads what the
+        system's handler writes. Signals that are ignored, as by nohup, stay so. To be called in the
+        main thread.
+        """
+        receiver, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(receiver,), name="stop", daemon=True).start()
+
+    def _watch(self, receiver: socket.socket) -> None:
+        first = None
+        while True:
+            left = None if first is None else max(0.0, first + self._grace - time.monotonic())
+            if not select.select([receiver], [], [], left)[0]:
+                self._end(f"not saved within {self._grace:g} s")
+            number = receiver.recv(1)[0]
+            now = time.monotonic()
+            if number not in SIGNALS:
+                continue
+            if not self._saves:
+                self._end("no step was taken")
+            if first is None:
+                first = now
+                self._asked.set()
+                say(f"{signal.Signals(number).name}: saving; once more to end without")
+            elif now - first > _SAME_EVENT_S:
+                self._end("not saved")
+
+    def _end(self, why: str) -> NoReturn:
+        say(f"stopped: {why}; the same command goes on from the last checkpoint")
+        os._exit(INTACT)
+
+
+def say(text: str) -> None:
+    """Writes a line to standard error past all buffers, and gives a terminal its cursor back."""
+    clear = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else ""
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, f"{clear}{text}\n".encode())

@@ -1,0 +1,5 @@
+"""Checkpoints that verify; `python -m slam_jax.training.checkpoint` looks at those of a workdir."""
+
+from slam_jax.training.checkpoint.store import CheckpointError, Checkpoints, Step
+
+__all__ = ["CheckpointError", "Checkpoints", "Step"]
