@@ -1,6 +1,7 @@
 """What the entry points share: flags are read, and what ends a program is told in one line."""
 
 import contextlib
+import logging as python_logging
 import os
 import signal
 import sys
@@ -25,6 +26,8 @@ def run(main: Callable[[list[str]], None]) -> None:
 
     def guarded(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
+        plain = python_logging.Formatter("warning: %(message)s")
+        logging.get_absl_handler().setFormatter(plain)
         with clear_ends():
             main(argv[1:])
 

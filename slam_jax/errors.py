@@ -14,6 +14,10 @@ class ConfigError(UserError, ValueError):
     """A field has a value that cannot be built; the message names it and says what would do."""
 
 
+class InputError(UserError, ValueError):
+    """Something that a model or a reader was given is not what it takes."""
+
+
 class WriteError(UserError):
     """A file could not be written: the message names it and says why."""
 
@@ -22,6 +26,13 @@ def require(ok: bool, field: str, value: object, expected: str) -> None:
     """Raises ConfigError("field is value; expected ...") unless `ok`."""
     if not ok:
         raise ConfigError(f"{field} is {shorten(repr(value))}; expected {expected}")
+
+
+def require_count(field: str, value: int, least: int = 1, most: int = 1 << 20) -> None:
+    """Raises ConfigError unless `least` <= value <= `most`. Without a bound a mistyped number would
+    build for hours, or end in a message about overflows."""
+    require(value >= least, field, value, f"at least {least:,}")
+    require(value <= most, field, value, f"at most {most:,}")
 
 
 def check_names(names: Iterable[str], known: Sequence[str], group: str) -> None:

@@ -24,6 +24,7 @@ from slam_jax.data import (
     prepare,
     training_batches,
 )
+from slam_jax.data.records import DataError
 from slam_jax.data.scenes import describe, tabulate
 from slam_jax.data.sort_of_clevr import (
     ANSWERS,
@@ -480,5 +481,5 @@ def test_a_build_that_fails_says_so(config, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(SortOfClevr, "_split_generators", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DataError, match=r"could not be built \(disk full\); check free space"):
         prepare(dataclasses.replace(config, data_dir=str(tmp_path)))

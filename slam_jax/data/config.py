@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slam_jax.data.tokenizer import SMALLEST_VOCABULARY
 from slam_jax.data.views import TRAINING_VIEWS
-from slam_jax.errors import ConfigError
+from slam_jax.errors import ConfigError, require_count
 
 
 class Stage(NamedTuple):
@@ -28,6 +29,8 @@ class DataConfig:
     data_dir: where built data sets are kept; None = $SLAM_JAX_DATA_DIR or ~/.cache/slam_jax/tfds.
     batch_size: examples per step over all processes.
     seed: of shuffling, rendering and the choice of views.
+    max_damaged_records: how many records of a split may be damaged; they are passed over, and one
+      more ends the run.
     vocab_size: most tokens the tokenizer may learn.
     stages: (first step, {view: rate}); from that step on a batch is of that view with probability
       proportional to the rate. Lists, as JSON gives them, are accepted.
@@ -40,12 +43,14 @@ class DataConfig:
     data_dir: str | None = None
     batch_size: int = 64
     seed: int = 0
+    max_damaged_records: int = 10
     vocab_size: int = 512
     stages: Sequence[Any] = ((0, {"image": 1.0}),)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1")
+        require_count("batch_size", self.batch_size)
+        require_count("vocab_size", self.vocab_size, least=SMALLEST_VOCABULARY)
+        require_count("max_damaged_records", self.max_damaged_records, least=0)
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; it must be in 0..{2**32 - 1}")
         stages = tuple(_stage(i, stage) for i, stage in enumerate(self.stages))
@@ -57,7 +62,13 @@ class DataConfig:
     @property
     def directory(self) -> pathlib.Path:
         chosen = self.data_dir or os.environ.get("SLAM_JAX_DATA_DIR") or "~/.cache/slam_jax/tfds"
-        return pathlib.Path(chosen).expanduser()
+        try:
+            return pathlib.Path(chosen).expanduser()
+        except RuntimeError:
+            raise ConfigError(
+                f"data_dir is {chosen!r} and there is no home folder; give data.data_dir or "
+                "$SLAM_JAX_DATA_DIR another place"
+            ) from None
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -84,7 +95,7 @@ def _stage(i: int, stage: Any) -> Stage:
     try:
         first, rates = stage
         first, rates = int(first), {str(view): float(rate) for view, rate in rates.items()}
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, OverflowError):
         raise ConfigError(
             f"stages[{i}] is {stage!r}; it must be (first step, {{view: rate}}), "
             'such as (0, {"image": 1.0})'
@@ -94,8 +105,8 @@ def _stage(i: int, stage: Any) -> Stage:
             raise ConfigError(
                 f"stages[{i}] names the view {view!r}; use one of {', '.join(TRAINING_VIEWS)}"
             )
-        if not 0 <= rate < float("inf"):
-            raise ConfigError(f"stages[{i}] gives {view} the rate {rate}; it must be 0 or more")
+        if not 0 <= rate <= 1e9:
+            raise ConfigError(f"stages[{i}] gives {view} the rate {rate}; it must be in 0..1e9")
     if not any(rates.values()):
         raise ConfigError(f"stages[{i}] has no view with a rate above 0; give at least one")
     return Stage(first, rates)

@@ -9,20 +9,26 @@ import tensorflow_datasets as tfds
 
 from slam_jax.data.config import DataConfig
 from slam_jax.data.pipeline import Source
+from slam_jax.data.records import DataError, Records
 from slam_jax.data.scenes import Scenes
 from slam_jax.data.sort_of_clevr import SortOfClevr
 from slam_jax.data.tokenizer import Tokenizer
-from slam_jax.errors import ConfigError
+from slam_jax.errors import ConfigError, first_line
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Three splits and the tokenizer of their text."""
+    """Three splits and the tokenizer of their text.
+
+    corpus_is_whole: no record that a tokenizer is trained on is damaged, so that the same data give
+    the same tokenizer.
+    """
 
     train: Source
     validation: Source
     test: Source
     tokenizer: Tokenizer
+    corpus_is_whole: bool = True
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer | None = None) -> Dataset:
@@ -34,6 +40,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer | None = None) -> Dataset:
 
     Raises:
       ConfigError: if there is no data set of that name.
+      DataError: if it can neither be read nor built.
     """
     name, _, variant = config.name.partition("/")
     variants = [known.name for known in SortOfClevr.BUILDER_CONFIGS]
@@ -42,19 +49,33 @@ def prepare(config: DataConfig, tokenizer: Tokenizer | None = None) -> Dataset:
         raise ConfigError(f"data.name is {config.name!r}; use sort_of_clevr or one of {known}")
     variant = variant or "full"
     _build_once(config, variant)
-    train, validation, test = map(
-        Scenes,
-        tfds.data_source(
-            f"{SortOfClevr.name}/{variant}",
-            split=["train", "validation", "test"],
+    splits = _read(config, variant)
+    train, validation, test = map(Scenes, splits)
+    if tokenizer is None:
+        tokenizer = Tokenizer.train(train.corpus(), config.vocab_size)
+    return Dataset(train, validation, test, tokenizer, corpus_is_whole=not splits[0].damaged)
+
+
+def _read(config: DataConfig, variant: str) -> list[Records]:
+    splits = ("train", "validation", "test")
+    name = f"{SortOfClevr.name}/{variant}"
+    try:
+        sources = tfds.data_source(
+            name,
+            split=list(splits),
             data_dir=config.directory,
             decoders={"image": tfds.decode.SkipDecoding()},
             download=False,
-        ),
-    )
-    if tokenizer is None:
-        tokenizer = Tokenizer.train(train.corpus(), config.vocab_size)
-    return Dataset(train, validation, test, tokenizer)
+        )
+    except Exception as error:  # TFDS and array_record have no type of their own for it
+        raise DataError(
+            f"{config.directory}: {name} cannot be read ({first_line(error)}); delete "
+            f"{config.directory / SortOfClevr.name}, and it is built again"
+        ) from error
+    return [
+        Records(records, f"{name}, {split}", config.max_damaged_records)
+        for split, records in zip(splits, sources, strict=True)
+    ]
 
 
 def _build_once(config: DataConfig, variant: str) -> None:
@@ -69,7 +90,10 @@ def _build_once(config: DataConfig, variant: str) -> None:
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False)
             )
-    except OSError:
-        # Another process was faster: each builds in a folder of its own and renames it.
+    except Exception as error:  # array_record, TFDS and the system each have types of their own
+        # Or another process was faster: each builds in a folder of its own and renames it.
         if not builder.data_path.exists():
-            raise
+            raise DataError(
+                f"{config.directory}: {config.name} could not be built ({first_line(error)}); "
+                "check free space and permissions, or set data.data_dir"
+            ) from error

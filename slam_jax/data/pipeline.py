@@ -1,6 +1,8 @@
 """From any source of examples to batches, each a pure function of (seed, global step)."""
 
+import contextlib
 import functools
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -12,7 +14,9 @@ from jaxtyping import Float, Int, UInt8
 
 from slam_jax.array_typing import AnyArray
 from slam_jax.data.config import DataConfig
+from slam_jax.data.records import DamagedRecord, DataError
 from slam_jax.data.tokenizer import Tokenizer
+from slam_jax.errors import InputError
 from slam_jax.slam_v3.streams import Inputs
 
 _THREADS = 2
@@ -37,7 +41,10 @@ class Example(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """Records by index, how a view shows them, and how many tokens that takes at most."""
+    """Records by index, how a view shows them, and how many tokens that takes at most.
+
+    Indexing raises DamagedRecord for one that cannot be read; batches are made without it.
+    """
 
     def __len__(self) -> int: ...
 
@@ -102,18 +109,18 @@ def training_batches(
 
     Step s is the same whatever the start and however many processes share the work: the local
     batches of all processes, one after the other, are the batch of a single process. Examples are
-    reshuffled every epoch.
+    reshuffled every epoch. In the place of a damaged record stands the next one that is whole.
 
     Raises:
-      ValueError: if the batch does not divide among the processes.
+      InputError: if the batch does not divide among the processes.
     """
     if config.batch_size % process_count:
-        raise ValueError(
+        raise InputError(
             f"batch_size is {config.batch_size}, which {process_count} processes cannot share "
             "evenly; make it a multiple of their number"
         )
     local = config.batch_size // process_count
-    records = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
+    records = grain.MapDataset.source(_Whole(source)).seed(config.seed).shuffle().repeat()
 
     def examples_of(view: str) -> grain.MapDataset:
         def render(record: Any, rng: np.random.Generator) -> Example:
@@ -138,16 +145,36 @@ def training_batches(
 def evaluation_batches(
     source: Source, tokenizer: Tokenizer, view: str, batch_size: int, *, seed: int
 ) -> Iterator[EvaluationBatch]:
-    """Every example of `source` once, in order. Example i depends on (seed, i) and the view only,
-    and all views of a scene share its random choices: the halves of a split are its halves."""
+    """Every example of `source` once, in order, those of damaged records left out. Example i
+    depends on (seed, i) and the view only, and all views of a scene share its random choices: the
+    halves of a split are its halves."""
     collate = _Collate(source, tokenizer, view)
-    for first in range(0, len(source), batch_size):
-        examples = [
-            source.render(source[i], view, np.random.default_rng((seed, i)))
-            for i in range(first, min(first + batch_size, len(source)))
-        ]
-        padding = examples[-1:] * (batch_size - len(examples))
-        yield EvaluationBatch(collate(examples + padding), examples, len(examples))
+
+    def examples() -> Iterator[Example]:
+        for i in range(len(source)):
+            with contextlib.suppress(DamagedRecord):
+                yield source.render(source[i], view, np.random.default_rng((seed, i)))
+
+    remaining = examples()
+    while chosen := list(itertools.islice(remaining, batch_size)):
+        padding = chosen[-1:] * (batch_size - len(chosen))
+        yield EvaluationBatch(collate(chosen + padding), chosen, len(chosen))
+
+
+class _Whole:
+    """A source for training, whose order no damaged record disturbs."""
+
+    def __init__(self, source: Source):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Any:
+        for i in range(len(self)):
+            with contextlib.suppress(DamagedRecord):
+                return self._source[(index + i) % len(self)]
+        raise DataError(f"all {len(self)} records are damaged; build the data set again")
 
 
 class _Collate:
@@ -199,7 +226,7 @@ class _Collate:
 
 def _pad(ids: list[int], length: int, pad_id: int) -> list[int]:
     if len(ids) > length:
-        raise ValueError(
+        raise InputError(
             f"a text of {len(ids)} tokens where the source promised at most {length}; "
             "correct its text_lengths or question_length"
         )

@@ -1,5 +1,6 @@
 """Sort-of-CLEVR scenes as images, texts and auxiliary vectors."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from slam_jax.data.pipeline import Example
+from slam_jax.data.records import DamagedRecord
 from slam_jax.data.sort_of_clevr import (
     ANSWERS,
     COLOURS,
@@ -135,5 +137,6 @@ class Scenes:
 
     def corpus(self) -> Iterator[str]:
         for i in range(min(len(self), _CORPUS_SCENES)):
-            example = self.render(self[i], "text", np.random.default_rng((0, i)))
-            yield from (example.text or "", *example.prompts, *example.answers)
+            with contextlib.suppress(DamagedRecord):
+                example = self.render(self[i], "text", np.random.default_rng((0, i)))
+                yield from (example.text or "", *example.prompts, *example.answers)

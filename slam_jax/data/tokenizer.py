@@ -11,8 +11,10 @@ import tokenizers
 from jaxtyping import Array, Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from slam_jax.errors import InputError
+
 _SPECIALS = ("<pad>", "<bos>", "<eos>")
-_SMALLEST = len(_SPECIALS) + 256
+SMALLEST_VOCABULARY = len(_SPECIALS) + 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Tokenizer:
     No text can produce a special token: a literal "<eos>" is encoded letter by letter.
 
     Raises:
-      ValueError: if the JSON is not that of a tokenizer trained here.
+      InputError: if the JSON is not that of a tokenizer trained here.
     """
 
     json: str = dataclasses.field(repr=False)
@@ -33,7 +35,7 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         if tuple(map(self._model.id_to_token, range(len(_SPECIALS)))) != _SPECIALS:
-            raise ValueError(
+            raise InputError(
                 f"tokenizer: ids 0, 1, 2 must be {', '.join(_SPECIALS)}; "
                 "load one saved by slam_jax.data.Tokenizer"
             )
@@ -45,12 +47,12 @@ class Tokenizer:
         The same texts give the same tokenizer.
 
         Raises:
-          ValueError: if `vocab_size` has no room for the specials and the 256 bytes.
+          InputError: if `vocab_size` has no room for the specials and the 256 bytes.
         """
-        if vocab_size < _SMALLEST:
-            raise ValueError(
-                f"vocab_size is {vocab_size}, but the specials and the 256 bytes need {_SMALLEST}; "
-                f"use at least {_SMALLEST}"
+        if vocab_size < SMALLEST_VOCABULARY:
+            raise InputError(
+                f"vocab_size is {vocab_size}; the specials and the 256 bytes need at least "
+                f"{SMALLEST_VOCABULARY}"
             )
         model = tokenizers.Tokenizer(models.BPE())
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -102,7 +104,7 @@ class Tokenizer:
         try:
             model = tokenizers.Tokenizer.from_str(self.json)
         except Exception as error:  # the library raises no narrower type
-            raise ValueError(
+            raise InputError(
                 f"tokenizer: not a tokenizer's JSON ({error}); "
                 "give the text that Tokenizer.save wrote"
             ) from error

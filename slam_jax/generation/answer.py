@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from slam_jax.data import Tokenizer
+from slam_jax.errors import InputError
 from slam_jax.generation.decode import greedy_decode
 from slam_jax.protocol import Decodable
 
@@ -26,19 +27,19 @@ def answer(
     prompts: for each example of `memory` its questions, as many for one as for the other; all are
     answered from the one encode.
 
-    Raises ValueError where there are not as many lists of prompts as examples, or not as many
+    Raises InputError where there are not as many lists of prompts as examples, or not as many
     prompts for each, at least one.
     """
     if any(isinstance(questions, str) for questions in prompts):
-        raise ValueError("prompts is a list of texts; give a list of prompts for each example")
+        raise InputError("prompts is a list of texts; give a list of prompts for each example")
     examples = {leaf.shape[0] for leaf in jax.tree.leaves(memory)}
     if examples - {len(prompts)}:
-        raise ValueError(
+        raise InputError(
             f"prompts for {len(prompts)} examples, and the memory has {examples.pop()}"
         )
     counts = {len(questions) for questions in prompts}
     if len(counts) != 1 or 0 in counts:
-        raise ValueError(f"examples with {sorted(counts)} prompts; give each as many, one or more")
+        raise InputError(f"examples with {sorted(counts)} prompts; give each as many, one or more")
     rows = [
         [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in questions]
         for questions in prompts

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from slam_jax.errors import InputError
 from slam_jax.protocol import Decodable
 
 
@@ -30,10 +31,10 @@ def greedy_decode(
       lengths: tokens of each prompt, from 1 to T.
 
     Raises:
-      ValueError: `max_new_tokens` is below 1.
+      InputError: `max_new_tokens` is below 1.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
+        raise InputError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
     # The last token is never fed back, so it needs no room.
     cache = model.init_cache(prompts.shape[:-1], prompts.shape[-1] + max_new_tokens - 1)
     logits, cache = model.prefill(prompts, cache, memory, lengths=lengths)

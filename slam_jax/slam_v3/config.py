@@ -5,10 +5,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from slam_jax.errors import require
+from slam_jax.errors import require, require_count
 
 ENCODERS = ("resnet", "vit")
 DTYPES = ("float32", "bfloat16", "float64")
+# Of what is built in Python, layer by layer; and of a side of an image.
+MOST_LAYERS, MOST_PIXELS = 512, 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +37,17 @@ class ImageConfig:
     def __post_init__(self):
         object.__setattr__(self, "stage_widths", tuple(self.stage_widths))
         require(self.encoder in ENCODERS, "image.encoder", self.encoder, f"one of {ENCODERS}")
-        for field in ("size", "patch_size", "blocks_per_stage"):
-            value = getattr(self, field)
-            require(value >= 1, f"image.{field}", value, "at least 1")
-        require(self.num_layers >= 0, "image.num_layers", self.num_layers, "at least 0")
+        require_count("image.size", self.size, most=MOST_PIXELS)
+        require_count("image.patch_size", self.patch_size, most=MOST_PIXELS)
+        require_count("image.blocks_per_stage", self.blocks_per_stage, most=MOST_LAYERS)
+        require_count("image.num_layers", self.num_layers, least=0, most=MOST_LAYERS)
         if self.encoder == "vit":
             low = self.size - self.size % self.patch_size
             near = f"a multiple of image.patch_size, such as {low or self.patch_size}"
             require(self.size % self.patch_size == 0, "image.size", self.size, near)
         widths = self.stage_widths
-        require(len(widths) > 0, "image.stage_widths", widths, "at least one width")
-        bad = [w for w in widths if w < 8 or w % 8]
+        require(0 < len(widths) <= 16, "image.stage_widths", widths, "1 to 16 widths")
+        bad = [w for w in widths if not 8 <= w <= 1 << 20 or w % 8]
         require(not bad, "image.stage_widths", widths, "multiples of 8 (the width of a norm group)")
 
 
@@ -93,12 +95,11 @@ class SlamV3Config:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        positive = (
-            "vocab_size embed_dim num_heads mlp_dim num_processes num_process_layers "
-            "num_decoder_layers kv_lora_rank aux_dim max_aux alignment_dim"
-        )
-        for field in positive.split():
-            require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
+        for field in ["vocab_size", "embed_dim", "mlp_dim", "kv_lora_rank", "aux_dim", "max_aux"]:
+            require_count(field, getattr(self, field))
+        require_count("alignment_dim", self.alignment_dim)
+        for field in ["num_heads", "num_processes", "num_process_layers", "num_decoder_layers"]:
+            require_count(field, getattr(self, field), most=MOST_LAYERS)
         near = self.embed_dim - self.embed_dim % self.num_heads or self.num_heads
         even = f"a multiple of num_heads={self.num_heads}, such as {near}"
         require(self.embed_dim % self.num_heads == 0, "embed_dim", self.embed_dim, even)
@@ -116,14 +117,16 @@ class SlamV3Config:
         )
         for field, width in self.latent_widths.items():
             object.__setattr__(self, field, width)
-            require(width >= 1, field, width, "at least 1")
+            require_count(field, width)
         rope = self.latent_widths["qk_rope_head_dim"]
         require(rope % 2 == 0, "qk_rope_head_dim", rope, f"an even number, such as {rope + 1}")
         for field in ("q_lora_rank", "window"):
             value = getattr(self, field)
             require(value is None or value >= 1, field, value, "None or at least 1")
+            require_count(field, value or 1)
         memory = self.num_memory_tokens
         require(memory >= 0, "num_memory_tokens", memory, "0 (no bottleneck) or more")
+        require_count("num_memory_tokens", memory, least=0)
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a rate in [0, 1)")
         for field in ("dtype", "param_dtype"):
             require(getattr(self, field) in DTYPES, field, getattr(self, field), f"one of {DTYPES}")

@@ -49,7 +49,7 @@ class SlamV3(nnx.Module):
     def encode(self, inputs: Inputs, *, key: PRNGKeyArray | None = None) -> Memory:
         """What the decoder may look at. `key`: for dropout, None = none.
 
-        Raises ValueError where no input is given, or one is not what `Inputs` says.
+        Raises InputError where no input is given, or one is not what `Inputs` says.
         """
         check_inputs(inputs)
         keys = split(key, 4)

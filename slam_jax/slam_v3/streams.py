@@ -8,6 +8,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from slam_jax.array_typing import AnyArray
+from slam_jax.errors import InputError
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.slam_v3.block import TransformerBlock
@@ -42,7 +43,7 @@ _EXPECTED: dict[str, tuple[Any, int, str]] = {
 
 
 def check_inputs(inputs: Inputs) -> None:
-    """Raises ValueError, naming the part, for what would fail later or be misread silently: pixels
+    """Raises InputError, naming the part, for what would fail later or be misread silently: pixels
     that are no bytes, whole numbers for vectors, a missing batch axis, different batch sizes."""
     sizes = {}
     for name, (kind, ndim, expected) in _EXPECTED.items():
@@ -50,16 +51,16 @@ def check_inputs(inputs: Inputs) -> None:
         if value is None:
             continue
         if not hasattr(value, "dtype"):
-            raise ValueError(f"{name} is a {type(value).__name__}; expected an array of {expected}")
+            raise InputError(f"{name} is a {type(value).__name__}; expected an array of {expected}")
         fits = jnp.issubdtype(value.dtype, kind) and value.ndim == ndim
         if not fits or (name == "image" and value.shape[-1] != 3):
-            raise ValueError(f"{name} is {value.dtype}{list(value.shape)}; expected {expected}")
+            raise InputError(f"{name} is {value.dtype}{list(value.shape)}; expected {expected}")
         sizes[name] = value.shape[0]
     if not sizes.keys() & {"text", "image", "aux"}:
-        raise ValueError("nothing to encode: give at least one of text, image and aux")
+        raise InputError("nothing to encode: give at least one of text, image and aux")
     if len(set(sizes.values())) > 1:
         shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(f"inputs of different batch sizes: {shown}; expected one for all")
+        raise InputError(f"inputs of different batch sizes: {shown}; expected one for all")
 
 
 class Stream(NamedTuple):
@@ -168,7 +169,7 @@ class ViT(nnx.Module):
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
         rows, columns = (side // self.patch for side in pixels.shape[1:3])
         if pixels.shape[1:3] != (rows * self.patch, columns * self.patch):
-            raise ValueError(
+            raise InputError(
                 f"image of {pixels.shape[1]} x {pixels.shape[2]} pixels: "
                 f"expected multiples of the patch size {self.patch}; resize or pad it"
             )
@@ -235,12 +236,12 @@ class Streams(nnx.Module):
     def _aux(self, aux):
         count, width = aux.shape[1:]
         if width != self.config.aux_dim:
-            raise ValueError(
+            raise InputError(
                 f"aux vectors of {width} numbers, expected aux_dim={self.config.aux_dim}"
             )
         tokens = self.aux(aux)
         if not self.config.aux_slots:
             return tokens
         if count > self.config.max_aux:
-            raise ValueError(f"{count} aux vectors, expected at most max_aux={self.config.max_aux}")
+            raise InputError(f"{count} aux vectors, expected at most max_aux={self.config.max_aux}")
         return tokens + self.slot[:count].astype(tokens.dtype)

@@ -14,11 +14,13 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from slam_jax.data import HALF_VIEWS, TRAINING_VIEWS, DataConfig
-from slam_jax.errors import ConfigError, check_names, require
+from slam_jax.errors import ConfigError, check_names, require, require_count
 from slam_jax.slam_v3 import SlamV3Config
 from slam_jax.slam_v3.config import PRESETS
 from slam_jax.training.losses import LossConfig
 from slam_jax.training.optimizer import OptimizerConfig
+
+_LARGEST = 1e300  # a number that is not far too large is finite after any sum or product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +53,7 @@ class RunConfig:
         for view in self.evaluate_views:
             require(view in known, "run.evaluate_views", view, f"some of {', '.join(known)}")
         for field in ("num_steps", "log_every", "evaluate_every", "max_bad_steps"):
-            value = getattr(self, field)
-            require(value >= 1, f"run.{field}", value, "at least 1")
+            require_count(f"run.{field}", getattr(self, field), most=2**31 - 1)
         for field in ("evaluate_batches", "save_every", "keep_every"):
             value = getattr(self, field)
             require(value is None or value >= 1, f"run.{field}", value, "None or at least 1")
@@ -79,6 +80,12 @@ class Experiment:
     loss: LossConfig
     optimizer: OptimizerConfig
     run: RunConfig
+
+    def __post_init__(self):
+        require_count("seed", self.seed, least=0, most=2**32 - 1)
+        batch, parts = self.data.batch_size, self.optimizer.accumulate_steps
+        even = f"a divisor of data.batch_size={batch}"
+        require(batch % parts == 0, "optimizer.accumulate_steps", parts, even)
 
     @classmethod
     def from_config(cls, config: ConfigDict | Mapping[str, Any]) -> "Experiment":
@@ -180,14 +187,15 @@ def _fits(value: Any, kind: Any) -> bool:
     options = typing.get_args(kind) if _is_union(kind) else (kind,)
     for option in options:
         origin = typing.get_origin(option) or option
-        if origin is float and isinstance(value, int) and not isinstance(value, bool):
-            return True
+        if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return -_LARGEST <= value <= _LARGEST  # what is not a number fails both
         if origin is int and isinstance(value, bool):
             continue
         if isinstance(origin, type) and issubclass(origin, Sequence) and origin is not str:
             # JSON has lists only.
+            element = typing.get_args(option)[0]
             if isinstance(value, (list, tuple)):
-                return True
+                return element is Any or all(_fits(each, element) for each in value)
         elif isinstance(value, origin):
             return True
     return False
@@ -227,8 +235,13 @@ def override(config: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, A
             check_names([name], known, ".".join(groups[:i]) or "the config")
             if i < len(groups) - 1:
                 target = target[name]
-        try:
-            target[groups[-1]] = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            target[groups[-1]] = text
+        target[groups[-1]] = _literal(text)
     return changed
+
+
+def _literal(text: str) -> Any:
+    """A Python literal that JSON can hold, too; anything else is text."""
+    try:
+        return json.loads(json.dumps(ast.literal_eval(text)))
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return text

@@ -79,7 +79,9 @@ def train(
         dataset = prepare(experiment.data)
         if latest is not None:
             tokenizer = Tokenizer.from_json(checkpoints.read_tokenizer(latest))
-            _require_same_tokenizer(tokenizer, dataset.tokenizer, Path(workdir))
+            if dataset.corpus_is_whole:
+                _require_same_tokenizer(tokenizer, dataset.tokenizer, Path(workdir))
+            dataset = dataclasses.replace(dataset, tokenizer=tokenizer)
         graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
         if latest is not None:
             state = checkpoints.restore(latest, state)
@@ -123,7 +125,8 @@ def initial_state(experiment: Experiment, vocab_size: int) -> tuple[nnx.GraphDef
     lowered = jax.jit(lambda key: SlamV3(model_config, rngs=nnx.Rngs(key))).lower(init_key)
     require_room(num_bytes(jax.eval_shape(state, lowered.out_info)), "the training state")
     model = lowered.compile()(init_key)
-    return split_model(model)[0], state(model)
+    # Placed as a restored state is: then both take their steps by the same compiled program.
+    return split_model(model)[0], jax.device_put(state(model), jax.local_devices()[0])
 
 
 @dataclasses.dataclass(frozen=True)

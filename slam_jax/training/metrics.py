@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slam_jax.errors import writing
+from slam_jax.errors import ConfigError, writing
 
 _FILE = "metrics.jsonl"
 
@@ -24,7 +24,7 @@ class MetricsWriter:
         tensorboard: also write event files to `WORKDIR/tensorboard`.
 
     Raises:
-        ValueError: TensorBoard is asked for and tensorboardX is not installed.
+        ConfigError: TensorBoard is asked for and tensorboardX is not installed.
         WriteError: here and in `write`, the file cannot be written.
     """
 
@@ -126,7 +126,7 @@ def _board(folder: Path, resume_step: int) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise ValueError(
+        raise ConfigError(
             "TensorBoard needs tensorboardX, which is not installed: "
             "`pip install 'slam_jax[tracking]'`, or turn it off in the configuration"
         ) from None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from slam_jax.errors import require
+from slam_jax.errors import require, require_count
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -43,7 +43,7 @@ class OptimizerConfig:
         positive = "a number above 0"
         require(self.name in OPTIMIZERS, "optimizer.name", self.name, f"one of {OPTIMIZERS}")
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, positive)
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        require_count("optimizer.warmup_steps", self.warmup_steps, least=0, most=2**31 - 1)
         require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, positive)
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         for field in ("final_fraction", "b1", "b2", "momentum", "ema_decay"):
@@ -52,8 +52,7 @@ class OptimizerConfig:
             require(ok, f"optimizer.{field}", value, "a number from 0 to 1")
         clip = self.clip_norm
         require(clip is None or clip > 0, "optimizer.clip_norm", clip, f"None or {positive}")
-        steps = self.accumulate_steps
-        require(steps >= 1, "optimizer.accumulate_steps", steps, "at least 1")
+        require_count("optimizer.accumulate_steps", self.accumulate_steps)
 
 
 def decay_mask(params: Any) -> Any:

@@ -228,6 +228,11 @@ class Checkpoints:
         """The metrics saved with a step."""
         return self._read_json(step, "metrics")
 
+    def read_shapes(self, step: Step) -> Any:
+        """The saved state as nested dicts and lists of ShapeDtypeStructs; `restore` takes it."""
+        saved = _read_metadata(self._path(step))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+
     def verify(self) -> dict[int, str | None]:
         """Each step with what is wrong with it, or None."""
         return {step: self._damage(step) for step in self.steps()}
@@ -308,14 +313,9 @@ class Checkpoints:
 
     def _read_state(self, step: Step, like: Any, part: str | None = None) -> Any:
         path = self._path(step)
-        with _damage_named(path):
-            saved = ocp.checkpointables_metadata(str(path / "arrays")).metadata["state"]
-            if saved is None:
-                raise ValueError("the list of its arrays is damaged")
-        saved = saved if part is None else {part: saved.get(part)}
-        if oversized := trees.find_oversized_chunk(saved):
-            raise CheckpointError(f"{path}: {oversized}: no such checkpoint is written here")
-        if difference := trees.find_difference(saved, like):
+        saved = _read_metadata(path)
+        difference = trees.find_difference(saved if part is None else {part: saved.get(part)}, like)
+        if difference:
             raise CheckpointError(f"{path}: {difference}; use the configuration it was saved with")
         require_room(trees.num_bytes(like), f"{path}: the checkpoint")
         context = ocp.Context()
@@ -331,6 +331,16 @@ class Checkpoints:
             f"{self.directory / str(step)}: the checkpoint could not be written "
             f"({first_line(error)}); check free space and permissions, then start again"
         )
+
+
+def _read_metadata(path: Path) -> Any:
+    with _damage_named(path):
+        saved = ocp.checkpointables_metadata(str(path / "arrays")).metadata["state"]
+        if saved is None:
+            raise ValueError("the list of its arrays is damaged")
+        if oversized := trees.find_oversized_chunk(saved):
+            raise ValueError(oversized)
+    return saved
 
 
 def _read_json(path: Path) -> Any:

@@ -1,0 +1,61 @@
+"""Records that may be damaged: each is told of once, and so many are too many."""
+
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from slam_jax.errors import UserError, first_line
+
+
+class DataError(UserError):
+    """A data set cannot be read, or too much of it is damaged: in one line."""
+
+
+class DamagedRecord(Exception):
+    """This one record cannot be read; a `Source` raises it, and batches are made without it."""
+
+
+class Records(Sequence[Any]):
+    """Random access to the records of a split.
+
+    Args:
+      records: raises, in its own way, for one that is damaged.
+      name: of the split, for messages.
+      most: how many damaged records are passed over.
+
+    Raises, when indexed:
+      DamagedRecord: the record is damaged; a warning is logged the first time.
+      DataError: more than `most` were.
+    """
+
+    def __init__(self, records: Sequence[Any], name: str, most: int):
+        self._records, self._name, self._most = records, name, most
+        self._lock = threading.Lock()  # batches are made in several threads
+        self.damaged: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self._records[index]
+        except Exception as error:  # the reader's library has no type of its own for it
+            self._count(index, first_line(error))
+            raise DamagedRecord(f"record {index} of {self._name}") from error
+
+    def _count(self, index: int, reason: str) -> None:
+        with self._lock:
+            new = index not in self.damaged
+            self.damaged.add(index)
+            count = len(self.damaged)
+        if count > self._most:
+            raise DataError(
+                f"{self._name}: {count} records are damaged, the last of them {index} ({reason}); "
+                "build or copy the data set again, or raise data.max_damaged_records"
+            )
+        if new:
+            logging.getLogger("slam_jax").warning(
+                "%s: record %d is damaged and passed over (%s); %d of at most %d",
+                *(self._name, index, reason, count, self._most),
+            )
