@@ -16,6 +16,8 @@ from slam_jax.stop import SAVED, Stopped, say
 def run(main: Callable[[list[str]], None]) -> None:
     """Parses the flags that are defined and calls `main` with the other arguments."""
 
+    prepare_process()
+
     def parse(argv: list[str]) -> list[str]:
         with clear_ends():
             try:
@@ -34,6 +36,27 @@ def run(main: Callable[[list[str]], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
+def prepare_process() -> None:
+    """Makes up for how the process was started; to be called first.
+
+    Without one of the standard streams, the next file that is opened would take its place, and be
+    written to by whoever means a terminal. In a locale that is not UTF-8, Python and the libraries
+    beneath it spell the name of a file in different bytes; the program starts over in UTF-8, with
+    its streams as they were.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    # Over files that are damaged Orbax leaves tasks behind, each with a trace of its own.
+    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+    if sys.getfilesystemencoding() != "utf-8":
+        streams = f"{getattr(sys.stdout, 'encoding', 'ascii')}:replace"
+        environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": streams}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
 @contextlib.contextmanager
 def clear_ends() -> Iterator[None]:
     """Ends the program without a traceback where somebody can do something about it: exit code 2
@@ -41,7 +64,7 @@ def clear_ends() -> Iterator[None]:
     it was asked to, and the shell's own code for Ctrl-C and for a pipe that nobody reads."""
     try:
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)
     except UserError as error:
         say(f"error: {error}")
         sys.exit(2)

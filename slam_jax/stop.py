@@ -98,4 +98,4 @@ def say(text: str) -> None:
     """Writes a line to standard error past all buffers, and gives a terminal its cursor back."""
     clear = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else ""
     with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(2, f"{clear}{text}\n".encode())
+        os.write(2, f"{clear}{text}\n".encode(errors="surrogateescape"))

@@ -5,6 +5,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 
 import slam_jax.evaluation.checkpoint  # noqa: F401  (with it all modules are there)
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
+from slam_jax.training import read_config, train
 
 # Accelerators multiply float32 in fewer bits by default; the tolerances here are those of float32.
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -29,6 +31,16 @@ for name, module in list(sys.modules.items()):
             cls.__init__ = inspect.unwrap(cls.__init__)
 
 VOCAB = 13
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory) -> Path:
+    """The workdir of a finished run of configs/small_run.py."""
+    config = read_config(Path(__file__).parent / "configs" / "small_run.py")
+    config["data"]["data_dir"] = str(tmp_path_factory.mktemp("data"))
+    workdir = tmp_path_factory.mktemp("small") / "run"
+    train(config, workdir)
+    return workdir
 
 
 @pytest.fixture(scope="session")

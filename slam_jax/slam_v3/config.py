@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from slam_jax.errors import require, require_count
@@ -129,7 +130,10 @@ class SlamV3Config:
         require_count("num_memory_tokens", memory, least=0)
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a rate in [0, 1)")
         for field in ("dtype", "param_dtype"):
-            require(getattr(self, field) in DTYPES, field, getattr(self, field), f"one of {DTYPES}")
+            dtype = getattr(self, field)
+            require(dtype in DTYPES, field, dtype, f"one of {DTYPES}")
+            known = dtype != "float64" or jax.dtypes.canonicalize_dtype(dtype) == dtype
+            require(known, field, dtype, "another, or JAX_ENABLE_X64=1 in the environment")
 
     @property
     def head_dim(self) -> int:
@@ -165,7 +169,10 @@ class SlamV3Config:
     @property
     def dtypes(self) -> dict[str, Any]:
         """The two dtypes as keyword arguments of a layer."""
-        return {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
+        return {
+            "dtype": jnp.dtype(self.dtype),
+            "param_dtype": jnp.dtype(self.param_dtype),
+        }
 
     @classmethod
     def preset(cls, name: str, vocab_size: int, **overrides: Any) -> "SlamV3Config":

@@ -91,7 +91,9 @@ class Experiment:
     def from_config(cls, config: ConfigDict | Mapping[str, Any]) -> "Experiment":
         """Raises ConfigError, naming the field, for whatever cannot be built."""
         values = as_json(config)
-        values["model"] = {"vocab_size": 1, **values.get("model", {})}
+        require(isinstance(values, Mapping), "the config", values, "groups of fields")
+        if isinstance(values.get("model"), Mapping):
+            values["model"] = {"vocab_size": 1, **values["model"]}
         return _build(cls, values, "")
 
     def with_vocabulary(self, vocab_size: int) -> SlamV3Config:
@@ -173,6 +175,11 @@ def _build(cls: type, values: Mapping[str, Any], group: str) -> Any:
         else:
             require(_fits(value, types[name]), group + name, value, _describe(types[name]))
             built[name] = value
+    required = [
+        field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING
+    ]
+    for name in required:
+        require(name in built, group + name, None, "a value")
     try:
         return cls(**built)
     except ConfigError as error:

@@ -23,8 +23,10 @@ def tune_host() -> None:
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         chosen = pathlib.Path(os.environ.get("SLAM_JAX_CACHE_DIR") or "~/.cache/slam_jax/xla")
-        with contextlib.suppress(RuntimeError):  # there is no home folder
-            jax.config.update("jax_compilation_cache_dir", str(chosen.expanduser()))
+        with contextlib.suppress(RuntimeError, OSError):  # no home, or none to write to
+            chosen = chosen.expanduser()
+            chosen.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(chosen))
     # Absent on macOS and on Linuxes without glibc, where nothing needs to be done.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:

@@ -23,6 +23,8 @@ def only_run_in(workdir: str | Path) -> Iterator[None]:
     Raises:
       WorkdirError: another run is in the workdir, or it cannot be written to.
     """
+    if not str(workdir):
+        raise WorkdirError("workdir is empty; name a folder")
     workdir = Path(workdir)
     lock = filelock.FileLock(workdir / "lock", timeout=0)
     try:

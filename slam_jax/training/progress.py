@@ -1,7 +1,11 @@
 """How a run is doing, for the person who watches: a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
+import io
+import sys
 import time
 from collections import deque
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -31,7 +35,11 @@ class Progress:
     ):
         self._total = total_steps
         self._every = every
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._console = console or Console(
+            file=_Lasting(sys.stdout),  # pyright: ignore[reportArgumentType]
+            highlight=False,
+            soft_wrap=True,
+        )
         self._recent: deque[tuple[float, int, int, int]] = deque(maxlen=_WINDOW + 1)
         self._recent.append((time.monotonic(), first_step, 0, 0))
         # A narrow terminal wraps the status; the other columns keep their width.
@@ -96,6 +104,26 @@ class Progress:
         if not encoding.startswith("utf"):
             text = text.replace("·", "|")
         return text.encode(encoding, "replace").decode(encoding)
+
+
+class _Lasting:
+    """A stream that swallows what it can no longer write: the run outlives its terminal, a pipe
+    that nobody reads, and a log on a full disk."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream or io.StringIO()  # a process may be started without any
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _rate(value: float) -> str:

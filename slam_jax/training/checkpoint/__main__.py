@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from slam_jax.command_line import clear_ends
+from slam_jax.command_line import clear_ends, prepare_process
 from slam_jax.errors import UserError
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.checkpoint.trees import by_name, describe
@@ -149,6 +149,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     # Nothing here needs an accelerator, and another run may have it.
     jax.config.update("jax_platforms", "cpu")
     with clear_ends():

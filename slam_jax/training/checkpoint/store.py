@@ -161,7 +161,7 @@ class Checkpoints:
         if not self.directory.is_dir():
             return []
         names = (path.name for path in self.directory.iterdir() if path.is_dir())
-        return sorted(int(name) for name in names if name.isdecimal())
+        return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
     def best(self) -> int | None:
         """The step with the highest `best_by`; of equals the later; None where none has it."""
@@ -218,15 +218,15 @@ class Checkpoints:
 
     def read_config(self, step: Step) -> dict:
         """The configuration saved with a step."""
-        return self._read_json(step, "config")
+        return self._read_json(step, "config", dict)
 
     def read_tokenizer(self, step: Step) -> str:
         """The tokenizer's JSON text saved with a step."""
-        return self._read_json(step, "tokenizer")
+        return self._read_json(step, "tokenizer", str)
 
     def read_metrics(self, step: Step) -> dict[str, float]:
         """The metrics saved with a step."""
-        return self._read_json(step, "metrics")
+        return self._read_json(step, "metrics", dict)
 
     def read_shapes(self, step: Step) -> Any:
         """The saved state as nested dicts and lists of ShapeDtypeStructs; `restore` takes it."""
@@ -293,8 +293,8 @@ class Checkpoints:
         for step in self.steps():
             # A damaged file has no say here; whoever reads the step hears of it.
             with contextlib.suppress(CheckpointError):
-                metrics = _read_json(self.directory / str(step) / "metrics.json")
-                score = metrics.get(self._best_by) if isinstance(metrics, dict) else None
+                metrics = _read_json(self.directory / str(step) / "metrics.json", dict)
+                score = metrics.get(self._best_by)
                 if isinstance(score, (int, float)):
                     scores[step] = score
         return sorted(scores, key=lambda step: (scores[step], step), reverse=True)
@@ -308,8 +308,8 @@ class Checkpoints:
             )
         return path
 
-    def _read_json(self, step: Step, item: str) -> Any:
-        return _read_json(self._path(step) / f"{item}.json")
+    def _read_json(self, step: Step, item: str, kind: type) -> Any:
+        return _read_json(self._path(step) / f"{item}.json", kind)
 
     def _read_state(self, step: Step, like: Any, part: str | None = None) -> Any:
         path = self._path(step)
@@ -343,11 +343,14 @@ def _read_metadata(path: Path) -> Any:
     return saved
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, kind: type) -> Any:
     with _damage_named(path):
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, kind):
+            raise ValueError(f"it holds a {type(value).__name__}, expected a {kind.__name__}")
+    return value
 
 
 def _free(path: Path) -> Path:

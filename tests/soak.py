@@ -1,0 +1,468 @@
+"""Runs are killed, stopped, starved and lied to at random, and must come out as if never disturbed.
+
+    python tests/soak.py --minutes=60 --seed=0
+
+Ends when every kind of trial has been done as often as its target says, or the time is up; prints a
+table, and exits with 1 if a trial failed. The trials use a run of 24 steps (configs/small_run.py),
+processes of their own and the real train.py.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import test_fuzz
+
+from slam_jax.data import prepare, training_batches
+from slam_jax.slam_v3 import Inputs
+from slam_jax.stop import INTACT, SAVED, SIGNALS
+from slam_jax.training import CheckpointError, Checkpoints, Experiment, loop, read_config, train
+from slam_jax.training.checkpoint.trees import by_name
+from slam_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "tests" / "configs" / "small_run.py"
+GRACE_S = 10.0
+SLACK_S = 3.0  # for the machine to notice; it is a busy one
+
+
+class Failure(Exception):
+    """A trial did not come out as it must."""
+
+
+def check(ok: bool, what: str) -> None:
+    if not ok:
+        raise Failure(what)
+
+
+def as_bytes(array: Any) -> bytes:
+    if jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    return np.asarray(array).tobytes()
+
+
+def same(a: Any, b: Any) -> bool:
+    a, b = by_name(a), by_name(b)
+    return a.keys() == b.keys() and all(as_bytes(a[name]) == as_bytes(b[name]) for name in a)
+
+
+class Soak:
+    """Everything the trials share: a place, a reference run, and the run that is disturbed."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder = folder
+        self.random = random.Random(seed)
+        self.seed = seed
+        self.outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+        self.environment = {
+            **os.environ,
+            "SLAM_JAX_DATA_DIR": str(folder / "data"),
+            "SLAM_JAX_CACHE_DIR": str(folder / "xla"),
+        }
+        os.environ.update(self.environment)
+        self.config = read_config(CONFIG)
+        self.reference = folder / "reference"
+        self.states: dict[int, Any] = {}
+        self.best = None
+        self.metrics = b""
+        self.run = 0
+        self.interrupted: list[str] = []  # kinds of what happened to the current run
+
+    # --- The reference, and comparisons with it
+
+    def prepare(self) -> None:
+        """Two unbroken runs, which must agree; the first keeps every checkpoint in memory."""
+        save = Checkpoints.save
+
+        def remember(checkpoints: Checkpoints, step: int, state: Any, **more: Any) -> bool:
+            self.states[step] = jax.tree.map(jax.numpy.copy, state)
+            return save(checkpoints, step, state, **more)
+
+        Checkpoints.save = remember  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            # A save after every step, so that whatever step is saved later can be compared.
+            every = {**self.config, "run": {**self.config["run"], "save_every": 1}}
+            train(every, self.folder / "every")
+        finally:
+            Checkpoints.save = save
+        check(self.start(self.reference).wait(300) == 0, "the reference run fails")
+        self.metrics = (self.reference / "metrics.jsonl").read_bytes()
+        self.best = Checkpoints(self.reference).best()
+        check((self.folder / "every" / "metrics.jsonl").read_bytes() == self.metrics, "metrics")
+        self.compare_checkpoints(self.reference)
+
+    def compare_checkpoints(self, workdir: Path) -> list[int]:
+        """All visible checkpoints are whole and those of the reference."""
+        checkpoints = Checkpoints(workdir)
+        damages = {step: damage for step, damage in checkpoints.verify().items() if damage}
+        check(not damages, f"{workdir}: damaged {damages}")
+        for step in checkpoints.steps():
+            state = checkpoints.restore(step, self.states[step])
+            check(same(state, self.states[step]), f"{workdir}: step {step} is another")
+        return checkpoints.steps()
+
+    def compare_finished(self, workdir: Path) -> None:
+        steps = self.compare_checkpoints(workdir)
+        check(max(steps) == self.config["run"]["num_steps"], f"{workdir}: not at its end")
+        check(Checkpoints(workdir).best() == self.best, f"{workdir}: another best step")
+        metrics = (workdir / "metrics.jsonl").read_bytes()
+        check(metrics == self.metrics, f"{workdir}: other metrics")
+
+    # --- Processes
+
+    @property
+    def workdir(self) -> Path:
+        return self.folder / f"run{self.run}"
+
+    def start(self, workdir: Path, *, cold: bool = False, **more: Any) -> subprocess.Popen:
+        environment = dict(self.environment)
+        if cold:
+            cache = self.folder / "cold"
+            shutil.rmtree(cache, ignore_errors=True)
+            environment["SLAM_JAX_CACHE_DIR"] = str(cache)
+        arguments = ["train.py", f"--config={CONFIG}", f"--workdir={workdir}"]
+        with (self.folder / "out").open("wb") as out, (self.folder / "err").open("wb") as err:
+            return subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdout=out,
+                stderr=err,
+                **more,
+            )
+
+    def error_line(self) -> str:
+        """What the last process said at its end: one line, no traceback."""
+        text = (self.folder / "err").read_text()
+        check("Traceback" not in text, f"a traceback: {text}")
+        lines = [line for line in text.splitlines() if line.startswith("error: ")]
+        check(len(lines) == 1, f"not one line: {text!r}")
+        return lines[0]
+
+    def phase(self, before: int) -> str:
+        """What the process is doing, from what it has written so far."""
+        if b"parameters on" not in (self.folder / "out").read_bytes():
+            return "start-up"
+        if list((self.workdir / "checkpoints").glob("*.writing")):
+            return "save"
+        records = read_metrics(self.workdir)
+        if len(records) <= before:
+            return "compile"
+        last = records[-1]
+        evaluates = last["split"] == "train" and last["step"] % 8 == 0
+        return "evaluation" if evaluates else "step"
+
+    def wait_for(self, process: subprocess.Popen, phase: str) -> str | None:
+        """Waits until the process is in `phase` and a random moment longer; returns where it is
+        then, or None if it has ended."""
+        before = len(read_metrics(self.workdir))
+        while process.poll() is None and self.phase(before) != phase:
+            time.sleep(0.002)
+        time.sleep(self.random.expovariate(4.0 if phase in ("start-up", "compile") else 20.0))
+        return None if process.poll() is not None else self.phase(before)
+
+    # --- Trials
+
+    def finish(self) -> None:
+        """Lets the disturbed run go on to its end and compares it."""
+        process = self.start(self.workdir)
+        check(process.wait(300) == 0, f"{self.workdir}: {(self.folder / 'err').read_text()}")
+        self.compare_finished(self.workdir)
+        for kind in self.interrupted:
+            self.outcomes[kind]["then exact to the end"] += 1
+        shutil.rmtree(self.workdir)
+        self.interrupted = []
+        self.run += 1
+
+    def interrupt(self, kind: str, numbers: list[int]) -> None:
+        phases = ("start-up", "compile", "step", "step", "evaluation", "save")
+        steps = Checkpoints(self.workdir).steps()
+        if len(self.interrupted) >= 4 or (steps and steps[-1] > 20):
+            self.finish()
+            steps = []
+        phase = self.random.choice(phases)
+        # Programs are compiled anew, which takes ten times as long.
+        cold = phase in ("compile", "evaluation") and self.random.random() < 0.3
+        process = self.start(self.workdir, cold=cold)
+        at = self.wait_for(process, phase)
+        asked = time.monotonic()
+        for i, number in enumerate(numbers):
+            if i:
+                time.sleep(self.random.choice((0.0, 0.2, 1.5)))
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+        try:
+            code = process.wait(GRACE_S + SLACK_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise Failure(f"{kind} in {at}: still there after {GRACE_S + SLACK_S} s") from None
+        seconds = time.monotonic() - asked
+        after = self.compare_checkpoints(self.workdir)
+        lost = bool(steps) and (not after or after[-1] < steps[-1])
+        check(not lost, f"{kind} in {at}: step {steps[-1:]} is gone, there are {after}")
+        if code == 0 or at is None:
+            self.finish()
+            return
+        self.interrupted.append(kind)
+        counts = self.outcomes[kind]
+        counts[f"in {at}"] += 1
+        if kind == "kill":
+            check(code == -signal.SIGKILL, f"exit code {code}")
+            return
+        if code == SAVED:
+            taken = [r["step"] for r in read_metrics(self.workdir) if r["split"] == "train"]
+            check(after[-1:] == taken[-1:], f"saved {after} of {taken[-1:]}")
+            counts["saved"] += 1
+        else:
+            early = code in [-number for number in numbers]  # Python had not begun yet
+            check(code == INTACT or (early and at == "start-up"), f"{kind} in {at}: code {code}")
+            counts["intact"] += 1
+        check(seconds < GRACE_S + SLACK_S, f"took {seconds:.1f} s")
+        check("Traceback" not in (self.folder / "err").read_text(), "a traceback")
+
+    def kill(self) -> None:
+        self.interrupt("kill", [signal.SIGKILL])
+
+    def stop(self) -> None:
+        count = self.random.choice((1, 1, 2))
+        self.interrupt("stop", self.random.choices(SIGNALS, k=count))
+
+    def damage(self, kind: str, change: Callable[[Path], str]) -> None:
+        """A damaged step is refused, and a run goes on from the one before."""
+        workdir = self.folder / "damaged"
+        shutil.rmtree(workdir, ignore_errors=True)
+        shutil.copytree(self.reference, workdir)
+        *_, before, last = Checkpoints(workdir).steps()
+        files = sorted(
+            path for path in (workdir / "checkpoints" / str(last)).rglob("*") if path.is_file()
+        )
+        what = change(self.random.choice(files))
+        silent = f"{kind} loaded silently: {what}"
+        try:
+            Checkpoints(workdir).restore(last, self.states[last])
+        except CheckpointError as error:
+            check("\n" not in str(error), f"more than a line: {error}")
+        else:
+            raise Failure(silent)
+        told: list[str] = []
+        check(Checkpoints(workdir).resolve("latest") == before, silent)
+        check(Checkpoints(workdir).recover(told.append) == before, silent)
+        check(len(told) == 1 and f"step {last}" in told[0], f"not told: {told}")
+        self.outcomes[kind]["refused"] += 1
+
+    def flip(self) -> None:
+        def change(path: Path) -> str:
+            data = bytearray(path.read_bytes())
+            if not data:
+                path.write_bytes(b"\0")
+                return f"{path} was empty and has a byte"
+            place, bit = self.random.randrange(len(data)), self.random.randrange(8)
+            data[place] ^= 1 << bit
+            path.write_bytes(data)
+            return f"bit {bit} of byte {place} of {path}"
+
+        self.damage("bit flip", change)
+
+    def cut(self) -> None:
+        def change(path: Path) -> str:
+            size = path.stat().st_size
+            if not size or self.random.random() < 0.3:
+                path.unlink()
+                return f"{path} deleted"
+            length = self.random.randrange(size)
+            os.truncate(path, length)
+            return f"{path} cut from {size} to {length} bytes"
+
+        self.damage("cut or deleted", change)
+
+    def nan(self) -> None:
+        """A NaN in the batch of step k: the run is the one that skipped batch k."""
+        bad = self.random.randrange(1, 25)
+        made = loop.training_batches
+
+        def poisoned(*args: Any, start_step: int = 0, **more: Any) -> Iterator[Any]:
+            batches = made(*args, start_step=start_step, **more)
+            for step, (view, batch) in enumerate(batches, start_step + 1):
+                if step == bad:
+                    aux = np.array(batch.inputs.aux)
+                    aux[0, 0, 0] = np.nan
+                    batch = dataclasses.replace(batch, inputs=Inputs(aux=aux))
+                yield view, batch
+
+        loop.training_batches = poisoned  # pyright: ignore[reportAttributeAccessIssue]
+        workdir = self.folder / "nan"
+        try:
+            state = train(self.config, workdir)
+        finally:
+            loop.training_batches = made
+            shutil.rmtree(workdir, ignore_errors=True)
+        check(same(state, self.skipping(bad)), f"NaN at step {bad}: another state")
+        self.outcomes["NaN"]["as if skipped"] += 1
+
+    def skipping(self, bad: int) -> Any:
+        """The state of a run that never sees the batch of step `bad`, by a loop of its own."""
+        experiment = Experiment.from_config(self.config)
+        data = prepare(experiment.data)
+        graphdef, state = loop.initial_state(experiment, data.tokenizer.vocab_size)
+        step_fn = jax.jit(
+            loop.make_train_step(
+                graphdef,
+                lambda *args, **more: loop.slam_v3_loss(*args, config=experiment.loss, **more),
+                loop.make_optimizer(experiment.optimizer, experiment.run.num_steps),
+                ema_decay=experiment.optimizer.ema_decay,
+            ),
+            donate_argnums=0,
+        )
+        batches = training_batches(data.train, data.tokenizer, experiment.data)
+        for step in range(1, experiment.run.num_steps + 1):
+            _, batch = next(batches)
+            if step == bad:
+                state = dataclasses.replace(state, step=state.step + 1, skipped=state.skipped + 1)
+            else:
+                state, _ = step_fn(state, batch)
+        return state
+
+    def full_disk(self) -> None:
+        """No file may grow over a limit; the run ends, says which, and goes on later."""
+        workdir = self.folder / "full"
+        # From the smallest file that a run writes to the largest.
+        limit = int(2 ** self.random.uniform(0, 20))
+
+        def starve() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+        # The streams are pipes, which have no size.
+        done = subprocess.run(
+            [sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}"],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            preexec_fn=starve,
+            timeout=300,
+        )
+        self.compare_checkpoints(workdir)
+        if done.returncode == 0:
+            what = "everything fitted"
+        else:
+            check(done.returncode == 2, f"limit {limit}: code {done.returncode}, {done.stderr}")
+            errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+            one = len(errors) == 1 and "Traceback" not in done.stderr
+            check(one, f"limit {limit}: not one line: {done.stderr}")
+            check(str(workdir) in errors[0], f"limit {limit}: no path: {errors[0]}")
+            what = "metrics" if "metrics.jsonl" in errors[0] else "checkpoint"
+        self.outcomes["disk full"][f"at {what}"] += 1
+        check(self.start(workdir).wait(300) == 0, f"limit {limit}: does not go on")
+        self.compare_finished(workdir)
+        shutil.rmtree(workdir)
+
+    def full_disk_elsewhere(self) -> None:
+        """The same for an evaluation's file and for the data set's."""
+        results = self.reference / "eval" / "metrics.json"
+        limit = int(2 ** self.random.uniform(0, 11))
+        results.parent.mkdir(exist_ok=True)
+        results.write_text("before")
+        data = self.folder / "no data"
+        evaluation = ["eval.py", f"--workdir={self.reference}", "--step=latest"]
+        training = ["train.py", f"--config={CONFIG}", f"--workdir={self.folder / 'none'}"]
+        for name, arguments, path in (
+            ("evaluation", evaluation, results),
+            ("data set", [*training, f"--config.data.data_dir={data}"], data),
+        ):
+            done = subprocess.run(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                preexec_fn=lambda: resource.setrlimit(
+                    resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)
+                ),
+                timeout=300,
+            )
+            errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+            one = done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr
+            check(one, f"{name}, limit {limit}: {done.returncode}, {done.stderr}")
+            check(str(path) in errors[0], f"{name}, limit {limit}: no path: {errors[0]}")
+            self.outcomes["disk full"][f"at {name}"] += 1
+        check(results.read_text() == "before", "half an evaluation was written")
+        check(list(results.parent.iterdir()) == [results], "half an evaluation is left")
+        shutil.rmtree(data, ignore_errors=True)
+        shutil.rmtree(self.folder / "none", ignore_errors=True)
+
+    def fuzz(self) -> None:
+        for trial, examples in test_fuzz.TRIALS.items():
+            trial(self.random.randrange(2**32), examples, self.reference)
+            self.outcomes["fuzzed"][trial.__name__] += examples
+
+
+# Kind of trial: how often a long soak does it.
+TARGETS: dict[str, int] = {
+    "kill": 100,
+    "stop": 30,
+    "flip": 1_000,
+    "cut": 200,
+    "nan": 10,
+    "full_disk": 20,
+    "full_disk_elsewhere": 5,
+    "fuzz": 20,  # of a hundred examples each
+}
+
+
+def soak(minutes: float, seed: int, folder: Path) -> tuple[str, list[str]]:
+    """The table and the failures."""
+    end = time.monotonic() + 60 * minutes
+    trials = Soak(folder, seed)
+    trials.prepare()
+    done: Counter[str] = Counter()
+    failures = []
+    while time.monotonic() < end and any(done[name] < n for name, n in TARGETS.items()):
+        name = min(TARGETS, key=lambda name: done[name] / TARGETS[name])
+        done[name] += 1
+        try:
+            getattr(trials, name)()
+        except Exception as error:
+            failures.append(f"{name}: {type(error).__name__}: {error}")
+            print(failures[-1], flush=True)
+            trials.run, trials.interrupted = trials.run + 1, []
+    if trials.interrupted:
+        trials.finish()
+    rows = [f"{'trials':>7}  kind"]
+    for kind, counts in trials.outcomes.items():
+        shown = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
+        whats = [n for what, n in counts.items() if what.startswith(("in ", "at "))]
+        rows.append(f"{sum(whats) or sum(counts.values()):7,}  {kind}: {shown}")
+    rows.append(f"{len(failures):7,}  failures")
+    return "\n".join(rows), failures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        table, failures = soak(given.minutes, given.seed, Path(folder))
+    print(table)
+    print(f"{(time.monotonic() - start) / 60:.1f} minutes, seed {given.seed}")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
