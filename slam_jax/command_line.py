@@ -27,9 +27,6 @@ def run(main: Callable[[list[str]], None]) -> None:
                 raise UserError(f"{message}; --help shows what may be given") from None
 
     def guarded(argv: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)
-        plain = python_logging.Formatter("warning: %(message)s")
-        logging.get_absl_handler().setFormatter(plain)
         with clear_ends():
             main(argv[1:])
 
@@ -37,7 +34,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def prepare_process() -> None:
-    """Makes up for how the process was started; to be called first.
+    """Makes up for how the process was started, and has warnings told plainly; called first.
 
     Without one of the standard streams, the next file that is opened would take its place, and be
     written to by whoever means a terminal. In a locale that is not UTF-8, Python and the libraries
@@ -49,6 +46,9 @@ def prepare_process() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().setFormatter(python_logging.Formatter("warning: %(message)s"))
     # Over files that are damaged Orbax leaves tasks behind, each with a trace of its own.
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     if sys.getfilesystemencoding() != "utf-8":

@@ -5,9 +5,7 @@ Nothing heavy is imported here: entry points listen before they import JAX.
 
 import contextlib
 import os
-import select
 import signal
-import socket
 import threading
 import time
 from typing import NoReturn
@@ -36,7 +34,7 @@ class Stop:
         self._grace = grace_seconds
         self._asked = threading.Event()
         self._saves = False
-        self._wakeup: socket.socket | None = None
+        self._listens = False
 
     @property
     def requested(self) -> bool:
@@ -45,8 +43,10 @@ class Stop:
     def request(self) -> None:
         """Asks to stop, from any thread."""
         self._asked.set()
-        if self._wakeup is not None:
-            self._wakeup.send(bytes([signal.SIGTERM]))
+        if self._listens:
+            late = threading.Timer(self._grace, _end, [f"not saved within {self._grace:g} s"])
+            late.daemon = True
+            late.start()
 
     def expect_save(self) -> None:
         """Says that from now on there is something to save. Until then a signal ends the process at
@@ -57,41 +57,35 @@ class Stop:
         """Takes SIGTERM, SIGINT and SIGHUP as requests until the end of the process.
 
         Once the grace is over, or at a second signal, the process ends with exit code INTACT,
-        whatever it is doing: Python runs signal handlers between two of its own instructions alone,
-        and a compilation can be one that takes minutes. So a thread of its own reads what the
-        system's handler writes. Signals that are ignored, as by nohup, stay so. To be called in the
-        main thread.
+        whatever it is doing. Handlers would not do: Python runs them between two of its own
+        instructions alone, and a compilation can be one that takes minutes; and libraries replace
+        what it offers to be woken by. So the signals are blocked, and a thread waits for them. To
+        be called in the main thread before others are started, which inherit that. Signals that are
+        ignored, as by nohup, stay so.
         """
-        receiver, self._wakeup = socket.socketpair()
-        self._wakeup.setblocking(False)
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(receiver,), name="stop", daemon=True).start()
+        heard = {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+        signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+        self._listens = True
+        threading.Thread(target=self._watch, args=(heard,), name="stop", daemon=True).start()
 
-    def _watch(self, receiver: socket.socket) -> None:
+    def _watch(self, heard: set[signal.Signals]) -> None:
         first = None
         while True:
-            left = None if first is None else max(0.0, first + self._grace - time.monotonic())
-            if not select.select([receiver], [], [], left)[0]:
-                self._end(f"not saved within {self._grace:g} s")
-            number = receiver.recv(1)[0]
+            number = signal.sigwait(heard)
             now = time.monotonic()
-            if number not in SIGNALS:
-                continue
             if not self._saves:
-                self._end("no step was taken")
+                _end("no step was taken")
             if first is None:
                 first = now
-                self._asked.set()
                 say(f"{signal.Signals(number).name}: saving; once more to end without")
+                self.request()
             elif now - first > _SAME_EVENT_S:
-                self._end("not saved")
+                _end("not saved")
 
-    def _end(self, why: str) -> NoReturn:
-        say(f"stopped: {why}; the same command goes on from the last checkpoint")
-        os._exit(INTACT)
+
+def _end(why: str) -> NoReturn:
+    say(f"stopped: {why}; the same command goes on from the last checkpoint")
+    os._exit(INTACT)
 
 
 def say(text: str) -> None:

@@ -71,6 +71,7 @@ class Soak:
         self.outcomes: dict[str, Counter[str]] = defaultdict(Counter)
         self.environment = {
             **os.environ,
+            "PYTHONFAULTHANDLER": "1",
             "SLAM_JAX_DATA_DIR": str(folder / "data"),
             "SLAM_JAX_CACHE_DIR": str(folder / "xla"),
         }
@@ -209,8 +210,12 @@ class Soak:
         try:
             code = process.wait(GRACE_S + SLACK_S)
         except subprocess.TimeoutExpired:
-            process.kill()
-            raise Failure(f"{kind} in {at}: still there after {GRACE_S + SLACK_S} s") from None
+            process.send_signal(signal.SIGABRT)  # shows what each thread is doing
+            process.wait()
+            said = (self.folder / "err").read_text()
+            raise Failure(
+                f"{kind} in {at}: {numbers}, still there after {GRACE_S + SLACK_S} s: {said}"
+            ) from None
         seconds = time.monotonic() - asked
         after = self.compare_checkpoints(self.workdir)
         lost = bool(steps) and (not after or after[-1] < steps[-1])

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import shutil
 import socket
 import subprocess
@@ -17,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import assert_same, full_disk
 from jax.sharding import NamedSharding, PartitionSpec
 
-from slam_jax.training.checkpoint import CheckpointError, Checkpoints
+from slam_jax.errors import ConfigError
+from slam_jax.training.checkpoint import CheckpointError, Checkpoints, manifest
 
 
 @flax.struct.dataclass
@@ -55,26 +56,6 @@ def save(checkpoints, step, state=None, *, config=None, tokenizer="{}", **metric
     state = make_state(step) if state is None else state
     config = config or {"seed": step}
     return checkpoints.save(step, state, config=config, tokenizer=tokenizer, metrics=metrics)
-
-
-def assert_same(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        np.testing.assert_array_equal(a, b)
-
-
-@contextlib.contextmanager
-def full_disk():
-    """Files may not grow over a few KiB, which a write notices in the background."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture
@@ -410,3 +391,165 @@ def test_devices_may_change_between_runs(tmp_path):
     assert_same(restored, state)
     assert restored["x"].sharding == like["x"].sharding
     assert_same(Checkpoints(tmp_path / "four").restore(1, abstract(state)), state)
+
+
+# --- A step that was saved before its evaluation
+
+
+def test_metrics_come_to_a_step_that_was_saved_without(tmp_path):
+    state = make_state(3)
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 2, accuracy=0.1)
+        assert save(checkpoints, 3, state)
+        assert not save(checkpoints, 3, state)
+        checkpoints.wait()
+        assert checkpoints.best() == 2
+        assert save(checkpoints, 3, state, accuracy=0.5)
+        assert not save(checkpoints, 3, state, accuracy=0.9)
+    assert checkpoints.read_metrics(3) == {"accuracy": 0.5}
+    assert checkpoints.best() == 3
+    assert_same(checkpoints.restore(3, state), state)
+    assert {path.name for path in checkpoints.directory.iterdir()} == {"2", "3"}
+
+
+def test_a_kill_while_a_step_is_replaced_loses_nothing(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 3)
+    folder = checkpoints.directory
+    os.rename(folder / "3", folder / "3.replaced")
+    shutil.copytree(folder / "3.replaced", folder / "3.writing")
+    told = []
+    assert Checkpoints(tmp_path).recover(told.append) == 3
+    assert not told
+    shutil.copytree(folder / "3", folder / "3.replaced")
+    assert Checkpoints(tmp_path).recover(told.append) == 3
+    assert {path.name for path in folder.iterdir()} == {"3", "3.writing"}
+    assert Checkpoints(tmp_path).verify() == {3: None}
+
+
+# --- Files that somebody made up
+
+
+def test_folders_that_are_no_steps_are_not_taken_for_some(tmp_path, big):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 5, big)
+    for name in ("٣", "007", "-1", "1e3", "x"):
+        (checkpoints.directory / name).mkdir()
+    assert checkpoints.steps() == [5]
+
+
+def test_an_array_in_pieces_larger_than_itself_is_not_read(tmp_path):
+    """A piece is allocated whole: here a few bytes on disk would ask for 2 GiB."""
+    import tensorstore
+
+    state = {"x": jnp.arange(8.0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, state)
+    folder = checkpoints.directory / "1"
+    array = tensorstore.open(
+        {
+            "driver": "zarr3",
+            "kvstore": {
+                "driver": "ocdbt",
+                "base": f"file://{folder / 'arrays' / 'state'}/",
+                "path": "x/",
+            },
+            "metadata": {
+                "shape": [8],
+                "data_type": "float32",
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1 << 29]}},
+            },
+            "create": True,
+            "delete_existing": True,
+        }
+    ).result()
+    assert array.shape == (8,)
+    manifest.seal(folder)
+    with pytest.raises(CheckpointError, match=r"x is float32\[8\] in pieces of \[536870912\]"):
+        Checkpoints(tmp_path).restore(1, state)
+
+
+@pytest.mark.parametrize("name", ["config", "tokenizer", "metrics"])
+def test_json_of_another_kind_is_named(tmp_path, big, name):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, big)
+    folder = checkpoints.directory / "1"
+    (folder / f"{name}.json").write_text("3")
+    manifest.seal(folder)
+    with pytest.raises(CheckpointError, match=f"{name}.json: .*it holds a int, expected a"):
+        getattr(Checkpoints(tmp_path), f"read_{name}")(1)
+
+
+def test_a_checkpoint_that_has_no_room_is_not_read(tmp_path, big, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, big)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    with pytest.raises(ConfigError, match="the checkpoint needs .* GiB and there are 0.0"):
+        checkpoints.restore(1, big)
+
+
+# --- The commands
+
+
+def command(*arguments):
+    """Exit code, what was printed, and what was said of errors."""
+    done = subprocess.run(
+        [sys.executable, "-m", "slam_jax.training.checkpoint", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_commands_show_verify_and_compare(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "t@wo"
+    for workdir in (one, two):
+        with Checkpoints(workdir) as checkpoints:
+            save(checkpoints, 1, config={"seed": 1}, accuracy=0.5)
+            save(checkpoints, 2, config={"seed": 1})
+    code, out, _ = command("list", one)
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["step", "written", "MiB", "accuracy"]
+    assert [(line[0], *line[4:]) for line in lines[1:]] == [("1", "50.0%", "best"), ("2", "-")]
+    assert command("verify", one) == (0, "step 1: whole\nstep 2: whole\n", "")
+    assert command("diff", one, two)[:2] == (
+        0,
+        f"a = {one}/checkpoints/2\nb = {two}/checkpoints/2\nequal, bit for bit\n",
+    )
+    code, out, _ = command("diff", one)
+    assert code == 1
+    assert f"a = {one}/checkpoints/2\nb = {one}/checkpoints/1\n" in out
+    assert "arrays differ, by at most:\n" in out and "  1  step\n" in out
+    with Checkpoints(two) as checkpoints:
+        state = make_state(3).replace(ema={"y": jnp.zeros(2)}, key=jnp.zeros(3))
+        save(checkpoints, 3, state, config={"seed": 2}, tokenizer='{"x": 1}')
+    code, out, _ = command("diff", f"{one}@1", f"{two}@3")
+    assert code == 1
+    for line in (
+        "config.seed: 1 | 2",
+        "the tokenizers differ",
+        "ema/y: absent | float32[2]",
+        "key: uint32[2] | float32[3]",
+    ):
+        assert f"\n{line}\n" in out
+    flip(one / "checkpoints" / "2" / "config.json")
+    code, out, _ = command("verify", one)
+    assert (code, out) == (
+        1,
+        "step 1: whole\nstep 2: damaged: config.json is not what was written\n",
+    )
+    assert "damaged" in command("list", one)[1]
+    for arguments, message in (
+        (("diff", one), "2: the checkpoint is damaged"),
+        (("diff", f"{one}@1"), "has no checkpoint before step 1; name two"),
+        (("verify", tmp_path / "nowhere"), "nowhere: no such folder"),
+        (("verify", tmp_path), "holds no checkpoint"),
+        (("frob", one), "invalid choice: 'frob'"),
+        ((), "arguments are required: command; --help shows"),
+    ):
+        code, _, err = command(*arguments)
+        assert code == 2, arguments
+        assert err.startswith("error: ") and message in err and err.count("\n") == 1

@@ -5,6 +5,9 @@ import hashlib
 import itertools
 import json
 import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,8 +27,8 @@ from slam_jax.data import (
     prepare,
     training_batches,
 )
-from slam_jax.data.records import DataError
-from slam_jax.data.scenes import describe, tabulate
+from slam_jax.data.records import DamagedRecord, DataError, Records
+from slam_jax.data.scenes import Scenes, describe, tabulate
 from slam_jax.data.sort_of_clevr import (
     ANSWERS,
     COLOURS,
@@ -36,6 +39,7 @@ from slam_jax.data.sort_of_clevr import (
     make_scene,
     needs_both,
 )
+from slam_jax.errors import ConfigError
 
 STAGES = ((0, {"aux": 1.0}), (3, {view: 1.0 for view in TRAINING_VIEWS}))
 
@@ -483,3 +487,99 @@ def test_a_build_that_fails_says_so(config, tmp_path, monkeypatch):
     monkeypatch.setattr(SortOfClevr, "_split_generators", full)
     with pytest.raises(DataError, match=r"could not be built \(disk full\); check free space"):
         prepare(dataclasses.replace(config, data_dir=str(tmp_path)))
+
+
+# --- Damage
+
+
+@pytest.fixture
+def damaged(config, dataset, tmp_path):
+    """A copy of the data in which two records of the training split are damaged, and one of the
+    test split: the records, and the configuration."""
+    shutil.copytree(config.data_dir, tmp_path / "copy")
+    config = dataclasses.replace(config, data_dir=str(tmp_path / "copy"))
+    for split, places in (("train", (2, 3)), ("test", (3,))):
+        (path,) = Path(config.data_dir).rglob(f"*-{split}.array_record*")
+        content = bytearray(path.read_bytes())
+        for place in places:
+            content[len(content) // place] ^= 1
+        path.write_bytes(content)
+    return config
+
+
+def test_batches_are_made_without_damaged_records(config, dataset, damaged, caplog):
+    found = prepare(damaged, dataset.tokenizer)
+    bad = []
+    for i in range(len(found.train)):
+        try:
+            found.train[i]
+        except DamagedRecord:
+            bad.append(i)
+    assert len(bad) == 2
+    assert [record.message.partition(" (")[0] for record in caplog.records] == [
+        f"sort_of_clevr/tiny, train: record {i} is damaged and passed over" for i in bad
+    ]
+    steps = 2 * 256 // 8
+    args = dataset.tokenizer, dataclasses.replace(config, stages=((0, {"aux": 1.0}),))
+    whole = itertools.islice(training_batches(dataset.train, *args), steps)
+    passed = itertools.islice(training_batches(found.train, *args), steps)
+    others = 0
+    for (_, a), (_, b) in zip(whole, passed, strict=True):
+        same = np.all(a.tokens == b.tokens, axis=(1, 2)) & np.all(
+            np.asarray(a.inputs.aux) == b.inputs.aux, axis=(1, 2)
+        )
+        others += int(np.sum(~same))
+    assert others == 2 * 2  # two records in two epochs: each other example is what it was
+    assert len(caplog.records) == 2  # told once
+
+    def evaluated(data):
+        made = evaluation_batches(data.test, dataset.tokenizer, "aux", 5, seed=0)
+        return [example for batch in made for example in batch.examples]
+
+    every, rest = evaluated(dataset), evaluated(found)
+    assert (len(every), len(rest)) == (32, 31)
+    prompts = [example.prompts for example in rest]
+    assert sum(example.prompts not in prompts for example in every) == 1
+
+
+def test_too_much_damage_ends_the_run(dataset, damaged):
+    few = dataclasses.replace(damaged, max_damaged_records=1)
+    assert not prepare(damaged).corpus_is_whole
+    assert dataset.corpus_is_whole
+    message = r"train: 2 records are damaged, the last of them \d+ \(.*\); build or copy the data"
+    with pytest.raises(DataError, match=message):
+        prepare(few)
+    batches = training_batches(prepare(few, dataset.tokenizer).train, dataset.tokenizer, few)
+    with pytest.raises(DataError, match=message):
+        for _ in range(40):
+            next(batches)
+
+
+def test_a_source_of_which_nothing_can_be_read_ends_the_run(config, dataset):
+    class Lost(Sequence):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            raise OSError("lost")
+
+    source = Scenes(Records(Lost(), "lost", 10))
+    with pytest.raises(DataError, match="all 3 records are damaged"):
+        next(training_batches(source, dataset.tokenizer, config))
+
+
+def test_a_data_set_that_cannot_be_opened_is_named(damaged):
+    for path in Path(damaged.data_dir).rglob("dataset_info.json"):
+        path.write_text("{")
+    with pytest.raises(DataError, match=r"copy: sort_of_clevr/tiny cannot be read \(.*\); delete"):
+        prepare(damaged)
+
+
+def test_without_a_home_folder_another_place_is_asked_for(monkeypatch):
+    def homeless(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SLAM_JAX_DATA_DIR", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(ConfigError, match=r"there is no home folder; give data.data_dir or \$SLAM"):
+        _ = DataConfig().directory

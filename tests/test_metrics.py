@@ -2,11 +2,14 @@
 
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
+from helpers import full_disk
 from rich.console import Console
 
+from slam_jax.errors import WriteError
 from slam_jax.training import progress as progress_module
 from slam_jax.training.metrics import MetricsWriter, read_metrics
 from slam_jax.training.progress import Progress
@@ -17,6 +20,23 @@ def strict(text):
         raise ValueError(constant)
 
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_the_evaluation_that_is_still_owed_is_dropped(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, "train", {"loss": 1.0})
+            writer.write(step, "validation", {"accuracy": 0.5})
+    with MetricsWriter(tmp_path, 2, evaluated=False):
+        pass
+    kept = [(record["step"], record["split"]) for record in read_metrics(tmp_path)]
+    assert kept == [(1, "train"), (1, "validation"), (2, "train")]
+
+
+def test_a_full_disk_is_named(tmp_path):
+    with pytest.raises(WriteError, match=r"metrics.jsonl: could not be written \(File too large"):  # noqa: SIM117
+        with full_disk(0), MetricsWriter(tmp_path) as writer:
+            writer.write(1, "train", {"loss": 1.0})
 
 
 def test_records_are_valid_json_and_can_be_read_while_writing(tmp_path):
@@ -125,3 +145,21 @@ def test_remaining_time(seconds, text):
 )
 def test_rates_are_short(rate, text):
     assert progress_module._rate(rate) == text
+
+
+class Gone(io.StringIO):
+    """A terminal that was closed."""
+
+    def write(self, text):
+        raise OSError("gone")
+
+    def flush(self):
+        raise OSError("gone")
+
+
+@pytest.mark.parametrize("stream", [Gone(), None])
+def test_a_run_outlives_its_terminal(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stdout", stream)
+    with Progress(2, every=1) as progress:
+        progress.log("text")
+        progress.update(2, loss=1.0)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import sys
+from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
@@ -59,7 +60,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer | None = None) -> Dataset:
 def _read(config: DataConfig, variant: str) -> list[Records]:
     splits = ("train", "validation", "test")
     name = f"{SortOfClevr.name}/{variant}"
-    try:
+    with _reading(config):
         sources = tfds.data_source(
             name,
             split=list(splits),
@@ -67,19 +68,26 @@ def _read(config: DataConfig, variant: str) -> list[Records]:
             decoders={"image": tfds.decode.SkipDecoding()},
             download=False,
         )
-    except Exception as error:  # TFDS and array_record have no type of their own for it
-        raise DataError(
-            f"{config.directory}: {name} cannot be read ({first_line(error)}); delete "
-            f"{config.directory / SortOfClevr.name}, and it is built again"
-        ) from error
     return [
         Records(records, f"{name}, {split}", config.max_damaged_records)
         for split, records in zip(splits, sources, strict=True)
     ]
 
 
+@contextlib.contextmanager
+def _reading(config: DataConfig) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # TFDS, protobuf and array_record have no one type for it
+        raise DataError(
+            f"{config.directory}: {config.name} cannot be read ({first_line(error)}); delete "
+            f"{config.directory / SortOfClevr.name}, and it is built again"
+        ) from error
+
+
 def _build_once(config: DataConfig, variant: str) -> None:
-    builder = SortOfClevr(data_dir=config.directory, config=variant, file_format="array_record")
+    with _reading(config):
+        builder = SortOfClevr(data_dir=config.directory, config=variant, file_format="array_record")
     if builder.data_path.exists():
         return
     scenes = sum(builder.scenes.values())

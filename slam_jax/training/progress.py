@@ -5,7 +5,7 @@ import io
 import sys
 import time
 from collections import deque
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -110,7 +110,7 @@ class _Lasting:
     """A stream that swallows what it can no longer write: the run outlives its terminal, a pipe
     that nobody reads, and a log on a full disk."""
 
-    def __init__(self, stream: TextIO | None):
+    def __init__(self, stream: Any):
         self._stream = stream or io.StringIO()  # a process may be started without any
 
     def write(self, text: str) -> int:

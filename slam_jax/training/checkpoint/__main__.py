@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from absl import flags
 
 from slam_jax.command_line import clear_ends, prepare_process
 from slam_jax.errors import UserError
@@ -150,6 +151,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     prepare_process()
+    flags.FLAGS.mark_as_parsed()  # there are none; absl would say so before each warning
     # Nothing here needs an accelerator, and another run may have it.
     jax.config.update("jax_platforms", "cpu")
     with clear_ends():

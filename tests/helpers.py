@@ -1,0 +1,31 @@
+"""What several test files need: comparison to the last bit, and a disk that is full."""
+
+import contextlib
+import resource
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Two trees have the same structure, dtypes and bits, typed keys included."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+
+@contextlib.contextmanager
+def full_disk(size: int = 1 << 14) -> Iterator[None]:
+    """No file may grow over `size` bytes; where others write, they notice it in the background."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

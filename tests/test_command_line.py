@@ -1,0 +1,85 @@
+"""However a program is started and ends: one line for people, and its exit code."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os, sys
+from absl import flags
+from slam_jax import command_line
+from slam_jax.errors import ConfigError
+NAME = flags.DEFINE_string("name", None, "A name.", required=True)
+
+def main(arguments):
+    print("given", NAME.value, arguments, flush=True)
+    if NAME.value == "wrong":
+        raise ConfigError("name is wrong; expected another")
+    if NAME.value == "missing":
+        open("/nowhere/\\u00fc")
+    if NAME.value == "interrupted":
+        raise KeyboardInterrupt
+    if NAME.value == "pipe":
+        while True:
+            print("more")
+    if NAME.value == "streams":
+        with open(arguments[0], "w") as file:
+            os.write(1, b"out")
+            os.write(2, b"err")
+            file.write("own")
+
+command_line.run(main)
+"""
+
+
+def run(*arguments, shell="", **environment):
+    command = [sys.executable, "-c", SCRIPT, *arguments]
+    if shell:
+        command = ["sh", "-c", f'"$@" {shell}', "-", *command]
+    return subprocess.run(
+        command, capture_output=True, env={**os.environ, **environment}, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--name=wrong"], 2, "error: name is wrong; expected another"),
+        (["--name=missing"], 2, "error: /nowhere/ü: No such file or directory; check the path"),
+        (["--name=interrupted"], 130, "interrupted"),
+        ([], 2, "error: flag --name=None: Flag --name must have a value other than None.; --help"),
+        (["--name"], 2, "error: Missing value for flag --name"),
+    ],
+)
+def test_what_ends_a_program_is_told_in_a_line(arguments, code, message):
+    done = run(*arguments)
+    said = done.stderr.decode()
+    assert done.returncode == code
+    assert said.startswith(message) and said.count("\n") == 1
+
+
+def test_a_pipe_that_nobody_reads_is_no_error():
+    done = run("--name=pipe", shell="| head -1; echo over")
+    assert done.stdout == b"given pipe []\nover\n"
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize("shell", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_file_does_not_take_the_place_of_a_closed_stream(tmp_path, shell):
+    path = tmp_path / "file"
+    assert run("--name=streams", str(path), shell=shell).returncode == 0
+    assert path.read_text() == "own"
+
+
+LATIN = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("environment", [LATIN, {}])
+def test_a_locale_that_is_not_utf8_changes_no_name(tmp_path, environment):
+    path = tmp_path / "größe"
+    assert run("--name=streams", str(path), **environment).returncode == 0
+    assert path.read_text() == "own"
+    said = run("--name=missing", **environment).stderr.decode()
+    assert said.startswith("error: /nowhere/ü: No such file")

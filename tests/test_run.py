@@ -1,0 +1,330 @@
+"""A run goes on as if never broken off, whatever broke it off."""
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_same
+
+from slam_jax.data import Tokenizer, prepare, training_batches
+from slam_jax.errors import ConfigError
+from slam_jax.evaluation.checkpoint import evaluate_checkpoint
+from slam_jax.slam_v3 import Inputs, SlamV3
+from slam_jax.stop import Stop, Stopped
+from slam_jax.training import (
+    CheckpointError,
+    Checkpoints,
+    Experiment,
+    load,
+    loop,
+    override,
+    read_config,
+    split_model,
+    train,
+)
+from slam_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+# --- A run
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    changes = {
+        "data.data_dir": str(tmp_path_factory.mktemp("data")),
+        "run.num_steps": 6,
+        "run.evaluate_every": 2,
+        "run.save_every": None,
+        "run.keep_every": 2,
+        "optimizer.ema_decay": 0.9,
+    }
+    arguments = [f"--config.{name}={value}" for name, value in changes.items()]
+    return override(read_config(ROOT / "tests" / "configs" / "small_run.py"), arguments)
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train(config, workdir)
+
+
+def numbers(workdir):
+    return [
+        (r["step"], r["split"], r.get("total"), r.get("accuracy")) for r in read_metrics(workdir)
+    ]
+
+
+def test_a_run_leaves_checkpoints_and_metrics(config, finished):
+    workdir, state = finished
+    assert state.step == 6
+    assert Checkpoints(workdir).steps() == [2, 4, 6]
+    records = read_metrics(workdir)
+    assert [r["step"] for r in records if r["split"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if r["split"] == "validation"] == [2, 4, 6]
+    assert {"accuracy", "aux/relational", "aux/non_relational"} <= records[-1].keys()
+    assert Checkpoints(workdir).read_config("latest") == config
+
+
+def test_the_loaded_model_is_the_one_that_was_trained(config, finished):
+    workdir, state = finished
+    loaded = load(workdir, "latest")
+    assert (loaded.step, loaded.config) == (6, config)
+    assert_same(split_model(loaded.model)[1], state.ema)
+    data = Experiment.from_config(config).data
+    dataset = prepare(data)
+    assert loaded.tokenizer == dataset.tokenizer
+    _, batch = next(training_batches(dataset.train, loaded.tokenizer, data))
+    logits = jax.jit(SlamV3.__call__)(loaded.model, batch.tokens, batch.inputs).logits
+    assert logits.shape == (*batch.tokens.shape, loaded.tokenizer.vocab_size)
+    assert jnp.isfinite(logits).all()
+
+
+def test_a_finished_run_returns_its_state_at_once(config, finished, monkeypatch):
+    workdir, state = finished
+    monkeypatch.setattr(loop, "validate", None)
+    before = numbers(workdir)
+    assert_same(train(config, workdir), state)
+    assert numbers(workdir) == before
+
+
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(config, finished, tmp_path, monkeypatch):
+    workdir, state = finished
+    # The machine itself repeats: else the comparison below would say nothing.
+    assert_same(train(config, tmp_path / "again"), state)
+    validate = loop.validate
+
+    def fails_at_the_second(experiment, graphdef, state, *more):
+        if int(state.step) == 4:
+            raise KeyboardInterrupt
+        return validate(experiment, graphdef, state, *more)
+
+    broken = tmp_path / "broken"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "validate", fails_at_the_second)
+        train(config, broken)
+    assert Checkpoints(broken).steps() == [2]
+    assert_same(train(config, broken), state)
+    assert numbers(broken) == numbers(workdir)
+
+
+def ask_at(monkeypatch, name, count):
+    """A stop that is asked for when `loop.NAME` gives its batch number `count`."""
+    stop, made, given = Stop(), getattr(loop, name), itertools.count(1)
+
+    def asking(*args, **more):
+        for batch in made(*args, **more):
+            if next(given) == count:
+                stop.request()
+            yield batch
+
+    monkeypatch.setattr(loop, name, asking)
+    return stop
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "step"),
+    [
+        ("training_batches", 3, 3),
+        ("training_batches", 4, 4),  # which an evaluation would follow
+        ("evaluation_batches", 3, 4),  # in the midst of the second evaluation
+        ("evaluation_batches", 5, 6),  # and of the last
+    ],
+)
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
+    config, finished, tmp_path, monkeypatch, name, count, step
+):
+    workdir, state = finished
+    with monkeypatch.context() as patch:
+        stop = ask_at(patch, name, count)
+        with pytest.raises(Stopped, match=f"step {step} is saved; the same command goes on"):
+            train(config, tmp_path, stop)
+    stopped = Checkpoints(tmp_path)
+    assert stopped.steps()[-1] == step
+    assert stopped.read_metrics(step) == {}
+    if step == 6:  # the evaluation was written, and the run killed before its checkpoint was
+
+        def killed(*args, **more):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Checkpoints, "save", killed)
+            train(config, tmp_path)
+    assert_same(train(config, tmp_path), state)
+    assert numbers(tmp_path) == numbers(workdir)
+    resumed, unbroken = Checkpoints(tmp_path), Checkpoints(workdir)
+    assert resumed.best() == unbroken.best()
+    for known in (4, 6):
+        assert resumed.read_metrics(known) == unbroken.read_metrics(known)
+
+
+def test_a_tokenizer_of_other_data_is_refused(config, finished, monkeypatch):
+    workdir, _ = finished
+    prepare = loop.prepare
+
+    def changed(data):
+        made = prepare(data)
+        return dataclasses.replace(made, tokenizer=Tokenizer.train(["other words"], 280))
+
+    monkeypatch.setattr(loop, "prepare", changed)
+    message = r"a tokenizer of sha256 \w{12} and that of the data is now \w{12}: the data set has"
+    with pytest.raises(CheckpointError, match=message):
+        train(config, workdir)
+    # Where records are damaged, the words are other ones and the data is the same.
+    monkeypatch.setattr(
+        loop, "prepare", lambda data: dataclasses.replace(changed(data), corpus_is_whole=False)
+    )
+    assert train(config, workdir).step == 6
+
+
+def test_what_has_no_room_is_refused_before_it_is_made(config, tmp_path):
+    large = override(config, ["--config.model.embed_dim=1048576"])
+    with pytest.raises(ConfigError, match=r"the training state needs [\d,.]+ GiB and there are"):
+        train(large, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (MemoryError(), loop.OutOfMemory),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), loop.OutOfMemory),
+        (jax.errors.JaxRuntimeError("INTERNAL: else"), jax.errors.JaxRuntimeError),
+    ],
+)
+def test_a_step_that_does_not_fit_says_what_to_lower(config, tmp_path, monkeypatch, error, raised):
+    def full(*args, **more):
+        raise error
+
+    monkeypatch.setattr(loop, "training_batches", full)
+    with pytest.raises(raised, match=r"lower data\.batch_size|INTERNAL"):
+        train(config, tmp_path)
+
+
+def break_steps(monkeypatch, steps):
+    """The batches of these steps hold a NaN."""
+    batches = loop.training_batches
+
+    def broken(*args, start_step=0, **kwargs):
+        made = batches(*args, start_step=start_step, **kwargs)
+        for step, (view, batch) in enumerate(made, start_step + 1):
+            if step in steps:
+                aux = np.full_like(batch.inputs.aux, np.nan)
+                batch = dataclasses.replace(batch, inputs=Inputs(aux=aux))
+            yield view, batch
+
+    monkeypatch.setattr(loop, "training_batches", broken)
+
+
+@pytest.mark.slow
+def test_a_run_goes_back_past_bad_batches_and_on(config, tmp_path, monkeypatch, capsys):
+    changes = {"run.max_bad_steps": 2, "run.num_steps": 9, "run.save_every": 3}
+    arguments = [f"--config.{name}={value}" for name, value in changes.items()]
+    config = override(config, [*arguments, "--config.run.evaluate_every=9"])
+    break_steps(monkeypatch, {2, 5, 6})
+    restored = []
+    restore = Checkpoints.restore
+    monkeypatch.setattr(Checkpoints, "restore", lambda *a: (restored.append(a[1]), restore(*a))[1])
+    state = train(config, tmp_path / "run")
+    assert restored == [3]
+    assert (state.step, state.skipped, state.bad_steps) == (9, 3, 0)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    shown = capsys.readouterr().out
+    assert "step 2 (aux): loss or gradient is not finite, step skipped" in shown
+    assert "step 6: loss or gradient has not been finite for 2 steps; going on with" in shown
+    # What a killed run that is started again does, too.
+    validate = loop.validate
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "validate", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        train(config, tmp_path / "broken")
+    assert loop.validate is validate
+    assert Checkpoints(tmp_path / "broken").steps() == [3, 6]
+    assert_same(train(config, tmp_path / "broken"), state)
+    assert numbers(tmp_path / "broken") == numbers(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_that_stays_bad_stops_with_its_checkpoint_whole(config, tmp_path, monkeypatch):
+    config = override(config, ["--config.run.max_bad_steps=2", "--config.run.num_steps=40"])
+    break_steps(monkeypatch, range(3, 99))
+    message = r"for 4 steps, also not from the checkpoint of step 4; lower .* steps 3 to 6$"
+    with pytest.raises(loop.TrainingDiverged, match=message):
+        train(
+            override(config, ["--config.run.evaluate_every=30", "--config.run.save_every=2"]),
+            tmp_path,
+        )
+    assert Checkpoints(tmp_path).verify() == {2: None, 4: None}
+
+
+def test_a_workdir_belongs_to_one_configuration(config, finished):
+    other = override(config, ["--config.optimizer.learning_rate=0.5"])
+    with pytest.raises(CheckpointError, match=r"optimizer\.learning_rate=0\.02 .*=0\.5; use ano"):
+        train(other, finished[0])
+
+
+@pytest.mark.slow
+def test_evaluation_of_a_checkpoint_writes_every_view(finished):
+    workdir, _ = finished
+    results = evaluate_checkpoint(workdir, "latest", ["--config.data.batch_size=16"])
+    written = json.loads((workdir / "eval" / "metrics.json").read_text())
+    assert written == results.metrics
+    assert written["step"] == 6
+    views = written["views"]
+    names = {"image", "text", "aux", "image_text", "split_image_text", "split_image_aux"}
+    assert set(views) == names
+    for view, kinds in views.items():
+        for kind in ("non_relational", "relational"):
+            assert set(kinds[kind]) == {"accuracy", "low", "high", "n"}
+            assert kinds[kind]["n"] == 320
+        needs = {kind for kind in kinds if kind.startswith("needs_both")}
+        assert len(needs) == (3 if view.startswith("split") else 0)
+    assert {"text_to_image", "image_to_text"} <= set(written["retrieval"])
+
+
+# --- Entry points
+
+
+def run_script(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+QUICKSTART = "--config=configs/slam_v3_quickstart.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval.py",), "flag --workdir"),
+        (("eval.py", "--workdir=nowhere"), "no such folder"),
+        (("train.py", "--workdir=new"), "flag --config"),
+        (("train.py", "--workdir=new", "--config=configs/no.py"), "configs/no.py: no such file"),
+        (("train.py", "--workdir=new", QUICKSTART, "--config.model.num_heads=7"), "embed_dim"),
+        (
+            ("train.py", "--workdir=new", QUICKSTART, "--config.run.num_step=7"),
+            "run has no field 'num_step'; did you mean 'num_steps'?",
+        ),
+        (("train.py", "--workdir=new", QUICKSTART, "--steps=7"), "'--steps=7'; expected --config"),
+    ],
+)
+def test_entry_points_say_in_one_line_what_is_wrong(arguments, message):
+    done = run_script(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (ROOT / "new").exists()
+
+
+def test_an_evaluation_changes_the_data_alone(finished):
+    with pytest.raises(ConfigError, match="config.model is part of the checkpoint"):
+        evaluate_checkpoint(finished[0], "latest", ["--config.model.embed_dim=64"])
