@@ -1,13 +1,16 @@
 """Signals are answered at any moment, and the exit code says whether the steps taken are saved."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from slam_jax.stop import INTACT, SAVED, Stop
+from slam_jax.training import Checkpoints
 
 # What a run does, without what takes seconds: no JAX.
 SCRIPT = """
@@ -151,11 +154,6 @@ os._exit(0)
 
 @pytest.mark.slow
 def test_a_notice_of_preemption_is_a_request_to_stop(tmp_path):
-    import socket
-    from pathlib import Path
-
-    from slam_jax.training import Checkpoints
-
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
