@@ -2,9 +2,9 @@
 
     python tests/soak.py --minutes=60 --seed=0
 
-Ends when every kind of trial has been done as often as its target says, or the time is up; prints a
-table, and exits with 1 if a trial failed. The trials use a run of 24 steps (configs/small_run.py),
-processes of their own and the real train.py.
+Ends when every kind of trial has been done as often as its target says, or the time is up and each
+was done once; prints a table, and exits with 1 if a trial failed. The trials use a run of 24 steps
+(configs/small_run.py), processes of their own and the real train.py.
 """
 
 import argparse
@@ -431,12 +431,14 @@ TARGETS: dict[str, int] = {
 
 def soak(minutes: float, seed: int, folder: Path) -> tuple[str, list[str]]:
     """The table and the failures."""
-    end = time.monotonic() + 60 * minutes
     trials = Soak(folder, seed)
     trials.prepare()
+    end = time.monotonic() + 60 * minutes
     done: Counter[str] = Counter()
     failures = []
-    while time.monotonic() < end and any(done[name] < n for name, n in TARGETS.items()):
+    while any(done[name] < n for name, n in TARGETS.items()):
+        if time.monotonic() > end and all(done[name] for name in TARGETS):
+            break
         name = min(TARGETS, key=lambda name: done[name] / TARGETS[name])
         done[name] += 1
         try:
