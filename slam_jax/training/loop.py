@@ -101,11 +101,12 @@ def train(
             count = sum(x.size for x in jax.tree.leaves(state.params))
             start = f"from step {first:,} of {workdir}" if first else f"in {workdir}"
             progress.log(f"{count:,} parameters on {jax.devices()[0]}, {start}")
-            run = _Run(
-                experiment, config, graphdef, dataset, checkpoints, writer, progress, stop or Stop()
+            stop = stop or Stop()
+            trainer = _Run(
+                experiment, config, graphdef, dataset, checkpoints, writer, progress, stop
             )
             with _memory_named():
-                return run(state, owed)
+                return trainer(state, owed)
 
 
 def initial_state(experiment: Experiment, vocab_size: int) -> tuple[nnx.GraphDef, TrainState]:
