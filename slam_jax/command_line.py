@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -49,12 +50,18 @@ def prepare_process() -> None:
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().setFormatter(python_logging.Formatter("warning: %(message)s"))
-    # Over files that are damaged Orbax leaves tasks behind, each with a trace of its own.
+    # Over a write or a read that fails Orbax leaves tasks behind, each with a trace of its own.
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+    sys.unraisablehook = _show_unless_left_behind
     if sys.getfilesystemencoding() != "utf-8":
         streams = f"{getattr(sys.stdout, 'encoding', 'ascii')}:replace"
         environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": streams}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def _show_unless_left_behind(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager
