@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -39,6 +38,11 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "tests" / "configs" / "small_run.py"
 GRACE_S = 10.0
 SLACK_S = 3.0  # for the machine to notice; it is a busy one
+STARVE = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, 2 * (int(sys.argv[1]),))
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
 
 
 class Failure(Exception):
@@ -147,13 +151,16 @@ class Soak:
                 **more,
             )
 
-    def error_line(self) -> str:
-        """What the last process said at its end: one line, no traceback."""
-        text = (self.folder / "err").read_text()
-        check("Traceback" not in text, f"a traceback: {text}")
-        lines = [line for line in text.splitlines() if line.startswith("error: ")]
-        check(len(lines) == 1, f"not one line: {text!r}")
-        return lines[0]
+    def starved(self, limit: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs a program whose files may not grow over `limit` bytes; its streams are pipes."""
+        return subprocess.run(
+            [sys.executable, "-c", STARVE, str(limit), *arguments],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
 
     def phase(self, before: int) -> str:
         """What the process is doing, from what it has written so far."""
@@ -348,19 +355,7 @@ class Soak:
         # From the smallest file that a run writes to the largest.
         limit = int(2 ** self.random.uniform(0, 20))
 
-        def starve() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-
-        # The streams are pipes, which have no size.
-        done = subprocess.run(
-            [sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}"],
-            cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            preexec_fn=starve,
-            timeout=300,
-        )
+        done = self.starved(limit, "train.py", f"--config={CONFIG}", f"--workdir={workdir}")
         self.compare_checkpoints(workdir)
         if done.returncode == 0:
             what = "everything fitted"
@@ -389,17 +384,7 @@ class Soak:
             ("evaluation", evaluation, results),
             ("data set", [*training, f"--config.data.data_dir={data}"], data),
         ):
-            done = subprocess.run(
-                [sys.executable, *arguments],
-                cwd=ROOT,
-                env=self.environment,
-                capture_output=True,
-                text=True,
-                preexec_fn=lambda: resource.setrlimit(
-                    resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)
-                ),
-                timeout=300,
-            )
+            done = self.starved(limit, *arguments)
             errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
             one = done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr
             check(one, f"{name}, limit {limit}: {done.returncode}, {done.stderr}")
@@ -463,6 +448,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    for number in SIGNALS:  # in the background or under nohup some are ignored, also by children
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         table, failures = soak(given.minutes, given.seed, Path(folder))

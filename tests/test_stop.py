@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slam_jax.stop import INTACT, SAVED, Stop
+from slam_jax.stop import INTACT, SAVED, SIGNALS, Stop
 from slam_jax.training import Checkpoints
 
 # What a run does, without what takes seconds: no JAX.
@@ -38,6 +38,18 @@ def main(arguments):
 
 command_line.run(main)
 """
+
+
+@pytest.fixture(autouse=True)
+def _hear():
+    """Whoever runs the tests in the background or under nohup has children ignore signals."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def start(where, **more):

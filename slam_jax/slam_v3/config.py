@@ -47,7 +47,9 @@ class ImageConfig:
             near = f"a multiple of image.patch_size, such as {low or self.patch_size}"
             require(self.size % self.patch_size == 0, "image.size", self.size, near)
         widths = self.stage_widths
-        require(0 < len(widths) <= 16, "image.stage_widths", widths, "1 to 16 widths")
+        require(
+            0 < len(widths) <= 16, "image.stage_widths", widths, "at least one width, at most 16"
+        )
         bad = [w for w in widths if not 8 <= w <= 1 << 20 or w % 8]
         require(not bad, "image.stage_widths", widths, "multiples of 8 (the width of a norm group)")
 
