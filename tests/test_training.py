@@ -251,6 +251,30 @@ def test_a_value_that_cannot_be_built_is_named(name, value, message):
         Experiment.from_config(config)
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("optimizer.learning_rate=1e999", "optimizer.learning_rate is inf; expected a number"),
+        (f"loss.z_loss={10**400}", "loss.z_loss is 1000"),
+        ("model.num_decoder_layers=1000000", "is 1000000; expected at most 512"),
+        ("model.image.stage_widths=[8,'x']", "model.image.stage_widths is .* expected a list"),
+        ("optimizer.accumulate_steps=3", "accumulate_steps is 3; expected a divisor of data.batch"),
+        ("model.dtype=float64", "model.dtype is 'float64'; expected another, or JAX_ENABLE_X64=1"),
+        ("data.vocab_size=5", "data.vocab_size is 5; expected at least 259"),
+        ("seed=4294967296", "seed is 4294967296; expected at most 4,294,967,295"),
+    ],
+)
+def test_a_value_that_would_fail_later_is_named_at_once(argument, message):
+    with pytest.raises(ConfigError, match=message):
+        Experiment.from_config(override(as_json(default_config()), [f"--config.{argument}"]))
+
+
+@pytest.mark.parametrize("config", [{"model": None}, {"seed": 0}])
+def test_a_config_of_another_shape_is_refused(config):
+    with pytest.raises(ConfigError, match=r"expected a group of fields|expected a value"):
+        Experiment.from_config(config)
+
+
 def test_a_field_that_does_not_exist_is_named_with_the_nearest():
     config = as_json(default_config())
     config["optimizer"]["learning_rat"] = 1.0
@@ -275,6 +299,7 @@ def test_a_config_file_that_gives_no_config_is_named(tmp_path):
     assert read_config(path) == {"seed": [1, 2]}
     for text, reason in (
         ("x = 1", "KeyError: 'get_config'"),
+        ("get_config = lambda: 3", "TypeError: it returns a int, expected groups of fields"),
         ("def get_config(:", "SyntaxError: "),
         ("def get_config():\n    raise ValueError('one\\ntwo')", "ValueError: one$"),
     ):

@@ -91,7 +91,6 @@ class Experiment:
     def from_config(cls, config: ConfigDict | Mapping[str, Any]) -> "Experiment":
         """Raises ConfigError, naming the field, for whatever cannot be built."""
         values = as_json(config)
-        require(isinstance(values, Mapping), "the config", values, "groups of fields")
         if isinstance(values.get("model"), Mapping):
             values["model"] = {"vocab_size": 1, **values["model"]}
         return _build(cls, values, "")
@@ -129,7 +128,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file; give one such as configs/slam_v3_quickstart.py")
     try:
-        return as_json(runpy.run_path(str(path))["get_config"]())
+        config = runpy.run_path(str(path))["get_config"]()
+        if not isinstance(config, (ConfigDict, Mapping)):
+            raise TypeError(f"it returns a {type(config).__name__}, expected groups of fields")
+        return as_json(config)
     except Exception as error:  # a user's own code may fail in any way
         reason = (str(error).strip() or "it failed").splitlines()[0]
         raise ConfigError(f"{path}: get_config: {type(error).__name__}: {reason}") from error
