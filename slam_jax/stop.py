@@ -58,10 +58,10 @@ class Stop:
 
         Once the grace is over, or at a second signal, the process ends with exit code INTACT,
         whatever it is doing. Handlers would not do: Python runs them between two of its own
-        instructions alone, and a compilation can be one that takes minutes; and libraries replace
-        what it offers to be woken by. So the signals are blocked, and a thread waits for them. To
-        be called in the main thread before others are started, which inherit that. Signals that are
-        ignored, as by nohup, stay so.
+        instructions alone, and a compilation can be one that takes minutes; and the descriptor it
+        offers to be woken by is one that event loops set, too. So the signals are blocked, and a
+        thread waits for them. To be called in the main thread before others are started, which
+        inherit that. Signals that are ignored, as by nohup, stay so.
         """
         heard = {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
         signal.pthread_sigmask(signal.SIG_BLOCK, heard)
