@@ -346,6 +346,7 @@ class Captions:
 
     def __init__(self, texts, longest):
         self.texts, self.longest = texts, longest
+        self.views, self.image_size = ("text",), (8, 8)
 
     def __len__(self):
         return len(self.texts)
@@ -356,8 +357,14 @@ class Captions:
     def render(self, record, view, rng):
         return Example(record, None, None, ("about?",), ("red",), ("topic",), (False,))
 
+    def complete(self, view):
+        return False
+
     def paired(self, view):
         return False
+
+    def answer_length(self, tokenizer):
+        return 1
 
     def text_lengths(self, view, tokenizer):
         return 0, self.longest

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import slam_jax
 from slam_jax.errors import UserError
-from slam_jax.generation import answer
+from slam_jax.generation import Request, Sampling, generate
 from slam_jax.slam_v3 import Inputs, SlamV3
 from slam_jax.training import Checkpoints, Experiment, default_config, load, override
 from slam_jax.training.checkpoint import __main__ as commands
@@ -155,17 +155,42 @@ def requests(start: int, examples: int, reference: Path) -> None:
         }
     )
     words = st.sampled_from(["shape of red", "", "<eos>", "ü" * 8, "\0", "\udc80", "a" * 200])
-    prompts = st.lists(st.lists(words, max_size=2), max_size=2)
+    odd = [float("nan"), float("inf"), -1, 0, 1e-9, 1e9, True, "x", None]
+    asked = st.fixed_dictionaries(
+        {},
+        optional={
+            "prompt": words | st.sampled_from([None, 3, b"red"]),
+            "text": words | st.sampled_from([3, b"red"]),
+            "image": st.sampled_from(["no such file", "", b"", b"GIF89a", 3, "\0"])
+            | array((9, 9, 3), (9, 9), (9, 9, 2), (0, 9, 3)),
+            "aux": array((3, 10), (10,), (3, 9), (0, 10))
+            | st.sampled_from([[], [[]], [[None] * 10], [["x"]], {"red": 1}, "12", 3]),
+            "seed": st.sampled_from([0, 2**32 - 1, 2**32, -1, 0.5, "1"]),
+        },
+    )
+    sampling = st.fixed_dictionaries(
+        {"max_new_tokens": st.sampled_from([1, 1, 2, 0, -5, 10**9, 1.5, "2"])},
+        optional={
+            "temperature": st.sampled_from([*odd, 0.7]),
+            "top_k": st.sampled_from([*odd, 3]),
+            "top_p": st.sampled_from([*odd, 0.9]),
+            "min_p": st.sampled_from([*odd, 0.1]),
+            "repetition_penalty": st.sampled_from([*odd, 1.2]),
+            "num_samples": st.sampled_from([1, 2, 0, -1, 10**9, "2"]),
+            "stop": st.sampled_from(["re", ["e", "ed"], [""], "", [3], ["\udc80"]]),
+        },
+    )
 
     def body(data: st.DataObject) -> None:
         with answered(), np.errstate(all="ignore"):
-            memory = loaded.model.encode(Inputs(**data.draw(inputs)))
-            asked = data.draw(prompts)
-            length = data.draw(st.sampled_from([1, 1, 0, -5]))
-            given_answers = answer(
-                loaded.model, loaded.tokenizer, memory, asked, max_new_tokens=length
-            )
-            assert [len(row) for row in given_answers] == [len(row) for row in asked]
+            if data.draw(st.booleans()):
+                loaded.model.encode(Inputs(**data.draw(inputs)))
+                return
+            chosen: dict[str, Any] = data.draw(sampling)
+            drawn: list[dict[str, Any]] = data.draw(st.lists(asked, max_size=3))
+            wanted = [Request(**each) for each in drawn]
+            given_answers = generate(loaded, wanted, Sampling(**chosen))
+            assert len(given_answers) == len(wanted)
 
     run(body, start, examples)
 

@@ -1,163 +1,279 @@
-"""Greedy decoding: what it says, when it stops, and that the cache changes nothing."""
+"""Requests in, texts out: the same alone, in a batch, in pieces, and from a kept memory."""
 
-from functools import partial
-from typing import NamedTuple
+import dataclasses
+import io
+import math
+import re
+from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
-from slam_jax.data import Tokenizer
-from slam_jax.generation import answer, greedy_decode
-from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
+from slam_jax.data import AuxFormat, Tokenizer
+from slam_jax.generation import (
+    Request,
+    Sampling,
+    encode,
+    generate,
+    score,
+    stream,
+)
+from slam_jax.generation.answering import _generate
+from slam_jax.generation.requests import read_inputs, read_prompts
+from slam_jax.slam_v3 import SlamV3, SlamV3Config
+from slam_jax.training import Loaded
 
-VOCAB, PAD, EOS = 11, 0, 1
-
-
-class Cache(NamedTuple):
-    total: jax.Array  # sum of the tokens seen by each row
-    room: jax.Array
-
-
-class Adder:
-    """The next token is (sum of all tokens so far + memory) mod VOCAB: a wrong history shows."""
-
-    def __init__(self):
-        self.steps = []
-
-    def init_cache(self, batch_shape, max_length):
-        return Cache(jnp.zeros(batch_shape, jnp.int32), jnp.full(batch_shape, max_length))
-
-    def _logits(self, total, memory):
-        offset = 0 if memory is None else memory.reshape(-1, *[1] * (total.ndim - 1))
-        return jax.nn.one_hot((total + offset) % VOCAB, VOCAB)
-
-    def prefill(self, tokens, cache, memory, *, lengths):
-        width = tokens.shape[-1]
-        total = jnp.sum(jnp.where(jnp.arange(width) < lengths[..., None], tokens, 0), axis=-1)
-        logits = self._logits(jnp.cumsum(tokens, axis=-1), memory)
-        return logits, Cache(total, cache.room - lengths)
-
-    def decode_step(self, tokens, cache, memory):
-        jax.debug.callback(lambda room: self.steps.append(room), cache.room)
-        cache = Cache(cache.total + tokens, cache.room - 1)
-        return self._logits(cache.total, memory), cache
+WORDS = ["shape of red", "left half: blue", "circle", "yes", "größer als 日本", "red green blue"]
 
 
-def expected(prompt, offset, max_new_tokens):
-    tokens, new = list(prompt), []
-    while len(new) < max_new_tokens and EOS not in new:
-        new.append((sum(tokens) + offset) % VOCAB)
-        tokens.append(new[-1])
-    return new + [PAD] * (max_new_tokens - len(new))
-
-
-def decode(model, memory, prompts, lengths, max_new_tokens):
-    settings = {"max_new_tokens": max_new_tokens, "eos_id": EOS, "pad_id": PAD}
-    return jax.jit(partial(greedy_decode, model, **settings))(memory, prompts, lengths)
-
-
-@pytest.mark.parametrize("question_shape", [(), (4,), (2, 2)])
-def test_continues_every_row_of_any_shape_by_its_own_history(question_shape):
+def make_loaded(scale: float = 0.4, **changes: Any) -> Loaded:
+    """A model of random weights, larger than an initialisation's: its answers differ."""
+    tokenizer = Tokenizer.train(WORDS * 9, 300)
+    config = SlamV3Config.preset("tiny", tokenizer.vocab_size, context_length=64, **changes)
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
-    shape = (3, *question_shape)
-    prompts = rng.integers(2, VOCAB, (*shape, 5), dtype=np.int32)
-    lengths = rng.integers(1, 6, shape, dtype=np.int32)
-    memory = np.array([3, 5, 9], np.int32)
-    new = decode(Adder(), memory, prompts, lengths, 6)
-    assert new.shape == (*shape, 6)
-    for row in np.ndindex(shape):
-        assert new[row].tolist() == expected(prompts[row][: lengths[row]], memory[row[0]], 6)
+    params = jax.tree.map(lambda p: jnp.array(rng.normal(0, scale, p.shape), p.dtype), shapes)
+    return Loaded(nnx.merge(graphdef, params), tokenizer, None, {}, 1)
 
 
-def test_a_model_without_memory_decodes_too():
-    new = decode(Adder(), None, jnp.array([[2, 3, 4]]), jnp.array([3]), 4)
-    assert new[0].tolist() == expected([2, 3, 4], 0, 4)
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return make_loaded()
 
 
-def test_nothing_after_a_prompt_changes_its_continuation():
-    lengths = jnp.array([2, 2])
-    new = decode(Adder(), None, jnp.array([[4, 5, PAD, PAD], [4, 5, 7, 9]]), lengths, 5)
-    assert new[0].tolist() == new[1].tolist()
+def picture(seed: int, size: tuple[int, int] = (24, 24)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
 
 
-def test_a_row_yields_pads_after_its_eos_and_the_others_go_on():
-    # Sums 12, 5 and 7: the first row says EOS at once, the second 5 10 9 .., the third 7 3 6 EOS.
-    new = decode(Adder(), None, jnp.array([[12], [5], [7]]), jnp.array([1, 1, 1]), 5)
-    assert new.tolist() == [[EOS, 0, 0, 0, 0], [5, 10, 9, 7, 3], [7, 3, 6, EOS, 0]]
+def vectors(seed: int, count: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, 5))
 
 
-@pytest.mark.parametrize(("prompts", "steps"), [([[12], [12]], 0), ([[12], [7]], 3), ([[2]], 7)])
-def test_the_loop_ends_with_the_last_row_and_never_outgrows_the_cache(prompts, steps):
-    model = Adder()
-    prompts = jnp.array(prompts)
-    decode(model, None, prompts, jnp.ones(len(prompts), jnp.int32), 8)
-    jax.effects_barrier()
-    assert len(model.steps) == steps
-    assert all((room > 0).all() for room in model.steps)
+UNEQUAL = [
+    Request("shape of red", image=picture(1), seed=1),
+    Request("left half: blue and then some more of it", text="red circle", seed=2),
+    Request("", aux=vectors(3, 3), seed=3),
+    Request("yes", text="größer als 日本 " * 3, image=picture(4, (40, 17)), seed=4),
+    Request("circle", text="red", image=picture(5), aux=vectors(5, 7), seed=5),
+]
+DRAWN = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95, num_samples=3)
 
 
-def test_asking_for_no_token_says_so():
-    with pytest.raises(ValueError, match="max_new_tokens is 0; ask for at least 1"):
-        decode(Adder(), None, jnp.array([[2]]), jnp.array([1]), 0)
+@pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=12, num_samples=3), DRAWN])
+def test_a_batch_of_unequal_requests_is_the_same_one_by_one(loaded, sampling):
+    together = generate(loaded, UNEQUAL, sampling)
+    for request, answer in zip(UNEQUAL, together, strict=True):
+        [alone] = generate(loaded, [request], sampling)
+        assert [s.tokens for s in alone.samples] == [s.tokens for s in answer.samples]
+        assert alone.text == answer.text and alone.samples[0].finish == answer.samples[0].finish
+        for a, b in zip(alone.samples, answer.samples, strict=True):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5, rtol=1e-5)
+    assert len({answer.text for answer in together}) > 3
 
 
-def test_slam_v3_says_with_its_cache_what_it_says_reading_everything_again_at_each_token():
-    config = SlamV3Config.preset("tiny", vocab_size=VOCAB)
-    shapes = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
-    graphdef, shapes = nnx.split(shapes, nnx.Param)
+def test_logits_of_a_batch_are_those_of_its_requests_alone(loaded):
+    @jax.jit
+    def logits(inputs, prompts):
+        return loaded.model.decode(prompts.tokens, loaded.model.encode(inputs))
+
+    def of(requests):
+        prompts = read_prompts(loaded, requests, 1)
+        return np.asarray(logits(read_inputs(loaded, requests), prompts)), prompts.lengths
+
+    together, lengths = of(UNEQUAL)
+    for i, request in enumerate(UNEQUAL):
+        alone, _ = of([request])
+        real = lengths[i]
+        np.testing.assert_allclose(alone[0, :real], together[i, :real], atol=1e-5, rtol=1e-5)
+
+
+def test_a_seed_gives_its_text_and_another_seed_another(loaded):
+    def texts(seed):
+        [answer] = generate(loaded, [Request("red", image=picture(1), seed=seed)], DRAWN)
+        return [sample.text for sample in answer.samples]
+
+    assert texts(7) == texts(7)
+    assert len({*texts(7), *texts(8)}) == 6
+
+
+@pytest.mark.parametrize(("temperature", "stop"), [(0.0, ()), (1.0, ("e", "日"))])
+def test_streamed_pieces_are_the_text_of_the_plain_form(loaded, stop, temperature):
+    sampling = Sampling(max_new_tokens=23, temperature=temperature, stop=stop)
+    some = 0
+    for request in (*UNEQUAL[2:4], dataclasses.replace(UNEQUAL[2], seed=7)):
+        pieces = list(stream(loaded, request, sampling))
+        [answer] = generate(loaded, [request], sampling)
+        assert "".join(pieces) == answer.text
+        assert all(pieces)
+        some += len(pieces) > 1
+    assert some or stop
+
+
+def test_prompts_on_a_kept_memory_get_the_answers_of_a_fresh_one(loaded):
+    scene = UNEQUAL[4]
+    memory = encode(loaded, scene)
+    prompts = ["circle", "shape of red", ""]
+    kept = generate(loaded, [Request(p, seed=5) for p in prompts], DRAWN, memory=memory)
+    for prompt, answer in zip(prompts, kept, strict=True):
+        fresh = Request(prompt, scene.text, scene.image, scene.aux, seed=5)
+        [expected] = generate(loaded, [fresh], DRAWN)
+        assert [s.tokens for s in answer.samples] == [s.tokens for s in expected.samples]
+    pieces = stream(loaded, Request("circle", seed=5), DRAWN, memory=memory)
+    assert "".join(pieces) == kept[0].text
+
+
+def test_logprobs_are_those_of_the_model_and_scores_their_sum(loaded):
+    request = UNEQUAL[3]
+    [answer] = generate(loaded, [request], DRAWN)
+    tokenizer = loaded.tokenizer
+    memory = encode(loaded, request)
+    decode = jax.jit(loaded.model.decode)
+    start = [tokenizer.bos_id, *tokenizer.encode(request.prompt)]
+    for sample in answer.samples:
+        tokens = np.array([start + list(sample.tokens)], np.int32)
+        logprobs = jax.nn.log_softmax(decode(tokens, memory))[0, len(start) - 1 : -1]
+        expected = [float(row[token]) for row, token in zip(logprobs, sample.tokens, strict=True)]
+        np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+    choices = ["red", "", "größer als 日本"]
+    for scored, choice in zip(score(loaded, request, choices), choices, strict=True):
+        rows = [*tokenizer.encode(choice), tokenizer.eos_id]
+        logits = decode(np.array([start + rows], np.int32), memory)[0]
+        logprobs = jax.nn.log_softmax(logits)[len(start) - 1 :]
+        expected = sum(float(row[token]) for row, token in zip(logprobs, rows, strict=False))
+        assert scored.text == choice and scored.num_tokens == len(rows)
+        assert math.isclose(scored.logprob, expected, abs_tol=1e-4)
+    kept = score(loaded, Request(request.prompt), choices, memory=memory)
+    np.testing.assert_allclose(
+        [s.logprob for s in kept], [s.logprob for s in score(loaded, request, choices)], atol=1e-4
+    )
+
+
+def test_an_answer_ends_before_a_stop_string_however_it_is_cut_into_tokens(loaded):
+    plain = Sampling(max_new_tokens=24, temperature=1.0, num_samples=8)
+    [free] = generate(loaded, [UNEQUAL[4]], plain)
+    letters = [re.sub("[^\x20-\x7e]+", "", sample.text) for sample in free.samples]
+    stops = [text[3:5] for text in letters if len(text) > 5][:2]
+    stopped = 0
+    [answer] = generate(
+        loaded,
+        [UNEQUAL[4]],
+        Sampling(max_new_tokens=24, temperature=1.0, num_samples=8, stop=stops),
+    )
+    for sample, whole in zip(answer.samples, free.samples, strict=True):
+        places = [p for stop in stops if (p := whole.text.find(stop)) >= 0]
+        if not places:
+            assert sample == whole
+            continue
+        stopped += 1
+        assert sample.text == whole.text[: min(places)] and sample.finish == "stop"
+        assert sample.tokens == whole.tokens[: len(sample.tokens)]
+        assert len(sample.tokens) == len(sample.logprobs) < len(whole.tokens)
+    assert stopped
+
+
+def test_thousand_prompts_compile_once_a_bucket(loaded):
     rng = np.random.default_rng(0)
-    # Larger weights than an initialisation has: with those the history hardly counts.
-    params = jax.tree.map(lambda p: jnp.array(rng.normal(0, 0.3, p.shape), p.dtype), shapes)
-    inputs = Inputs(aux=jnp.array(rng.normal(size=(2, 3, 5)), jnp.float32))
-    prompts = jnp.array(rng.integers(2, VOCAB, (2, 3, 4)), jnp.int32)
-    lengths = jnp.array(rng.integers(1, 5, (2, 3)), jnp.int32)
-    new_tokens = 6
-
-    @jax.jit
-    def cached(params):
-        model = nnx.merge(graphdef, params)
-        settings = {"max_new_tokens": new_tokens, "eos_id": EOS, "pad_id": PAD}
-        return greedy_decode(model, model.encode(inputs), prompts, lengths, **settings)
-
-    @jax.jit
-    def forward(params, tokens):
-        return nnx.merge(graphdef, params)(tokens, inputs).logits
-
-    tokens = np.pad(prompts, ((0, 0), (0, 0), (0, new_tokens)))
-    naive = np.full((2, 3, new_tokens), PAD)
-    for i in range(new_tokens):
-        logits = np.asarray(forward(params, tokens))
-        for row in np.ndindex(2, 3):
-            if EOS not in naive[row]:
-                naive[row][i] = logits[row][lengths[row] + i - 1].argmax()
-                tokens[row][lengths[row] + i] = naive[row][i]
-    assert len({tuple(row) for row in naive.reshape(6, -1)}) > 3
-    np.testing.assert_array_equal(cached(params), naive)
+    compiled: Any = _generate
+    before, live, buckets = compiled._cache_size(), [], set()
+    for _ in range(1000):
+        length = int(rng.integers(0, 55))
+        request = Request("x" * length, aux=vectors(0, int(rng.integers(1, 5))))
+        inputs: Any = read_inputs(loaded, [request])
+        buckets.add((read_prompts(loaded, [request], 4).tokens.shape, inputs.aux.shape))
+        generate(loaded, [request], Sampling(max_new_tokens=int(rng.integers(1, 5))))
+        live.append(len(jax.live_arrays()))
+    assert 4 < len(buckets) <= 9
+    assert compiled._cache_size() - before <= len(buckets)
+    assert max(live[500:]) <= max(live[:500])
 
 
-def test_answers_as_text_are_the_greedy_tokens_of_a_question_alone():
-    tokenizer = Tokenizer.train(["shape of red", "left half: blue", "circle", "yes"] * 9, 280)
-    config = SlamV3Config.preset("tiny", vocab_size=tokenizer.vocab_size)
-    model = jax.jit(lambda: SlamV3(config, rngs=nnx.Rngs(0)))()
-    aux = jax.random.normal(jax.random.key(1), (2, 3, 5))
-    memory = jax.jit(lambda model: model.encode(Inputs(aux=aux)))(model)
-    questions = [["red", "left half: blue"], ["shape of red", ""]]
-    together = answer(model, tokenizer, memory, questions, max_new_tokens=5)
-    second = jax.tree.map(lambda x: x[1:], memory)
-    ids = jnp.array([[tokenizer.bos_id, *tokenizer.encode("shape of red")]])
-    length = jnp.array([ids.shape[1]])
-    settings = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "max_new_tokens": 5}
-    alone = jax.jit(partial(greedy_decode, **settings))(model, second, ids, length)
-    assert together[1][0] == tokenizer.decode(alone[0])
-    assert len({text for row in together for text in row}) > 1
-    for prompts, message in (
-        ([["red"], ["red", "blue"]], r"\[1, 2\] prompts; give each as many"),
-        ([[], []], r"\[0\] prompts; give each as many, one or more"),
-        (["red", "blue"], "a list of texts; give a list of prompts for each example"),
-        ([["red"]], "prompts for 1 examples, and the memory has 2"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            answer(model, tokenizer, memory, prompts)
+def test_pictures_of_any_kind_are_the_same_request(loaded, tmp_path):
+    image = Image.fromarray(picture(9))
+    image.save(tmp_path / "p.png")
+    forms = [picture(9), image, tmp_path / "p.png", str(tmp_path / "p.png")]
+    forms.append((tmp_path / "p.png").read_bytes())
+    answers = generate(loaded, [Request("red", image=form) for form in forms], Sampling(8))
+    assert len({answer.samples[0].tokens for answer in answers}) == 1
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ([], "no request; give at least one"),
+        ([Request("red")], "nothing to answer from: give at least one of text, image and aux"),
+        ([UNEQUAL[0], Request("red", text="")], "request 1: nothing to answer from"),
+        ([Request("red " * 70, text="red")], r"prompt of \d+ tokens and 4 new ones; the context"),
+        ([Request("red", text="ü " * 70)], r"text of \d+ tokens; the context is 64: shorten it"),
+        ([Request("red", aux=np.zeros((2, 4)))], "aux is 2 x 4 numbers; expected rows of 5"),
+        ([Request("red", aux="much")], "aux is no table of numbers"),
+        ([Request("red", aux=[[1, 2, 3, 4, None]])], "aux has a number that is missing"),
+        ([Request("red <eos>", text="red")], "prompt holds '<eos>', which is added by itself"),
+        ([Request("red", text="a<pad>")], "text holds '<pad>', which is added by itself"),
+        ([Request("red", image="no/such.png")], "no/such.png: no such file"),
+        ([Request("red", image=b"GIF89a")], "the picture .*(known kind|cannot be read)"),
+        (
+            [Request("red", image=np.zeros((2, 2)))],
+            r"float64\[2, 2\] is no picture",
+        ),
+        (
+            [UNEQUAL[0], Request("red", image=png(Image.new("1", (10_000, 10_000))))],
+            "request 1: the picture has 10,000 x 10,000 pixels; at most 64,000,000 are read",
+        ),
+        ([Request("red", text="a", seed=-1)], "seed is -1; expected 0 to 4294967295"),
+        ([Request(3, text="a")], "prompt is a int; expected a text"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_cannot_be_answered_is_said_in_one_line(loaded, requests, message):
+    with pytest.raises(ValueError, match=message) as error:
+        generate(loaded, requests, Sampling(max_new_tokens=4))
+    assert "\n" not in str(error.value)
+
+
+def test_inputs_beside_a_memory_are_refused(loaded):
+    with pytest.raises(ValueError, match="a request has inputs beside `memory`"):
+        generate(loaded, [UNEQUAL[0]], memory=encode(loaded, UNEQUAL[0]))
+
+
+def test_numbers_by_column_name(loaded):
+    rows = np.array([[1.0, 10.0], [3.0, 30.0], [5.0, np.nan]])
+    table = loaded._replace(aux_format=AuxFormat.of_columns(("width", "price"), rows))
+    sampling = Sampling(max_new_tokens=6)
+
+    def tokens(aux):
+        return generate(table, [Request("red", aux=aux)], sampling)[0].samples[0].tokens
+
+    by_name = tokens({"price": 30, "width": 1.0})
+    assert by_name == tokens([1.0, 30.0]) and by_name != tokens([30.0, 1.0])
+    assert tokens({"width": 1.0}) == tokens([1.0, None]) != by_name
+    with pytest.raises(ValueError, match="aux has no field 'prize'; did you mean 'price'"):
+        tokens({"prize": 3})
+    with pytest.raises(ValueError, match="aux has 3 numbers; expected one for each of width"):
+        tokens([1, 2, 3])
+
+
+def test_samples_follow_the_models_distribution(loaded):
+    """2,000 first tokens against the probabilities of the filtered distribution."""
+    sampling = Sampling(max_new_tokens=1, temperature=0.8, top_k=6, num_samples=1000)
+    requests = [Request("red", text="circle", seed=seed) for seed in (1, 2)]
+    answers = generate(loaded, requests, sampling)
+    counts = Counter(s.tokens[0] for answer in answers for s in answer.samples)
+    start = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode("red")]
+    memory = encode(loaded, requests[0])
+    logits = loaded.model.decode(np.array([start], np.int32), memory)[0, -1]
+    best = np.argsort(-np.asarray(logits))[:6]
+    probs = np.asarray(jax.nn.softmax(logits[best] / 0.8))
+    assert set(counts) <= set(best.tolist())
+    for token, prob in zip(best.tolist(), probs, strict=True):
+        deviation = math.sqrt(2000 * prob * (1 - prob))
+        assert abs(counts[token] - 2000 * prob) < 4.5 * deviation + 1

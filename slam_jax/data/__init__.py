@@ -2,6 +2,7 @@
 
 from slam_jax.data.config import DataConfig
 from slam_jax.data.datasets import Dataset, prepare
+from slam_jax.data.numbers import AuxFormat
 from slam_jax.data.pipeline import (
     Batch,
     EvaluationBatch,
@@ -16,6 +17,7 @@ from slam_jax.data.views import HALF_VIEWS, TRAINING_VIEWS
 __all__ = [
     "HALF_VIEWS",
     "TRAINING_VIEWS",
+    "AuxFormat",
     "Batch",
     "DataConfig",
     "Dataset",

@@ -1,25 +1,31 @@
-"""The data sets a config can name, built on first use."""
+"""The data sets a config can name, built or read on first use."""
 
-import contextlib
 import dataclasses
-import io
-import sys
-from collections.abc import Iterator
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import tensorflow_datasets as tfds
+import numpy as np
 
+from slam_jax.data.built import build_once, open_splits
 from slam_jax.data.config import DataConfig
+from slam_jax.data.digits import read_digits
+from slam_jax.data.folder import SPLITS, Table, read_table, without_long_rows
+from slam_jax.data.numbers import AuxFormat
 from slam_jax.data.pipeline import Source
 from slam_jax.data.records import DataError, Records
+from slam_jax.data.rows import Row, Rows
 from slam_jax.data.scenes import Scenes
-from slam_jax.data.sort_of_clevr import SortOfClevr
+from slam_jax.data.sort_of_clevr import COLOURS, SHAPES, SortOfClevr
 from slam_jax.data.tokenizer import Tokenizer
-from slam_jax.errors import ConfigError, first_line
+from slam_jax.errors import ConfigError
+from slam_jax.slam_v3.config import SlamV3Config
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Three splits and the tokenizer of their text.
+    """Three splits, the tokenizer of their text and the format of their auxiliary vectors.
 
     corpus_is_whole: no record that a tokenizer is trained on is damaged, so that the same data give
     the same tokenizer.
@@ -29,79 +35,163 @@ class Dataset:
     validation: Source
     test: Source
     tokenizer: Tokenizer
+    aux_format: AuxFormat | None = None
     corpus_is_whole: bool = True
 
 
-def prepare(config: DataConfig, tokenizer: Tokenizer | None = None) -> Dataset:
+def prepare(
+    config: DataConfig, tokenizer: Tokenizer | None = None, *, model: SlamV3Config | None = None
+) -> Dataset:
     """The data set `config.name`, built in `config.directory` if it is not there yet.
 
     Args:
-      config: `sort_of_clevr` is the one data set; `sort_of_clevr/tiny` a small one for trying out.
+      config: `sort_of_clevr`, or `sort_of_clevr/tiny` for trying out; `folder` with `config.path`,
+        for data of one's own; `digits`.
       tokenizer: that of a checkpoint; None trains one on the training split.
+      model: what will read it: the size of images, the width of auxiliary vectors, the context.
 
     Raises:
-      ConfigError: if there is no data set of that name.
+      ConfigError: if there is no data set of that name, or it cannot show what a stage asks for.
       DataError: if it can neither be read nor built.
     """
     name, _, variant = config.name.partition("/")
-    variants = [known.name for known in SortOfClevr.BUILDER_CONFIGS]
-    if name != SortOfClevr.name or (variant or "full") not in variants:
+    reader = _READERS.get(name)
+    if reader is None:
+        raise ConfigError(f"data.name is {config.name!r}; use one of {', '.join(_READERS)}")
+    dataset = reader(config, variant, tokenizer, model or SlamV3Config(vocab_size=1))
+    for view in config.views:
+        if view not in dataset.train.views:
+            known = ", ".join(dataset.train.views)
+            raise ConfigError(f"data.stages use the view {view!r}; {config.name} has {known}")
+    return dataset
+
+
+def _read_sort_of_clevr(
+    config: DataConfig, variant: str, tokenizer: Tokenizer | None, model: SlamV3Config
+) -> Dataset:
+    variants = {known.name: known for known in SortOfClevr.BUILDER_CONFIGS}
+    chosen = variants.get(variant or "full")
+    if chosen is None:
         known = ", ".join(f"sort_of_clevr/{v}" for v in variants)
         raise ConfigError(f"data.name is {config.name!r}; use sort_of_clevr or one of {known}")
-    variant = variant or "full"
-    _build_once(config, variant)
-    splits = _read(config, variant)
+    build_once(
+        config,
+        functools.partial(SortOfClevr, config=chosen.name),
+        chosen.train + chosen.validation + chosen.test,
+    )
+    name = f"{SortOfClevr.name}/{chosen.name}"
+    splits = [
+        Records(records, f"{name}, {split}", config.max_damaged_records)
+        for split, records in zip(SPLITS, open_splits(config, name, SPLITS), strict=True)
+    ]
     train, validation, test = map(Scenes, splits)
     if tokenizer is None:
         tokenizer = Tokenizer.train(train.corpus(), config.vocab_size)
-    return Dataset(train, validation, test, tokenizer, corpus_is_whole=not splits[0].damaged)
+    aux_format = AuxFormat((*COLOURS, *SHAPES, "x", "y"))
+    return Dataset(
+        train, validation, test, tokenizer, aux_format, corpus_is_whole=not splits[0].damaged
+    )
 
 
-def _read(config: DataConfig, variant: str) -> list[Records]:
-    splits = ("train", "validation", "test")
-    name = f"{SortOfClevr.name}/{variant}"
-    with _reading(config):
-        sources = tfds.data_source(
-            name,
-            split=list(splits),
-            data_dir=config.directory,
-            decoders={"image": tfds.decode.SkipDecoding()},
-            download=False,
+def _read_folder(
+    config: DataConfig, variant: str, tokenizer: Tokenizer | None, model: SlamV3Config
+) -> Dataset:
+    if config.path is None:
+        raise ConfigError("data.path is not given; give it the folder with your table")
+    table = read_table(config.path)
+    tokenizer = tokenizer or _train_tokenizer(table.rows["train"], config)
+    table = without_long_rows(table, tokenizer, model.context_length)
+    _pass_over(table, config.max_damaged_records)
+    if table.columns and not model.aux_slots:
+        raise ConfigError(
+            f"model.aux_slots is False, and {table.path} has columns of numbers "
+            f"({', '.join(table.columns)}), of which each is a slot; set it to True"
         )
-    return [
-        Records(records, f"{name}, {split}", config.max_damaged_records)
-        for split, records in zip(splits, sources, strict=True)
-    ]
+    if len(table.columns) > model.max_aux:
+        raise ConfigError(
+            f"model.max_aux is {model.max_aux}, and {table.path} has {len(table.columns)} columns "
+            "of numbers; raise it"
+        )
+    rows = table.rows
+    given = [row for kept in rows.values() for row in kept]
+    lacks = {
+        "image": [row.image is None for row in given],
+        "text": [row.text is None for row in given],
+        "aux": [row.numbers is None or np.isnan(row.numbers).any() for row in given],
+    }
+    streams = [name for name, missing in lacks.items() if not all(missing)]
+    aux_format = None
+    if table.columns:
+        streams = list(dict.fromkeys((*streams, "aux")))
+        numbers = np.array([row.numbers for row in rows["train"]])
+        aux_format = AuxFormat.of_columns(table.columns, numbers)
+    return _from_rows(
+        rows,
+        str(table.path),
+        config,
+        model,
+        tokenizer,
+        streams=streams,
+        aux_format=aux_format,
+        incomplete=any(any(lacks[name]) for name in streams),
+    )
 
 
-@contextlib.contextmanager
-def _reading(config: DataConfig) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # TFDS, protobuf and array_record have no one type for it
+def _pass_over(table: Table, most: int) -> None:
+    if len(table.bad) > most:
+        line, reason = table.bad[0]
+        more = f" (and {len(table.bad) - 1} other rows)" if len(table.bad) > 1 else ""
         raise DataError(
-            f"{config.directory}: {config.name} cannot be read ({first_line(error)}); delete "
-            f"{config.directory / SortOfClevr.name}, and it is built again"
-        ) from error
+            f"{table.path}, row {line}: {reason}{more}; mend it, or have "
+            f"data.max_damaged_records={len(table.bad)} rows passed over"
+        )
+    for line, reason in table.bad:
+        logging.getLogger("slam_jax").warning(
+            "%s, row %d is passed over: %s", table.path, line, reason
+        )
 
 
-def _build_once(config: DataConfig, variant: str) -> None:
-    with _reading(config):
-        builder = SortOfClevr(data_dir=config.directory, config=variant, file_format="array_record")
-    if builder.data_path.exists():
-        return
-    scenes = sum(builder.scenes.values())
-    print(f"building {config.name} ({scenes:,} scenes) in {config.directory}", file=sys.stderr)
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-            )
-    except Exception as error:  # array_record, TFDS and the system each have types of their own
-        # Or another process was faster: each builds in a folder of its own and renames it.
-        if not builder.data_path.exists():
-            raise DataError(
-                f"{config.directory}: {config.name} could not be built ({first_line(error)}); "
-                "check free space and permissions, or set data.data_dir"
-            ) from error
+def _read_digits(
+    config: DataConfig, variant: str, tokenizer: Tokenizer | None, model: SlamV3Config
+) -> Dataset:
+    rows = read_digits()
+    tokenizer = tokenizer or _train_tokenizer(rows["train"], config)
+    return _from_rows(rows, "digits", config, model, tokenizer, streams=["image"])
+
+
+def _train_tokenizer(rows: Sequence[Row], config: DataConfig) -> Tokenizer:
+    texts = (text for row in rows for text in (row.text or "", row.prompt, *row.answers))
+    return Tokenizer.train(texts, config.vocab_size)
+
+
+def _from_rows(
+    splits: Mapping[str, Sequence[Row]],
+    name: str,
+    config: DataConfig,
+    model: SlamV3Config,
+    tokenizer: Tokenizer,
+    *,
+    aux_format: AuxFormat | None = None,
+    **settings: Any,
+) -> Dataset:
+    sources = {
+        split: Rows(
+            rows,
+            f"{name}, {split}",
+            size=model.image.size,
+            aux_format=aux_format,
+            aux_width=model.aux_dim,
+            max_damaged=config.max_damaged_records,
+            **settings,
+        )
+        for split, rows in splits.items()
+    }
+    train, validation, test = (sources[split] for split in SPLITS)
+    return Dataset(train, validation, test, tokenizer, aux_format)
+
+
+_READERS: dict[str, Callable[..., Dataset]] = {
+    "sort_of_clevr": _read_sort_of_clevr,
+    "folder": _read_folder,
+    "digits": _read_digits,
+}

@@ -16,6 +16,7 @@ from slam_jax.array_typing import AnyArray
 from slam_jax.data.config import DataConfig
 from slam_jax.data.records import DamagedRecord, DataError
 from slam_jax.data.tokenizer import Tokenizer
+from slam_jax.data.views import VIEWS
 from slam_jax.errors import InputError
 from slam_jax.slam_v3.streams import Inputs
 
@@ -25,8 +26,10 @@ _QUESTIONS_KEPT = 1 << 14
 
 
 class Example(NamedTuple):
-    """One example as one view shows it; all examples of a view have the same inputs and Q.
+    """One example as one view shows it; all examples of a view have the same Q.
 
+    text, image, aux: None where the view does not have it. A record may lack a text or an image
+    that its view has, None too; the rows of aux that it lacks are NaN.
     needs_both: whether the answer needs both renderings of a split scene; all False elsewhere.
     """
 
@@ -43,8 +46,14 @@ class Example(NamedTuple):
 class Source(Protocol):
     """Records by index, how a view shows them, and how many tokens that takes at most.
 
-    Indexing raises DamagedRecord for one that cannot be read; batches are made without it.
+    views: those it can show. image_size: height and width of its images.
+    Indexing raises DamagedRecord for a record that cannot be read; batches are made without it.
     """
+
+    @property
+    def views(self) -> tuple[str, ...]: ...
+    @property
+    def image_size(self) -> tuple[int, int]: ...
 
     def __len__(self) -> int: ...
 
@@ -58,12 +67,20 @@ class Source(Protocol):
         """The least and the most tokens that the text of `view` can have."""
         ...
 
+    def complete(self, view: str) -> bool:
+        """Whether every record has all inputs of `view`, whole; else batches have masks."""
+        ...
+
     def paired(self, view: str) -> bool:
         """Whether text and image of `view` show the same, so that each could find the other."""
         ...
 
     def question_length(self, tokenizer: Tokenizer) -> int:
         """The most tokens that a prompt and its answer can have together."""
+        ...
+
+    def answer_length(self, tokenizer: Tokenizer) -> int:
+        """The most tokens that an answer can have."""
         ...
 
     def corpus(self) -> Iterator[str]:
@@ -183,6 +200,8 @@ class _Collate:
     def __init__(self, source: Source, tokenizer: Tokenizer, view: str):
         self._tokenizer = tokenizer
         self._shortest, self._longest = source.text_lengths(view, tokenizer)
+        self._streams, self._image_size = VIEWS[view].streams, source.image_size
+        self._complete = source.complete(view)
         self._paired = source.paired(view)
         self._question_length = source.question_length(tokenizer) + 2
         # Questions come again: the same words in other scenes, the same scene in every epoch.
@@ -190,13 +209,11 @@ class _Collate:
         self._questions = functools.lru_cache(maxsize=_QUESTIONS_KEPT)(self._encode_questions)
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        inputs = self._texts([e.text for e in examples if e.text is not None])
-        images = [e.image for e in examples if e.image is not None]
-        aux = [e.aux for e in examples if e.aux is not None]
-        if images:
-            inputs["image"] = np.stack(images)
-        if aux:
-            inputs["aux"] = np.stack(aux)
+        inputs = {
+            **self._texts([example.text for example in examples]),
+            **self._images([example.image for example in examples]),
+            **self._aux([example.aux for example in examples]),
+        }
         rows: Any = np.stack([self._questions(e.prompts, e.answers) for e in examples])
         return Batch(Inputs(**inputs), rows[..., :-2], rows[..., -2], rows[..., -1], self._paired)
 
@@ -212,13 +229,31 @@ class _Collate:
             rows.append([*padded, len(start), len(ids)])
         return np.array(rows, np.int32)
 
-    def _texts(self, texts: Sequence[str]) -> dict[str, Any]:
-        if not texts:
+    def _images(self, images: Sequence[np.ndarray | None]) -> dict[str, Any]:
+        if "image" not in self._streams:
             return {}
-        ids = [self._tokenizer.encode(text) for text in texts]
+        blank = np.zeros((*self._image_size, 3), np.uint8)
+        stacked = np.stack([blank if image is None else image for image in images])
+        if self._complete:
+            return {"image": stacked}
+        return {"image": stacked, "image_mask": np.array([image is not None for image in images])}
+
+    def _aux(self, auxs: Sequence[np.ndarray | None]) -> dict[str, Any]:
+        if "aux" not in self._streams:
+            return {}
+        stacked = np.stack([aux for aux in auxs if aux is not None])
+        if self._complete:
+            return {"aux": stacked}
+        known = np.logical_not(np.isnan(stacked).any(axis=-1))
+        return {"aux": np.where(known[..., None], stacked, 0), "aux_mask": known}
+
+    def _texts(self, texts: Sequence[str | None]) -> dict[str, Any]:
+        if "text" not in self._streams:
+            return {}
+        ids = [self._tokenizer.encode(text or "") for text in texts]
         rows = [_pad(row, self._longest, self._tokenizer.pad_id) for row in ids]
         text = np.array(rows, np.int32)
-        if self._shortest == self._longest:
+        if self._complete and self._shortest == self._longest:
             return {"text": text}
         lengths = np.array([len(row) for row in ids])
         return {"text": text, "text_mask": np.arange(self._longest) < lengths[:, None]}

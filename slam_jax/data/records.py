@@ -51,8 +51,8 @@ class Records(Sequence[Any]):
             count = len(self.damaged)
         if count > self._most:
             raise DataError(
-                f"{self._name}: {count} records are damaged, the last of them {index} ({reason}); "
-                "build or copy the data set again, or raise data.max_damaged_records"
+                f"{self._name}: {count} damaged, more than data.max_damaged_records={self._most}; "
+                f"record {index}: {reason}; mend the data, or raise that number"
             )
         if new:
             logging.getLogger("slam_jax").warning(

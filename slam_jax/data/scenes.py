@@ -73,6 +73,9 @@ class Scenes:
 
     records: Sequence[dict[str, Any]]
 
+    views = tuple(VIEWS)
+    image_size = (SIZE, SIZE)
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -127,13 +130,19 @@ class Scenes:
 
         return extreme(min), extreme(max)
 
+    def complete(self, view: str) -> bool:
+        return True
+
     def paired(self, view: str) -> bool:
         parts = VIEWS[view]
         return parts.text is not None and parts.text == parts.image
 
     def question_length(self, tokenizer: Tokenizer) -> int:
         prompts = [prompt for kinds in _PROMPTS for kind in kinds for prompt in kind]
-        return sum(max(len(tokenizer.encode(t)) for t in texts) for texts in (prompts, ANSWERS))
+        return max(len(tokenizer.encode(t)) for t in prompts) + self.answer_length(tokenizer)
+
+    def answer_length(self, tokenizer: Tokenizer) -> int:
+        return max(len(tokenizer.encode(answer)) for answer in ANSWERS)
 
     def corpus(self) -> Iterator[str]:
         for i in range(min(len(self), _CORPUS_SCENES)):

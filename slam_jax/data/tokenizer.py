@@ -17,6 +17,31 @@ _SPECIALS = ("<pad>", "<bos>", "<eos>")
 SMALLEST_VOCABULARY = len(_SPECIALS) + 256
 
 
+def _byte_of_letter() -> dict[str, int]:
+    """How byte-level BPE writes bytes: those that print as themselves, the others, in their order,
+    from U+0100 on. Source: Radford et al. 2019 (GPT-2), whose pre-tokenizer the library has."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
+
+
+_BYTE_OF = _byte_of_letter()
+
+
+def check_text(text: str, name: str) -> None:
+    """Raises InputError, naming the text, for one that would not be read as meant: with a special
+    token written out (no text becomes one) or with half a letter, as a broken file name has."""
+    for special in _SPECIALS:
+        if special in text:
+            raise InputError(f"{name} holds {special!r}, which is added by itself; leave it out")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} has half a letter in it; give whole ones") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """A trained tokenizer, as the JSON of the `tokenizers` library; equal JSON is equal behaviour.
@@ -76,6 +101,16 @@ class Tokenizer:
         if self.eos_id in kept:
             kept = kept[: kept.index(self.eos_id)]
         return self._model.decode(kept, skip_special_tokens=True)
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each token stands for, none for the specials; a text's are those of its
+        tokens together."""
+        pieces = [self._model.id_to_token(i) for i in range(self.vocab_size)]
+        return [
+            b"" if piece in _SPECIALS else bytes(_BYTE_OF[letter] for letter in piece or "")
+            for piece in pieces
+        ]
 
     @property
     def vocab_size(self) -> int:

@@ -1,4 +1,7 @@
-"""Views: which part of an example each input stream shows."""
+"""Views: which part of an example each input stream shows.
+
+A data set that is no scene of six objects shows whole parts only: what is not None.
+"""
 
 from typing import NamedTuple
 
@@ -17,12 +20,20 @@ class View(NamedTuple):
         """Whether objects are missing from a rendering."""
         return ALL not in self
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The inputs that the view has."""
+        return tuple(name for name, part in self._asdict().items() if part is not None)
+
 
 TRAINING_VIEWS = {
     "image": View(image=ALL),
     "text": View(text=ALL),
     "aux": View(aux=ALL),
     "image_text": View(image=ALL, text=ALL),
+    "image_aux": View(image=ALL, aux=ALL),
+    "text_aux": View(text=ALL, aux=ALL),
+    "all": View(image=ALL, text=ALL, aux=ALL),
     "split_image_text": View(image=FIRST, text=SECOND),
     "split_image_aux": View(image=FIRST, aux=SECOND),
 }
@@ -35,3 +46,8 @@ HALF_VIEWS = {
 }
 
 VIEWS = TRAINING_VIEWS | HALF_VIEWS
+
+
+def with_halves(views: tuple[str, ...]) -> tuple[str, ...]:
+    """The views, and after them the halves of those that are split."""
+    return views + tuple(half for half in HALF_VIEWS if half.partition("_only_")[0] in views)

@@ -20,7 +20,7 @@ RETRIEVAL_VIEW = "image_text"
 
 
 class Answer(NamedTuple):
-    """One question and what the model said."""
+    """One question and what the model said, with the log-probability (nats) of saying just that."""
 
     view: str
     scene: int
@@ -29,6 +29,7 @@ class Answer(NamedTuple):
     prompt: str
     answer: str
     given: str
+    logprob: float
 
     @property
     def correct(self) -> bool:
@@ -110,8 +111,10 @@ def evaluate(
             if view == RETRIEVAL_VIEW:
                 pair = _embed(graphdef, params, batch.inputs)
                 embeddings.append(np.asarray(pair)[:, :valid])
-            for example, rows in zip(examples, np.asarray(new)[:valid].tolist(), strict=True):
-                answers += _read(view, scene, example, rows, tokenizer)
+            logprobs = np.asarray(new.logprobs).sum(axis=-1)
+            given = zip(np.asarray(new.tokens).tolist(), logprobs.tolist(), strict=True)
+            for example, rows in zip(examples, given, strict=False):
+                answers += _read(view, scene, example, *rows, tokenizer)
                 scene += 1
         if embeddings:
             retrieval = retrieval_metrics(*np.concatenate(embeddings, axis=1))
@@ -119,11 +122,12 @@ def evaluate(
     return Results(metrics | ({"retrieval": retrieval} if retrieval else {}), answers)
 
 
-def _read(view, scene, example, rows, tokenizer):
-    columns = (example.kinds, example.needs_both, example.prompts, example.answers, rows)
-    for kind, needs_both, prompt, answer, row in zip(*columns, strict=True):
+def _read(view, scene, example, rows, logprobs, tokenizer):
+    columns = (example.kinds, example.needs_both, example.prompts, example.answers, rows, logprobs)
+    for kind, needs_both, prompt, answer, row, logprob in zip(*columns, strict=True):
         # decode stops at <eos>.
-        yield Answer(view, scene, kind, needs_both, prompt, answer, tokenizer.decode(row))
+        given = tokenizer.decode(row)
+        yield Answer(view, scene, kind, needs_both, prompt, answer, given, logprob)
 
 
 def _accuracies(answers, seed):

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from slam_jax.data import HALF_VIEWS, TRAINING_VIEWS, evaluation_batches, prepare
+from slam_jax.data import evaluation_batches, prepare
+from slam_jax.data.views import with_halves
 from slam_jax.errors import ConfigError
 from slam_jax.evaluation.answers import Results, evaluate
 from slam_jax.evaluation.table import write_metrics
@@ -14,7 +15,7 @@ from slam_jax.training.checkpoint import Step
 def evaluate_checkpoint(
     workdir: str | Path, step: Step = None, overrides: Sequence[str] = ()
 ) -> Results:
-    """Every view of the test split; writes `WORKDIR/eval/metrics.json`.
+    """The views that the run was trained on, on the test split; writes `WORKDIR/eval/metrics.json`.
 
     step: a number, "best" or "latest"; None = best. overrides: `--config.data.field=value`
     arguments that change where the data is and how it is read; the rest is the checkpoint's.
@@ -30,14 +31,21 @@ def evaluate_checkpoint(
                 f"config.{group} is part of the checkpoint; an evaluation changes config.data alone"
             )
     data = Experiment.from_config(config).data
-    dataset = prepare(data, loaded.tokenizer)
+    dataset = prepare(data, loaded.tokenizer, model=loaded.model.config)
     graphdef, params = split_model(loaded.model)
     batches = {
         view: evaluation_batches(
             dataset.test, loaded.tokenizer, view, data.batch_size, seed=data.seed
         )
-        for view in (*TRAINING_VIEWS, *HALF_VIEWS)
+        for view in with_halves(data.views)
     }
-    results = evaluate(graphdef, params, batches, loaded.tokenizer, step=loaded.step)
+    results = evaluate(
+        graphdef,
+        params,
+        batches,
+        loaded.tokenizer,
+        step=loaded.step,
+        max_new_tokens=dataset.test.answer_length(loaded.tokenizer) + 1,
+    )
     write_metrics(Path(workdir) / "eval" / "metrics.json", results.metrics)
     return results

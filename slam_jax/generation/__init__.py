@@ -1,6 +1,21 @@
-"""Decoding: the loop on the device, and the same with text in and out."""
+"""Generation: requests as people have them, the loop on the device, texts and scores."""
 
-from slam_jax.generation.answer import answer
-from slam_jax.generation.decode import greedy_decode
+from slam_jax.generation.answering import Answer, Sample, Score, encode, generate, score, stream
+from slam_jax.generation.decode import Decoded, decode, greedy_decode
+from slam_jax.generation.requests import Request
+from slam_jax.generation.sampling import Sampling
 
-__all__ = ["answer", "greedy_decode"]
+__all__ = [
+    "Answer",
+    "Decoded",
+    "Request",
+    "Sample",
+    "Sampling",
+    "Score",
+    "decode",
+    "encode",
+    "generate",
+    "greedy_decode",
+    "score",
+    "stream",
+]

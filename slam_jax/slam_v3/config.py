@@ -66,6 +66,8 @@ class SlamV3Config:
       None = full rank. qk_nope_head_dim, qk_rope_head_dim, v_head_dim: None = the head width, half
       of it (made even), the head width.
     window: the decoder's sliding window in tokens, None = all.
+    context_length: the most tokens of a text, and of a prompt with its answer, that users may give;
+      the model itself has no such bound.
     aux_dim: numbers an auxiliary vector. max_aux: with aux_slots, the number of slots.
     aux_slots: True = the row an auxiliary vector stands in has a meaning of its own.
     image: the image stream.
@@ -92,15 +94,17 @@ class SlamV3Config:
     aux_slots: bool = False
     max_aux: int = 16
     image: ImageConfig = ImageConfig()
+    context_length: int = 1_024
     alignment_dim: int = 64
     dropout: float = 0.0
     dtype: str = "float32"
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        for field in ["vocab_size", "embed_dim", "mlp_dim", "kv_lora_rank", "aux_dim", "max_aux"]:
+        for field in ["vocab_size", "embed_dim", "mlp_dim", "kv_lora_rank"]:
             require_count(field, getattr(self, field))
-        require_count("alignment_dim", self.alignment_dim)
+        for field in ["context_length", "aux_dim", "max_aux", "alignment_dim"]:
+            require_count(field, getattr(self, field))
         for field in ["num_heads", "num_processes", "num_process_layers", "num_decoder_layers"]:
             require_count(field, getattr(self, field), most=MOST_LAYERS)
         near = self.embed_dim - self.embed_dim % self.num_heads or self.num_heads

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from slam_jax.data import Tokenizer
+from slam_jax.data import AuxFormat, Tokenizer
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.training.checkpoint import Checkpoints, Step
 from slam_jax.training.experiment import Experiment
@@ -16,11 +16,13 @@ from slam_jax.training.state import merge_model, split_model
 class Loaded(NamedTuple):
     """A trained model with all that is needed to use it.
 
-    config: the configuration of its run as nested dicts. step: of the checkpoint it is from.
+    config: the configuration of its run as nested dicts. aux_format: of its auxiliary vectors, None
+    where it has no names for them. step: of the checkpoint it is from.
     """
 
     model: SlamV3
     tokenizer: Tokenizer
+    aux_format: AuxFormat | None
     config: dict[str, Any]
     step: int
 
@@ -38,6 +40,8 @@ def load(workdir: str | Path, step: Step = None) -> Loaded:
     found = checkpoints.resolve(step)
     config = checkpoints.read_config(found)
     tokenizer = Tokenizer.from_json(checkpoints.read_tokenizer(found))
+    aux = checkpoints.read_aux(found)
+    aux_format = None if aux is None else AuxFormat.from_json(aux)
     experiment = Experiment.from_config(config)
     model = nnx.eval_shape(
         lambda: SlamV3(experiment.with_vocabulary(tokenizer.vocab_size), rngs=nnx.Rngs(0))
@@ -45,4 +49,4 @@ def load(workdir: str | Path, step: Step = None) -> Loaded:
     graphdef, like = split_model(model)
     part = "params" if experiment.optimizer.ema_decay is None else "ema"
     params = jax.device_put(checkpoints.restore_subtree(found, part, like))
-    return Loaded(merge_model(graphdef, params), tokenizer, config, found)
+    return Loaded(merge_model(graphdef, params), tokenizer, aux_format, config, found)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from slam_jax.data import (
     prepare,
     training_batches,
 )
-from slam_jax.errors import UserError
+from slam_jax.errors import ConfigError, UserError
 from slam_jax.evaluation import evaluate
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.stop import Stop, Stopped
@@ -76,7 +76,8 @@ def train(
         latest = checkpoints.recover(notes.append)
         if latest is not None:
             _require_same(checkpoints.read_config(latest), config, Path(workdir))
-        dataset = prepare(experiment.data)
+        dataset = prepare(experiment.data, model=experiment.model)
+        _require_views(run.evaluate_views, dataset)
         if latest is not None:
             tokenizer = Tokenizer.from_json(checkpoints.read_tokenizer(latest))
             if dataset.corpus_is_whole:
@@ -223,9 +224,14 @@ class _Run:
 
     def _save(self, step: int, state: TrainState, scores: Mapping[str, float] | None) -> None:
         self.writer.sync()
-        tokenizer = self.dataset.tokenizer.to_json()
+        dataset = self.dataset
         self.checkpoints.save(
-            step, state, config=self.config, tokenizer=tokenizer, metrics=scores or {}
+            step,
+            state,
+            config=self.config,
+            tokenizer=dataset.tokenizer.to_json(),
+            aux=None if dataset.aux_format is None else dataset.aux_format.to_json(),
+            metrics=scores or {},
         )
 
     def _go_back(self, step: int, state: TrainState, bad_steps: int) -> TrainState:
@@ -289,6 +295,7 @@ def validate(
         {view: batches(view) for view in views},
         dataset.tokenizer,
         step=int(state.step),
+        max_new_tokens=dataset.validation.answer_length(dataset.tokenizer) + 1,
     )
     scores = {
         f"{view}/{kind}": results.metrics["views"][view][kind]["accuracy"]
@@ -302,6 +309,13 @@ def validate(
 def _summary(step: int, scores: Mapping[str, float]) -> str:
     rows = [f"{name} {100 * value:.1f}" for name, value in scores.items() if name != "accuracy"]
     return f"step {step:,} · validation {100 * scores['accuracy']:.1f} % · " + " · ".join(rows)
+
+
+def _require_views(views: Sequence[str], dataset: Dataset) -> None:
+    for view in views:
+        if view not in dataset.validation.views:
+            known = ", ".join(dataset.validation.views)
+            raise ConfigError(f"run.evaluate_views has {view!r}, and the data set has {known}")
 
 
 def _require_same(saved: Mapping[str, Any], config: Mapping[str, Any], workdir: Path) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints of a run: one folder a step, written in the background, restored only if it is what
 was written and only if it fits.
 
-`WORKDIR/checkpoints/STEP/` holds `arrays` (of Orbax), `config.json`, `tokenizer.json`,
+`WORKDIR/checkpoints/STEP/` holds `arrays` (of Orbax), `config.json`, `tokenizer.json`, `aux.json`,
 `metrics.json` and their `manifest.json`. It gets its name, by one rename, when all of that is on
 disk: a step that can be seen is whole. Nothing in it is pickled or run.
 """
@@ -64,7 +64,14 @@ class Checkpoints:
         self.close()
 
     def save(
-        self, step: int, state: Any, *, config: dict, tokenizer: str, metrics: Mapping[str, Any]
+        self,
+        step: int,
+        state: Any,
+        *,
+        config: dict,
+        tokenizer: str,
+        aux: dict | None = None,
+        metrics: Mapping[str, Any],
     ) -> bool:
         """Starts to write a checkpoint and returns once the arrays are copied off the device.
 
@@ -74,6 +81,7 @@ class Checkpoints:
             state: any pytree of arrays, typed PRNG keys included; it may be donated afterwards.
             config: what JSON can hold.
             tokenizer: its JSON text, kept letter for letter.
+            aux: the format of auxiliary vectors, if there is one; what JSON can hold.
             metrics: what is known about this step, maybe nothing (see `best_by`); values
                 that are not finite are left out.
 
@@ -92,7 +100,10 @@ class Checkpoints:
             for left in self.directory.glob("*.writing"):  # by a run that was killed
                 shutil.rmtree(left)
             folder.mkdir(parents=True)
-            for name, value in (("config", config), ("tokenizer", tokenizer), ("metrics", finite)):
+            items = {"config": config, "tokenizer": tokenizer, "aux": aux, "metrics": finite}
+            for name, value in items.items():
+                if value is None:
+                    continue
                 (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
             response = ocp.save_checkpointables_async(str(folder / "arrays"), {"state": state})
         except OSError as error:
@@ -223,6 +234,11 @@ class Checkpoints:
     def read_tokenizer(self, step: Step) -> str:
         """The tokenizer's JSON text saved with a step."""
         return self._read_json(step, "tokenizer", str)
+
+    def read_aux(self, step: Step) -> dict | None:
+        """The format of auxiliary vectors saved with a step, None where there is none."""
+        path = self._path(step) / "aux.json"
+        return _read_json(path, dict) if path.exists() else None
 
     def read_metrics(self, step: Step) -> dict[str, float]:
         """The metrics saved with a step."""

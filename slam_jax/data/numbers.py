@@ -1,0 +1,132 @@
+"""Numbers with a name, as auxiliary vectors."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from slam_jax.errors import InputError, check_names
+
+_MOST_DEVIATIONS = 8.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxFormat:
+    """What stands in the auxiliary vectors of a data set; saved with every checkpoint.
+
+    Either rows are given as the model reads them and `names` are those of their numbers; or `names`
+    are columns of a table, of which each makes one vector, and `mean` and `scale` (the standard
+    deviation) are those of the training rows.
+    """
+
+    names: tuple[str, ...]
+    mean: tuple[float, ...] | None = None
+    scale: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.names))
+        for field in ("mean", "scale"):
+            values = getattr(self, field)
+            object.__setattr__(self, field, None if values is None else tuple(values))
+
+    @property
+    def has_columns(self) -> bool:
+        return self.mean is not None
+
+    @classmethod
+    def of_columns(cls, names: Sequence[str], rows: Float[np.ndarray, "n A"]) -> "AuxFormat":
+        """For a table whose training rows are `rows`; NaN = missing."""
+        mean, scale = [], []
+        for column in rows.T:
+            known = column[~np.isnan(column)]
+            mean.append(float(known.mean()) if len(known) else 0.0)
+            spread = float(known.std()) if len(known) else 0.0
+            # A column that does not change tells nothing: any scale will do.
+            scale.append(spread if spread > 1e-12 * max(1.0, abs(mean[-1])) else 1.0)
+        return cls(tuple(names), tuple(mean), tuple(scale))
+
+    def encode(self, value: Any, width: int) -> Float[np.ndarray, "A C"]:
+        """The auxiliary vectors, `width` numbers each; NaN rows are those of missing numbers.
+
+        Args:
+          value: rows of `width` numbers; or, for columns, numbers in their order or by name, of
+            which some may be missing or None.
+
+        Raises:
+          InputError: there is a name that is no column, or other numbers than expected.
+        """
+        if not self.has_columns:
+            return as_vectors(value, width, self.names)
+        if isinstance(value, Mapping):
+            check_names(map(str, value), self.names, "aux")
+            value = [value.get(name) for name in self.names]
+        numbers = _as_numbers(value)
+        if numbers.shape != (len(self.names),):
+            raise InputError(
+                f"aux has {_shape(numbers)} numbers; expected one for each of "
+                f"{', '.join(self.names)}"
+            )
+        standard = (numbers - np.array(self.mean)) / np.array(self.scale)
+        return number_features(standard, width)
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "AuxFormat":
+        """Raises InputError for what `to_json` did not make."""
+        try:
+            made = cls(**value)
+        except TypeError as error:
+            raise InputError(f"aux format: {error}") from None
+        lengths = {len(v) for v in (made.names, made.mean, made.scale) if v is not None}
+        if (made.mean is None) != (made.scale is None) or len(lengths) > 1:
+            raise InputError("aux format: names, mean and scale are of different lengths")
+        return made
+
+
+def as_vectors(
+    value: Any, width: int, names: Sequence[str] | None = None
+) -> Float[np.ndarray, "A C"]:
+    """Rows of numbers as float32; raises InputError for another width."""
+    rows = _as_numbers(value)
+    if rows.ndim != 2 or rows.shape[-1] != width or not rows.shape[0]:
+        of = f" ({', '.join(names)})" if names else ""
+        raise InputError(f"aux is {_shape(rows)} numbers; expected rows of {width}{of}")
+    if np.isnan(rows).any():
+        raise InputError("aux has a number that is missing or no number; leave the row out instead")
+    return rows.astype(np.float32)
+
+
+def number_features(numbers: Float[np.ndarray, "A"], width: int) -> Float[np.ndarray, "A C"]:
+    """Each number as itself and as sines and cosines of it, from a period of 16 deviations down by
+    halves: coarse and fine differences alike show in a linear map.
+
+    Source: the Fourier features of Tancik et al. 2020 (arXiv 2006.10739), with fixed octaves.
+    """
+    clipped = np.clip(numbers, -_MOST_DEVIATIONS, _MOST_DEVIATIONS)
+    columns = [clipped / 2]
+    for octave in range((width + 1) // 2):
+        angle = clipped * (2 * np.pi / 16) * 2**octave
+        columns += [np.sin(angle), np.cos(angle)]
+    return np.stack(columns[:width], axis=-1).astype(np.float32)
+
+
+def _as_numbers(value: Any) -> np.ndarray:
+    try:
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            value = [math.nan if each is None else each for each in value]
+        numbers = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise InputError("aux is no table of numbers; expected rows of numbers") from None
+    if np.isinf(numbers).any():
+        raise InputError("aux has an infinite number; give finite ones")
+    return numbers
+
+
+def _shape(numbers: np.ndarray) -> str:
+    return " x ".join(map(str, numbers.shape)) or "1"

@@ -1,0 +1,182 @@
+"""Rows of a table, each with a question and an answer, as a `Source`."""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from slam_jax.data.images import load_image
+from slam_jax.data.numbers import AuxFormat
+from slam_jax.data.pipeline import Example
+from slam_jax.data.records import Records
+from slam_jax.data.tokenizer import Tokenizer
+from slam_jax.data.views import TRAINING_VIEWS
+from slam_jax.errors import InputError
+
+ANY_KIND = "all"
+_CORPUS_ROWS = 20_000
+_BYTES_KEPT = 1 << 29
+_LENGTHS_KEPT = 64
+
+
+class Row(NamedTuple):
+    """A question and what it is about.
+
+    image: what `load_image` takes, or None. numbers: one for each column, NaN = missing; or None.
+    answers: any of them will do; one is learned at a time. kind: of the question. where: the row
+    stands, for messages.
+    """
+
+    image: Any
+    text: str | None
+    numbers: Float[np.ndarray, "A"] | None
+    prompt: str
+    answers: tuple[str, ...]
+    kind: str = ANY_KIND
+    where: str = ""
+
+
+class Texts(NamedTuple):
+    """What of a row is text."""
+
+    text: str
+    prompt: str
+    answer: str
+
+
+class Rows:
+    """A split of a table.
+
+    Args:
+      rows: by index; may raise for one that cannot be read.
+      name: of the split, for messages.
+      size: pixels a side that images are brought to.
+      aux_format, aux_width: of the columns of numbers, if there are any, and of each one's vector.
+      incomplete: whether some rows lack what others have.
+      texts: every text there can be; None = those of all rows, which are read for them.
+      max_damaged: how many rows may not be readable.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        name: str,
+        *,
+        size: int,
+        streams: Sequence[str],
+        aux_format: AuxFormat | None = None,
+        aux_width: int = 1,
+        incomplete: bool = False,
+        texts: Iterable[Texts] | None = None,
+        max_damaged: int = 0,
+    ):
+        self.rows = rows
+        self.records = Records(_Decoded(rows, size), name, max_damaged)
+        self.image_size = (size, size)
+        self._streams = frozenset(streams)
+        self._aux_format, self._aux_width = aux_format, aux_width
+        self._incomplete = incomplete
+        self._given_texts = None if texts is None else tuple(texts)
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Those whose streams the table has; `all` shows what there is."""
+        return tuple(
+            name
+            for name, view in TRAINING_VIEWS.items()
+            if not view.split and (name == "all" or self._streams.issuperset(view.streams))
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.records[index]
+
+    def render(self, record: Row, view: str, rng: np.random.Generator) -> Example:
+        shown = self._streams.intersection(TRAINING_VIEWS[view].streams)
+        answer = record.answers[int(rng.integers(len(record.answers)))]
+        aux = None
+        if "aux" in shown and self._aux_format is not None:
+            aux = self._aux_format.encode(record.numbers, self._aux_width)
+        return Example(
+            text=record.text if "text" in shown else None,
+            image=record.image if "image" in shown else None,
+            aux=aux,
+            prompts=(record.prompt,),
+            answers=(answer,),
+            kinds=(record.kind,),
+            needs_both=(False,),
+        )
+
+    def complete(self, view: str) -> bool:
+        return not self._incomplete
+
+    def paired(self, view: str) -> bool:
+        return view == "image_text" and not self._incomplete
+
+    def text_lengths(self, view: str, tokenizer: Tokenizer) -> tuple[int, int]:
+        return self._lengths(tokenizer).text
+
+    def question_length(self, tokenizer: Tokenizer) -> int:
+        return self._lengths(tokenizer).question
+
+    def answer_length(self, tokenizer: Tokenizer) -> int:
+        return self._lengths(tokenizer).answer
+
+    def corpus(self) -> Iterator[str]:
+        for texts in self._texts(_CORPUS_ROWS):
+            yield from texts
+
+    @functools.cached_property
+    def _lengths(self) -> Any:
+        return functools.lru_cache(maxsize=_LENGTHS_KEPT)(self._measure)
+
+    def _measure(self, tokenizer: Tokenizer) -> "_Lengths":
+        count = functools.lru_cache(maxsize=None)(lambda text: len(tokenizer.encode(text)))
+        lengths = [tuple(map(count, texts)) for texts in self._texts(None)]
+        if not lengths:
+            return _Lengths((0, 0), 0, 0)
+        texts, _, answers = zip(*lengths, strict=True)
+        question = max(prompt + answer for _, prompt, answer in lengths)
+        return _Lengths((min(texts), max(texts)), question, max(answers))
+
+    def _texts(self, most: int | None) -> Iterator[Texts]:
+        if self._given_texts is not None:
+            yield from self._given_texts
+            return
+        for row in self.rows[:most]:
+            for answer in row.answers:
+                yield Texts(row.text or "", row.prompt, answer)
+
+
+class _Lengths(NamedTuple):
+    text: tuple[int, int]
+    question: int
+    answer: int
+
+
+class _Decoded(Sequence[Row]):
+    """Rows with their pictures as pixels, of which as many are kept as fit into half a GiB."""
+
+    def __init__(self, rows: Sequence[Row], size: int):
+        self._rows, self._size = rows, size
+        kept = max(1, _BYTES_KEPT // (3 * size**2))
+        self._read = functools.lru_cache(maxsize=kept)(self._decode)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._read(index)
+
+    def _decode(self, index: int) -> Row:
+        row = self._rows[index]
+        if row.image is None:
+            return row
+        try:
+            return row._replace(image=load_image(row.image, self._size))
+        except InputError as error:
+            raise InputError(f"{row.where}, image: {error}" if row.where else str(error)) from None

@@ -1,0 +1,137 @@
+"""Greedy decoding: what it says, when it stops, and that the cache changes nothing."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from slam_jax.generation import greedy_decode
+from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
+
+VOCAB, PAD, EOS = 11, 0, 1
+
+
+class Cache(NamedTuple):
+    total: jax.Array  # sum of the tokens seen by each row
+    room: jax.Array
+
+
+class Adder:
+    """The next token is (sum of all tokens so far + memory) mod VOCAB: a wrong history shows."""
+
+    def __init__(self):
+        self.steps = []
+
+    def init_cache(self, batch_shape, max_length):
+        return Cache(jnp.zeros(batch_shape, jnp.int32), jnp.full(batch_shape, max_length))
+
+    def _logits(self, total, memory):
+        offset = 0 if memory is None else memory.reshape(-1, *[1] * (total.ndim - 1))
+        return jax.nn.one_hot((total + offset) % VOCAB, VOCAB)
+
+    def prefill(self, tokens, cache, memory, *, lengths):
+        width = tokens.shape[-1]
+        total = jnp.sum(jnp.where(jnp.arange(width) < lengths[..., None], tokens, 0), axis=-1)
+        logits = self._logits(jnp.cumsum(tokens, axis=-1), memory)
+        return logits, Cache(total, cache.room - lengths)
+
+    def decode_step(self, tokens, cache, memory):
+        jax.debug.callback(lambda room: self.steps.append(room), cache.room)
+        cache = Cache(cache.total + tokens, cache.room - 1)
+        return self._logits(cache.total, memory), cache
+
+
+def expected(prompt, offset, max_new_tokens):
+    tokens, new = list(prompt), []
+    while len(new) < max_new_tokens and EOS not in new:
+        new.append((sum(tokens) + offset) % VOCAB)
+        tokens.append(new[-1])
+    return new + [PAD] * (max_new_tokens - len(new))
+
+
+def decode(model, memory, prompts, lengths, max_new_tokens):
+    settings = {"max_new_tokens": max_new_tokens, "eos_id": EOS, "pad_id": PAD}
+    return jax.jit(partial(greedy_decode, model, **settings))(memory, prompts, lengths).tokens
+
+
+@pytest.mark.parametrize("question_shape", [(), (4,), (2, 2)])
+def test_continues_every_row_of_any_shape_by_its_own_history(question_shape):
+    rng = np.random.default_rng(0)
+    shape = (3, *question_shape)
+    prompts = rng.integers(2, VOCAB, (*shape, 5), dtype=np.int32)
+    lengths = rng.integers(1, 6, shape, dtype=np.int32)
+    memory = np.array([3, 5, 9], np.int32)
+    new = decode(Adder(), memory, prompts, lengths, 6)
+    assert new.shape == (*shape, 6)
+    for row in np.ndindex(shape):
+        assert new[row].tolist() == expected(prompts[row][: lengths[row]], memory[row[0]], 6)
+
+
+def test_a_model_without_memory_decodes_too():
+    new = decode(Adder(), None, jnp.array([[2, 3, 4]]), jnp.array([3]), 4)
+    assert new[0].tolist() == expected([2, 3, 4], 0, 4)
+
+
+def test_nothing_after_a_prompt_changes_its_continuation():
+    lengths = jnp.array([2, 2])
+    new = decode(Adder(), None, jnp.array([[4, 5, PAD, PAD], [4, 5, 7, 9]]), lengths, 5)
+    assert new[0].tolist() == new[1].tolist()
+
+
+def test_a_row_yields_pads_after_its_eos_and_the_others_go_on():
+    # Sums 12, 5 and 7: the first row says EOS at once, the second 5 10 9 .., the third 7 3 6 EOS.
+    new = decode(Adder(), None, jnp.array([[12], [5], [7]]), jnp.array([1, 1, 1]), 5)
+    assert new.tolist() == [[EOS, 0, 0, 0, 0], [5, 10, 9, 7, 3], [7, 3, 6, EOS, 0]]
+
+
+@pytest.mark.parametrize(("prompts", "steps"), [([[12], [12]], 0), ([[12], [7]], 3), ([[2]], 7)])
+def test_the_loop_ends_with_the_last_row_and_never_outgrows_the_cache(prompts, steps):
+    model = Adder()
+    prompts = jnp.array(prompts)
+    decode(model, None, prompts, jnp.ones(len(prompts), jnp.int32), 8)
+    jax.effects_barrier()
+    assert len(model.steps) == steps
+    assert all((room > 0).all() for room in model.steps)
+
+
+def test_asking_for_no_token_says_so():
+    with pytest.raises(ValueError, match="max_new_tokens is 0; ask for at least 1"):
+        decode(Adder(), None, jnp.array([[2]]), jnp.array([1]), 0)
+
+
+def test_slam_v3_says_with_its_cache_what_it_says_reading_everything_again_at_each_token():
+    config = SlamV3Config.preset("tiny", vocab_size=VOCAB)
+    shapes = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
+    graphdef, shapes = nnx.split(shapes, nnx.Param)
+    rng = np.random.default_rng(0)
+    # Larger weights than an initialisation has: with those the history hardly counts.
+    params = jax.tree.map(lambda p: jnp.array(rng.normal(0, 0.3, p.shape), p.dtype), shapes)
+    inputs = Inputs(aux=jnp.array(rng.normal(size=(2, 3, 5)), jnp.float32))
+    prompts = jnp.array(rng.integers(2, VOCAB, (2, 3, 4)), jnp.int32)
+    lengths = jnp.array(rng.integers(1, 5, (2, 3)), jnp.int32)
+    new_tokens = 6
+
+    @jax.jit
+    def cached(params):
+        model = nnx.merge(graphdef, params)
+        settings = {"max_new_tokens": new_tokens, "eos_id": EOS, "pad_id": PAD}
+        return greedy_decode(model, model.encode(inputs), prompts, lengths, **settings).tokens
+
+    @jax.jit
+    def forward(params, tokens):
+        return nnx.merge(graphdef, params)(tokens, inputs).logits
+
+    tokens = np.pad(prompts, ((0, 0), (0, 0), (0, new_tokens)))
+    naive = np.full((2, 3, new_tokens), PAD)
+    for i in range(new_tokens):
+        logits = np.asarray(forward(params, tokens))
+        for row in np.ndindex(2, 3):
+            if EOS not in naive[row]:
+                naive[row][i] = logits[row][lengths[row] + i - 1].argmax()
+                tokens[row][lengths[row] + i] = naive[row][i]
+    assert len({tuple(row) for row in naive.reshape(6, -1)}) > 3
+    np.testing.assert_array_equal(cached(params), naive)
