@@ -344,7 +344,12 @@ class Soak:
         for step in range(1, experiment.run.num_steps + 1):
             _, batch = next(batches)
             if step == bad:
-                state = dataclasses.replace(state, step=state.step + 1, skipped=state.skipped + 1)
+                state = dataclasses.replace(
+                    state,
+                    step=state.step + 1,
+                    skipped=state.skipped + 1,
+                    bad_steps=state.bad_steps + 1,  # the next good step sets it back to 0
+                )
             else:
                 state, _ = step_fn(state, batch)
         return state
