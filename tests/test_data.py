@@ -357,6 +357,9 @@ class Captions:
     def render(self, record, view, rng):
         return Example(record, None, None, ("about?",), ("red",), ("topic",), (False,))
 
+    def streams(self, view):
+        return ("text",)
+
     def complete(self, view):
         return False
 

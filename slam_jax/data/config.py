@@ -11,7 +11,7 @@ import numpy as np
 
 from slam_jax.data.tokenizer import SMALLEST_VOCABULARY
 from slam_jax.data.views import TRAINING_VIEWS
-from slam_jax.errors import ConfigError, require_count
+from slam_jax.errors import ConfigError, require, require_count
 
 
 class Stage(NamedTuple):
@@ -30,6 +30,8 @@ class DataConfig:
     data_dir: where built data sets are kept; None = $SLAM_JAX_DATA_DIR or ~/.cache/slam_jax/tfds.
     batch_size: examples per step over all processes.
     seed: of shuffling, rendering and the choice of views.
+    augment: training pictures of folders and the like lose up to this share of each side, another
+      part each time; 0 = they are shown as they are.
     max_damaged_records: how many records of a split may be damaged; they are passed over, and one
       more ends the run.
     vocab_size: most tokens the tokenizer may learn.
@@ -45,6 +47,7 @@ class DataConfig:
     data_dir: str | None = None
     batch_size: int = 64
     seed: int = 0
+    augment: float = 0.0
     max_damaged_records: int = 10
     vocab_size: int = 512
     stages: Sequence[Any] = ((0, {"image": 1.0}),)
@@ -53,6 +56,7 @@ class DataConfig:
         require_count("batch_size", self.batch_size)
         require_count("vocab_size", self.vocab_size, least=SMALLEST_VOCABULARY)
         require_count("max_damaged_records", self.max_damaged_records, least=0)
+        require(0 <= self.augment < 1, "augment", self.augment, "a share from 0 to below 1")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; it must be in 0..{2**32 - 1}")
         stages = tuple(_stage(i, stage) for i, stage in enumerate(self.stages))

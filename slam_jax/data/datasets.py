@@ -14,6 +14,12 @@ from slam_jax.data.digits import read_digits
 from slam_jax.data.folder import SPLITS, Table, read_table, without_long_rows
 from slam_jax.data.numbers import AuxFormat
 from slam_jax.data.pipeline import Source
+from slam_jax.data.public import (
+    MNIST_TEXTS,
+    read_captions,
+    read_mnist,
+    with_fitting_answers,
+)
 from slam_jax.data.records import DataError, Records
 from slam_jax.data.rows import Row, Rows
 from slam_jax.data.scenes import Scenes
@@ -46,7 +52,8 @@ def prepare(
 
     Args:
       config: `sort_of_clevr`, or `sort_of_clevr/tiny` for trying out; `folder` with `config.path`,
-        for data of one's own; `digits`.
+        for data of one's own; `digits`; `mnist` and `coco_captions`, which TFDS downloads, and
+        builds with TensorFlow.
       tokenizer: that of a checkpoint; None trains one on the training split.
       model: what will read it: the size of images, the width of auxiliary vectors, the context.
 
@@ -56,8 +63,10 @@ def prepare(
     """
     name, _, variant = config.name.partition("/")
     reader = _READERS.get(name)
-    if reader is None:
+    if reader is None or (variant and name != "sort_of_clevr"):
         raise ConfigError(f"data.name is {config.name!r}; use one of {', '.join(_READERS)}")
+    if config.augment and name == SortOfClevr.name:
+        raise ConfigError(f"data.augment is {config.augment}; {name} is drawn, and must have 0")
     dataset = reader(config, variant, tokenizer, model or SlamV3Config(vocab_size=1))
     for view in config.views:
         if view not in dataset.train.views:
@@ -159,13 +168,50 @@ def _read_digits(
     return _from_rows(rows, "digits", config, model, tokenizer, streams=["image"])
 
 
+def _read_mnist(
+    config: DataConfig, variant: str, tokenizer: Tokenizer | None, model: SlamV3Config
+) -> Dataset:
+    rows = read_mnist(config)
+    if tokenizer is None:
+        words = (word for texts in MNIST_TEXTS for word in texts)
+        tokenizer = Tokenizer.train(words, config.vocab_size)
+    return _from_rows(rows, "mnist", config, model, tokenizer, streams=["image"], texts=MNIST_TEXTS)
+
+
+def _read_coco_captions(
+    config: DataConfig, variant: str, tokenizer: Tokenizer | None, model: SlamV3Config
+) -> Dataset:
+    rows = read_captions(config)
+    whole = True
+    if tokenizer is None:
+        most = config.max_damaged_records
+        sample = Rows(rows["train"], "coco_captions, train", size=1, streams=(), max_damaged=most)
+        tokenizer = Tokenizer.train(sample.corpus(), config.vocab_size)
+        whole = not sample.undecoded.damaged
+    # Which captions fit, the tokenizer decides that is trained on all.
+    fitting = {
+        split: with_fitting_answers(each, tokenizer, model.context_length)
+        for split, each in rows.items()
+    }
+    made = _from_rows(
+        fitting,
+        "coco_captions",
+        config,
+        model,
+        tokenizer,
+        streams=["image"],
+        longest=model.context_length - 2,
+    )
+    return dataclasses.replace(made, corpus_is_whole=whole)
+
+
 def _train_tokenizer(rows: Sequence[Row], config: DataConfig) -> Tokenizer:
     texts = (text for row in rows for text in (row.text or "", row.prompt, *row.answers))
     return Tokenizer.train(texts, config.vocab_size)
 
 
 def _from_rows(
-    splits: Mapping[str, Sequence[Row]],
+    splits: Mapping[str, Sequence[Any]],
     name: str,
     config: DataConfig,
     model: SlamV3Config,
@@ -179,6 +225,7 @@ def _from_rows(
             rows,
             f"{name}, {split}",
             size=model.image.size,
+            augment=config.augment if split == "train" else 0.0,
             aux_format=aux_format,
             aux_width=model.aux_dim,
             max_damaged=config.max_damaged_records,
@@ -194,4 +241,6 @@ _READERS: dict[str, Callable[..., Dataset]] = {
     "sort_of_clevr": _read_sort_of_clevr,
     "folder": _read_folder,
     "digits": _read_digits,
+    "mnist": _read_mnist,
+    "coco_captions": _read_coco_captions,
 }

@@ -1,9 +1,11 @@
 """Pictures as they come, of any size and kind, to the pixels a model reads."""
 
+import contextlib
 import io
 import os
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +36,49 @@ def load_image(source: Any, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """
     if isinstance(source, np.ndarray) and source.shape == (size, size, 3):
         return _pixels(source)
-    return _fit(_open(source), size)
+    with _opened(source) as image:
+        return _fit(image, size, source)
+
+
+def crop_at_random(
+    pixels: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator, most: float
+) -> UInt8[np.ndarray, "H W 3"]:
+    """A window of the picture, brought back to its size; up to `most` of each side is lost."""
+    height, width = pixels.shape[:2]
+    scale = 1 - most * rng.random()
+    x, y = (rng.random(2) * (1 - scale) * (width, height)).tolist()
+    box = (x, y, x + scale * width, y + scale * height)
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, box=box)
+    return np.array(image)
 
 
 def check_image(source: Any) -> tuple[int, int]:
     """Width and height, without decoding it; raises as `load_image` for what that can tell."""
-    return _open(source).size
+    with _opened(source) as image:
+        return image.size
 
 
-def _open(source: Any) -> Image.Image:
-    if isinstance(source, Image.Image):
-        image = source
-    elif isinstance(source, (str, os.PathLike, bytes)):
-        image = _open_file(source)
-    elif hasattr(source, "__array__"):
-        image = Image.fromarray(_pixels(np.asarray(source)))
-    else:
-        raise InputError(
-            f"a {type(source).__name__} is no picture; give a path, bytes, a PIL image or an array"
-        )
-    width, height = image.size
-    if width * height > MOST_PIXELS:
-        raise InputError(
-            f"{_name(source)} has {width:,} x {height:,} pixels; "
-            f"at most {MOST_PIXELS:,} are read: make it smaller"
-        )
-    return image
+@contextlib.contextmanager
+def _opened(source: Any) -> Iterator[Image.Image]:
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, Image.Image):
+            image = source
+        elif isinstance(source, (str, os.PathLike, bytes)):
+            image = stack.enter_context(_open_file(source))
+        elif hasattr(source, "__array__"):
+            image = Image.fromarray(_pixels(np.asarray(source)))
+        else:
+            raise InputError(
+                f"a {type(source).__name__} is no picture; "
+                "give a path, bytes, a PIL image or an array"
+            )
+        width, height = image.size
+        if width * height > MOST_PIXELS:
+            raise InputError(
+                f"{_name(source)} has {width:,} x {height:,} pixels; "
+                f"at most {MOST_PIXELS:,} are read: make it smaller"
+            )
+        yield image
 
 
 def _open_file(source: str | os.PathLike[str] | bytes) -> Image.Image:
@@ -78,15 +97,16 @@ def _open_file(source: str | os.PathLike[str] | bytes) -> Image.Image:
         raise _unreadable(source, error) from error
 
 
-def _fit(image: Image.Image, size: int) -> Any:
+def _fit(image: Image.Image, size: int, source: Any) -> Any:
     try:
-        image.draft("RGB", (size, size))  # a JPEG is decoded no larger than needed
+        if image is not source:  # what somebody gave is not changed
+            image.draft("RGB", (size, size))  # a JPEG is decoded no larger than needed
         image = _to_rgb(ImageOps.exif_transpose(image))
         if image.size != (size, size):
             image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=_GREY)
         return np.array(image)
     except Exception as error:
-        raise _unreadable(getattr(image, "filename", None) or image, error) from error
+        raise _unreadable(source, error) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -16,7 +16,6 @@ from slam_jax.array_typing import AnyArray
 from slam_jax.data.config import DataConfig
 from slam_jax.data.records import DamagedRecord, DataError
 from slam_jax.data.tokenizer import Tokenizer
-from slam_jax.data.views import VIEWS
 from slam_jax.errors import InputError
 from slam_jax.slam_v3.streams import Inputs
 
@@ -65,6 +64,10 @@ class Source(Protocol):
 
     def text_lengths(self, view: str, tokenizer: Tokenizer) -> tuple[int, int]:
         """The least and the most tokens that the text of `view` can have."""
+        ...
+
+    def streams(self, view: str) -> tuple[str, ...]:
+        """The inputs that a batch of `view` has, of text, image and aux."""
         ...
 
     def complete(self, view: str) -> bool:
@@ -200,7 +203,7 @@ class _Collate:
     def __init__(self, source: Source, tokenizer: Tokenizer, view: str):
         self._tokenizer = tokenizer
         self._shortest, self._longest = source.text_lengths(view, tokenizer)
-        self._streams, self._image_size = VIEWS[view].streams, source.image_size
+        self._streams, self._image_size = source.streams(view), source.image_size
         self._complete = source.complete(view)
         self._paired = source.paired(view)
         self._question_length = source.question_length(tokenizer) + 2

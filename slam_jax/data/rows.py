@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from slam_jax.data.images import load_image
+from slam_jax.data.images import crop_at_random, load_image
 from slam_jax.data.numbers import AuxFormat
 from slam_jax.data.pipeline import Example
-from slam_jax.data.records import Records
+from slam_jax.data.records import DamagedRecord, Records
 from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.data.views import TRAINING_VIEWS
 from slam_jax.errors import InputError
@@ -50,35 +50,43 @@ class Rows:
     """A split of a table.
 
     Args:
-      rows: by index; may raise for one that cannot be read.
+      rows: a `Row` by index; may raise for one that cannot be read, so none is read to check it.
       name: of the split, for messages.
-      size: pixels a side that images are brought to.
+      size: pixels a side that images are brought to. augment: share of a side that may be cropped,
+        at random, each time one is shown.
       aux_format, aux_width: of the columns of numbers, if there are any, and of each one's vector.
       incomplete: whether some rows lack what others have.
       texts: every text there can be; None = those of all rows, which are read for them.
+      longest: tokens that a prompt and its answer have at most, so that rows without texts need not
+        be read; None = counted.
       max_damaged: how many rows may not be readable.
     """
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Any],
         name: str,
         *,
         size: int,
+        augment: float = 0.0,
         streams: Sequence[str],
         aux_format: AuxFormat | None = None,
         aux_width: int = 1,
         incomplete: bool = False,
         texts: Iterable[Texts] | None = None,
+        longest: int | None = None,
         max_damaged: int = 0,
     ):
         self.rows = rows
+        self.undecoded = Records(rows, name, max_damaged)
         self.records = Records(_Decoded(rows, size), name, max_damaged)
         self.image_size = (size, size)
+        self._augment = augment
         self._streams = frozenset(streams)
         self._aux_format, self._aux_width = aux_format, aux_width
         self._incomplete = incomplete
         self._given_texts = None if texts is None else tuple(texts)
+        self._longest = longest
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -96,20 +104,26 @@ class Rows:
         return self.records[index]
 
     def render(self, record: Row, view: str, rng: np.random.Generator) -> Example:
-        shown = self._streams.intersection(TRAINING_VIEWS[view].streams)
+        shown = self.streams(view)
         answer = record.answers[int(rng.integers(len(record.answers)))]
         aux = None
         if "aux" in shown and self._aux_format is not None:
             aux = self._aux_format.encode(record.numbers, self._aux_width)
+        image = record.image if "image" in shown else None
+        if image is not None and self._augment:
+            image = crop_at_random(image, rng, self._augment)
         return Example(
             text=record.text if "text" in shown else None,
-            image=record.image if "image" in shown else None,
+            image=image,
             aux=aux,
             prompts=(record.prompt,),
             answers=(answer,),
             kinds=(record.kind,),
             needs_both=(False,),
         )
+
+    def streams(self, view: str) -> tuple[str, ...]:
+        return tuple(s for s in TRAINING_VIEWS[view].streams if s in self._streams)
 
     def complete(self, view: str) -> bool:
         return not self._incomplete
@@ -135,6 +149,8 @@ class Rows:
         return functools.lru_cache(maxsize=_LENGTHS_KEPT)(self._measure)
 
     def _measure(self, tokenizer: Tokenizer) -> "_Lengths":
+        if self._longest is not None:
+            return _Lengths((0, 0), self._longest, self._longest)
         count = functools.lru_cache(maxsize=None)(lambda text: len(tokenizer.encode(text)))
         lengths = [tuple(map(count, texts)) for texts in self._texts(None)]
         if not lengths:
@@ -147,7 +163,11 @@ class Rows:
         if self._given_texts is not None:
             yield from self._given_texts
             return
-        for row in self.rows[:most]:
+        for i in range(len(self))[:most]:
+            try:
+                row = self.undecoded[i]
+            except DamagedRecord:
+                continue
             for answer in row.answers:
                 yield Texts(row.text or "", row.prompt, answer)
 
@@ -161,7 +181,7 @@ class _Lengths(NamedTuple):
 class _Decoded(Sequence[Row]):
     """Rows with their pictures as pixels, of which as many are kept as fit into half a GiB."""
 
-    def __init__(self, rows: Sequence[Row], size: int):
+    def __init__(self, rows: Sequence[Any], size: int):
         self._rows, self._size = rows, size
         kept = max(1, _BYTES_KEPT // (3 * size**2))
         self._read = functools.lru_cache(maxsize=kept)(self._decode)

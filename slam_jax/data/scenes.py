@@ -130,6 +130,9 @@ class Scenes:
 
         return extreme(min), extreme(max)
 
+    def streams(self, view: str) -> tuple[str, ...]:
+        return VIEWS[view].streams
+
     def complete(self, view: str) -> bool:
         return True
 

@@ -45,6 +45,36 @@ def bootstrap_interval(
     return Interval(float(right.sum() / count.sum()), float(low), float(high))
 
 
+class Calibration(NamedTuple):
+    """Answers in bins of like confidence, those that have any.
+
+    confidence, accuracy: means of each bin, in [0, 1]. counts: its answers. error: the expected
+    calibration error, the mean of |confidence - accuracy| weighed by count.
+    """
+
+    confidence: Float[np.ndarray, "bins"]
+    accuracy: Float[np.ndarray, "bins"]
+    counts: tuple[int, ...]
+    error: float
+
+
+def calibration(
+    confidence: Float[np.ndarray, "n"], correct: Float[np.ndarray, "n"], num_bins: int = 10
+) -> Calibration:
+    """How often answers of like confidence are right, in `num_bins` bins of equal width.
+
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2.
+    """
+    place = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
+    filled = [np.flatnonzero(place == i) for i in range(num_bins)]
+    filled = [members for members in filled if len(members)]
+    sure = np.array([confidence[members].mean() for members in filled])
+    right = np.array([correct[members].mean() for members in filled])
+    counts = np.array([len(members) for members in filled])
+    error = float((np.abs(sure - right) * counts).sum() / max(counts.sum(), 1))
+    return Calibration(sure, right, tuple(counts.tolist()), error)
+
+
 def recall_at_k(queries: Float[np.ndarray, "N E"], keys: Float[np.ndarray, "N E"], k: int) -> float:
     """Share of queries whose own key (the same row) is among the `k` with the largest dot product.
 

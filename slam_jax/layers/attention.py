@@ -23,6 +23,19 @@ def masked_softmax(
     return jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0)
 
 
+def attention_weights(
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B S N H"],
+    mask: Bool[Array, "*#B #T S"] | None = None,
+) -> Float[Array, "*B N T S"]:
+    """How much each query attends to each key, in float32; arguments as in `attend`."""
+    # Heads first: as one batched matmul with its batch in front, XLA:CPU is several times faster.
+    q, k = jnp.swapaxes(q, -2, -3), jnp.swapaxes(k, -2, -3)
+    logits = jnp.einsum("...th,...sh->...ts", q, k, preferred_element_type=jnp.float32)
+    mask = None if mask is None else mask[..., None, :, :]
+    return masked_softmax(logits * q.shape[-1] ** -0.5, mask)
+
+
 def attend(
     q: Float[Array, "*B T N H"],
     k: Float[Array, "*B S N H"],
@@ -33,11 +46,7 @@ def attend(
 
     Scores and softmax are float32. Source: Vaswani et al. 2017, section 3.2.1.
     """
-    # Heads first: as one batched matmul with its batch in front, XLA:CPU is several times faster.
-    q, k, v = (jnp.swapaxes(x, -2, -3) for x in (q, k, v))
-    logits = jnp.einsum("...th,...sh->...ts", q, k, preferred_element_type=jnp.float32)
-    mask = None if mask is None else mask[..., None, :, :]
-    probs = masked_softmax(logits * q.shape[-1] ** -0.5, mask)
+    probs, v = attention_weights(q, k, mask), jnp.swapaxes(v, -2, -3)
     y = jnp.einsum("...ts,...sv->...tv", probs.astype(v.dtype), v)
     return jnp.swapaxes(y, -2, -3)
 

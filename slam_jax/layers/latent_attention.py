@@ -28,6 +28,33 @@ class LatentCache:
     length: Int[Array, "*B"]
 
 
+def latent_attention_weights(
+    q: Float[Array, "*B T N H"],
+    latents: Float[Array, "*B S R"],
+    w_uk: Float[Array, "R N H"],
+    *,
+    q_rope: Float[Array, "*B T N H_r"] | None = None,
+    k_rope: Float[Array, "*B S H_r"] | None = None,
+    mask: Bool[Array, "*#B #T S"] | None = None,
+    absorbed: bool,
+) -> Float[Array, "*B N T S"]:
+    """How much each query attends to each latent, in float32; arguments as in `latent_attend`."""
+    f32 = dict(preferred_element_type=jnp.float32)
+    width = q.shape[-1] + (0 if q_rope is None else q_rope.shape[-1])
+    # Heads first throughout, as in `attend`.
+    if absorbed:
+        q = jnp.einsum("...tnh,rnh->...ntr", q, w_uk)
+        logits = jnp.einsum("...ntr,...sr->...nts", q, latents, **f32)
+    else:
+        q, k = jnp.swapaxes(q, -2, -3), jnp.swapaxes(project(latents, w_uk), -2, -3)
+        logits = jnp.einsum("...nth,...nsh->...nts", q, k, **f32)
+    if q_rope is not None:
+        q_rope = jnp.swapaxes(q_rope, -2, -3)
+        logits += jnp.einsum("...nth,...sh->...nts", q_rope, k_rope, **f32)
+    mask = None if mask is None else mask[..., None, :, :]
+    return masked_softmax(logits * width**-0.5, mask)
+
+
 def latent_attend(
     q: Float[Array, "*B T N H"],
     latents: Float[Array, "*B S R"],
@@ -45,20 +72,9 @@ def latent_attend(
     there are many queries. Absorbed: take the queries to the latents instead, so that a decoding
     step reads R numbers a token and not N * (H + V). Both scale by the expanded key width H + H_r.
     """
-    f32 = dict(preferred_element_type=jnp.float32)
-    width = q.shape[-1] + (0 if q_rope is None else q_rope.shape[-1])
-    # Heads first throughout, as in `attend`.
-    if absorbed:
-        q = jnp.einsum("...tnh,rnh->...ntr", q, w_uk)
-        logits = jnp.einsum("...ntr,...sr->...nts", q, latents, **f32)
-    else:
-        q, k = jnp.swapaxes(q, -2, -3), jnp.swapaxes(project(latents, w_uk), -2, -3)
-        logits = jnp.einsum("...nth,...nsh->...nts", q, k, **f32)
-    if q_rope is not None:
-        q_rope = jnp.swapaxes(q_rope, -2, -3)
-        logits += jnp.einsum("...nth,...sh->...nts", q_rope, k_rope, **f32)
-    mask = None if mask is None else mask[..., None, :, :]
-    probs = masked_softmax(logits * width**-0.5, mask).astype(latents.dtype)
+    probs = latent_attention_weights(
+        q, latents, w_uk, q_rope=q_rope, k_rope=k_rope, mask=mask, absorbed=absorbed
+    ).astype(latents.dtype)
     if absorbed:
         mixed = jnp.einsum("...nts,...sr->...ntr", probs, latents)
         return jnp.einsum("...ntr,rnv->...tnv", mixed, w_uv)
@@ -260,3 +276,14 @@ class LatentCrossAttention(nnx.Module):
             absorbed=absorbed,
         )
         return self.out(heads)
+
+    def weights(
+        self,
+        x: Float[Array, "*B T D"],
+        latents: Float[Array, "*B S R"],
+        mask: Bool[Array, "*#B #T S"] | None = None,
+    ) -> Float[Array, "*B N T S"]:
+        """How much each head of each token of x attends to each latent."""
+        return latent_attention_weights(
+            self.q(x), latents, self.k_up.kernel[...].astype(self.dtype), mask=mask, absorbed=False
+        )

@@ -1,5 +1,6 @@
 """The decoder: causal latent attention over the text so far, latent attention over the memory."""
 
+import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -89,14 +90,30 @@ class DecoderLayer(nnx.Module):
         a, cache = self.attention.decode_step(self.norms[0](h), cache)
         return self._rest(h + a, memory, None, absorbed=True), cache
 
+    def memory_weights(
+        self, h: Float[Array, "B Q T D"], memory: Memory
+    ) -> Float[Array, "B N Q T M"]:
+        """How much each token, as the layer is given it, attends to each memory token."""
+        h = h + self.attention(self.norms[0](h))
+        weights = self.memory_attention.weights(self._queries(h), memory.c_mem, _row_mask(memory))
+        return weights.reshape(*weights.shape[:2], *h.shape[1:3], -1)
+
+    def _queries(self, h):
+        """Every position of every question of an example, one after the other."""
+        queries = self.norms[1](h)
+        return queries.reshape(queries.shape[0], -1, queries.shape[-1])
+
     def _rest(self, h, memory, key, *, absorbed):
         keys = split(key, 2)
-        queries = self.norms[1](h)
-        flat = queries.reshape(queries.shape[0], -1, queries.shape[-1])
-        mask = None if memory.mask is None else memory.mask[:, None, :]
-        read = self.memory_attention(flat, memory.c_mem, mask, absorbed=absorbed)
+        read = self.memory_attention(
+            self._queries(h), memory.c_mem, _row_mask(memory), absorbed=absorbed
+        )
         h = h + dropout(read.reshape(h.shape), self.dropout, keys[0])
         return h + dropout(self.mlp(self.norms[2](h)), self.dropout, keys[1])
+
+
+def _row_mask(memory: Memory) -> Bool[Array, "B 1 M"] | None:
+    return None if memory.mask is None else memory.mask[:, None, :]
 
 
 class Decoder(nnx.Module):
@@ -117,6 +134,16 @@ class Decoder(nnx.Module):
         for layer, layer_key in zip(self.layers, keys, strict=False):
             h = layer(h, memory, key=layer_key)
         return self.norm(h)
+
+    def memory_weights(
+        self, h: Float[Array, "B Q T D"], memory: Memory
+    ) -> Float[Array, "B layers N Q T M"]:
+        """How much each head of each layer attends to each memory token."""
+        weights = []
+        for layer in self.layers:
+            weights.append(layer.memory_weights(h, memory))
+            h = layer(h, memory)
+        return jnp.stack(weights, axis=1)
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> DecoderCache:
         return tuple(layer.attention.init_cache(batch_shape, max_length) for layer in self.layers)

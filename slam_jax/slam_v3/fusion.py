@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from slam_jax.layers.attention import attend
+from slam_jax.layers.attention import attend, attention_weights
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
@@ -37,6 +37,16 @@ class CrossAttention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         mask = None if mask is None else mask[:, None, :]
         return self.out(attend(self.query(x), self.key(source), self.value(source), mask))
+
+    def weights(
+        self,
+        x: Float[Array, "B T D"],
+        source: Float[Array, "B S D"],
+        mask: Bool[Array, "B S"] | None,
+    ) -> Float[Array, "B N T S"]:
+        """How much each head of each token of x attends to each token of the source."""
+        mask = None if mask is None else mask[:, None, :]
+        return attention_weights(self.query(x), self.key(source), mask)
 
 
 class CrossModal(nnx.Module):
@@ -80,9 +90,18 @@ class Bottleneck(nnx.Module):
     def __call__(
         self, f: Float[Array, "B S D"], mask: Bool[Array, "B S"] | None
     ) -> Float[Array, "B M D"]:
-        queries = self.queries[...].astype(f.dtype)
-        queries = jnp.broadcast_to(queries, (f.shape[0], *queries.shape))
+        queries = self._queries(f)
         return queries + self.attention(queries, self.norm(f), mask)
+
+    def weights(
+        self, f: Float[Array, "B S D"], mask: Bool[Array, "B S"] | None
+    ) -> Float[Array, "B N M S"]:
+        """How much of each fused token each memory token reads."""
+        return self.attention.weights(self._queries(f), self.norm(f), mask)
+
+    def _queries(self, f):
+        queries = self.queries[...].astype(f.dtype)
+        return jnp.broadcast_to(queries, (f.shape[0], *queries.shape))
 
 
 class Fusion(nnx.Module):
@@ -111,7 +130,25 @@ class Fusion(nnx.Module):
 
         With a bottleneck every memory token is there, unless the example has no input at all.
         """
-        keys = split(key, 3)
+        f, mask = self._fuse(y, streams, split(key, 3))
+        if self.bottleneck is None:
+            return f, mask
+        memory = self.bottleneck(f, mask)
+        if mask is not None:
+            mask = jnp.broadcast_to(mask.any(axis=1, keepdims=True), memory.shape[:2])
+        return memory, mask
+
+    def memory_weights(
+        self, y: Float[Array, "P B S D"], streams: Sequence[Stream]
+    ) -> Float[Array, "B M S"]:
+        """How much of each token each memory token has read, averaged over the bottleneck's heads;
+        without a bottleneck the memory is the tokens."""
+        f, mask = self._fuse(y, streams, split(None, 3))
+        if self.bottleneck is None:
+            return jnp.broadcast_to(jnp.eye(f.shape[1]), (f.shape[0], f.shape[1], f.shape[1]))
+        return self.bottleneck.weights(f, mask).mean(axis=1)
+
+    def _fuse(self, y, streams, keys):
         mask = join_masks(streams)
         x = jnp.concatenate([stream.tokens for stream in streams], axis=1)
         mean = jnp.mean(y, axis=0)
@@ -121,9 +158,4 @@ class Fusion(nnx.Module):
         )
         f += dropout(self.cross_modal(mean, streams), self.dropout, keys[1])
         f += dropout(self.mlp(self.norm(f)), self.dropout, keys[2])
-        if self.bottleneck is None:
-            return f, mask
-        memory = self.bottleneck(f, mask)
-        if mask is not None:
-            mask = jnp.broadcast_to(mask.any(axis=1, keepdims=True), memory.shape[:2])
-        return memory, mask
+        return f, mask

@@ -1,5 +1,7 @@
 """SLAM v3: four parallel encoder processes over any mix of inputs, one memory, one decoder."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,7 +16,21 @@ from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryBank
 from slam_jax.slam_v3.fusion import Fusion
 from slam_jax.slam_v3.processes import LevelOne, ParallelProcesses
-from slam_jax.slam_v3.streams import Inputs, Streams, check_inputs
+from slam_jax.slam_v3.streams import Inputs, Stream, Streams, check_inputs
+
+
+class Attention(NamedTuple):
+    """Shares of attention, each 1 in sum over its last axis, or 0 where there is nothing to see.
+
+    S are the tokens of the streams in the order text, image, aux.
+
+    processes: of each head of each process, in its shared attention. memory: what each memory token
+    has read; the unit matrix without a bottleneck. decoder: of each head, in its memory attention.
+    """
+
+    processes: Float[Array, "P B layers N S S"]
+    memory: Float[Array, "B M S"]
+    decoder: Float[Array, "B layers N *Q T M"]
 
 
 class SlamV3(nnx.Module):
@@ -51,19 +67,23 @@ class SlamV3(nnx.Module):
 
         Raises InputError where no input is given, or one is not what `Inputs` says.
         """
-        check_inputs(inputs)
         keys = split(key, 4)
-        inputs = jax.tree.map(jnp.asarray, inputs)
-        text = None if inputs.text is None else self.embedding(jnp.asarray(inputs.text))
-        streams = [
-            stream._replace(tokens=dropout(stream.tokens, self.config.dropout, stream_key))
-            for stream, stream_key in zip(
-                self.streams(inputs, text), split(keys[0], 3), strict=False
-            )
-        ]
-        streams, bank = self.level_one(streams, key=keys[1])
+        streams, bank = self.level_one(self._streams(inputs, keys[0]), key=keys[1])
         y = self.processes(streams, bank, key=keys[2])
         return self.memory_bank(*self.fusion(y, streams, key=keys[3]))
+
+    def attention(self, tokens: Int[AnyArray, "B *Q T"], inputs: Inputs) -> Attention:
+        """What attends to what, for the same arguments as a forward pass; to be looked at."""
+        given = self._streams(inputs, None)
+        streams, bank = self.level_one(given)
+        y = self.processes(streams, bank)
+        memory = self.memory_bank(*self.fusion(y, streams))
+        decoder = self.decoder.memory_weights(self._embed(tokens), memory)
+        return Attention(
+            processes=self.processes.shared_weights(streams, bank),
+            memory=self.fusion.memory_weights(y, streams),
+            decoder=decoder.reshape(*decoder.shape[:3], *tokens.shape[1:], -1),
+        )
 
     def decode(
         self, tokens: Int[AnyArray, "B *Q T"], memory: Memory, *, key: PRNGKeyArray | None = None
@@ -112,6 +132,15 @@ class SlamV3(nnx.Module):
         """The logits after one more token per row, straight on the latents (absorbed form)."""
         h, cache = self.decoder.decode_step(self._embed(tokens[..., None]), cache, memory)
         return self._logits(h).reshape(*tokens.shape, -1), cache
+
+    def _streams(self, inputs: Inputs, key: PRNGKeyArray | None) -> list[Stream]:
+        check_inputs(inputs)
+        inputs = jax.tree.map(jnp.asarray, inputs)
+        text = None if inputs.text is None else self.embedding(jnp.asarray(inputs.text))
+        return [
+            stream._replace(tokens=dropout(stream.tokens, self.config.dropout, stream_key))
+            for stream, stream_key in zip(self.streams(inputs, text), split(key, 3), strict=False)
+        ]
 
     def _embed(self, tokens: Int[AnyArray, "B *Q T"]) -> Float[Array, "B R T D"]:
         rows = jnp.asarray(tokens).reshape(*_rows(tokens.shape[:-1]), tokens.shape[-1])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from slam_jax.layers.attention import SelfAttention, attend
+from slam_jax.layers.attention import SelfAttention, attend, attention_weights
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
@@ -108,11 +108,20 @@ class ProcessLayer(nnx.Module):
     ) -> Float[Array, "B S D"]:
         keys = split(key, 3)
         h = h + dropout(self._isolated(self.norms[0](h), streams), self.dropout, keys[0])
-        q = self.query(self.norms[1](h))
-        q = q + self.query_bias[...].astype(q.dtype)
-        read = self.out(attend(q, bank.k, bank.v, bank.mask))
+        read = self.out(attend(self._queries(h), bank.k, bank.v, bank.mask))
         h = h + dropout(read, self.dropout, keys[1])
         return h + dropout(self.mlp(self.norms[2](h)), self.dropout, keys[2])
+
+    def shared_weights(
+        self, h: Float[Array, "B S D"], streams: Sequence[Stream], bank: Bank
+    ) -> Float[Array, "B N S S"]:
+        """How much each token, as the layer is given it, attends to each token of the bank."""
+        h = h + self._isolated(self.norms[0](h), streams)
+        return attention_weights(self._queries(h), bank.k, bank.mask)
+
+    def _queries(self, h):
+        q = self.query(self.norms[1](h))
+        return q + self.query_bias[...].astype(q.dtype)
 
     def _isolated(self, h, streams):
         """A token sees its own stream only: one call a stream instead of one S x S mask."""
@@ -140,11 +149,24 @@ class Process(nnx.Module):
     def __call__(
         self, streams: Sequence[Stream], bank: Bank, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "B S D"]:
-        x = jnp.concatenate([stream.tokens for stream in streams], axis=1)
-        h = x + self.instruction[...].astype(x.dtype)
+        h = self._instructed(streams)
         for layer, layer_key in zip(self.layers, split(key, len(self.layers)), strict=True):
             h = layer(h, streams, bank, key=layer_key)
         return self.norm(h)
+
+    def shared_weights(
+        self, streams: Sequence[Stream], bank: Bank
+    ) -> Float[Array, "B layers N S S"]:
+        """How much each head of each layer attends to each token of the bank."""
+        h, weights = self._instructed(streams), []
+        for layer in self.layers:
+            weights.append(layer.shared_weights(h, streams, bank))
+            h = layer(h, streams, bank)
+        return jnp.stack(weights, axis=1)
+
+    def _instructed(self, streams):
+        x = jnp.concatenate([stream.tokens for stream in streams], axis=1)
+        return x + self.instruction[...].astype(x.dtype)
 
 
 class ParallelProcesses(nnx.Module):
@@ -168,3 +190,9 @@ class ParallelProcesses(nnx.Module):
             return process(streams, bank, key=key)
 
         return jax.vmap(run, spmd_axis_name="process")(self.stack, keys)
+
+    def shared_weights(
+        self, streams: Sequence[Stream], bank: Bank
+    ) -> Float[Array, "P B layers N S S"]:
+        """How much each process attends to each token of the bank."""
+        return jax.vmap(lambda process: process.shared_weights(streams, bank))(self.stack)

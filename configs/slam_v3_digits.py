@@ -1,0 +1,33 @@
+"""Handwritten digits: the picture goes in, the digit comes out as text. No download.
+
+    python train.py --config=configs/slam_v3_digits.py --workdir=runs/digits
+
+The 1,797 real digits of scikit-learn (`pip install -e '.[digits]'`), 360 of them held out.
+"""
+
+from typing import Any
+
+from slam_jax.training import default_config
+
+
+def get_config() -> Any:
+    config: Any = default_config("small")
+    config.model.embed_dim = 64
+    config.model.mlp_dim = 128
+    config.model.kv_lora_rank = 32
+    config.model.dropout = 0.1
+    config.model.image.size = 8
+    config.model.image.patch_size = 1
+    config.model.image.stage_widths = (32, 64)
+    config.data.name = "digits"
+    config.data.batch_size = 32
+    config.data.vocab_size = 300
+    config.data.stages = ((0, {"image": 1.0}),)
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.momentum = 0.9
+    config.optimizer.warmup_steps = 20
+    config.optimizer.ema_decay = 0.995
+    config.run.num_steps = 2_000
+    config.run.evaluate_every = 500
+    return config

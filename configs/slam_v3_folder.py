@@ -1,0 +1,37 @@
+"""A folder of one's own: a table of questions and answers, and pictures.
+
+    python train.py --config=configs/slam_v3_folder.py --config.data.path=DIR --workdir=runs/own
+
+`DIR` holds one `.jsonl` or `.csv`; `slam_jax/data/folder.py` says what its columns may be, and
+`python -m slam_jax.data inspect` with the same arguments shows what was found in it. Every input
+that a row has is shown; other mixes, such as `image` alone, can be had as stages.
+"""
+
+from typing import Any
+
+from slam_jax.training import default_config
+
+
+def get_config() -> Any:
+    config: Any = default_config("small")
+    config.model.aux_slots = True
+    config.model.aux_dim = 8
+    config.model.dropout = 0.2
+    config.model.context_length = 256
+    config.model.image.size = 48
+    config.model.image.patch_size = 2
+    config.model.image.stage_widths = (16, 32, 64, 96)
+    config.data.name = "folder"
+    config.data.batch_size = 16
+    config.data.augment = 0.3
+    config.data.vocab_size = 2_048
+    config.data.max_damaged_records = 0
+    config.data.stages = ((0, {"all": 1.0}),)
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.momentum = 0.9
+    config.optimizer.warmup_steps = 20
+    config.optimizer.ema_decay = 0.99
+    config.run.num_steps = 600
+    config.run.evaluate_every = 100
+    return config

@@ -1,0 +1,44 @@
+"""Looks at data: python -m slam_jax.data inspect --config=FILE [--config.field=value]
+
+Prints what a data set has and how a model will see it: records, views, shapes, tokens, answers,
+and of a folder every row that cannot be used. Some training pictures go onto one, --output.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from slam_jax import command_line
+from slam_jax.errors import InputError, writing
+
+CONFIG = flags.DEFINE_string("config", None, "A file of configs/; it is run.", required=True)
+OUTPUT = flags.DEFINE_string("output", "contact_sheet.png", "Where the pictures go, as PNG.")
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] != ["inspect"]:
+        given = repr(arguments[0]) if arguments else "nothing"
+        raise InputError(f"the command is {given}; expected: inspect --config=FILE")
+    # Not before: importing JAX takes seconds, in which Ctrl-C can come.
+    from slam_jax.data.contact_sheet import contact_sheet
+    from slam_jax.data.inspection import inspect_data
+    from slam_jax.data.inspection_table import print_inspection
+    from slam_jax.training.experiment import Experiment, override, read_config
+
+    experiment = Experiment.from_config(override(read_config(CONFIG.value), arguments[1:]))
+    found = inspect_data(experiment.data, experiment.model)
+    print_inspection(found)
+    if not found.tiles:
+        print("no pictures, and no contact sheet")
+        return
+    count = len(found.tiles)
+    title = f"{found.name}: {count} of {len(found.dataset.train):,} training examples"
+    path = Path(OUTPUT.value)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(found.tiles, title).save(path, "PNG")
+    print(f"{count} training pictures: {path}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

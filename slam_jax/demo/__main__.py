@@ -1,0 +1,51 @@
+"""A page on this machine to ask a trained model: python -m slam_jax.demo --workdir=DIR
+
+Prints the page's address; Ctrl-C ends it. Only browsers on the same machine reach it, and neither
+they nor it ask anything of other machines. Needs `pip install 'slam_jax[demo]'`.
+"""
+
+import importlib.util
+import signal
+import tempfile
+
+from absl import flags
+
+from slam_jax import command_line
+from slam_jax.errors import InputError
+from slam_jax.stop import SIGNALS
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
+STEP = flags.DEFINE_string("step", None, "A step, or best, or latest.")
+PORT = flags.DEFINE_integer(
+    "port", 7860, "Where the page is; 0 = any that is free.", lower_bound=0, upper_bound=65535
+)
+
+
+def main(arguments: list[str]) -> None:
+    if arguments:
+        raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("the page needs gradio: pip install 'slam_jax[demo]'")
+    for number in SIGNALS:  # so that pictures that were given to the page are removed at any end
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+    # Not before: importing JAX takes seconds, in which Ctrl-C can come.
+    from slam_jax.demo.serving import HOST, keep_to_this_machine, open_port, serve
+
+    with (
+        open_port(PORT.value) as listener,
+        tempfile.TemporaryDirectory(prefix="slam_jax_demo_", ignore_cleanup_errors=True) as files,
+    ):
+        keep_to_this_machine(files)
+        from slam_jax.demo.app import make_app
+        from slam_jax.training import load
+        from slam_jax.training.host import tune_host
+
+        tune_host()
+        app = make_app(load(WORKDIR.value, STEP.value))
+        print(f"http://{HOST}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
+        serve(app, listener)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,193 @@
+"""The page: what to answer from, the prompt, the answer as it comes, and where the model looked."""
+
+import functools
+import html
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gradio as gr
+import jax
+
+from slam_jax.demo.examples import PROMPTS, SCENES, draw_whole, show, trained_views
+from slam_jax.demo.reading import (
+    column_names,
+    has_columns,
+    read_request,
+    read_sampling,
+)
+from slam_jax.errors import UserError
+from slam_jax.evaluation.report import attention_html
+from slam_jax.generation import Sampling, stream
+from slam_jax.training import Loaded
+
+_BLANK_ROWS = 6
+
+
+def make_app(loaded: Loaded) -> gr.Blocks:
+    """The page of a trained model; `slam_jax.demo.serving.serve` serves it."""
+    views = trained_views(loaded.config)
+    image, text, aux = inputs = _inputs(loaded)
+    prompt = gr.Textbox(label="Prompt", max_lines=1, elem_id="prompt", render=False)
+    with gr.Blocks(title="slam_jax", analytics_enabled=False) as app:
+        gr.Markdown(_introduction(loaded), elem_id="intro")
+        with gr.Row():
+            with gr.Column():
+                if views:
+                    _offer_scenes(views, inputs)
+                with gr.Row():
+                    image.render()
+                    text.render()
+                aux.render()
+                if not has_columns(loaded):
+                    more = gr.Button("Add a row", size="sm", elem_id="more")
+                    more.click(add_row, aux, aux, preprocess=False, api_visibility="private")
+            with gr.Column():
+                prompt.render()
+                if views:
+                    _offer_prompts(prompt)
+                ask = gr.Button("Ask", variant="primary", elem_id="ask")
+                with gr.Accordion("Sampling", open=False, elem_id="sampling"), gr.Row():
+                    numbers = _numbers()
+                answer = gr.Textbox(label="Answer", interactive=False, elem_id="answer")
+                notice = gr.HTML(elem_id="notice")
+                maps = gr.HTML(elem_id="maps")
+        gr.on(
+            [ask.click, prompt.submit],
+            functools.partial(ask_model, loaded),
+            [*inputs, prompt, *numbers],
+            [answer, notice, maps],
+            preprocess=False,  # an image that is none is then told of as all else is
+            show_progress="minimal",
+            show_progress_on=answer,
+            api_visibility="private",
+        )
+    return app
+
+
+def ask_model(
+    loaded: Loaded,
+    image: Mapping[str, Any] | None,
+    text: str | None,
+    aux: Mapping[str, Any],
+    prompt: str | None,
+    seed: Any,
+    *numbers: Any,
+) -> Iterator[tuple[str, str, str]]:
+    """What the page shows from the question on: the answer so far, a line on what is wrong with the
+    question, and where the model looked, both HTML.
+
+    Args:
+      image: the file that the page was given, its `path` here and its `orig_name` there.
+      aux: the table, its rows as `data`.
+      numbers: what `read_sampling` takes.
+    """
+    answer = ""
+    yield answer, "", ""
+    try:
+        path = None if image is None else image["path"]
+        request = read_request(loaded, path, text, aux["data"], prompt, seed)
+        for piece in stream(loaded, request, read_sampling(*numbers)):
+            answer += piece
+            yield answer, "", ""
+        empty = "" if answer else "<p>The model's answer is empty.</p>"
+        heading = "<h3>Where it looked</h3>"
+        yield answer, empty, f"{heading}<p>…</p>"
+        yield answer, empty, heading + attention_html(loaded, request, answer)
+    except UserError as error:
+        message = str(error)
+        if image is not None:
+            message = message.replace(image["path"], image["orig_name"] or "the image")
+        yield answer, f'<p role="alert">{html.escape(message)}</p>', ""
+
+
+def add_row(aux: Mapping[str, Any]) -> list[list[Any]]:
+    """The table's rows and a blank one."""
+    return [*aux["data"], [None] * len(aux["headers"])]
+
+
+def _introduction(loaded: Loaded) -> str:
+    count = sum(leaf.size for leaf in jax.tree.leaves(loaded.model))
+    return (
+        f"# slam_jax\n{count:,} parameters, trained on {loaded.config['data']['name']} for "
+        f"{loaded.step:,} steps. Give an image, a text, a table of numbers or any mix of them, "
+        "and ask."
+    )
+
+
+def _inputs(loaded: Loaded) -> tuple[gr.Image, gr.Textbox, gr.Dataframe]:
+    names = column_names(loaded)
+    one_row = has_columns(loaded)
+    image = gr.Image(
+        label="Image",
+        type="filepath",
+        format="png",  # by default a scene would lose in a lossy one
+        sources=["upload", "clipboard"],
+        buttons=[],
+        height=220,
+        min_width=240,
+        elem_id="image",
+        render=False,
+    )
+    text = gr.Textbox(
+        label="Text", lines=7, max_lines=7, min_width=240, elem_id="text", render=False
+    )
+    aux = gr.Dataframe(
+        [[None] * len(names)] * (1 if one_row else _BLANK_ROWS),
+        headers=names,
+        datatype="number",
+        label="Aux: " + ("a row of numbers, blank = missing" if one_row else "rows of numbers"),
+        interactive=True,
+        buttons=[],
+        elem_id="aux",
+        render=False,
+    )
+    return image, text, aux
+
+
+def _offer_scenes(views: Mapping[str, str], inputs: tuple[Any, ...]) -> None:
+    """Pictures of scenes; a click on one fills the inputs with it, in the parts of a view."""
+    scenes = gr.Dataset(
+        components=[gr.Image(format="png", render=False)],
+        samples=[[draw_whole(scene)] for scene in SCENES],
+        type="index",
+        label="Scenes that training never saw",
+        elem_id="scenes",
+    )
+    view = gr.Radio(
+        list(views.items()),
+        value=next(iter(views.values())),
+        label="shown as",
+        visible=len(views) > 1,
+        elem_id="view",
+    )
+    chosen = gr.State(0)
+
+    def fill(index: int, view: str) -> tuple[Any, ...]:
+        return index, *show(SCENES[index], view)
+
+    scenes.click(fill, [scenes, view], [chosen, *inputs], api_visibility="private")
+    view.input(fill, [chosen, view], [chosen, *inputs], api_visibility="private")
+
+
+def _offer_prompts(prompt: gr.Textbox) -> None:
+    prompts = gr.Dataset(
+        components=[prompt],
+        samples=[[text] for text in PROMPTS],
+        label="What it knows, of any colour",
+        elem_id="prompts",
+    )
+    prompts.click(lambda sample: sample[0], prompts, prompt, api_visibility="private")
+
+
+def _numbers() -> list[gr.Number]:
+    """The seed, and what `read_sampling` takes in its order."""
+    number = functools.partial(gr.Number, min_width=130)
+    return [
+        number(0, label="seed", elem_id="seed"),
+        number(Sampling().max_new_tokens, label="max tokens", elem_id="max_new_tokens"),
+        number(0, label="temperature", step=0.1, elem_id="temperature"),
+        number(0, label="top-k, 0 = all", elem_id="top_k"),
+        number(1, label="top-p", step=0.05, elem_id="top_p"),
+        number(0, label="min-p", step=0.05, elem_id="min_p"),
+        number(1, label="repetition penalty", step=0.1, elem_id="repetition_penalty"),
+    ]

@@ -1,0 +1,77 @@
+"""What the processes and the decoder's heads looked at while one answer was written."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from slam_jax.generation.requests import Request, bucket, read_inputs, read_prompts
+
+
+class AttentionMaps(NamedTuple):
+    """K maps, one a process and then one a decoder head, each over all that was given.
+
+    names: of the maps, such as "process 1" and "layer 1, head 2". num_processes: how many of them
+    are processes. image: [K, h, w], rows from the top. text: [K, tokens]. aux: [K, vectors]. None =
+    not given. The shares of a map are 1 in sum over the three.
+
+    A head's map is its attention to the memory, averaged over the tokens of the answer. A process's
+    is that of its shared attention from the tokens that the heads then read: heads and layers
+    averaged, tokens weighed by the heads' mean map. So it says where a process looked on behalf of
+    what was read; like all attention maps, not what it made of it.
+    """
+
+    names: tuple[str, ...]
+    num_processes: int
+    image: Float[np.ndarray, "K h w"] | None
+    text: Float[np.ndarray, "K S_t"] | None
+    aux: Float[np.ndarray, "K A"] | None
+
+
+def attention_maps(loaded: Any, request: Request, answer: str) -> AttentionMaps:
+    """The maps of a request that was answered so; raises InputError as `generate` does."""
+    tokenizer = loaded.tokenizer
+    written = [*tokenizer.encode(answer), tokenizer.eos_id]
+    prompts = read_prompts(loaded, [request], 0)
+    inputs: Any = read_inputs(loaded, [request])
+    start = int(prompts.lengths[0])
+    row = [*prompts.tokens[0, :start].tolist(), *written]
+    tokens = np.full((1, bucket(len(row), 16)), tokenizer.pad_id, np.int32)
+    tokens[0, : len(row)] = row
+    predicts = np.zeros(tokens.shape[1], np.float32)
+    predicts[start - 1 : len(row) - 1] = 1 / len(written)
+    processes, heads = _maps(loaded.model, tokens, inputs, predicts)
+    maps = np.concatenate([processes, heads.reshape(-1, heads.shape[-1])])
+    layers, per_layer = heads.shape[:2]
+    names = [f"process {p + 1}" for p in range(len(processes))]
+    names += [f"layer {i + 1}, head {n + 1}" for i in range(layers) for n in range(per_layer)]
+    text = 0 if inputs.text is None else inputs.text.shape[1]
+    aux = 0 if inputs.aux is None else inputs.aux.shape[1]
+    parts = np.split(maps, [text, maps.shape[1] - aux], axis=1)
+    side = math.isqrt(parts[1].shape[1])
+    return AttentionMaps(
+        names=tuple(names),
+        num_processes=len(processes),
+        image=None if request.image is None else parts[1].reshape(len(maps), side, side),
+        text=parts[0][:, : int(inputs.text_mask.sum())] if request.text else None,
+        aux=None if request.aux is None else parts[2][:, : _count(inputs.aux_mask)],
+    )
+
+
+@jax.jit
+def _maps(model, tokens, inputs, predicts):
+    found = model.attention(tokens, inputs)
+    # Of the one example: heads over memory tokens, then over the tokens that those have read.
+    heads = jnp.einsum("lntm,t,ms->lns", found.decoder[0], predicts, found.memory[0])
+    read = heads.mean(axis=(0, 1))
+    processes = jnp.einsum("plnsk,s->pk", found.processes[:, 0], read)
+    count = found.processes.shape[2] * found.processes.shape[3]
+    return processes / count, heads
+
+
+def _count(mask: np.ndarray) -> int:
+    """Up to the last one that is there: a missing one among them keeps its place."""
+    return int(np.flatnonzero(mask.any(axis=0))[-1]) + 1

@@ -1,0 +1,192 @@
+"""The report and what it draws: attention maps, calibration, curves; it stands alone."""
+
+import html.parser
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_generation import make_loaded, picture, vectors
+
+from slam_jax.data import AuxFormat, Example
+from slam_jax.evaluation.answers import Answer, Results
+from slam_jax.evaluation.attention import attention_maps
+from slam_jax.evaluation.metrics import calibration
+from slam_jax.evaluation.plots import plot_calibration, plot_curves, plot_intervals
+from slam_jax.evaluation.report import (
+    attention_html,
+    choose_examples,
+    render_report,
+    write_report,
+)
+from slam_jax.generation import Request
+from slam_jax.generation.requests import read_inputs
+from slam_jax.layers.attention import attend, attention_weights
+
+EVERYTHING = Request("circle", text="red blue", image=picture(5), aux=vectors(5, 3))
+
+
+@pytest.fixture(scope="module", params=[0, 5], ids=["tokens", "bottleneck"])
+def loaded(request) -> Any:
+    return make_loaded(num_memory_tokens=request.param)
+
+
+def test_weights_times_values_are_what_attention_gives():
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 5, 3, 4)) for i in range(3))
+    mask = jnp.ones((2, 1, 5), bool).at[:, :, 3].set(False)
+    weights = attention_weights(q, k, mask)
+    mixed = jnp.einsum("bnts,bsnv->btnv", weights, v)
+    np.testing.assert_allclose(mixed, attend(q, k, v, mask), atol=1e-5)
+    assert (weights[..., 3] == 0).all()
+
+
+def test_attention_is_that_of_the_forward_pass(loaded):
+    """The memory that processes and heads are said to have read gives back what they computed."""
+    model, inputs = loaded.model, read_inputs(loaded, [EVERYTHING])
+    tokens = np.array([[1, 5, 6]], np.int32)
+    found = jax.jit(model.attention)(tokens, inputs)
+    for shares in (found.processes, found.memory, found.decoder):
+        np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-5)
+    streams, bank = model.level_one(model._streams(inputs, None))
+    process = jax.tree.map(lambda x: x[1], model.processes.stack)
+    h = process._instructed(streams)
+    layer = process.layers[0]
+    h = h + layer._isolated(layer.norms[0](h), streams)
+    read = jnp.einsum("bnts,bsnv->btnv", found.processes[1][:, 0], bank.v)
+    expected = attend(layer._queries(h), bank.k, bank.v, bank.mask)
+    np.testing.assert_allclose(read, expected, atol=1e-4)
+    memory = model.encode(inputs)
+    layer, h = model.decoder.layers[0], model._embed(tokens)
+    h = h + layer.attention(layer.norms[0](h))
+    values = jnp.einsum("bmr,rnv->bmnv", memory.c_mem, layer.memory_attention.v_up.kernel[...])
+    read = layer.memory_attention.out(jnp.einsum("bntm,bmnv->btnv", found.decoder[:, 0], values))
+    masked = memory.mask if memory.mask is None else memory.mask[:, None, :]
+    expected = layer.memory_attention(layer._queries(h), memory.c_mem, masked)
+    np.testing.assert_allclose(read, expected, atol=1e-3)
+
+
+def test_maps_cover_what_was_given_and_nothing_else(loaded):
+    maps = attention_maps(loaded, EVERYTHING, "yes")
+    config = loaded.model.config
+    count = config.num_processes + config.num_decoder_layers * config.num_heads
+    assert len(maps.names) == count and maps.num_processes == 4
+    assert maps.names[0] == "process 1" and maps.names[-1] == "layer 2, head 2"
+    image, text, aux = maps.image, maps.text, maps.aux
+    assert image is not None and text is not None and aux is not None
+    assert image.shape[1] == image.shape[2] > 1
+    assert text.shape == (count, len(loaded.tokenizer.encode("red blue")))
+    assert aux.shape == (count, 3)
+    total = image.sum((1, 2)) + text.sum(1) + aux.sum(1)
+    np.testing.assert_allclose(total, 1, atol=1e-4)
+    alone = attention_maps(loaded, Request("circle", text="red blue"), "yes")
+    assert alone.image is None and alone.aux is None
+
+
+def test_calibration_of_an_honest_and_of_a_boastful_answerer():
+    rng = np.random.default_rng(0)
+    sure = rng.random(50_000)
+    honest = calibration(sure, (rng.random(50_000) < sure).astype(float))
+    assert honest.error < 0.02 and len(honest.counts) == 10 and sum(honest.counts) == 50_000
+    boastful = calibration(np.full(100, 0.95), np.array([1.0] * 60 + [0.0] * 40))
+    np.testing.assert_allclose(boastful.error, 0.35)
+    assert boastful.counts == (100,)
+
+
+def test_plots_take_the_colours_of_their_page():
+    plots = [
+        plot_intervals([("image", "all", 0.5, 0.4, 0.6), ("image", "some", 1.0, 1.0, 1.0)]),
+        plot_calibration(np.array([0.2, 0.9]), np.array([0.1, 1.0]), (3, 5)),
+        plot_curves({f"v{i}": ([1, 2], [1.0, 0.1]) for i in range(8)}, "loss", log=True),
+    ]
+    for svg in plots:
+        assert (svg.startswith("<svg") and "var(--ink)" in svg) or "var(--soft)" in svg
+        assert not re.search(r"#0[12]0[23]0\d", svg)
+        assert "<text" in svg and "<metadata" not in svg
+
+
+class Page(html.parser.HTMLParser):
+    """Reads a page and keeps its text, and whatever it would load."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.loads, self.tags = "", [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loads += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+EVIL = '</script><script>alert("x")</script>&amp;'
+
+
+def results() -> Results:
+    answers = [
+        Answer("all", i, "all", False, EVIL, "yes", "yes" if i else EVIL, -0.1 * i)
+        for i in range(6)
+    ]
+    entry = {"accuracy": 0.8, "low": 0.5, "high": 1.0, "n": 6}
+    return Results({"step": 3, "views": {"all": {"all": entry}}}, answers)
+
+
+def example() -> Example:
+    return Example(
+        EVIL.replace("<", "< "), picture(5), vectors(5, 3), (EVIL,), ("yes",), ("all",), (False,)
+    )
+
+
+RECORDS = [
+    {"step": s, "split": "train", "view": "all", "cross_entropy": 1.0 / s} for s in range(1, 500)
+] + [{"step": s, "split": "validation", "accuracy": 0.5, "all/all": 0.5} for s in (250, 500)]
+
+
+def test_a_page_escapes_what_users_wrote_and_loads_nothing(tmp_path):
+    loaded = make_loaded()._replace(config={"data": {"name": EVIL}})
+    shown = choose_examples(results(), {"all": [example()] * 6})
+    write_report(
+        tmp_path / "eval" / "report.html",
+        loaded,
+        results(),
+        shown,
+        RECORDS,
+        title=EVIL,
+        seconds=1.5,
+    )
+    text = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert "script" not in page.tags
+    assert page.text.count(EVIL) > 5
+    assert page.loads and all(
+        each.startswith(("data:image/png;base64,", "#")) for each in page.loads
+    )
+    assert not re.search(r"@import|url\((?!data:|#)|https?://(?!www.w3.org)", text)
+    assert "process 4" in page.text and "layer 2, head 2" in page.text
+    assert page.tags.count("svg") == 4 and "prefers-color-scheme: dark" in text
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["report.html"]
+
+
+def test_those_with_a_wrong_answer_come_first():
+    shown = choose_examples(results(), {"all": [example()] * 6}, 3)
+    assert [each.answers[0].scene for each in shown] == [0, 1, 2]
+    assert [all(a.correct for a in each.answers) for each in shown] == [False, True, True]
+
+
+def test_a_run_without_records_or_names_has_a_page_too():
+    loaded = make_loaded()._replace(config={"data": {"name": "x"}})
+    shown = choose_examples(results(), {"all": [example()]})
+    text = render_report(loaded, results(), shown, [], title="t", seconds=1.0)
+    assert "Training</h2>" not in text and "Where it looked" in text
+
+
+def test_columns_are_shown_by_name(loaded):
+    rows = np.array([[1.0, 10.0], [3.0, 30.0]])
+    table = loaded._replace(aux_format=AuxFormat.of_columns(("width", "<price>"), rows))
+    fragment = attention_html(table, Request("red", aux={"width": 2, "<price>": None}), "yes")
+    assert ">width</span>" in fragment and "<price>" not in fragment
+    both = attention_html(table, Request("red", aux={"<price>": 20}), "yes")
+    assert "&lt;price&gt;" in both
