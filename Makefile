@@ -4,11 +4,12 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 WORKDIR ?= runs/quickstart
 
-.PHONY: help setup train eval test test-all lint format clean
+.PHONY: help setup train eval demo test test-all lint format clean
 
 help:
 	@echo "make train     set up, train the quickstart, evaluate it, print the table"
 	@echo "make eval      evaluate WORKDIR=$(WORKDIR) again"
+	@echo "make demo      a page to ask the model in WORKDIR"
 	@echo "make test      set up, lint, type-check and run the tests"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make format    sort imports and format"
@@ -28,6 +29,9 @@ train: setup
 
 eval: setup
 	$(RUN) eval.py --workdir=$(WORKDIR)
+
+demo: setup
+	$(RUN) -m slam_jax.demo --workdir=$(WORKDIR)
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from slam_jax.data import DataConfig, evaluation_batches, prepare, training_batches
+from slam_jax.data.inspection import inspect_data
 from slam_jax.data.records import DataError
 from slam_jax.errors import ConfigError
 from slam_jax.slam_v3.config import SlamV3Config
@@ -261,6 +262,13 @@ def test_with_the_tokenizer_of_a_checkpoint_captions_are_measured_by_it(director
 def test_a_sample_of_all_texts_can_be_had_of_captions(directory):
     texts = set(prepare(config_of("coco_captions", directory), model=model()).train.corpus())
     assert {"caption", "a grey of 1", "level 19 by hand 4"} <= texts
+
+
+def test_captions_can_be_inspected(directory):
+    found = inspect_data(config_of("coco_captions", directory), model())
+    assert found.sampled == len(found.tiles) == len(CAPTIONS) - 3
+    assert found.shapes["image"] == {"tokens": f"8x1x{CONTEXT}", "image": "8x24x24x3"}
+    assert {tile.prompt for tile in found.tiles} == {"caption"}
 
 
 # --- Where they cannot be had

@@ -26,8 +26,8 @@ class DataConfig:
     """The data of a run.
 
     name: a data set of `slam_jax.data.prepare`, with its variant after a slash where it has some.
-    path: of the data set "folder": the folder with its table, or the table itself.
     data_dir: where built data sets are kept; None = $SLAM_JAX_DATA_DIR or ~/.cache/slam_jax/tfds.
+    path: of the data set "folder": the folder with its table, or the table itself.
     batch_size: examples per step over all processes.
     seed: of shuffling, rendering and the choice of views.
     augment: training pictures of folders and the like lose up to this share of each side, another
@@ -43,8 +43,8 @@ class DataConfig:
     """
 
     name: str = "sort_of_clevr"
-    path: str | None = None
     data_dir: str | None = None
+    path: str | None = None
     batch_size: int = 64
     seed: int = 0
     augment: float = 0.0

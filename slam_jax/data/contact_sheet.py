@@ -8,8 +8,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS, SIDE = 6, 168
-_GAP, _MARGIN, _LINE, _HEADER = 16, 24, 18, 40
-_MOST_LINES = 3
+_GAP, _MARGIN, _SPACE, _LINE, _HEADER = 16, 24, 6, 18, 40
+_MOST_LINES, _FEW_PIXELS = 3, 32
 _PAPER, _FRAME, _TITLE, _PROMPT, _ANSWER = "#f7f7f5", "#cfcfca", "#333333", "#77776f", "#111111"
 
 
@@ -20,32 +20,32 @@ class Tile(NamedTuple):
 
 
 def contact_sheet(tiles: Sequence[Tile], title: str) -> Image.Image:
-    """Pictures of `SIDE` pixels a side, `COLUMNS` in a row, as high as their texts need.
+    """Pictures of `SIDE` pixels a side, `COLUMNS` in a row, each row as high as its texts need.
 
-    Small pictures keep their pixels, larger ones are scaled smoothly; texts over three lines end
-    in dots. Raises ValueError without tiles.
+    Of small pictures the pixels can be seen, larger ones are scaled smoothly; texts of more than
+    three lines end in dots. Raises ValueError without tiles.
     """
     if not tiles:
         raise ValueError("no pictures for a contact sheet; give at least one")
     fonts = [ImageFont.load_default(size) for size in (17, 13, 14)]
     texts = [(_wrap(tile.prompt, fonts[1]), _wrap(tile.answer, fonts[2])) for tile in tiles]
-    row_height = SIDE + 6 + max(len(prompt) + len(answer) for prompt, answer in texts) * _LINE
-    rows = -(-len(tiles) // COLUMNS)
+    lines = [len(prompt) + len(answer) for prompt, answer in texts]
+    starts = range(0, len(tiles), COLUMNS)
+    heights = [SIDE + _SPACE + max(lines[i : i + COLUMNS]) * _LINE for i in starts]
     width = 2 * _MARGIN + COLUMNS * SIDE + (COLUMNS - 1) * _GAP
-    height = 2 * _MARGIN + _HEADER + rows * row_height + (rows - 1) * _GAP
+    height = 2 * _MARGIN + _HEADER + sum(heights) + (len(heights) - 1) * _GAP
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    [shown] = _wrap(title, fonts[0], width - 2 * _MARGIN, most=1) or [""]
+    [shown] = _wrap(title, fonts[0], float(width - 2 * _MARGIN), most=1) or [""]
     draw.text((_MARGIN, _MARGIN - 4), shown, _TITLE, fonts[0])
     for i, (tile, (prompt, answer)) in enumerate(zip(tiles, texts, strict=True)):
-        x = _MARGIN + i % COLUMNS * (SIDE + _GAP)
-        y = _MARGIN + _HEADER + i // COLUMNS * (row_height + _GAP)
+        row, column = divmod(i, COLUMNS)
+        x = _MARGIN + column * (SIDE + _GAP)
+        y = _MARGIN + _HEADER + sum(heights[:row]) + row * _GAP
         picture = _scaled(tile.image)
-        left, top = x + (SIDE - picture.width) // 2, y + (SIDE - picture.height) // 2
-        sheet.paste(picture, (left, top))
-        box = (left - 1, top - 1, left + picture.width, top + picture.height)
-        draw.rectangle(box, outline=_FRAME)
-        y += SIDE + 6
+        sheet.paste(picture, (x, y))
+        draw.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline=_FRAME)
+        y += SIDE + _SPACE
         for line in prompt:
             draw.text((x, y), line, _PROMPT, fonts[1])
             y += _LINE
@@ -58,15 +58,12 @@ def contact_sheet(tiles: Sequence[Tile], title: str) -> Image.Image:
 def _scaled(pixels: np.ndarray) -> Image.Image:
     image = Image.fromarray(pixels)
     longest = max(image.size)
-    if longest <= SIDE // 3:
-        times = SIDE // longest
-        size = (image.width * times, image.height * times)
-        return image.resize(size, Image.Resampling.NEAREST)
     size = (max(1, image.width * SIDE // longest), max(1, image.height * SIDE // longest))
-    return image.resize(size, Image.Resampling.LANCZOS)
+    few = longest <= _FEW_PIXELS
+    return image.resize(size, Image.Resampling.NEAREST if few else Image.Resampling.LANCZOS)
 
 
-def _wrap(text: str, font: Any, width: int = SIDE, most: int = _MOST_LINES) -> list[str]:
+def _wrap(text: str, font: Any, width: float = float(SIDE), most: int = _MOST_LINES) -> list[str]:
     """Lines no wider than `width`, broken between words, or within those that are too wide."""
     lines, line = [], ""
     for word in text.split():
@@ -74,7 +71,7 @@ def _wrap(text: str, font: Any, width: int = SIDE, most: int = _MOST_LINES) -> l
         if line and font.getlength(longer) > width:
             lines.append(line)
             longer = word
-        while font.getlength(longer) > width and len(longer) > 1:
+        while len(lines) <= most and len(longer) > 1 and font.getlength(longer) > width:
             fitting = _fitting(longer, font, width)
             lines.append(longer[:fitting])
             longer = longer[fitting:]

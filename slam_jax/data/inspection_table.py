@@ -76,7 +76,7 @@ def _print_numbers(page: "_Page", found: Inspection) -> None:
     if aux.mean is None or aux.scale is None:
         page.line(f"numbers of an auxiliary vector: {', '.join(aux.names)}\n")
         return
-    columns = zip(aux.names, aux.mean, aux.scale, strict=True)
+    columns = zip(aux.names, aux.mean, aux.scale, strict=False)  # no rows for training, no figures
     rows = [(name, f"{mean:.6g}", f"{scale:.6g}") for name, mean, scale in columns]
     page.table("columns of numbers", ("column", "mean", "scale"), rows)
 

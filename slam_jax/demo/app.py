@@ -2,7 +2,7 @@
 
 import functools
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -28,12 +28,13 @@ def make_app(loaded: Loaded) -> gr.Blocks:
     views = trained_views(loaded.config)
     image, text, aux = inputs = _inputs(loaded)
     prompt = gr.Textbox(label="Prompt", max_lines=1, elem_id="prompt", render=False)
+    outputs = _outputs()
     with gr.Blocks(title="slam_jax", analytics_enabled=False) as app:
         gr.Markdown(_introduction(loaded), elem_id="intro")
         with gr.Row():
             with gr.Column():
                 if views:
-                    _offer_scenes(views, inputs)
+                    _offer_scenes(loaded, views, inputs, outputs)
                 with gr.Row():
                     image.render()
                     text.render()
@@ -48,17 +49,16 @@ def make_app(loaded: Loaded) -> gr.Blocks:
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")
                 with gr.Accordion("Sampling", open=False, elem_id="sampling"), gr.Row():
                     numbers = _numbers()
-                answer = gr.Textbox(label="Answer", interactive=False, elem_id="answer")
-                notice = gr.HTML(elem_id="notice")
-                maps = gr.HTML(elem_id="maps")
+                for output in outputs:
+                    output.render()
         gr.on(
             [ask.click, prompt.submit],
             functools.partial(ask_model, loaded),
             [*inputs, prompt, *numbers],
-            [answer, notice, maps],
+            outputs,
             preprocess=False,  # an image that is none is then told of as all else is
             show_progress="minimal",
-            show_progress_on=answer,
+            show_progress_on=outputs[0],
             api_visibility="private",
         )
     return app
@@ -115,7 +115,6 @@ def _introduction(loaded: Loaded) -> str:
 
 
 def _inputs(loaded: Loaded) -> tuple[gr.Image, gr.Textbox, gr.Dataframe]:
-    names = column_names(loaded)
     one_row = has_columns(loaded)
     image = gr.Image(
         label="Image",
@@ -132,8 +131,8 @@ def _inputs(loaded: Loaded) -> tuple[gr.Image, gr.Textbox, gr.Dataframe]:
         label="Text", lines=7, max_lines=7, min_width=240, elem_id="text", render=False
     )
     aux = gr.Dataframe(
-        [[None] * len(names)] * (1 if one_row else _BLANK_ROWS),
-        headers=names,
+        _blank_rows(loaded),
+        headers=column_names(loaded),
         datatype="number",
         label="Aux: " + ("a row of numbers, blank = missing" if one_row else "rows of numbers"),
         interactive=True,
@@ -144,8 +143,23 @@ def _inputs(loaded: Loaded) -> tuple[gr.Image, gr.Textbox, gr.Dataframe]:
     return image, text, aux
 
 
-def _offer_scenes(views: Mapping[str, str], inputs: tuple[Any, ...]) -> None:
-    """Pictures of scenes; a click on one fills the inputs with it, in the parts of a view."""
+def _blank_rows(loaded: Loaded) -> list[list[None]]:
+    return [[None] * len(column_names(loaded))] * (1 if has_columns(loaded) else _BLANK_ROWS)
+
+
+def _outputs() -> list[Any]:
+    return [
+        gr.Textbox(label="Answer", interactive=False, elem_id="answer", render=False),
+        gr.HTML(elem_id="notice", render=False),
+        gr.HTML(elem_id="maps", render=False),
+    ]
+
+
+def _offer_scenes(
+    loaded: Loaded, views: Mapping[str, str], inputs: Sequence[Any], outputs: Sequence[Any]
+) -> None:
+    """Pictures of scenes; a click on one fills the inputs with it, in the parts of a view, and
+    clears what the outputs said of another."""
     scenes = gr.Dataset(
         components=[gr.Image(format="png", render=False)],
         samples=[[draw_whole(scene)] for scene in SCENES],
@@ -161,12 +175,14 @@ def _offer_scenes(views: Mapping[str, str], inputs: tuple[Any, ...]) -> None:
         elem_id="view",
     )
     chosen = gr.State(0)
+    changed = [chosen, *inputs, *outputs]
 
     def fill(index: int, view: str) -> tuple[Any, ...]:
-        return index, *show(SCENES[index], view)
+        image, text, rows = show(SCENES[index], view)
+        return index, image, text, rows or _blank_rows(loaded), *[""] * len(outputs)
 
-    scenes.click(fill, [scenes, view], [chosen, *inputs], api_visibility="private")
-    view.input(fill, [chosen, view], [chosen, *inputs], api_visibility="private")
+    scenes.click(fill, [scenes, view], changed, api_visibility="private")
+    view.input(fill, [chosen, view], changed, api_visibility="private")
 
 
 def _offer_prompts(prompt: gr.Textbox) -> None:

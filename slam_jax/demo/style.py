@@ -14,7 +14,7 @@ CSS = """
 #aux .cell-menu-button { display: none; }
 #aux .cell-wrap { font: 0.8rem var(--font); padding-inline: 4px; }
 #answer textarea { font-size: 1.5rem; line-height: 1.4; }
-#notice, #maps { padding: 0; }
+#notice .html-container, #maps .html-container { padding: 0; }
 #notice:not(:has(p)) { display: none; }
 #notice p { margin: 0; }
 #notice p[role=alert] {
