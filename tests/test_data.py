@@ -487,7 +487,7 @@ def test_two_processes_may_build_at_once(config, tmp_path, monkeypatch, capfd):
     prepare(config)
     out, err = capfd.readouterr()
     assert out == "" and len(calls) == 2
-    assert err.splitlines() == [f"building sort_of_clevr/tiny (320 scenes) in {tmp_path}"] * 2
+    assert err.splitlines() == [f"building sort_of_clevr/tiny (320 examples) in {tmp_path}"] * 2
 
 
 def test_a_build_that_fails_says_so(config, tmp_path, monkeypatch):
@@ -556,7 +556,9 @@ def test_too_much_damage_ends_the_run(dataset, damaged):
     few = dataclasses.replace(damaged, max_damaged_records=1)
     assert not prepare(damaged).corpus_is_whole
     assert dataset.corpus_is_whole
-    message = r"train: 2 damaged, more than data.max_damaged_records=1; record \d+: .*; mend the data"
+    message = (
+        r"train: 2 damaged, more than data.max_damaged_records=1; record \d+: .*; mend the data"
+    )
     with pytest.raises(DataError, match=message):
         prepare(few)
     batches = training_batches(prepare(few, dataset.tokenizer).train, dataset.tokenizer, few)

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import queue
@@ -267,7 +268,7 @@ def test_an_answer_comes_in_pieces_and_then_its_maps(loaded):
     [answer] = generate(loaded, [request], Sampling(max_new_tokens=24, temperature=1.5))
     answers = [answer for answer, _, _ in shown]
     assert answers[0] == "" and answers[-1] == answer.text
-    assert all(b.startswith(a) for a, b in zip(answers, answers[1:], strict=False))
+    assert all(b.startswith(a) for a, b in itertools.pairwise(answers))
     assert len(set(answers)) > 2
     assert not any(notice for _, notice, _ in shown if answer.text)
     assert attention_html(loaded, request, answer.text) in shown[-1][2]

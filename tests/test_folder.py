@@ -152,7 +152,7 @@ def test_training_pictures_are_cropped_at_random_and_the_others_are_not(tmp_path
     np.testing.assert_array_equal(shown(dataset.test, 1), shown(dataset.test, 2))
 
 
-GOOD = [{"text": f"text {i}", "answer": "a", "n": i} for i in range(9)]
+GOOD = [{"text": f"text {i}", "answer": "a", "n": i} for i in range(30)]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ GOOD = [{"text": f"text {i}", "answer": "a", "n": i} for i in range(9)]
 def test_a_row_that_cannot_be_used_is_named_with_its_field(tmp_path, row, reason):
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
     write(tmp_path, [*GOOD, row])
-    with pytest.raises(DataError, match=rf"data.jsonl, row 10: .*{reason}") as error:
+    with pytest.raises(DataError, match=rf"data.jsonl, row 31: .*{reason}") as error:
         prepare(config(tmp_path), model=MODEL)
     assert "\n" not in str(error.value) and "data.max_damaged_records=1" in str(error.value)
     allowed = DataConfig(name="folder", path=str(tmp_path), stages=((0, {"all": 1.0}),))

@@ -91,7 +91,7 @@ def test_the_figures_of_a_folder_are_those_of_its_usable_rows(folder):
     assert below(lines, "split records", 3) == ["train 14", "validation 1", "test 1"]
     assert lines[lines.index("views, and the shapes of a batch of 4") + 1 :][:5] == [
         "view used from step text image aux tokens",
-        "image 0 - 4x24x24x3, mask - 4x1x8",
+        "image 0 - 4x24x24x3 - 4x1x8",
         "aux - - - 4x2x4, mask 4x1x8",
         "image_aux - - 4x24x24x3, mask 4x2x4, mask 4x1x8",
         "all 30 - 4x24x24x3, mask 4x2x4, mask 4x1x8",

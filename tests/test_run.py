@@ -1,11 +1,13 @@
 """A run goes on as if never broken off, whatever broke it off."""
 
+import copy
 import dataclasses
 import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from helpers import assert_same
 
-from slam_jax.data import Tokenizer, prepare, training_batches
+from slam_jax.data import AuxFormat, Tokenizer, prepare, training_batches
 from slam_jax.errors import ConfigError
 from slam_jax.evaluation.checkpoint import evaluate_checkpoint
 from slam_jax.slam_v3 import Inputs, SlamV3
@@ -328,3 +330,33 @@ def test_entry_points_say_in_one_line_what_is_wrong(arguments, message):
 def test_an_evaluation_changes_the_data_alone(finished):
     with pytest.raises(ConfigError, match="config.model is part of the checkpoint"):
         evaluate_checkpoint(finished[0], "latest", ["--config.model.embed_dim=64"])
+
+
+def test_a_run_goes_on_only_with_the_numbers_it_was_trained_on(config, tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+
+    def write(offset: float) -> None:
+        rows = [{"answer": "ab"[i % 2], "size": i + offset} for i in range(12)]
+        (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    config = copy.deepcopy(config)
+    config["data"] |= {
+        "name": "folder",
+        "path": str(folder),
+        "max_damaged_records": 0,
+        "stages": [[0, {"all": 1.0}]],
+    }
+    config["model"]["aux_slots"] = True
+    config["run"] |= {"num_steps": 2, "evaluate_every": 1}
+    write(0.0)
+    train(config, tmp_path / "run")
+    assert load(tmp_path / "run").aux_format == AuxFormat(("size",), *aux_of(tmp_path / "run"))
+    write(0.5)
+    with pytest.raises(CheckpointError, match="other columns of numbers, or other numbers in them"):
+        train(config, tmp_path / "run")
+
+
+def aux_of(workdir: Path) -> Any:
+    saved = Checkpoints(workdir).read_aux("latest") or {}
+    return saved["mean"], saved["scale"]

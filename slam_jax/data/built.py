@@ -24,7 +24,7 @@ def build_once(
         builder = make_builder(data_dir=config.directory, file_format="array_record")
     if builder.data_path.exists():
         return
-    size = "" if num_examples is None else f" ({num_examples:,} scenes)"
+    size = "" if num_examples is None else f" ({num_examples:,} examples)"
     print(f"building {config.name}{size} in {config.directory}", file=sys.stderr)
     tfds.disable_progress_bar()
     try:

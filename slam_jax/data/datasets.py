@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,26 @@ class Dataset:
     corpus_is_whole: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """What a reader is to read, for which model, and what a checkpoint has of it already."""
+
+    config: DataConfig
+    variant: str
+    model: SlamV3Config
+    tokenizer: Tokenizer | None
+    aux_format: AuxFormat | None
+
+    def tokenizer_of(self, texts: Iterable[str]) -> Tokenizer:
+        return self.tokenizer or Tokenizer.train(texts, self.config.vocab_size)
+
+
 def prepare(
-    config: DataConfig, tokenizer: Tokenizer | None = None, *, model: SlamV3Config | None = None
+    config: DataConfig,
+    tokenizer: Tokenizer | None = None,
+    *,
+    aux_format: AuxFormat | None = None,
+    model: SlamV3Config | None = None,
 ) -> Dataset:
     """The data set `config.name`, built in `config.directory` if it is not there yet.
 
@@ -54,7 +72,7 @@ def prepare(
       config: `sort_of_clevr`, or `sort_of_clevr/tiny` for trying out; `folder` with `config.path`,
         for data of one's own; `digits`; `mnist` and `coco_captions`, which TFDS downloads, and
         builds with TensorFlow.
-      tokenizer: that of a checkpoint; None trains one on the training split.
+      tokenizer, aux_format: those of a checkpoint; None makes them of the training split.
       model: what will read it: the size of images, the width of auxiliary vectors, the context.
 
     Raises:
@@ -67,7 +85,8 @@ def prepare(
         raise ConfigError(f"data.name is {config.name!r}; use one of {', '.join(_READERS)}")
     if config.augment and name == SortOfClevr.name:
         raise ConfigError(f"data.augment is {config.augment}; {name} is drawn, and must have 0")
-    dataset = reader(config, variant, tokenizer, model or SlamV3Config(vocab_size=1))
+    model = model or SlamV3Config(vocab_size=1)
+    dataset = reader(_Wanted(config, variant, model, tokenizer, aux_format))
     for view in config.views:
         if view not in dataset.train.views:
             known = ", ".join(dataset.train.views)
@@ -75,11 +94,9 @@ def prepare(
     return dataset
 
 
-def _read_sort_of_clevr(
-    config: DataConfig, variant: str, tokenizer: Tokenizer | None, model: SlamV3Config
-) -> Dataset:
+def _read_sort_of_clevr(wanted: _Wanted) -> Dataset:
     variants = {known.name: known for known in SortOfClevr.BUILDER_CONFIGS}
-    chosen = variants.get(variant or "full")
+    config, chosen = wanted.config, variants.get(wanted.variant or "full")
     if chosen is None:
         known = ", ".join(f"sort_of_clevr/{v}" for v in variants)
         raise ConfigError(f"data.name is {config.name!r}; use sort_of_clevr or one of {known}")
@@ -94,23 +111,24 @@ def _read_sort_of_clevr(
         for split, records in zip(SPLITS, open_splits(config, name, SPLITS), strict=True)
     ]
     train, validation, test = map(Scenes, splits)
-    if tokenizer is None:
-        tokenizer = Tokenizer.train(train.corpus(), config.vocab_size)
+    tokenizer = wanted.tokenizer_of(train.corpus())
     aux_format = AuxFormat((*COLOURS, *SHAPES, "x", "y"))
     return Dataset(
         train, validation, test, tokenizer, aux_format, corpus_is_whole=not splits[0].damaged
     )
 
 
-def _read_folder(
-    config: DataConfig, variant: str, tokenizer: Tokenizer | None, model: SlamV3Config
-) -> Dataset:
+def _read_folder(wanted: _Wanted) -> Dataset:
+    config, model = wanted.config, wanted.model
     if config.path is None:
         raise ConfigError("data.path is not given; give it the folder with your table")
     table = read_table(config.path)
-    tokenizer = tokenizer or _train_tokenizer(table.rows["train"], config)
+    tokenizer = wanted.tokenizer_of(_texts(table.rows["train"]))
     table = without_long_rows(table, tokenizer, model.context_length)
     _pass_over(table, config.max_damaged_records)
+    for split, kept in table.rows.items():
+        if not kept:
+            raise DataError(f"{table.path}: no row is left for {split}; mend the bad ones")
     if table.columns and not model.aux_slots:
         raise ConfigError(
             f"model.aux_slots is False, and {table.path} has columns of numbers "
@@ -129,20 +147,19 @@ def _read_folder(
         "aux": [row.numbers is None or np.isnan(row.numbers).any() for row in given],
     }
     streams = [name for name, missing in lacks.items() if not all(missing)]
-    aux_format = None
-    if table.columns:
+    aux_format = wanted.aux_format
+    if aux_format is None and table.columns:
         streams = list(dict.fromkeys((*streams, "aux")))
         numbers = np.array([row.numbers for row in rows["train"]])
         aux_format = AuxFormat.of_columns(table.columns, numbers)
     return _from_rows(
+        wanted,
         rows,
         str(table.path),
-        config,
-        model,
         tokenizer,
         streams=streams,
         aux_format=aux_format,
-        incomplete=any(any(lacks[name]) for name in streams),
+        lacking=[name for name in streams if any(lacks[name])],
     )
 
 
@@ -160,66 +177,53 @@ def _pass_over(table: Table, most: int) -> None:
         )
 
 
-def _read_digits(
-    config: DataConfig, variant: str, tokenizer: Tokenizer | None, model: SlamV3Config
-) -> Dataset:
+def _read_digits(wanted: _Wanted) -> Dataset:
     rows = read_digits()
-    tokenizer = tokenizer or _train_tokenizer(rows["train"], config)
-    return _from_rows(rows, "digits", config, model, tokenizer, streams=["image"])
+    tokenizer = wanted.tokenizer_of(_texts(rows["train"]))
+    return _from_rows(wanted, rows, "digits", tokenizer, streams=["image"])
 
 
-def _read_mnist(
-    config: DataConfig, variant: str, tokenizer: Tokenizer | None, model: SlamV3Config
-) -> Dataset:
-    rows = read_mnist(config)
-    if tokenizer is None:
-        words = (word for texts in MNIST_TEXTS for word in texts)
-        tokenizer = Tokenizer.train(words, config.vocab_size)
-    return _from_rows(rows, "mnist", config, model, tokenizer, streams=["image"], texts=MNIST_TEXTS)
+def _read_mnist(wanted: _Wanted) -> Dataset:
+    rows = read_mnist(wanted.config)
+    tokenizer = wanted.tokenizer_of(word for texts in MNIST_TEXTS for word in texts)
+    return _from_rows(wanted, rows, "mnist", tokenizer, streams=["image"], texts=MNIST_TEXTS)
 
 
-def _read_coco_captions(
-    config: DataConfig, variant: str, tokenizer: Tokenizer | None, model: SlamV3Config
-) -> Dataset:
-    rows = read_captions(config)
-    whole = True
-    if tokenizer is None:
-        most = config.max_damaged_records
-        sample = Rows(rows["train"], "coco_captions, train", size=1, streams=(), max_damaged=most)
-        tokenizer = Tokenizer.train(sample.corpus(), config.vocab_size)
-        whole = not sample.undecoded.damaged
+def _read_coco_captions(wanted: _Wanted) -> Dataset:
+    rows = read_captions(wanted.config)
+    most, context = wanted.config.max_damaged_records, wanted.model.context_length
+    sample = Rows(rows["train"], "coco_captions, train", size=1, streams=(), max_damaged=most)
+    tokenizer = wanted.tokenizer_of(sample.corpus())
     # Which captions fit, the tokenizer decides that is trained on all.
     fitting = {
-        split: with_fitting_answers(each, tokenizer, model.context_length)
-        for split, each in rows.items()
+        split: with_fitting_answers(each, tokenizer, context) for split, each in rows.items()
     }
     made = _from_rows(
+        wanted,
         fitting,
         "coco_captions",
-        config,
-        model,
         tokenizer,
         streams=["image"],
-        longest=model.context_length - 2,
+        longest=context - 2,
     )
-    return dataclasses.replace(made, corpus_is_whole=whole)
+    return dataclasses.replace(made, corpus_is_whole=not sample.undecoded.damaged)
 
 
-def _train_tokenizer(rows: Sequence[Row], config: DataConfig) -> Tokenizer:
-    texts = (text for row in rows for text in (row.text or "", row.prompt, *row.answers))
-    return Tokenizer.train(texts, config.vocab_size)
+def _texts(rows: Iterable[Row]) -> Iterator[str]:
+    for row in rows:
+        yield from (row.text or "", row.prompt, *row.answers)
 
 
 def _from_rows(
+    wanted: _Wanted,
     splits: Mapping[str, Sequence[Any]],
     name: str,
-    config: DataConfig,
-    model: SlamV3Config,
     tokenizer: Tokenizer,
     *,
     aux_format: AuxFormat | None = None,
     **settings: Any,
 ) -> Dataset:
+    config, model = wanted.config, wanted.model
     sources = {
         split: Rows(
             rows,

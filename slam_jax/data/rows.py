@@ -25,7 +25,7 @@ class Row(NamedTuple):
     """A question and what it is about.
 
     image: what `load_image` takes, or None. numbers: one for each column, NaN = missing; or None.
-    answers: any of them will do; one is learned at a time. kind: of the question. where: the row
+    answers: one of them is drawn each time, to be learned or to be matched. kind: of the question. where: the row
     stands, for messages.
     """
 
@@ -55,7 +55,7 @@ class Rows:
       size: pixels a side that images are brought to. augment: share of a side that may be cropped,
         at random, each time one is shown.
       aux_format, aux_width: of the columns of numbers, if there are any, and of each one's vector.
-      incomplete: whether some rows lack what others have.
+      lacking: those of the streams that some rows do not have.
       texts: every text there can be; None = those of all rows, which are read for them.
       longest: tokens that a prompt and its answer have at most, so that rows without texts need not
         be read; None = counted.
@@ -72,7 +72,7 @@ class Rows:
         streams: Sequence[str],
         aux_format: AuxFormat | None = None,
         aux_width: int = 1,
-        incomplete: bool = False,
+        lacking: Sequence[str] = (),
         texts: Iterable[Texts] | None = None,
         longest: int | None = None,
         max_damaged: int = 0,
@@ -84,7 +84,7 @@ class Rows:
         self._augment = augment
         self._streams = frozenset(streams)
         self._aux_format, self._aux_width = aux_format, aux_width
-        self._incomplete = incomplete
+        self._lacking = frozenset(lacking)
         self._given_texts = None if texts is None else tuple(texts)
         self._longest = longest
 
@@ -126,10 +126,10 @@ class Rows:
         return tuple(s for s in TRAINING_VIEWS[view].streams if s in self._streams)
 
     def complete(self, view: str) -> bool:
-        return not self._incomplete
+        return self._lacking.isdisjoint(self.streams(view))
 
     def paired(self, view: str) -> bool:
-        return view == "image_text" and not self._incomplete
+        return view == "image_text" and self.complete(view)
 
     def text_lengths(self, view: str, tokenizer: Tokenizer) -> tuple[int, int]:
         return self._lengths(tokenizer).text

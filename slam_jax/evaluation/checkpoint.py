@@ -37,7 +37,9 @@ def evaluate_checkpoint(
                 f"config.{group} is part of the checkpoint; an evaluation changes config.data alone"
             )
     data = Experiment.from_config(config).data
-    dataset = prepare(data, loaded.tokenizer, model=loaded.model.config)
+    dataset = prepare(
+        data, loaded.tokenizer, aux_format=loaded.aux_format, model=loaded.model.config
+    )
     graphdef, params = split_model(loaded.model)
     batches = {
         view: evaluation_batches(

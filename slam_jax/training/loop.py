@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from slam_jax.data import (
+    AuxFormat,
     Batch,
     Dataset,
     EvaluationBatch,
@@ -82,7 +83,9 @@ def train(
             tokenizer = Tokenizer.from_json(checkpoints.read_tokenizer(latest))
             if dataset.corpus_is_whole:
                 _require_same_tokenizer(tokenizer, dataset.tokenizer, Path(workdir))
-            dataset = dataclasses.replace(dataset, tokenizer=tokenizer)
+            _require_same_aux(checkpoints.read_aux(latest), dataset.aux_format, Path(workdir))
+            if dataset.tokenizer != tokenizer:
+                dataset = prepare(experiment.data, tokenizer, model=experiment.model)
         graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
         if latest is not None:
             state = checkpoints.restore(latest, state)
@@ -336,4 +339,13 @@ def _require_same_tokenizer(saved: Tokenizer, ours: Tokenizer, workdir: Path) ->
             f"{workdir} holds a run with a tokenizer of sha256 {saved.sha256[:12]} and that of the "
             f"data is now {ours.sha256[:12]}: the data set has changed; put the old one back, or "
             "use another workdir"
+        )
+
+
+def _require_same_aux(saved: Any, ours: AuxFormat | None, workdir: Path) -> None:
+    """Numbers mean what they meant only while they are standardised as they were."""
+    if saved is not None and (ours is None or saved != ours.to_json()):
+        raise CheckpointError(
+            f"{workdir} holds a run with other columns of numbers, or other numbers in them: the "
+            "data set has changed; put the old one back, or use another workdir"
         )
