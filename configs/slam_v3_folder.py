@@ -3,8 +3,8 @@
     python train.py --config=configs/slam_v3_folder.py --config.data.path=DIR --workdir=runs/own
 
 `DIR` holds one `.jsonl` or `.csv`; `slam_jax/data/folder.py` says what its columns may be, and
-`python -m slam_jax.data inspect --config=.. --config.data.path=DIR` shows what was found in it. Every input
-that a row has is shown; other mixes, such as `image` alone, can be had as stages.
+`python -m slam_jax.data inspect --config=.. --config.data.path=DIR` shows what was found in it.
+Every input that a row has is shown; other mixes, such as `image` alone, can be had as stages.
 """
 
 from typing import Any

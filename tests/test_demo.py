@@ -1,5 +1,6 @@
 """The page: in a browser as a visitor has it, and its parts without one."""
 
+import asyncio
 import contextlib
 import http.client
 import itertools
@@ -44,14 +45,16 @@ def loaded(small_run):
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("picture") / "a <b>picture</b>.png"
+    path = tmp_path_factory.mktemp("picture") / "a <b>picture.png"
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     Image.fromarray(pixels).save(path)
     return path
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "slam_jax.demo", *arguments]
+def command(*arguments, before=""):
+    """Of starting the page, as `python -m slam_jax.demo` does, after some other code."""
+    main = "runpy.run_module('slam_jax.demo', run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-c", f"import runpy, signal, sys; {before}{main}", *arguments]
 
 
 def text_of(loaded, *request):
@@ -73,18 +76,19 @@ def page(small_run, tmp_path_factory):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
+    # In the background of a shell that reads a script, Ctrl-C is ignored.
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler); "
     process = subprocess.Popen(
-        command(f"--workdir={small_run}", "--port=0"),
+        command(f"--workdir={small_run}", "--port=0", before=heard),
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # In the background of a shell that reads no commands, Ctrl-C is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
+        out: Any = process.stdout
         said: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=lambda: said.put(process.stdout.readline()), daemon=True).start()
+        threading.Thread(target=lambda: said.put(out.readline()), daemon=True).start()
         address = said.get(timeout=WAIT_S).partition(" ")[0]
         assert address.startswith("http://127.0.0.1:"), process.communicate()[1]
         yield process, address, folder
@@ -233,12 +237,8 @@ def test_a_port_that_is_taken_is_told_in_a_line():
 
 
 def test_without_gradio_the_page_says_how_to_get_it():
-    script = (
-        "import runpy, sys; sys.modules['gradio'] = None; "
-        "sys.argv = ['demo', '--workdir=nowhere']; "
-        "runpy.run_module('slam_jax.demo', run_name='__main__', alter_sys=True)"
-    )
-    assert_ends([sys.executable, "-c", script], "pip install 'slam_jax[demo]'")
+    lacking = command("--workdir=nowhere", before="sys.modules['gradio'] = None; ")
+    assert_ends(lacking, "pip install 'slam_jax[demo]'")
 
 
 @pytest.mark.parametrize(
@@ -338,25 +338,34 @@ def test_a_row_is_added_at_the_end():
     assert add_row({"headers": ["x", "y"], "data": [[1, 2]]}) == [[1, 2], [None, None]]
 
 
+def build(loaded):
+    """The app; in a loop, for outside of one gradio makes some that it does not close."""
+
+    async def build():
+        return make_app(loaded)
+
+    return asyncio.run(build())
+
+
 def table_of(app):
     [table] = [block for block in app.blocks.values() if isinstance(block, gr.Dataframe)]
     return table
 
 
 def test_the_table_has_the_columns_and_rows_that_the_data_have(loaded):
-    table = table_of(make_app(loaded))
+    table = table_of(build(loaded))
     assert table.headers == list(loaded.aux_format.names)
-    unnamed = table_of(make_app(loaded._replace(aux_format=None)))
+    unnamed = table_of(build(loaded._replace(aux_format=None)))
     assert unnamed.headers == [f"x{i}" for i in range(1, 11)]
     columns = AuxFormat.of_columns(("width", "price"), np.array([[1.0, 2.0]]))
-    one_row = table_of(make_app(loaded._replace(aux_format=columns)))
+    one_row = table_of(build(loaded._replace(aux_format=columns)))
     assert one_row.headers == ["width", "price"]
     assert len(one_row.value["data"]) == 1 < len(table.value["data"])
 
 
 def test_only_a_run_of_scenes_has_examples(loaded):
     def datasets(config):
-        app = make_app(loaded._replace(config=config))
+        app = build(loaded._replace(config=config))
         return [block for block in app.blocks.values() if isinstance(block, gr.Dataset)]
 
     config = loaded.config
@@ -381,6 +390,6 @@ def test_examples_are_of_the_test_split_in_the_views_of_the_run(loaded):
 
 
 def test_nothing_of_gradio_asks_for_the_outside(loaded):
-    app = make_app(loaded)
+    app = build(loaded)
     assert app.analytics_enabled is False
     assert not any(fn.api_visibility == "public" for fn in app.fns.values())

@@ -1,17 +1,20 @@
 """Numbers with a name, as auxiliary vectors."""
 
+import csv
 import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from slam_jax.errors import InputError, check_names
+from slam_jax.errors import InputError, check_names, first_line
 
 _MOST_DEVIATIONS = 8.0
+_MOST_BYTES = 1 << 24  # of a file of numbers; it is read whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,3 +138,35 @@ def _as_numbers(value: Any) -> np.ndarray:
 
 def _shape(numbers: np.ndarray) -> str:
     return " x ".join(map(str, numbers.shape)) or "1"
+
+
+def read_numbers(path: str) -> Any:
+    """Rows of numbers, or numbers by name, from a JSON or CSV file.
+
+    Raises InputError, naming the file, for what holds neither.
+    """
+    file = Path(path)
+    try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has {file.stat().st_size:,} bytes")
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix.lower() != ".csv":
+            return json.loads(text)
+        rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if row]
+        if rows and not all(map(_is_number, rows[0])):
+            names, *rows = rows
+            if len(rows) == 1:
+                return {name: float(x) if x else None for name, x in zip(names, *rows, strict=True)}
+        return [[float(cell) for cell in row] for row in rows]
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise InputError(
+            f"aux: {path} cannot be read ({first_line(error)}); expected rows of numbers, "
+            "as JSON or CSV"
+        ) from error
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return not cell or math.isfinite(float(cell))
+    except ValueError:
+        return False

@@ -25,8 +25,8 @@ class Row(NamedTuple):
     """A question and what it is about.
 
     image: what `load_image` takes, or None. numbers: one for each column, NaN = missing; or None.
-    answers: one of them is drawn each time, to be learned or to be matched. kind: of the question. where: the row
-    stands, for messages.
+    answers: one of them is drawn each time, to be learned or to be matched. kind: of the question.
+    where: the row stands, for messages.
     """
 
     image: Any

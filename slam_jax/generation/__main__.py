@@ -6,19 +6,14 @@ written as it comes; --num_samples above 1 gives as many, --choices scores given
 and --json writes tokens and log-probabilities too.
 """
 
-import csv
 import dataclasses
 import json
 import math
-from pathlib import Path
-from typing import Any
 
 from absl import flags
 
 from slam_jax import command_line
-from slam_jax.errors import InputError, first_line
-
-_MOST_BYTES = 1 << 24
+from slam_jax.errors import InputError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
 STEP = flags.DEFINE_string("step", None, "A step, or best, or latest.")
@@ -41,6 +36,7 @@ JSON = flags.DEFINE_boolean("json", False, "Write JSON.")
 
 def main(arguments: list[str]) -> None:
     # Not before: importing JAX takes seconds, in which Ctrl-C can come.
+    from slam_jax.data.numbers import read_numbers
     from slam_jax.generation import Request, Sampling, generate, score, stream
     from slam_jax.training import load
     from slam_jax.training.host import tune_host
@@ -58,7 +54,7 @@ def main(arguments: list[str]) -> None:
         num_samples=NUM_SAMPLES.value,
         stop=STOP.value,
     )
-    aux = None if AUX.value is None else read_aux(AUX.value)
+    aux = None if AUX.value is None else read_numbers(AUX.value)
     request = Request(PROMPT.value, TEXT.value, IMAGE.value, aux, SEED.value)
     loaded = load(WORKDIR.value, STEP.value)
     if CHOICES.value is not None:
@@ -81,38 +77,6 @@ def main(arguments: list[str]) -> None:
         for piece in stream(loaded, request, dataclasses.replace(sampling, num_samples=1)):
             print(piece, end="", flush=True)
         print()
-
-
-def read_aux(path: str) -> Any:
-    """Rows of numbers, or numbers by name, from a JSON or CSV file.
-
-    Raises InputError, naming the file, for what holds neither.
-    """
-    file = Path(path)
-    try:
-        if file.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"it has {file.stat().st_size:,} bytes")
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix.lower() != ".csv":
-            return json.loads(text)
-        rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if row]
-        if rows and not all(map(_is_number, rows[0])):
-            names, *rows = rows
-            if len(rows) == 1:
-                return {name: float(x) if x else None for name, x in zip(names, *rows, strict=True)}
-        return [[float(cell) for cell in row] for row in rows]
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise InputError(
-            f"aux: {path} cannot be read ({first_line(error)}); expected rows of numbers, "
-            "as JSON or CSV"
-        ) from error
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        return not cell or math.isfinite(float(cell))
-    except ValueError:
-        return False
 
 
 if __name__ == "__main__":
