@@ -31,7 +31,7 @@ from slam_jax.demo.app import add_row, ask_model, make_app
 from slam_jax.demo.examples import PROMPTS, SCENES, show, trained_views
 from slam_jax.demo.reading import read_aux, read_sampling
 from slam_jax.evaluation.report import attention_html
-from slam_jax.generation import Request, Sampling, generate
+from slam_jax.generation import Request, Sampling, generate, stream
 
 NOTHING = "nothing to answer from: give at least one of text, image and aux"
 USUAL: Any = (0, 32, 0, 0, 1, 0, 1)  # the seed and what read_sampling takes, as the page has them
@@ -165,7 +165,7 @@ def test_a_picture_and_a_prompt_get_the_answer_of_generate_and_maps_of_it(browse
     answer, maps = answer_and_maps(browser)
     assert answer == text_of(loaded, "shape of red", None, picture)
     assert all(f"process {p}" in maps for p in (1, 2, 3, 4))
-    assert not browser.find_elements(By.CSS_SELECTOR, "#notice p")
+    assert not find(browser, "#notice").text
 
 
 def test_an_example_and_its_prompt_are_chosen_by_a_click_each(browser, loaded):
@@ -262,16 +262,17 @@ def ask(loaded, image=None, text="", rows=(), prompt="shape of red", numbers=USU
 
 
 def test_an_answer_comes_in_pieces_and_then_its_maps(loaded):
-    numbers = (3, 24, 1.5, 0, 1, 0, 1)
-    shown = ask(loaded, text="red circle", prompt="how many", numbers=numbers)
-    request = Request("how many", "red circle", seed=3)
-    [answer] = generate(loaded, [request], Sampling(max_new_tokens=24, temperature=1.5))
-    answers = [answer for answer, _, _ in shown]
-    assert answers[0] == "" and answers[-1] == answer.text
-    assert all(b.startswith(a) for a, b in itertools.pairwise(answers))
-    assert len(set(answers)) > 2
-    assert not any(notice for _, notice, _ in shown if answer.text)
-    assert attention_html(loaded, request, answer.text) in shown[-1][2]
+    rows = show(SCENES[0], "aux").aux
+    shown = ask(loaded, rows=rows, prompt="how many", numbers=(3, 24, 9, 0, 1, 0, 1))
+    request = Request("how many", aux=rows, seed=3)
+    pieces = list(stream(loaded, request, Sampling(max_new_tokens=24, temperature=9.0)))
+    so_far = ["", *itertools.accumulate(pieces)]
+    *_, answer = so_far
+    assert len(so_far) > 2
+    assert [answer for answer, _, _ in shown] == [*so_far, answer, answer]
+    assert not any(notice for _, notice, _ in shown)
+    assert not any(maps for _, _, maps in shown[:-2])
+    assert attention_html(loaded, request, answer) in shown[-1][2]
 
 
 @pytest.mark.parametrize(

@@ -36,13 +36,15 @@ def main(arguments: list[str]) -> None:
         open_port(PORT.value) as listener,
         tempfile.TemporaryDirectory(prefix="slam_jax_demo_", ignore_cleanup_errors=True) as files,
     ):
-        keep_to_this_machine(files)
-        from slam_jax.demo.app import make_app
         from slam_jax.training import load
         from slam_jax.training.host import tune_host
 
         tune_host()
-        app = make_app(load(WORKDIR.value, STEP.value))
+        loaded = load(WORKDIR.value, STEP.value)
+        keep_to_this_machine(files)
+        from slam_jax.demo.app import make_app
+
+        app = make_app(loaded)
         print(f"http://{HOST}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
         serve(app, listener)
 

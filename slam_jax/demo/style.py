@@ -6,10 +6,10 @@ from typing import Any
 # is narrow, the button of a cell's menu, which deletes columns, would lie under a double click.
 CSS = """
 .gradio-container { width: 100%; min-width: 0; max-width: 1180px !important; margin: 0 auto; }
-.gradio-container .app { min-width: 0; }
+.gradio-container .app { min-width: 0; padding-inline: clamp(12px, 3vw, 32px) !important; }
 #intro h1 { margin: 0 0 0.25rem; }
 #scenes img { image-rendering: pixelated; }
-#aux :is(th, td) { padding-inline: 2px; }
+#aux th, #aux td { padding-inline: 2px; }
 #aux th { pointer-events: none; }
 #aux .cell-menu-button { display: none; }
 #aux .cell-wrap { font: 0.8rem var(--font); padding-inline: 4px; }
@@ -22,7 +22,6 @@ CSS = """
   border: 1px solid var(--error-border-color); background: var(--error-background-fill);
   color: var(--error-text-color);
 }
-@media (max-width: 640px) { .gradio-container .app { padding-inline: 12px !important; } }
 """
 
 
