@@ -10,6 +10,7 @@ was done once; prints a table, and exits with 1 if a trial failed. The trials us
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import random
 import shutil

@@ -40,6 +40,7 @@ from slam_jax.data.sort_of_clevr import (
     needs_both,
 )
 from slam_jax.errors import ConfigError
+from slam_jax.slam_v3 import ImageConfig, SlamV3Config
 
 STAGES = ((0, {"aux": 1.0}), (3, {view: 1.0 for view in TRAINING_VIEWS}))
 
@@ -461,6 +462,12 @@ def test_a_bad_value_names_its_field(fields, message):
 def test_an_unknown_data_set_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=f"data.name is '{name}'; use (one of )?sort_of_clevr"):
         prepare(DataConfig(name=name, data_dir=str(tmp_path)))
+
+
+def test_a_model_of_another_image_size_is_refused_where_it_is_shown_images(tmp_path):
+    model = SlamV3Config(vocab_size=1, image=ImageConfig(size=24))
+    with pytest.raises(ValueError, match="model.image.size is 24, and the pictures of sort_of"):
+        prepare(DataConfig("sort_of_clevr/tiny", str(tmp_path)), model=model)
 
 
 def test_data_directory_comes_from_config_then_environment(monkeypatch, tmp_path):

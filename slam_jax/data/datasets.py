@@ -23,8 +23,9 @@ from slam_jax.data.public import (
 from slam_jax.data.records import DataError, Records
 from slam_jax.data.rows import Row, Rows
 from slam_jax.data.scenes import Scenes
-from slam_jax.data.sort_of_clevr import COLOURS, SHAPES, SortOfClevr
+from slam_jax.data.sort_of_clevr import COLOURS, SHAPES, SIZE, SortOfClevr
 from slam_jax.data.tokenizer import Tokenizer
+from slam_jax.data.views import VIEWS
 from slam_jax.errors import ConfigError
 from slam_jax.slam_v3.config import SlamV3Config
 
@@ -100,6 +101,12 @@ def _read_sort_of_clevr(wanted: _Wanted) -> Dataset:
     if chosen is None:
         known = ", ".join(f"sort_of_clevr/{v}" for v in variants)
         raise ConfigError(f"data.name is {config.name!r}; use sort_of_clevr or one of {known}")
+    size = wanted.model.image.size
+    if size != SIZE and any("image" in VIEWS[view].streams for view in config.views):
+        raise ConfigError(
+            f"model.image.size is {size}, and the pictures of {config.name} have {SIZE} pixels a "
+            f"side; set it to {SIZE}"
+        )
     build_once(
         config,
         functools.partial(SortOfClevr, config=chosen.name),
