@@ -15,6 +15,7 @@ def main(arguments: list[str]) -> None:
 
     results = evaluate_checkpoint(WORKDIR.value, STEP.value, overrides=arguments)
     print_metrics(results.metrics)
+    print(f"\nreport: {WORKDIR.value}/eval/report.html")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 `DIR` holds one `.jsonl` or `.csv`; `slam_jax/data/folder.py` says what its columns may be, and
 `python -m slam_jax.data inspect --config=.. --config.data.path=DIR` shows what was found in it.
-Every input that a row has is shown; other mixes, such as `image` alone, can be had as stages.
+A row is shown with all that it has, or with some of it left out, so that the model can be asked
+with any mix; the report tells how well it answers from each.
 """
 
 from typing import Any
@@ -24,6 +25,7 @@ def get_config() -> Any:
     config.data.name = "folder"
     config.data.batch_size = 16
     config.data.augment = 0.3
+    config.data.drop_inputs = 0.2
     config.data.vocab_size = 2_048
     config.data.max_damaged_records = 0
     config.data.stages = ((0, {"all": 1.0}),)

@@ -154,6 +154,28 @@ def test_training_pictures_are_cropped_at_random_and_the_others_are_not(tmp_path
     np.testing.assert_array_equal(shown(dataset.test, 1), shown(dataset.test, 2))
 
 
+def test_inputs_are_left_out_at_random_in_training_and_never_all(own):
+    dataset = prepare(config(own, drop_inputs=0.5), model=MODEL)
+    seen = set()
+    for seed in range(60):
+        example = dataset.train.render(dataset.train[0], "all", np.random.default_rng(seed))
+        has_aux = example.aux is not None and not np.isnan(example.aux).all()
+        seen.add((example.image is not None, has_aux))
+    assert seen == {(True, True), (True, False), (False, True)}
+    test = dataset.test.render(dataset.test[0], "all", np.random.default_rng(0))
+    assert test.image is not None and test.aux is not None and not np.isnan(test.aux).all()
+    assert not dataset.train.complete("image_aux") and dataset.train.complete("image")
+    _, batch = next(training_batches(dataset.train, dataset.tokenizer, config(own)))
+    assert batch.inputs.image_mask is not None and batch.inputs.aux_mask is not None
+
+
+def test_a_column_is_of_numbers_where_most_of_it_is(tmp_path):
+    rows = [{"text": str(i), "answer": "a", "n": "?" if i == 0 else i, "id": "x"} for i in range(9)]
+    table = read_table(write(tmp_path, [*rows, {"text": "t", "answer": "a", "id": 3}]))
+    assert table.columns == ("n",) and table.ignored == ("id",)
+    assert [(line, reason) for line, reason in table.bad] == [(1, "n: '?' is no finite number")]
+
+
 GOOD = [{"text": f"text {i}", "answer": "a", "n": i} for i in range(30)]
 
 

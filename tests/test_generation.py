@@ -258,7 +258,7 @@ def test_numbers_by_column_name(loaded):
     assert tokens({"width": 1.0}) == tokens([1.0, None]) != by_name
     with pytest.raises(ValueError, match="aux has no field 'prize'; did you mean 'price'"):
         tokens({"prize": 3})
-    with pytest.raises(ValueError, match="aux has 3 numbers; expected one for each of width"):
+    with pytest.raises(ValueError, match="aux is 3 numbers; expected 2, one for each of width"):
         tokens([1, 2, 3])
 
 

@@ -32,6 +32,8 @@ class DataConfig:
     seed: of shuffling, rendering and the choice of views.
     augment: training pictures of folders and the like lose up to this share of each side, another
       part each time; 0 = they are shown as they are.
+    drop_inputs: in training, each input of a folder's row is left out at this rate, though never
+      all of them; the model then answers from any mix, and is evaluated on each.
     max_damaged_records: how many records of a split may be damaged; they are passed over, and one
       more ends the run.
     vocab_size: most tokens the tokenizer may learn.
@@ -48,6 +50,7 @@ class DataConfig:
     batch_size: int = 64
     seed: int = 0
     augment: float = 0.0
+    drop_inputs: float = 0.0
     max_damaged_records: int = 10
     vocab_size: int = 512
     stages: Sequence[Any] = ((0, {"image": 1.0}),)
@@ -57,6 +60,7 @@ class DataConfig:
         require_count("vocab_size", self.vocab_size, least=SMALLEST_VOCABULARY)
         require_count("max_damaged_records", self.max_damaged_records, least=0)
         require(0 <= self.augment < 1, "augment", self.augment, "a share from 0 to below 1")
+        require(0 <= self.drop_inputs < 1, "drop_inputs", self.drop_inputs, "a rate in [0, 1)")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; it must be in 0..{2**32 - 1}")
         stages = tuple(_stage(i, stage) for i, stage in enumerate(self.stages))

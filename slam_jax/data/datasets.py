@@ -84,8 +84,9 @@ def prepare(
     reader = _READERS.get(name)
     if reader is None or (variant and name != "sort_of_clevr"):
         raise ConfigError(f"data.name is {config.name!r}; use one of {', '.join(_READERS)}")
-    if config.augment and name == SortOfClevr.name:
-        raise ConfigError(f"data.augment is {config.augment}; {name} is drawn, and must have 0")
+    for field in ("augment", "drop_inputs"):
+        if getattr(config, field) and name == SortOfClevr.name:
+            raise ConfigError(f"data.{field} is {getattr(config, field)}; for {name} it must be 0")
     model = model or SlamV3Config(vocab_size=1)
     dataset = reader(_Wanted(config, variant, model, tokenizer, aux_format))
     for view in config.views:
@@ -173,7 +174,7 @@ def _read_folder(wanted: _Wanted) -> Dataset:
 def _pass_over(table: Table, most: int) -> None:
     if len(table.bad) > most:
         line, reason = table.bad[0]
-        more = f" (and {len(table.bad) - 1} other rows)" if len(table.bad) > 1 else ""
+        more = f" (and {len(table.bad) - 1} more such)" if len(table.bad) > 1 else ""
         raise DataError(
             f"{table.path}, row {line}: {reason}{more}; mend it, or have "
             f"data.max_damaged_records={len(table.bad)} rows passed over"
@@ -237,6 +238,7 @@ def _from_rows(
             f"{name}, {split}",
             size=model.image.size,
             augment=config.augment if split == "train" else 0.0,
+            drop_inputs=config.drop_inputs if split == "train" else 0.0,
             aux_format=aux_format,
             aux_width=model.aux_dim,
             max_damaged=config.max_damaged_records,

@@ -2,8 +2,8 @@
 
 The table is `*.jsonl` (an object a line) or `*.csv` (a first line of names). Its columns: `answer`;
 and, all optional, `prompt`, `image` (a path, from the folder on), `text`, `kind` (of question, for
-the report), `split` (train, validation or test). Every other column whose first value is a number
-is one auxiliary vector a row, and columns of anything else are left out.
+the report), `split` (train, validation or test). Every other column that holds numbers for the most
+part is one auxiliary vector a row, and columns of anything else are left out.
 """
 
 import csv
@@ -155,17 +155,17 @@ def _parse(text: str) -> Mapping[str, Any] | str:
 
 
 def _columns_of_numbers(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Columns besides ours, in order: those whose first value is a number, and the others."""
-    first: dict[str, bool] = {}
+    """Columns besides ours, in order: those that hold numbers for the most part, and the others."""
+    votes: dict[str, int] = {}
     for _, record in _records(path):
         if isinstance(record, str):
             continue
         for name, value in record.items():
-            if name not in _OWN and name not in first and not _is_empty(value):
-                first[name] = _number(value) is not None
+            if name not in _OWN and not _is_empty(value):
+                votes[name] = votes.get(name, 0) + (1 if _number(value) is not None else -1)
     return (
-        tuple(name for name, numeric in first.items() if numeric),
-        tuple(name for name, numeric in first.items() if not numeric),
+        tuple(name for name, vote in votes.items() if vote > 0),
+        tuple(name for name, vote in votes.items() if vote <= 0),
     )
 
 

@@ -34,8 +34,10 @@ def print_inspection(found: Inspection, file: Any = None) -> None:
         if found.table.ignored:
             page.line(f"columns that are not used: {', '.join(found.table.ignored)}")
         most = found.config.max_damaged_records
+        refused = "; training refuses more" if len(found.bad) > most else ""
         page.line(
-            f"rows that cannot be used: {len(found.bad):,} (data.max_damaged_records={most:,})"
+            f"rows that cannot be used: {len(found.bad):,} "
+            f"(data.max_damaged_records={most:,}{refused})"
         )
         for row, reason in found.bad:
             page.line(f"  row {row}: {reason}")

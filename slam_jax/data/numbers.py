@@ -68,9 +68,11 @@ class AuxFormat:
             check_names(map(str, value), self.names, "aux")
             value = [value.get(name) for name in self.names]
         numbers = _as_numbers(value)
+        if numbers.ndim == 2 and len(numbers) == 1:  # a table of one row
+            numbers = numbers[0]
         if numbers.shape != (len(self.names),):
             raise InputError(
-                f"aux has {_shape(numbers)} numbers; expected one for each of "
+                f"aux is {_shape(numbers)} numbers; expected {len(self.names)}, one for each of "
                 f"{', '.join(self.names)}"
             )
         standard = (numbers - np.array(self.mean)) / np.array(self.scale)

@@ -53,7 +53,7 @@ class Rows:
       rows: a `Row` by index; may raise for one that cannot be read, so none is read to check it.
       name: of the split, for messages.
       size: pixels a side that images are brought to. augment: share of a side that may be cropped,
-        at random, each time one is shown.
+        at random, each time one is shown. drop_inputs: rate at which an input is left out.
       aux_format, aux_width: of the columns of numbers, if there are any, and of each one's vector.
       lacking: those of the streams that some rows do not have.
       texts: every text there can be; None = those of all rows, which are read for them.
@@ -69,6 +69,7 @@ class Rows:
         *,
         size: int,
         augment: float = 0.0,
+        drop_inputs: float = 0.0,
         streams: Sequence[str],
         aux_format: AuxFormat | None = None,
         aux_width: int = 1,
@@ -81,7 +82,7 @@ class Rows:
         self.undecoded = Records(rows, name, max_damaged)
         self.records = Records(_Decoded(rows, size), name, max_damaged)
         self.image_size = (size, size)
-        self._augment = augment
+        self._augment, self._drop_inputs = augment, drop_inputs
         self._streams = frozenset(streams)
         self._aux_format, self._aux_width = aux_format, aux_width
         self._lacking = frozenset(lacking)
@@ -105,15 +106,18 @@ class Rows:
 
     def render(self, record: Row, view: str, rng: np.random.Generator) -> Example:
         shown = self.streams(view)
+        dropped = self._drop(record, shown, rng)
         answer = record.answers[int(rng.integers(len(record.answers)))]
         aux = None
         if "aux" in shown and self._aux_format is not None:
             aux = self._aux_format.encode(record.numbers, self._aux_width)
-        image = record.image if "image" in shown else None
+            if "aux" in dropped:
+                aux[:] = np.nan
+        image = record.image if "image" in shown and "image" not in dropped else None
         if image is not None and self._augment:
             image = crop_at_random(image, rng, self._augment)
         return Example(
-            text=record.text if "text" in shown else None,
+            text=record.text if "text" in shown and "text" not in dropped else None,
             image=image,
             aux=aux,
             prompts=(record.prompt,),
@@ -122,11 +126,25 @@ class Rows:
             needs_both=(False,),
         )
 
+    def _drop(self, record: Row, shown: Sequence[str], rng: np.random.Generator) -> frozenset[str]:
+        """The inputs to leave out this time; one of those that the row has always stays."""
+        if not self._drop_inputs:
+            return frozenset()
+        numbers = None if record.numbers is None or np.isnan(record.numbers).all() else True
+        parts = {"text": record.text, "image": record.image, "aux": numbers}
+        given = [name for name in shown if parts[name] is not None]
+        kept = [name for name in given if rng.random() >= self._drop_inputs]
+        if given and not kept:
+            kept = [given[int(rng.integers(len(given)))]]
+        return frozenset(given) - frozenset(kept)
+
     def streams(self, view: str) -> tuple[str, ...]:
         return tuple(s for s in TRAINING_VIEWS[view].streams if s in self._streams)
 
     def complete(self, view: str) -> bool:
-        return self._lacking.isdisjoint(self.streams(view))
+        streams = self.streams(view)
+        dropping = self._drop_inputs > 0 and len(streams) > 1
+        return self._lacking.isdisjoint(streams) and not dropping
 
     def paired(self, view: str) -> bool:
         return view == "image_text" and self.complete(view)

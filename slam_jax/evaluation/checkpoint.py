@@ -20,7 +20,7 @@ _EXAMPLES = 24
 def evaluate_checkpoint(
     workdir: str | Path, step: Step = None, overrides: Sequence[str] = ()
 ) -> Results:
-    """The views that the run was trained on, on the test split; writes `metrics.json` and
+    """The mixes that the run was trained on, on the test split; writes `metrics.json` and
     `report.html` into `WORKDIR/eval`.
 
     step: a number, "best" or "latest"; None = best. overrides: `--config.data.field=value`
@@ -40,12 +40,15 @@ def evaluate_checkpoint(
     dataset = prepare(
         data, loaded.tokenizer, aux_format=loaded.aux_format, model=loaded.model.config
     )
+    views = data.views
+    if data.drop_inputs:  # it has seen every mix
+        views = (*views, *(view for view in dataset.test.views if view not in views))
     graphdef, params = split_model(loaded.model)
     batches = {
         view: evaluation_batches(
             dataset.test, loaded.tokenizer, view, data.batch_size, seed=data.seed
         )
-        for view in with_halves(data.views)
+        for view in with_halves(views)
     }
     started, shown = time.monotonic(), {}
     results = evaluate(
@@ -63,7 +66,7 @@ def evaluate_checkpoint(
         folder / "report.html",
         loaded,
         results,
-        choose_examples(results, {view: shown[view] for view in data.views}),
+        choose_examples(results, {view: shown[view] for view in views}),
         read_metrics(workdir),
         title=Path(workdir).absolute().name,
         seconds=seconds,

@@ -98,6 +98,9 @@ def plot_curves(curves: Mapping[str, tuple[Any, Any]], ylabel: str, *, log: bool
                       marker=marker, markersize=4, label=name)  # fmt: skip
         if log:
             axes.set_yscale("log")
+        else:  # percentages
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -3), min(high, 103))
         axes.set_xlabel("step")
         axes.set_ylabel(ylabel)
         axes.grid(linewidth=0.6)
