@@ -52,14 +52,16 @@ class Inspection:
 
 def inspect_data(config: DataConfig, model: SlamV3Config) -> Inspection:
     """Prepares a data set and looks through it: at 2,000 training examples, spread over the split,
-    and at every row and picture of a folder, whatever `max_damaged_records` says.
+    and at every row and picture of a folder, whatever `max_damaged_records` says. Examples are
+    shown as they are: nothing is cropped or left out.
 
     Raises:
       ConfigError, DataError: it cannot be prepared, or no row can be used.
     """
+    whole = dataclasses.replace(config, augment=0.0, drop_inputs=0.0)
     if config.name != "folder" or config.path is None:
-        return _inspect(config, prepare(config, model=model))
-    lenient = dataclasses.replace(config, max_damaged_records=_MOST_DAMAGED)
+        return _inspect(config, prepare(whole, model=model))
+    lenient = dataclasses.replace(whole, max_damaged_records=_MOST_DAMAGED)
     with _without_warnings():  # the report lists what they would tell
         found = _inspect(config, prepare(lenient, model=model))
         table = read_table(config.path)
