@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import subprocess
@@ -172,18 +173,17 @@ def test_a_tokenizer_of_other_data_is_refused(config, finished, monkeypatch):
     workdir, _ = finished
     prepare = loop.prepare
 
-    def changed(data):
-        made = prepare(data)
-        return dataclasses.replace(made, tokenizer=Tokenizer.train(["other words"], 280))
+    def changed(data, tokenizer=None, *, whole=True, **more):
+        made = prepare(data, tokenizer, **more)
+        tokenizer = tokenizer or Tokenizer.train(["other words"], 280)
+        return dataclasses.replace(made, tokenizer=tokenizer, corpus_is_whole=whole)
 
     monkeypatch.setattr(loop, "prepare", changed)
     message = r"a tokenizer of sha256 \w{12} and that of the data is now \w{12}: the data set has"
     with pytest.raises(CheckpointError, match=message):
         train(config, workdir)
     # Where records are damaged, the words are other ones and the data is the same.
-    monkeypatch.setattr(
-        loop, "prepare", lambda data: dataclasses.replace(changed(data), corpus_is_whole=False)
-    )
+    monkeypatch.setattr(loop, "prepare", functools.partial(changed, whole=False))
     assert train(config, workdir).step == 6
 
 
