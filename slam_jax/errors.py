@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -54,6 +55,22 @@ def writing(path: str | Path) -> Iterator[None]:
             f"{path}: could not be written ({first_line(error)}); check free space and "
             "permissions, then start again"
         ) from error
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a file, its folders too, all or nothing: a reader never sees half of it.
+
+    Raises WriteError where it cannot be written; what was there before is kept.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8", errors="replace")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,6 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ from PIL import Image
 
 from slam_jax.data import AuxFormat, Example
 from slam_jax.data.images import load_image
-from slam_jax.errors import writing
+from slam_jax.errors import write_whole
 from slam_jax.evaluation.answers import Answer, Results
 from slam_jax.evaluation.attention import AttentionMaps, attention_maps
 from slam_jax.evaluation.metrics import calibration
@@ -79,15 +78,7 @@ def write_report(
     Raises WriteError where it cannot be written; what was there before is kept.
     """
     page = render_report(loaded, results, shown, records, title=title, seconds=seconds)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(page, encoding="utf-8", errors="replace")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    write_whole(path, page)
 
 
 def render_report(

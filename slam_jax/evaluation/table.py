@@ -3,14 +3,13 @@
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from slam_jax.errors import writing
+from slam_jax.errors import write_whole
 
 
 def print_metrics(metrics: Mapping[str, Any], file: Any = None) -> None:
@@ -58,16 +57,7 @@ def write_metrics(path: str | os.PathLike[str], metrics: Mapping[str, Any]) -> N
       ValueError: a figure is NaN or infinite, which JSON cannot hold.
       WriteError: the file cannot be written; what was there before is kept.
     """
-    path = Path(path)
-    text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    write_whole(path, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
 
 def _percent(share: float) -> str:
