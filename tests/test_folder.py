@@ -269,3 +269,16 @@ def test_a_config_that_does_not_fit_the_table_is_told_why(own, fields, model, me
     given = {"name": "folder", "path": str(own), "stages": ((0, {"all": 1.0}),)} | fields
     with pytest.raises(ConfigError, match=message):
         prepare(DataConfig(**given), model=SlamV3Config(vocab_size=1, **kw))
+
+
+def test_a_row_is_not_asked_in_a_view_that_shows_nothing_of_it(tmp_path):
+    folder = tmp_path / "own"
+    rows = [{"text": f"text {i}", "answer": "a", "split": SPLITS[i % 3]} for i in range(9)]
+    rows += [
+        {"image": picture(folder, f"{i}.png"), "n": i, "answer": "b", "split": SPLITS[i % 3]}
+        for i in range(9)
+    ]
+    dataset = prepare(config(write(folder, rows)), model=MODEL)
+    for view, answers in {"text": "aaa", "image": "bbb", "aux": "bbb", "all": "aaabbb"}.items():
+        batches = evaluation_batches(dataset.test, dataset.tokenizer, view, 4, seed=0)
+        assert "".join(e.answers[0] for batch in batches for e in batch.examples) == answers

@@ -40,6 +40,12 @@ class Example(NamedTuple):
     kinds: tuple[str, ...]
     needs_both: tuple[bool, ...]
 
+    @property
+    def shows_something(self) -> bool:
+        """Whether there is anything to answer from."""
+        known = self.aux is not None and not np.isnan(self.aux).all()
+        return known or self.text is not None or self.image is not None
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -165,7 +171,8 @@ def training_batches(
 def evaluation_batches(
     source: Source, tokenizer: Tokenizer, view: str, batch_size: int, *, seed: int
 ) -> Iterator[EvaluationBatch]:
-    """Every example of `source` once, in order, those of damaged records left out. Example i
+    """Every example of `source` once, in order, without those of damaged records and those of
+    records that have nothing of what the view shows. Example i
     depends on (seed, i) and the view only, and all views of a scene share its random choices: the
     halves of a split are its halves."""
     collate = _Collate(source, tokenizer, view)
@@ -173,7 +180,9 @@ def evaluation_batches(
     def examples() -> Iterator[Example]:
         for i in range(len(source)):
             with contextlib.suppress(DamagedRecord):
-                yield source.render(source[i], view, np.random.default_rng((seed, i)))
+                example = source.render(source[i], view, np.random.default_rng((seed, i)))
+                if example.shows_something:
+                    yield example
 
     remaining = examples()
     while chosen := list(itertools.islice(remaining, batch_size)):

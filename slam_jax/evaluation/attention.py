@@ -74,4 +74,4 @@ def _maps(model, tokens, inputs, predicts):
 
 def _count(mask: np.ndarray) -> int:
     """Up to the last one that is there: a missing one among them keeps its place."""
-    return int(np.flatnonzero(mask.any(axis=0))[-1]) + 1
+    return int(np.flatnonzero(mask.any(axis=0)).max(initial=-1)) + 1

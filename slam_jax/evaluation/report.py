@@ -225,6 +225,8 @@ def _looked(loaded: Any, shown: Sequence[Shown]) -> list[dict[str, Any]]:
 def _raw_aux(loaded: Any, example: Example) -> Any:
     """The auxiliary vectors of an example as a request has them."""
     format_ = loaded.aux_format
+    if example.aux is not None and np.isnan(example.aux).all():
+        return None
     if example.aux is None or format_ is None or not format_.has_columns:
         return example.aux
     return format_.decode(example.aux)

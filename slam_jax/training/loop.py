@@ -303,7 +303,7 @@ def validate(
     scores = {
         f"{view}/{kind}": results.metrics["views"][view][kind]["accuracy"]
         for view in views
-        for kind in results.metrics["views"][view]
+        for kind in results.metrics["views"].get(view, ())
         if not kind.startswith("needs_both")
     }
     return {"accuracy": float(np.mean(list(scores.values()))), **scores}
