@@ -80,7 +80,7 @@ def batch(known, examples, **streams):
     tokens: Any = np.broadcast_to(row, (scenes, questions, 5))
     inputs = Inputs(aux=known[..., None].astype(np.float32), **streams)
     lengths: Any = np.full((scenes, questions), 4, np.int32)
-    whole = Batch(inputs, tokens, np.full_like(lengths, 2), lengths)
+    whole = Batch(inputs, tokens, np.full_like(lengths, 2), lengths, paired=True)
     return EvaluationBatch(whole, examples, len(examples))
 
 

@@ -84,7 +84,7 @@ def evaluate(
 
     A view `X_only_Y` is view X with just its rendering Y: it gives no row of its own, but the entry
     `needs_both_Y_only` of view X, beside its `needs_both`: the questions that need both renderings.
-    The view `image_text` also gives retrieval between the two.
+    The view `image_text` also gives retrieval between the two, where they belong together.
 
     Args:
       graphdef, params: `nnx.split(model, nnx.Param)`.
@@ -108,7 +108,7 @@ def evaluate(
                 tokenizer.eos_id,
                 tokenizer.pad_id,
             )
-            if view == RETRIEVAL_VIEW:
+            if view == RETRIEVAL_VIEW and batch.paired:
                 pair = _embed(graphdef, params, batch.inputs)
                 embeddings.append(np.asarray(pair)[:, :valid])
             logprobs = np.asarray(new.logprobs).sum(axis=-1)
