@@ -230,7 +230,8 @@ def png(image: Image.Image) -> bytes:
             [UNEQUAL[0], Request("red", image=png(Image.new("1", (10_000, 10_000))))],
             "request 1: the picture has 10,000 x 10,000 pixels; at most 64,000,000 are read",
         ),
-        ([Request("red", text="a", seed=-1)], "seed is -1; expected 0 to 4294967295"),
+        ([Request("red", text="a", seed=-1)], "seed is -1; expected a whole number from 0 to"),
+        ([Request("red", text="a", seed="1")], "seed is '1'; expected a whole number"),  # type: ignore[arg-type]
         ([Request(3, text="a")], "prompt is a int; expected a text"),  # type: ignore[arg-type]
     ],
 )

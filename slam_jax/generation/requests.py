@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int, UInt32
 from slam_jax.data.images import load_image
 from slam_jax.data.numbers import AuxFormat, as_vectors
 from slam_jax.data.tokenizer import Tokenizer, check_text
-from slam_jax.errors import InputError
+from slam_jax.errors import InputError, shorten
 from slam_jax.protocol import Decodable
 from slam_jax.slam_v3.streams import Inputs
 
@@ -28,6 +28,14 @@ class Trained(Protocol):
     def tokenizer(self) -> Tokenizer: ...
     @property
     def aux_format(self) -> AuxFormat | None: ...
+
+
+class ModelAndTokenizer(NamedTuple):
+    """A model that reads prompts alone, such as a language model, ready to be talked to."""
+
+    model: Any
+    tokenizer: Tokenizer
+    aux_format: None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +84,10 @@ def read_prompts(loaded: Trained, requests: Sequence[Request], max_new_tokens: i
     rows = []
     for i, request in enumerate(requests):
         with naming(i, len(requests)):
-            if not 0 <= request.seed < 2**32:
-                raise InputError(f"seed is {request.seed}; expected 0 to {2**32 - 1}")
+            seed = request.seed
+            if not isinstance(seed, int) or not 0 <= seed < 2**32:
+                expected = f"a whole number from 0 to {2**32 - 1}"
+                raise InputError(f"seed is {shorten(repr(seed))}; expected {expected}")
             row = [tokenizer.bos_id, *tokenizer.encode(_checked(request.prompt, "prompt"))]
             if len(row) + max_new_tokens > context:
                 raise InputError(
