@@ -3,16 +3,21 @@
 from typing import Any, Protocol, runtime_checkable
 
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slam_jax.array_typing import AnyArray
 
 
 @struct.dataclass
 class Output:
-    """What a full forward pass returns: next-token logits at every position."""
+    """What a full forward pass returns.
+
+    logits: of the next token, at every position. aux_loss: what training adds to the cross-entropy
+    for this call, in nats and already weighted, such as the load balance of experts.
+    """
 
     logits: Float[Array, "*B T V"]
+    aux_loss: Float[Array, ""] | float = 0.0
 
 
 @runtime_checkable
@@ -38,3 +43,20 @@ class Decodable(Protocol):
     def decode_step(
         self, tokens: Int[AnyArray, "*B"], cache: Any, memory: Any
     ) -> tuple[Float[Array, "*B V"], Any]: ...
+
+
+@runtime_checkable
+class LanguageModel(Decodable, Protocol):
+    """A model of token sequences alone.
+
+    mask: True = a real token, None = all are; pads change nothing for the others.
+    key: given in training, for dropout and whatever else happens only there.
+    """
+
+    def __call__(
+        self,
+        tokens: Int[AnyArray, "*B T"],
+        mask: Bool[AnyArray, "*B T"] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Output: ...

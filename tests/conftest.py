@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import slam_jax.evaluation.checkpoint  # noqa: F401  (with it all modules are there)
+import slam_jax.evaluation.checkpoint
+import slam_jax.interop  # noqa: F401  (with these all modules are there)
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 from slam_jax.training import read_config, train
 

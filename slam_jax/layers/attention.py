@@ -1,5 +1,7 @@
 """Attention over explicit keys and values, and the self-attention built from it."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,32 +25,67 @@ def masked_softmax(
     return jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0)
 
 
+class Layout(NamedTuple):
+    """How the tokens of a batch stand in their rows.
+
+    positions: of each token in its row. mask: True = a real token, None = all are.
+    visible: which tokens each may attend to: itself and the real ones before it.
+    """
+
+    positions: Int[Array, "*#B T"]
+    mask: Bool[Array, "*B T"] | None
+    visible: Bool[Array, "*#B T T"]
+
+
+def causal_layout(num_tokens: int, mask: Bool[Array, "*B T"] | None = None) -> Layout:
+    """Of rows of `num_tokens` tokens with pads where `mask` is False: left, right or both.
+
+    The first real token of a row has position 0.
+    """
+    t = jnp.arange(num_tokens)
+    visible = t[:, None] >= t
+    if mask is None:
+        return Layout(t, None, visible)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+    return Layout(positions, mask, visible & mask[..., None, :])
+
+
 def attention_weights(
     q: Float[Array, "*B T N H"],
-    k: Float[Array, "*B S N H"],
+    k: Float[Array, "*B S K H"],
     mask: Bool[Array, "*#B #T S"] | None = None,
 ) -> Float[Array, "*B N T S"]:
     """How much each query attends to each key, in float32; arguments as in `attend`."""
     # Heads first: as one batched matmul with its batch in front, XLA:CPU is several times faster.
     q, k = jnp.swapaxes(q, -2, -3), jnp.swapaxes(k, -2, -3)
+    shape = (*q.shape[:-1], k.shape[-2])
+    q = _by_group(q, k.shape[-3])
     logits = jnp.einsum("...th,...sh->...ts", q, k, preferred_element_type=jnp.float32)
     mask = None if mask is None else mask[..., None, :, :]
-    return masked_softmax(logits * q.shape[-1] ** -0.5, mask)
+    return masked_softmax(logits.reshape(shape) * q.shape[-1] ** -0.5, mask)
 
 
 def attend(
     q: Float[Array, "*B T N H"],
-    k: Float[Array, "*B S N H"],
-    v: Float[Array, "*B S N V"],
+    k: Float[Array, "*B S K H"],
+    v: Float[Array, "*B S K V"],
     mask: Bool[Array, "*#B #T S"] | None = None,
 ) -> Float[Array, "*B T N V"]:
     """Scaled dot-product attention; `mask` True = attend, None = everything.
 
-    Scores and softmax are float32. Source: Vaswani et al. 2017, section 3.2.1.
+    N is a multiple of K: each N / K heads of queries in a row share one of keys and values.
+    Scores and softmax are float32. Sources: Vaswani et al. 2017, section 3.2.1; Ainslie et al.
+    2023, "GQA", section 2.2.
     """
     probs, v = attention_weights(q, k, mask), jnp.swapaxes(v, -2, -3)
-    y = jnp.einsum("...ts,...sv->...tv", probs.astype(v.dtype), v)
-    return jnp.swapaxes(y, -2, -3)
+    shape = (*probs.shape[:-1], v.shape[-1])
+    y = jnp.einsum("...ts,...sv->...tv", _by_group(probs.astype(v.dtype), v.shape[-3]), v)
+    return jnp.swapaxes(y.reshape(shape), -2, -3)
+
+
+def _by_group(x: Float[Array, "*B N T C"], num_groups: int) -> Float[Array, "*B K GT C"]:
+    """The rows of all heads of a group, one after the other; heads of a group are neighbours."""
+    return x.reshape(*x.shape[:-3], num_groups, -1, x.shape[-1])
 
 
 class SelfAttention(nnx.Module):

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
-from slam_jax.layers.attention import masked_softmax
-from slam_jax.layers.linear import Linear, project
+from slam_jax.layers.attention import Layout, causal_layout, masked_softmax
+from slam_jax.layers.kv_cache import write_prompt, write_token
+from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear, project
 from slam_jax.layers.norms import RMSNorm
-from slam_jax.layers.rotary import rotary
+from slam_jax.layers.rotary import Rope, rotary
 
 
 @struct.dataclass
@@ -36,6 +37,7 @@ def latent_attention_weights(
     q_rope: Float[Array, "*B T N H_r"] | None = None,
     k_rope: Float[Array, "*B S H_r"] | None = None,
     mask: Bool[Array, "*#B #T S"] | None = None,
+    score_scale: float = 1.0,
     absorbed: bool,
 ) -> Float[Array, "*B N T S"]:
     """How much each query attends to each latent, in float32; arguments as in `latent_attend`."""
@@ -52,7 +54,7 @@ def latent_attention_weights(
         q_rope = jnp.swapaxes(q_rope, -2, -3)
         logits += jnp.einsum("...nth,...sh->...nts", q_rope, k_rope, **f32)
     mask = None if mask is None else mask[..., None, :, :]
-    return masked_softmax(logits * width**-0.5, mask)
+    return masked_softmax(logits * (score_scale * width**-0.5), mask)
 
 
 def latent_attend(
@@ -64,33 +66,31 @@ def latent_attend(
     q_rope: Float[Array, "*B T N H_r"] | None = None,
     k_rope: Float[Array, "*B S H_r"] | None = None,
     mask: Bool[Array, "*#B #T S"] | None = None,
+    score_scale: float = 1.0,
     absorbed: bool,
 ) -> Float[Array, "*B T N V"]:
     """Attention to keys `latents @ w_uk`, beside them the shared `k_rope`; values `latents @ w_uv`.
 
     Two forms that are equal in exact arithmetic. Expanded: make every key and value, cheapest when
     there are many queries. Absorbed: take the queries to the latents instead, so that a decoding
-    step reads R numbers a token and not N * (H + V). Both scale by the expanded key width H + H_r.
+    step reads R numbers a token and not N * (H + V). Both scale by the expanded key width H + H_r,
+    and by `score_scale` (see `Rope`).
     """
     probs = latent_attention_weights(
-        q, latents, w_uk, q_rope=q_rope, k_rope=k_rope, mask=mask, absorbed=absorbed
+        q,
+        latents,
+        w_uk,
+        q_rope=q_rope,
+        k_rope=k_rope,
+        mask=mask,
+        score_scale=score_scale,
+        absorbed=absorbed,
     ).astype(latents.dtype)
     if absorbed:
         mixed = jnp.einsum("...nts,...sr->...ntr", probs, latents)
         return jnp.einsum("...ntr,rnv->...tnv", mixed, w_uv)
     v = jnp.swapaxes(project(latents, w_uv), -2, -3)
     return jnp.swapaxes(jnp.einsum("...nts,...nsv->...ntv", probs, v), -2, -3)
-
-
-def _write(
-    buffer: Float[Array, "*B T C"], row: Float[Array, "*B 1 C"], position: Int[Array, "*B"]
-) -> Float[Array, "*B T C"]:
-    """`buffer` with `row` at each row's own position; positions beyond T are dropped."""
-    flat = buffer.reshape(-1, *buffer.shape[-2:])
-    flat = flat.at[jnp.arange(flat.shape[0]), position.reshape(-1)].set(
-        row.reshape(-1, row.shape[-1]), mode="drop"
-    )
-    return flat.reshape(buffer.shape)
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -104,6 +104,7 @@ class MultiHeadLatentAttention(nnx.Module):
       kv_lora_rank: R, the latent width. q_lora_rank: rank of the queries, None = full.
       qk_nope_head_dim: H, key width a head without positions. qk_rope_head_dim: H_r, the rotary
         part (even). v_head_dim: V, value width a head.
+      rope: how the rotary part turns; None = the plain one.
       window: a token attends to itself and the window - 1 tokens before it; None = all.
       out_scale: of the initial output map, as in `GatedMLP`.
     """
@@ -118,17 +119,18 @@ class MultiHeadLatentAttention(nnx.Module):
         qk_nope_head_dim: int,
         qk_rope_head_dim: int,
         v_head_dim: int,
+        rope: Rope | None = None,
         window: int | None = None,
-        rope_base: float = 10_000.0,
         out_scale: float = 1.0,
+        kernel_init: Initializer = LECUN_NORMAL,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kw = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.q_lora_rank = q_lora_rank
-        self.window, self.rope_base, self.dtype = window, rope_base, dtype
+        self.window, self.rope, self.dtype = window, rope or Rope(), dtype
         q_width = embed_dim
         if q_lora_rank is not None:
             self.q_down = Linear(embed_dim, q_lora_rank, **kw)
@@ -152,32 +154,26 @@ class MultiHeadLatentAttention(nnx.Module):
             length=jnp.zeros(batch_shape, jnp.int32),
         )
 
-    def __call__(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T D"]:
-        """Every token attends to itself and to those before it (in its window)."""
-        return self._full(x)[0]
+    def __call__(
+        self, x: Float[Array, "*B T D"], layout: Layout | None = None
+    ) -> Float[Array, "*B T D"]:
+        """Every token attends to itself and to those before it (in its window).
+
+        layout: where pads stand, None = nowhere.
+        """
+        return self._full(x, layout or causal_layout(x.shape[-2]))[0]
 
     def prefill(
         self, x: Float[Array, "*B T D"], cache: LatentCache, lengths: Int[Array, "*B"] | None = None
     ) -> tuple[Float[Array, "*B T D"], LatentCache]:
         """`self(x)`, and the cache that remembers x; `cache` must be empty.
 
-        lengths: real tokens of each right-padded row, None = all T. Raises ValueError where T
+        lengths: real tokens of each right-padded row, None = all T. Raises InputError where T
         exceeds the capacity of the cache.
         """
-        num_tokens, capacity = x.shape[-2], cache.c_kv.shape[-2]
-        if num_tokens > capacity:
-            raise ValueError(
-                f"prefill of {num_tokens} tokens into a cache of {capacity}: "
-                f"make it with init_cache(..., max_length={num_tokens} or more)"
-            )
-        y, c_kv, k_rope = self._full(x)
-        if lengths is None:
-            lengths = jnp.full(x.shape[:-2], num_tokens, jnp.int32)
-        return y, LatentCache(
-            c_kv=cache.c_kv.at[..., :num_tokens, :].set(c_kv),
-            k_rope=cache.k_rope.at[..., :num_tokens, :].set(k_rope),
-            length=lengths.astype(jnp.int32),
-        )
+        y, c_kv, k_rope = self._full(x, causal_layout(x.shape[-2]))
+        buffers = (cache.c_kv, cache.k_rope)
+        return y, LatentCache(*write_prompt(buffers, (c_kv, k_rope), cache.length, lengths))
 
     def decode_step(
         self, x: Float[Array, "*B 1 D"], cache: LatentCache, *, absorbed: bool = True
@@ -189,32 +185,26 @@ class MultiHeadLatentAttention(nnx.Module):
         """
         positions = cache.length[..., None]
         q, q_rope, c_kv, k_rope = self._project(x, positions)
-        cache = LatentCache(
-            c_kv=_write(cache.c_kv, c_kv, cache.length),
-            k_rope=_write(cache.k_rope, k_rope, cache.length),
-            length=jnp.minimum(cache.length + 1, cache.c_kv.shape[-2]),
-        )
-        slots = jnp.arange(cache.c_kv.shape[-2])
-        mask = self._visible(positions, slots)
+        buffers = (cache.c_kv, cache.k_rope)
+        cache = LatentCache(*write_token(buffers, (c_kv, k_rope), cache.length))
+        distance = positions[..., None] - jnp.arange(cache.c_kv.shape[-2])
+        mask = self._in_window(distance >= 0, distance)
         y = self._attend(q, q_rope, cache.c_kv, cache.k_rope, mask, absorbed)
         return y, cache
 
-    def _full(self, x):
-        positions = jnp.arange(x.shape[-2])
-        q, q_rope, c_kv, k_rope = self._project(x, positions)
-        mask = self._visible(positions, positions)
+    def _full(self, x, layout):
+        q, q_rope, c_kv, k_rope = self._project(x, layout.positions)
+        distance = layout.positions[..., :, None] - layout.positions[..., None, :]
+        mask = self._in_window(layout.visible, distance)
         return self._attend(q, q_rope, c_kv, k_rope, mask, absorbed=False), c_kv, k_rope
 
     def _project(self, x, positions):
         latent = x if self.q_lora_rank is None else self.q_norm(self.q_down(x))
-        q_rope = rotary(self.q_rope(latent), positions, self.rope_base)
-        k_rope = rotary(self.k_rope(x)[..., None, :], positions, self.rope_base)[..., 0, :]
+        q_rope = rotary(self.q_rope(latent), positions, self.rope)
+        k_rope = rotary(self.k_rope(x)[..., None, :], positions, self.rope)[..., 0, :]
         return self.q_nope(latent), q_rope, self.kv_norm(self.kv_down(x)), k_rope
 
-    def _visible(self, queries, keys):
-        """Which key positions a query position sees: [..., T], [S] -> [..., T, S]."""
-        distance = queries[..., None] - keys
-        visible = distance >= 0
+    def _in_window(self, visible, distance):
         return visible if self.window is None else visible & (distance < self.window)
 
     def _attend(self, q, q_rope, c_kv, k_rope, mask, absorbed):
@@ -226,6 +216,7 @@ class MultiHeadLatentAttention(nnx.Module):
             q_rope=q_rope,
             k_rope=k_rope,
             mask=mask,
+            score_scale=self.rope.score_scale,
             absorbed=absorbed,
         )
         return self.out(heads)

@@ -8,6 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 Shape = int | tuple[int, ...]
+Initializer = jax.nn.initializers.Initializer
+LECUN_NORMAL = jax.nn.initializers.lecun_normal()
 
 
 def project(
@@ -28,8 +30,8 @@ class Linear(nnx.Module):
     """y = x W (+ b), from features of shape `in_features` to `out_features` (ints or tuples).
 
     Attention uses tuples: `Linear(D, (N, H))` gives heads, `Linear((N, H), D)` takes them back.
-    The kernel has the shape (*in_features, *out_features) and starts as LeCun normal times
-    `init_scale`.
+    The kernel has the shape (*in_features, *out_features); it starts as `kernel_init` of a plain
+    matrix of as many inputs and outputs, times `init_scale`.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = False,
         init_scale: float = 1.0,
+        kernel_init: Initializer = LECUN_NORMAL,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
@@ -49,8 +52,7 @@ class Linear(nnx.Module):
         )
         self.in_axes, self.dtype = len(inputs), dtype
         fan_in, fan_out = math.prod(inputs), math.prod(outputs)
-        init = jax.nn.initializers.lecun_normal()
-        kernel = init_scale * init(rngs.params(), (fan_in, fan_out), param_dtype)
+        kernel = init_scale * kernel_init(rngs.params(), (fan_in, fan_out), param_dtype)
         self.kernel = nnx.Param(kernel.reshape(*inputs, *outputs))
         self.bias = nnx.Param(jnp.zeros(outputs, param_dtype)) if use_bias else None
 

@@ -1,4 +1,4 @@
-"""The gated feed-forward network."""
+"""The feed-forward networks, gated and plain."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from slam_jax.layers.linear import Linear
+from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
 
 
 class GatedMLP(nnx.Module):
@@ -25,11 +25,12 @@ class GatedMLP(nnx.Module):
         *,
         activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
         out_scale: float = 1.0,
+        kernel_init: Initializer = LECUN_NORMAL,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kw = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.activation = activation
         # Two maps and not one cut in two: on a CPU the gradient of a cut costs more than a matmul.
         self.gate = Linear(embed_dim, mlp_dim, **kw)
@@ -38,3 +39,26 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class MLP(nnx.Module):
+    """down(activation(up(x))), no biases. Source: Vaswani et al. 2017, section 3.3."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        mlp_dim: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu,
+        kernel_init: Initializer = LECUN_NORMAL,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kw = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.activation = activation
+        self.up = Linear(embed_dim, mlp_dim, **kw)
+        self.down = Linear(mlp_dim, embed_dim, **kw)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return self.down(self.activation(self.up(x)))

@@ -1,20 +1,104 @@
-"""Rotary position embedding."""
+"""Rotary position embedding, and what lets it go beyond the context it was trained on."""
+
+import dataclasses
+import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+    """Stretching by parts: fast pairs stay, slow ones are slowed `factor` times, a ramp between.
+
+    factor: how many times the original context. original_length: that context in tokens.
+    beta_fast, beta_slow: turns within it, above which a pair stays, below which it is slowed.
+    mscale, mscale_all_dim: DeepSeek's two factors of the temperature, None = the paper's one.
+    Source: Peng et al. 2023, "YaRN" (arXiv 2309.00071), sections 3.2 to 3.4.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+    def magnitude(self, mscale: float = 1.0) -> float:
+        """0.1 mscale ln(factor) + 1, by which queries and keys grow as the context does."""
+        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Which pairs of features turn how fast.
+
+    base: pair i of H/2 turns by base^(-2i/H) a position.
+    interleaved: pairs are (x[2i], x[2i+1]), as in RoFormer and DeepSeek; else (x[i], x[i + H/2]),
+      as in GPT-NeoX and Llama.
+    ntk_alpha: the base is multiplied by alpha^(H / (H - 2)), as in Hunyuan.
+    yarn: stretching by parts.
+    """
+
+    base: float = 10_000.0
+    interleaved: bool = False
+    ntk_alpha: float = 1.0
+    yarn: Yarn | None = None
+
+    def frequencies(self, width: int) -> Float32[np.ndarray, "half"]:
+        """Radians a position of each pair of `width` features."""
+        base = self.base * self.ntk_alpha ** (width / (width - 2)) if width > 2 else self.base
+        pairs = np.arange(width // 2)
+        frequency = base ** (-2.0 * pairs / width)
+        if self.yarn is not None:
+            yarn = self.yarn
+
+            def pair_of(turns: float) -> float:
+                """The pair that turns so many times within the original context."""
+                wavelength = yarn.original_length / (turns * 2 * math.pi)
+                return width * math.log(wavelength) / (2 * math.log(base))
+
+            low = max(math.floor(pair_of(yarn.beta_fast)), 0)
+            high = min(math.ceil(pair_of(yarn.beta_slow)), width - 1)
+            slowed = np.clip((pairs - low) / max(high - low, 1e-3), 0, 1)
+            frequency = frequency * (1 - slowed) + frequency / yarn.factor * slowed
+        return frequency.astype(np.float32)
+
+    @property
+    def magnitude(self) -> float:
+        """By which the rotated features are multiplied, queries and keys alike."""
+        if self.yarn is None:
+            return 1.0
+        if self.yarn.mscale is None or self.yarn.mscale_all_dim is None:
+            return self.yarn.magnitude()
+        return self.yarn.magnitude(self.yarn.mscale) / self.yarn.magnitude(self.yarn.mscale_all_dim)
+
+    @property
+    def score_scale(self) -> float:
+        """By which DeepSeek multiplies the scores of rotated and other features alike: m^2."""
+        if self.yarn is None or not self.yarn.mscale_all_dim:
+            return 1.0
+        return self.yarn.magnitude(self.yarn.mscale_all_dim) ** 2
 
 
 def rotary(
-    x: Float[Array, "*B T N H"], positions: Int[Array, "*#B T"], base: float = 10_000.0
+    x: Float[Array, "*B T N H"], positions: Int[Array, "*#B T"], rope: Rope | None = None
 ) -> Float[Array, "*B T N H"]:
-    """Rotates the pairs (x[i], x[i + H/2]) by positions * base^(-2i/H); position 0 is the identity.
+    """Turns each pair of features by its frequency times the position; position 0 turns nothing.
 
     Angles are float32 and the result has the dtype of `x`. H must be even.
-    Source: Su et al. 2021, "RoFormer", section 3.2.2 (in the half-split layout of GPT-NeoX).
+    Source: Su et al. 2021, "RoFormer", section 3.2.2.
     """
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    rope = rope or Rope()
+    angle = positions[..., None, None].astype(jnp.float32) * rope.frequencies(x.shape[-1])
+    sin, cos = jnp.sin(angle) * rope.magnitude, jnp.cos(angle) * rope.magnitude
+    y = x.astype(jnp.float32)
+    if rope.interleaved:
+        pairs = y.reshape(*y.shape[:-1], -1, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(y.shape)
+    else:
+        a, b = jnp.split(y, 2, axis=-1)
+        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return turned.astype(x.dtype)

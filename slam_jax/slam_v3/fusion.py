@@ -107,14 +107,16 @@ class Bottleneck(nnx.Module):
 class Fusion(nnx.Module):
     """f = x + mean_p y_p + W_cat [y_1; ..; y_P] + CrossModal(mean_p y_p); f += MLP(norm(f));
     then the bottleneck, if there is one.
+
+    one_stream: there is never more than one, and hence nothing that CrossModal could read.
     """
 
-    def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: SlamV3Config, *, one_stream: bool = False, rngs: nnx.Rngs):
         kw = dict(**config.dtypes, rngs=rngs)
         dim, scale = config.embed_dim, config.encoder_out_scale
         self.dropout = config.dropout
         self.concat = Linear(config.num_processes * dim, dim, init_scale=scale, **kw)
-        self.cross_modal = CrossModal(config, rngs=rngs)
+        self.cross_modal = None if one_stream else CrossModal(config, rngs=rngs)
         self.norm = RMSNorm(dim, param_dtype=kw["param_dtype"])
         self.mlp = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw)
         self.bottleneck = Bottleneck(config, rngs=rngs) if config.num_memory_tokens else None
@@ -156,6 +158,7 @@ class Fusion(nnx.Module):
         f += dropout(
             self.concat(einops.rearrange(y, "P B S D -> B S (P D)")), self.dropout, keys[0]
         )
-        f += dropout(self.cross_modal(mean, streams), self.dropout, keys[1])
+        if self.cross_modal is not None:
+            f += dropout(self.cross_modal(mean, streams), self.dropout, keys[1])
         f += dropout(self.mlp(self.norm(f)), self.dropout, keys[2])
         return f, mask

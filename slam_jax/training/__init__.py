@@ -10,7 +10,7 @@ from slam_jax.training.experiment import (
 )
 from slam_jax.training.loading import Loaded, load
 from slam_jax.training.loop import train
-from slam_jax.training.losses import LossConfig, slam_v3_loss
+from slam_jax.training.losses import LossConfig, language_model_loss, slam_v3_loss
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
 from slam_jax.training.state import TrainState, make_train_step, merge_model, split_model
 
@@ -24,6 +24,7 @@ __all__ = [
     "RunConfig",
     "TrainState",
     "default_config",
+    "language_model_loss",
     "load",
     "make_optimizer",
     "make_train_step",

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from slam_jax.array_typing import AnyArray
 from slam_jax.data import Batch
 from slam_jax.errors import require
+from slam_jax.protocol import LanguageModel
 from slam_jax.slam_v3 import Inputs, SlamV3
 
 
@@ -85,4 +86,39 @@ def slam_v3_loss(
         z_loss=z,
         alignment=alignment,
         accuracy=mean(jnp.float32(logits.argmax(-1) == targets)),
+    )
+
+
+class LanguageLossParts(NamedTuple):
+    """Scalars: the sum that is minimised, its parts, and the share of right tokens."""
+
+    total: Float[Array, ""]
+    cross_entropy: Float[Array, ""]
+    aux_loss: Float[Array, ""]
+    accuracy: Float[Array, ""]
+
+
+def language_model_loss(
+    model: LanguageModel,
+    tokens: Int[AnyArray, "*B T_1"],
+    mask: Bool[AnyArray, "*B T_1"] | None = None,
+    *,
+    key: PRNGKeyArray | None = None,
+) -> LanguageLossParts:
+    """Mean cross-entropy of each token after the first given those before it, and what the model
+    adds. mask: True = a real token, None = all are."""
+    seen = None if mask is None else mask[..., :-1]
+    output = model(tokens[..., :-1], seen, key=key)
+    targets = tokens[..., 1:]
+    cross_entropy, _ = token_losses(output.logits, targets)
+    right = jnp.float32(output.logits.argmax(-1) == targets)
+    real = jnp.ones(targets.shape) if mask is None else jnp.float32(seen & mask[..., 1:])
+    count = jnp.maximum(real.sum(), 1.0)
+    cross_entropy = jnp.sum(cross_entropy * real) / count
+    aux_loss = jnp.asarray(output.aux_loss, cross_entropy.dtype)
+    return LanguageLossParts(
+        total=cross_entropy + aux_loss,
+        cross_entropy=cross_entropy,
+        aux_loss=aux_loss,
+        accuracy=jnp.sum(right * real) / count,
     )

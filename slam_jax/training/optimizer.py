@@ -70,15 +70,15 @@ def decay_mask(params: Any) -> Any:
 def muon_axes(params: Any) -> Any:
     """Which axes of each kernel are its inputs and which its outputs; None = left to Adam.
 
-    The stacked kernels of the processes are one matrix a process. `head` writes logits and, like
-    the embeddings, is no map inside the network.
+    The stacked kernels of processes and of experts are one matrix each. `head` writes logits and,
+    like the embeddings, is no map inside the network.
     """
 
     def axes(path, x) -> MuonDimensionNumbers | None:
         names = [getattr(key, "key", None) for key in path]
         if names[-1] != "kernel" or names[0] == "head":
             return None
-        first = 1 if "stack" in names else 0
+        first = 1 if {"stack", "experts"} & set(names) else 0
         is_convolution = x.ndim - first == 4
         # Heads to width (N, H, D) and convolutions take in all but the last axis; the other maps
         # take in the first: (D, F), (D, N, H).

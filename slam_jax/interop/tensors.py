@@ -1,0 +1,113 @@
+"""How one published tensor corresponds to parameters here; read in both directions."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import einops
+import jax
+import numpy as np
+
+Path = tuple[str | int, ...]
+
+
+class Piece(NamedTuple):
+    """A parameter, or of a stacked one the part at `index`, and its axes: "ours -> published"."""
+
+    path: Path
+    pattern: str
+    index: int | None = None
+
+
+class Tensor(NamedTuple):
+    """Pieces side by side along the axis named `axis`, and then, with `merge`, axes made one.
+
+    `kv_b_proj`, say, in each of whose heads the rows of keys come before those of values, is
+    `Tensor([Piece(.., "r n h -> n h r"), Piece(.., "r n h -> n h r")], "h", "n h r -> (n h) r")`.
+    """
+
+    pieces: Sequence[Piece]
+    axis: str | None = None
+    merge: str | None = None
+
+    def publish(self, params: Mapping[Path, Any]) -> Any:
+        """The published tensor, from the parameters."""
+        views = []
+        for piece in self.pieces:
+            value = params[piece.path]
+            value = value if piece.index is None else value[piece.index]
+            views.append(einops.rearrange(value, piece.pattern))
+        joined = views[0]
+        if len(views) > 1:
+            join = np.concatenate if isinstance(views[0], np.ndarray) else jax.numpy.concatenate
+            joined = join(views, axis=self._view_axes.index(self.axis))
+        return joined if self.merge is None else einops.rearrange(joined, self.merge)
+
+    def shape(self, params: Mapping[Path, Any]) -> tuple[int, ...]:
+        """Of the published tensor; the parameters may be shapes alone."""
+        own = {piece.path: params[piece.path] for piece in self.pieces}
+        return jax.eval_shape(self.publish, own).shape
+
+    def parts(self, published: Any, params: Mapping[Path, Any]) -> list[Any]:
+        """Of the published tensor, what belongs to each piece, shaped like it."""
+        sizes = [self._sizes(piece, params[piece.path].shape) for piece in self.pieces]
+        if self.merge is not None:
+            whole = dict(sizes[0])
+            if self.axis is not None:
+                whole[self.axis] = sum(size[self.axis] for size in sizes)
+            published = einops.rearrange(published, _reverse(self.merge), **whole)
+        parts, start = [], 0
+        for piece, size in zip(self.pieces, sizes, strict=True):
+            part = published
+            if self.axis is not None:
+                axis, end = self._view_axes.index(self.axis), start + size[self.axis]
+                part = part[(slice(None),) * axis + (slice(start, end),)]
+                start = end
+            parts.append(einops.rearrange(part, _reverse(piece.pattern)))
+        return parts
+
+    @property
+    def _view_axes(self) -> list[str]:
+        return self.pieces[0].pattern.split("->")[1].split()
+
+    def _sizes(self, piece: Piece, shape: tuple[int, ...]) -> dict[str, int]:
+        shape = shape if piece.index is None else shape[1:]
+        return dict(zip(piece.pattern.split("->")[0].split(), shape, strict=True))
+
+
+def _reverse(pattern: str) -> str:
+    left, right = pattern.split("->")
+    return f"{right.strip()} -> {left.strip()}"
+
+
+def linear(*path: str | int) -> Tensor:
+    """A matrix, which PyTorch has as [out, in]."""
+    return Tensor([Piece((*path, "kernel"), "i o -> o i")])
+
+
+def heads_in(*path: str | int) -> Tensor:
+    """From D to heads [N, H], published as [N H, D]."""
+    return Tensor([Piece((*path, "kernel"), "d n h -> n h d")], merge="n h d -> (n h) d")
+
+
+def heads_out(*path: str | int) -> Tensor:
+    """From heads [N, H] to D, published as [D, N H]."""
+    return Tensor([Piece((*path, "kernel"), "n h d -> d n h")], merge="d n h -> d (n h)")
+
+
+def vector(*path: str | int) -> Tensor:
+    return Tensor([Piece(path, "d -> d")])
+
+
+def matrix(*path: str | int) -> Tensor:
+    """A matrix as it is, such as a table of embeddings."""
+    return Tensor([Piece(path, "a b -> a b")])
+
+
+def rows(*paths: Path) -> Tensor:
+    """Several maps from one input, published as one matrix with their rows one after the other."""
+    return Tensor([Piece((*path, "kernel"), "i o -> o i") for path in paths], "o")
+
+
+def expert(index: int, *path: str | int) -> Tensor:
+    """The matrix of one expert."""
+    return Tensor([Piece((*path, "kernel"), "i o -> o i", index)])

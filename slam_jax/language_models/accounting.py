@@ -1,0 +1,54 @@
+"""What a language model is and keeps, counted from its arrays and without making any."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from slam_jax.language_models.registry import make_model
+from slam_jax.layers.experts import MixtureOfExperts
+
+
+class Size(NamedTuple):
+    """Parameters: total; active: those that one token meets, which leaves out the experts that it
+    does not go to; embedding: tables looked up by token or position, and the head.
+
+    cache_bytes_per_token: by which the cache of one row grows with each token. state_bytes: what
+    a row takes besides, however long it is.
+    """
+
+    total: int
+    active: int
+    embedding: int
+    cache_bytes_per_token: int
+    state_bytes: int
+
+
+@functools.lru_cache(maxsize=64)
+def measure(config: Any) -> Size:
+    """The size of the model of a configuration; nothing is allocated."""
+    model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
+    idle = 0
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, MixtureOfExperts):
+            share = module.num_experts_per_token / module.num_experts
+            idle += round(_count(module.experts) * (1 - share))
+    total = _count(model)
+    tables = [model.embedding, getattr(model, "positions", None), model.head]
+    embedding = sum(_count(table) for table in tables if table is not None)
+    few, many = (_cache_bytes(model, length) for length in (1 << 10, 1 << 11))
+    per_token = (many - few) >> 10
+    return Size(total, total - idle, embedding, per_token, few - (per_token << 10))
+
+
+def _count(module: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def _cache_bytes(model: Any, length: int) -> int:
+    """Of one row; how many tokens there are of it is not counted."""
+    cache = jax.eval_shape(lambda: model.init_cache((1,), length))
+    arrays = [x for x in jax.tree.leaves(cache) if x.ndim > 1 or x.dtype == jnp.bool_]
+    return sum(x.size * x.dtype.itemsize for x in arrays)

@@ -1,0 +1,90 @@
+"""Mixture of experts: the standard transformer with several MLPs a layer, two of them a token.
+
+Source: Jiang et al. 2024, "Mixtral of Experts" (arXiv 2401.04088), section 2.
+"""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from slam_jax.errors import require, require_count
+from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
+from slam_jax.layers.experts import MixtureOfExperts
+from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
+from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.rotary import Rope
+from slam_jax.layers.router import load_balancing_loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig(LanguageModelConfig):
+    """mlp_dim: F of one expert. num_experts: E, num_experts_per_token: k. balance_loss: weight of
+    the load-balancing loss. The others: see `StandardConfig`."""
+
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    num_experts: int = 8
+    num_experts_per_token: int = 2
+    balance_loss: float = 0.02
+    rope: Rope = Rope()
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_count("mlp_dim", self.mlp_dim)
+        require_count("num_layers", self.num_layers, most=512)
+        self.check_heads(self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim)
+        self.check_experts(self.num_experts, self.num_experts_per_token)
+        require(self.balance_loss >= 0, "balance_loss", self.balance_loss, "0 (off) or more")
+
+
+class Block(nnx.Module):
+    """h += attention(norm(h)); h += experts(norm(h)), the weights of the two summing to 1."""
+
+    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
+        init = jax.nn.initializers.normal(config.init_std)
+        kw = dict(**config.dtypes, kernel_init=init, rngs=rngs)
+        norm = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
+        self.attention_norm = RMSNorm(config.embed_dim, **norm)
+        self.attention = GroupedQueryAttention(
+            config.embed_dim,
+            config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            rope=config.rope,
+            **kw,
+        )
+        self.mlp_norm = RMSNorm(config.embed_dim, **norm)
+        self.mlp = MixtureOfExperts(
+            config.embed_dim,
+            config.mlp_dim,
+            config.num_experts,
+            config.num_experts_per_token,
+            renormalize=True,
+            **kw,
+        )
+
+    def init_cache(self, batch_shape, max_length):
+        return self.attention.init_cache(batch_shape, max_length)
+
+    def __call__(self, h, to: Pass, cache, key):
+        a, cache = to.mix(self.attention, self.attention_norm(h), cache)
+        h = h + a
+        y, routing = self.mlp(self.mlp_norm(h), mask=to.mask, training=to.training)
+        return h + y, cache, [routing]
+
+
+class MoE(Transformer):
+    """A mixture of experts in every layer, softmax over all of them, dropless."""
+
+    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
+        init = jax.nn.initializers.normal(config.init_std)
+        blocks = [Block(config, rngs=rngs) for _ in range(config.num_layers)]
+        super().__init__(config, blocks, embedding_init=init, head_init=init, rngs=rngs)
+
+    def balance(self, routings, mask):
+        return self.config.balance_loss * load_balancing_loss(routings, mask)

@@ -1,0 +1,238 @@
+"""SLAM v3 with the text stream alone, as a language model.
+
+The encoder looks both ways, so it may only see what is past: text is cut into windows of W tokens,
+counted from its start, and while the decoder writes one window, its memory is the encoder's reading
+of the window before; the first has none. A token thus sees its own window up to itself and all of
+the window before, W + 1 to 2 W tokens, and nothing earlier: less than the other systems, which see
+everything. In return what it keeps while generating does not grow.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from slam_jax.array_typing import AnyArray
+from slam_jax.errors import require_count
+from slam_jax.language_models.base import LanguageModelConfig
+from slam_jax.layers.dropout import dropout, split
+from slam_jax.layers.linear import Linear
+from slam_jax.layers.norms import RMSNorm
+from slam_jax.protocol import Output
+from slam_jax.slam_v3.config import SlamV3Config
+from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryBank
+from slam_jax.slam_v3.fusion import Fusion
+from slam_jax.slam_v3.processes import LevelOne, ParallelProcesses
+from slam_jax.slam_v3.streams import Stream
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlamV3TextConfig(LanguageModelConfig):
+    """text_window: W. The others: see `SlamV3Config`."""
+
+    mlp_dim: int
+    num_heads: int
+    text_window: int = 64
+    num_processes: int = 4
+    num_process_layers: int = 1
+    num_decoder_layers: int = 4
+    kv_lora_rank: int = 128
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_count("text_window", self.text_window)
+        _ = self.slam_v3  # checks the rest
+
+    @property
+    def slam_v3(self) -> SlamV3Config:
+        """The same in SLAM v3's own terms."""
+        return SlamV3Config(
+            vocab_size=self.vocab_size,
+            embed_dim=self.embed_dim,
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            num_processes=self.num_processes,
+            num_process_layers=self.num_process_layers,
+            num_decoder_layers=self.num_decoder_layers,
+            kv_lora_rank=self.kv_lora_rank,
+            context_length=self.context_length,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+
+
+@struct.dataclass
+class TextCache:
+    """What is kept of each row R, the batch being flattened to rows.
+
+    c_mem: the reading of the window before, of which there is one where `has_memory`. window: the
+    tokens of the present one so far. decoder: its latents. length: tokens seen in all.
+    """
+
+    c_mem: Float[Array, "R W r"]
+    has_memory: Bool[Array, "R"]
+    window: Int[Array, "R W"]
+    decoder: DecoderCache
+    length: Int[Array, "R"]
+
+
+class SlamV3Text(nnx.Module):
+    """The rooms of SLAM v3 that text goes through, with the protocol of a language model."""
+
+    def __init__(self, config: SlamV3TextConfig, *, rngs: nnx.Rngs):
+        self.config, v3 = config, config.slam_v3
+        kw = dict(**config.dtypes, rngs=rngs)
+        normal = nnx.initializers.normal
+        self.embedding = nnx.Embed(
+            config.vocab_size, config.embed_dim, embedding_init=normal(0.02), **kw
+        )
+        self.text_norm = RMSNorm(config.embed_dim, param_dtype=kw["param_dtype"])
+        # Why so wide: see `Streams`.
+        self.type = nnx.Param(normal(0.5)(rngs.params(), (config.embed_dim,), kw["param_dtype"]))
+        self.level_one = LevelOne(v3, rngs=rngs)
+        self.processes = ParallelProcesses(v3, rngs=rngs)
+        self.fusion = Fusion(v3, one_stream=True, rngs=rngs)
+        self.memory_bank = MemoryBank(v3, rngs=rngs)
+        self.decoder = Decoder(v3, rngs=rngs)
+        self.head = Linear(config.embed_dim, config.vocab_size, **kw)
+
+    def __call__(
+        self,
+        tokens: Int[AnyArray, "*B T"],
+        mask: Bool[AnyArray, "*B T"] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Output:
+        """Logits (float32) at every position; see `slam_jax.protocol.LanguageModel`."""
+        rows, back = jnp.asarray(tokens).reshape(-1, tokens.shape[-1]), None
+        if mask is not None:
+            # Windows are counted from the first real token: pads go to the right, and back.
+            order = jnp.argsort(~jnp.asarray(mask).reshape(rows.shape), axis=-1)
+            rows, back = jnp.take_along_axis(rows, order, axis=-1), jnp.argsort(order, axis=-1)
+        windows = self._windows(rows)
+        keys = split(key, 2)
+        c_mem = self._encode(windows[:, :-1].reshape(-1, self.config.text_window), keys[0])
+        memory = self._memory(c_mem.reshape(len(rows), -1, *c_mem.shape[1:]))
+        h = self.decoder(self._embed(windows), memory, key=keys[1])
+        logits = self.head(h).astype(jnp.float32)
+        logits = logits.reshape(len(rows), -1, logits.shape[-1])[:, : rows.shape[1]]
+        if back is not None:
+            logits = jnp.take_along_axis(logits, back[..., None], axis=1)
+        return Output(logits.reshape(*tokens.shape, -1))
+
+    def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> TextCache:
+        """An empty cache; it takes any number of tokens, whatever `max_length`."""
+        rows, window = math.prod(batch_shape), self.config.text_window
+        dtype = self.config.dtypes["dtype"]
+        return TextCache(
+            c_mem=jnp.zeros((rows, window, self.config.kv_lora_rank), dtype),
+            has_memory=jnp.zeros((rows,), bool),
+            window=jnp.zeros((rows, window), jnp.int32),
+            decoder=self.decoder.init_cache((rows, 1), window),
+            length=jnp.zeros((rows,), jnp.int32),
+        )
+
+    def prefill(
+        self,
+        tokens: Int[AnyArray, "*B T"],
+        cache: TextCache,
+        memory: None = None,
+        *,
+        lengths: Int[AnyArray, "*B"] | None = None,
+    ) -> tuple[Float[Array, "*B T V"], TextCache]:
+        """The logits of right-padded prompts, and an empty cache filled with them."""
+        rows, size = jnp.asarray(tokens).reshape(-1, tokens.shape[-1]), self.config.text_window
+        length = jnp.full(len(rows), rows.shape[1]) if lengths is None else jnp.asarray(lengths)
+        length = length.reshape(-1).astype(jnp.int32)
+        windows = self._windows(rows)
+        count = windows.shape[1]
+        c_mem = self._encode(windows.reshape(-1, size), None)
+        c_mem = c_mem.reshape(len(rows), count, *c_mem.shape[1:])
+        h, decoder = self.decoder.prefill(
+            self._embed(windows),
+            self.decoder.init_cache((len(rows) * count, 1), size),
+            self._memory(c_mem[:, :-1]),
+            None,
+        )
+        # The present window of each row; none of its tokens is known yet where the last is full.
+        present = length // size
+        row = jnp.arange(len(rows))
+        taken = row * count + jnp.minimum(present, count - 1)
+        decoder = jax.tree.map(lambda x: x[taken], decoder)
+        known = (length - present * size)[:, None]
+        cache = TextCache(
+            c_mem=c_mem[row, jnp.maximum(present - 1, 0)],
+            has_memory=present > 0,
+            window=windows[row, jnp.minimum(present, count - 1)].astype(jnp.int32),
+            decoder=tuple(dataclasses.replace(layer, length=known) for layer in decoder),
+            length=length,
+        )
+        logits = self.head(h).astype(jnp.float32)
+        logits = logits.reshape(len(rows), -1, logits.shape[-1])[:, : rows.shape[1]]
+        return logits.reshape(*tokens.shape, -1), cache
+
+    def decode_step(
+        self, tokens: Int[AnyArray, "*B"], cache: TextCache, memory: None = None
+    ) -> tuple[Float[Array, "*B V"], TextCache]:
+        """The logits after one more token per row; a row whose window is full reads it and goes on
+        to the next."""
+        size, rows = self.config.text_window, jnp.asarray(tokens).reshape(-1)
+        before = Memory(
+            cache.c_mem, jnp.broadcast_to(cache.has_memory[:, None], cache.window.shape)
+        )
+        embedded = self._embed(rows[:, None, None])
+        h, decoder = self.decoder.decode_step(embedded, cache.decoder, before)
+        place = cache.length % size
+        window = cache.window.at[jnp.arange(len(rows)), place].set(rows.astype(jnp.int32))
+        full = place == size - 1
+        c_mem = jax.lax.cond(
+            jnp.any(full),
+            lambda: jnp.where(full[:, None, None], self._encode(window, None), cache.c_mem),
+            lambda: cache.c_mem,
+        )
+        start = full[:, None]
+        cache = TextCache(
+            c_mem=c_mem,
+            has_memory=cache.has_memory | full,
+            window=window,
+            decoder=tuple(
+                dataclasses.replace(layer, length=jnp.where(start, 0, layer.length))
+                for layer in decoder
+            ),
+            length=cache.length + 1,
+        )
+        logits = self.head(h).astype(jnp.float32)
+        return logits.reshape(*tokens.shape, -1), cache
+
+    def _windows(self, rows: Int[Array, "R T"]) -> Int[Array, "R n W"]:
+        """Whole windows, the last one filled up with token 0."""
+        size = self.config.text_window
+        count = -(-rows.shape[1] // size)
+        rows = jnp.pad(rows, [(0, 0), (0, count * size - rows.shape[1])])
+        return rows.reshape(len(rows), count, size)
+
+    def _embed(self, windows: Int[Array, "R n W"]) -> Float[Array, "Rn 1 W D"]:
+        """As the decoder has them: every window an example with one prompt."""
+        return self.embedding(windows.reshape(-1, 1, windows.shape[-1]))
+
+    def _encode(
+        self, windows: Int[Array, "R W"], key: PRNGKeyArray | None
+    ) -> Float[Array, "R W r"]:
+        """The memory that each window is for the next."""
+        keys = split(key, 4)
+        x = self.text_norm(self.embedding(windows))
+        x = dropout(x + self.type[...].astype(x.dtype), self.config.dropout, keys[0])
+        streams, bank = self.level_one([Stream(x, None, jnp.arange(x.shape[1]))], key=keys[1])
+        y = self.processes(streams, bank, key=keys[2])
+        return self.memory_bank(*self.fusion(y, streams, key=keys[3])).c_mem
+
+    def _memory(self, c_mem: Float[Array, "R m W r"]) -> Memory:
+        """Of windows 0 .. m, given the readings of windows 0 .. m - 1; the first has none."""
+        c_mem = jnp.pad(c_mem, [(0, 0), (1, 0), (0, 0), (0, 0)])
+        there = jnp.broadcast_to(jnp.arange(c_mem.shape[1])[:, None] > 0, c_mem.shape[:3])
+        return Memory(c_mem.reshape(-1, *c_mem.shape[2:]), there.reshape(-1, c_mem.shape[2]))

@@ -1,0 +1,196 @@
+"""SLAM v6, "Jamba killer": four different encoder-fusion blocks between layers whose attention and
+MLP run side by side.
+
+Source: the author's public SLAM v6, whose numbers these are; at the published size it has
+70,292,992 parameters. No biases. Linear maps start as He et al. 2015 (normal, std
+sqrt(2 / fan_in)), embeddings with std 0.01.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from slam_jax.errors import require, require_count
+from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
+from slam_jax.layers.dropout import dropout, split
+from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
+from slam_jax.layers.linear import Linear
+from slam_jax.layers.mlp import GatedMLP
+from slam_jax.layers.norms import RMSNorm
+
+HE_NORMAL = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+EMBEDDING_INIT = jax.nn.initializers.normal(0.01)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlamV6Config(LanguageModelConfig):
+    """mlp_dim: F. num_heads: N, even. level_layers: of level 1, and again of level 3. dropout: of
+    the embeddings and of what a layer adds. context_length: also the number of learned positions.
+    """
+
+    mlp_dim: int
+    num_heads: int
+    level_layers: int = 2
+    dropout: float = 0.01
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_count("mlp_dim", self.mlp_dim)
+        require_count("level_layers", self.level_layers, most=512)
+        self.check_heads(self.num_heads, self.num_heads, None)
+        heads, mlp_dim = self.num_heads, self.mlp_dim
+        require(heads % 2 == 0, "num_heads", heads, "an even number: one block has half of them")
+        require(mlp_dim % 2 == 0, "mlp_dim", mlp_dim, "an even number: one block has half of it")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "a rate in [0, 1)")
+
+
+def linear(config: SlamV6Config, inputs, outputs, rngs: nnx.Rngs) -> Linear:
+    return Linear(inputs, outputs, kernel_init=HE_NORMAL, **config.dtypes, rngs=rngs)
+
+
+def glu(config: SlamV6Config, mlp_dim: int, rngs: nnx.Rngs) -> GatedMLP:
+    kw = dict(**config.dtypes, rngs=rngs)
+    return GatedMLP(config.embed_dim, mlp_dim, kernel_init=HE_NORMAL, **kw)
+
+
+def rms_norm(config: SlamV6Config) -> RMSNorm:
+    param_dtype = config.dtypes["param_dtype"]
+    return RMSNorm(config.embed_dim, epsilon=config.norm_epsilon, param_dtype=param_dtype)
+
+
+class ParallelLayer(nnx.Module):
+    """a = attention(x) * sigmoid(W x) of x = norm(h), f = GLU(norm(h)), then norm(h + W [a; f])."""
+
+    def __init__(self, config: SlamV6Config, num_heads: int, mlp_dim: int, *, rngs: nnx.Rngs):
+        dim, kw = config.embed_dim, dict(**config.dtypes, rngs=rngs)
+        self.dropout = config.dropout
+        self.attention_norm, self.mlp_norm = rms_norm(config), rms_norm(config)
+        self.norm = rms_norm(config)
+        self.attention = GroupedQueryAttention(dim, num_heads, kernel_init=HE_NORMAL, **kw)
+        self.gate = linear(config, dim, dim, rngs)
+        self.mlp = glu(config, mlp_dim, rngs)
+        self.out = linear(config, (2, dim), dim, rngs)
+
+    def init_cache(self, batch_shape, max_length):
+        return self.attention.init_cache(batch_shape, max_length)
+
+    def __call__(self, h, to: Pass, cache, key):
+        x = self.attention_norm(h)
+        a, cache = to.mix(self.attention, x, cache)
+        a = a * jax.nn.sigmoid(self.gate(x))
+        y = self.out(jnp.stack([a, self.mlp(self.mlp_norm(h))], axis=-2))
+        return self.norm(h + dropout(y, self.dropout, key)), cache, ()
+
+
+class Sequence(nnx.Module):
+    """W2 silu(W1 norm(m))."""
+
+    def __init__(self, config: SlamV6Config, *, rngs: nnx.Rngs):
+        dim = config.embed_dim
+        self.norm = rms_norm(config)
+        self.up, self.down = linear(config, dim, dim, rngs), linear(config, dim, dim, rngs)
+
+    def init_cache(self, batch_shape, max_length):
+        return ()
+
+    def __call__(self, m, to: Pass, cache, key):
+        return self.down(jax.nn.silu(self.up(self.norm(m)))), cache, ()
+
+
+class Pattern(nnx.Module):
+    """GLU(norm(m))."""
+
+    def __init__(self, config: SlamV6Config, *, rngs: nnx.Rngs):
+        self.norm, self.mlp = rms_norm(config), glu(config, config.mlp_dim, rngs)
+
+    def init_cache(self, batch_shape, max_length):
+        return ()
+
+    def __call__(self, m, to: Pass, cache, key):
+        return self.mlp(self.norm(m)), cache, ()
+
+
+class EFBlock(nnx.Module):
+    """m = layer(x + 0.01 (W_q x + W_k x + W_v x) / 3); norm(m + specialist(m))."""
+
+    def __init__(self, config: SlamV6Config, specialist: nnx.Module, *, rngs: nnx.Rngs):
+        dim = config.embed_dim
+        self.q, self.k, self.v = (linear(config, dim, dim, rngs) for _ in range(3))
+        self.layer = ParallelLayer(config, config.num_heads, config.mlp_dim, rngs=rngs)
+        self.specialist: Any = specialist
+        self.norm = rms_norm(config)
+
+    def init_cache(self, batch_shape, max_length):
+        parts = (self.layer, self.specialist)
+        return tuple(part.init_cache(batch_shape, max_length) for part in parts)
+
+    def __call__(self, x, to: Pass, caches, key):
+        keys, caches = split(key, 2), caches or (None, None)
+        x = x + 0.01 * (self.q(x) + self.k(x) + self.v(x)) / 3
+        m, cache, _ = self.layer(x, to, caches[0], keys[0])
+        s, specialist_cache, _ = self.specialist(m, to, caches[1], keys[1])
+        return self.norm(m + s), (cache, specialist_cache), ()
+
+
+class EFLevel(nnx.Module):
+    """Level 2: four blocks on the output x of level 1, y = sum g_i block_i(x) with
+    g = softmax(W norm(x)), and x + GLU(y)."""
+
+    def __init__(self, config: SlamV6Config, *, rngs: nnx.Rngs):
+        dim, heads, mlp_dim = config.embed_dim, config.num_heads, config.mlp_dim
+        specialists = {
+            "attention": ParallelLayer(config, heads, mlp_dim // 2, rngs=rngs),
+            "ffn": ParallelLayer(config, heads // 2, 2 * mlp_dim, rngs=rngs),
+            "sequence": Sequence(config, rngs=rngs),
+            "pattern": Pattern(config, rngs=rngs),
+        }
+        self.blocks = nnx.List([EFBlock(config, s, rngs=rngs) for s in specialists.values()])
+        self.norm = rms_norm(config)
+        self.weights = linear(config, dim, len(specialists), rngs)
+        self.mlp = glu(config, dim, rngs)
+
+    def init_cache(self, batch_shape, max_length):
+        return tuple(block.init_cache(batch_shape, max_length) for block in self.blocks)
+
+    def __call__(self, x, to: Pass, caches, key):
+        caches, outputs, new = caches or (None,) * len(self.blocks), [], []
+        keys = split(key, len(self.blocks))
+        for block, cache, block_key in zip(self.blocks, caches, keys, strict=True):
+            y, cache, _ = block(x, to, cache, block_key)
+            outputs.append(y)
+            new.append(cache)
+        weights = jax.nn.softmax(self.weights(self.norm(x)), axis=-1)
+        y = sum(weights[..., i, None] * output for i, output in enumerate(outputs))
+        return x + self.mlp(y), tuple(new), ()
+
+
+class SlamV6(Transformer):
+    """Level 1, level 2, level 3; every attention looks back only."""
+
+    def __init__(self, config: SlamV6Config, *, rngs: nnx.Rngs):
+        def layers():
+            sizes = (config.num_heads, config.mlp_dim)
+            return [ParallelLayer(config, *sizes, rngs=rngs) for _ in range(config.level_layers)]
+
+        super().__init__(
+            config,
+            [*layers(), EFLevel(config, rngs=rngs), *layers()],
+            embedding_init=EMBEDDING_INIT,
+            head_init=HE_NORMAL,
+            rngs=rngs,
+        )
+        self.positions = nnx.Embed(
+            config.context_length,
+            config.embed_dim,
+            embedding_init=EMBEDDING_INIT,
+            **config.dtypes,
+            rngs=rngs,
+        )
+        self.input_norm = rms_norm(config)
+
+    def embed(self, tokens, positions, key):
+        h = self.input_norm(self.embedding(tokens) + 0.02 * self.positions(positions))
+        return dropout(h, self.config.dropout, key)

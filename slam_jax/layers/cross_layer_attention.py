@@ -1,0 +1,121 @@
+"""Cross-layer attention: keys and values are made once, kept once and read by several layers."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from slam_jax.layers.attention import Layout, attend, causal_layout
+from slam_jax.layers.kv_cache import KVCache
+from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
+from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.rotary import Rope, rotary
+
+
+class KeyValues(NamedTuple):
+    """Keys and values before any reader turned or normed them.
+
+    positions: of each key in its row. visible: which keys the queries of this call may attend to.
+    """
+
+    k: Float[Array, "*B S K H"]
+    v: Float[Array, "*B S K H"]
+    positions: Int[Array, "*#B S"]
+    visible: Bool[Array, "*#B T S"]
+
+
+class SharedKeyValues(nnx.Module):
+    """Makes what several layers read, and keeps the one cache of it.
+
+    Called, prefilled and stepped like an attention, but it returns `KeyValues`.
+
+    Source: Brandon et al. 2024, "Reducing Transformer Key-Value Cache Size with Cross-Layer
+    Attention" (arXiv 2405.12981), section 2.2.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        kernel_init: Initializer = LECUN_NORMAL,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kw = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.num_kv_heads, self.head_dim, self.dtype = num_kv_heads, head_dim, dtype
+        self.key = Linear(embed_dim, (num_kv_heads, head_dim), **kw)
+        self.value = Linear(embed_dim, (num_kv_heads, head_dim), **kw)
+
+    def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> KVCache:
+        """An empty cache for rows of `batch_shape`, each of at most `max_length` tokens."""
+        return KVCache.empty(batch_shape, max_length, self.num_kv_heads, self.head_dim, self.dtype)
+
+    def __call__(self, x: Float[Array, "*B T D"], layout: Layout | None = None) -> KeyValues:
+        layout = layout or causal_layout(x.shape[-2])
+        return KeyValues(self.key(x), self.value(x), layout.positions, layout.visible)
+
+    def prefill(
+        self, x: Float[Array, "*B T D"], cache: KVCache, lengths: Int[Array, "*B"] | None = None
+    ) -> tuple[KeyValues, KVCache]:
+        """`self(x)`, and the cache that remembers it; as `GroupedQueryAttention.prefill`."""
+        made = self(x)
+        return made, cache.filled(made.k, made.v, lengths)
+
+    def decode_step(self, x: Float[Array, "*B 1 D"], cache: KVCache) -> tuple[KeyValues, KVCache]:
+        """All that is kept, with one more token per row."""
+        positions = cache.length[..., None]
+        cache = cache.extended(self.key(x), self.value(x))
+        slots = jnp.arange(cache.k.shape[-3])
+        visible = slots <= positions[..., None]
+        return KeyValues(cache.k, cache.v, slots, visible), cache
+
+
+class CrossLayerAttention(nnx.Module):
+    """Own queries to keys and values of another layer, or of the same one where it makes them.
+
+    rope, qk_norm_epsilon: as in `GroupedQueryAttention`, each reader turning and norming by itself.
+    query_bias: a learned vector is added to the queries, and only to them.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        rope: Rope | None = None,
+        qk_norm_epsilon: float | None = None,
+        query_bias: bool = False,
+        kernel_init: Initializer = LECUN_NORMAL,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kw = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.rope, self.qk_norm_epsilon = rope, qk_norm_epsilon
+        self.query = Linear(embed_dim, (num_heads, head_dim), **kw)
+        normal, shape = nnx.initializers.normal(0.02), (num_heads, head_dim)
+        self.query_bias = (
+            nnx.Param(normal(rngs.params(), shape, param_dtype)) if query_bias else None
+        )
+        self.out = Linear((num_heads, head_dim), embed_dim, **kw)
+        if qk_norm_epsilon is not None:
+            norm = dict(epsilon=qk_norm_epsilon, param_dtype=param_dtype)
+            self.q_norm, self.k_norm = RMSNorm(head_dim, **norm), RMSNorm(head_dim, **norm)
+
+    def __call__(
+        self, x: Float[Array, "*B T D"], shared: KeyValues, positions: Int[Array, "*#B T"]
+    ) -> Float[Array, "*B T D"]:
+        """positions: of the tokens of x."""
+        q, k = self.query(x), shared.k
+        if self.query_bias is not None:
+            q = q + self.query_bias[...].astype(q.dtype)
+        if self.rope is not None:
+            q, k = rotary(q, positions, self.rope), rotary(k, shared.positions, self.rope)
+        if self.qk_norm_epsilon is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return self.out(attend(q, k, shared.v, shared.visible))

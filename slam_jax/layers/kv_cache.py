@@ -1,0 +1,76 @@
+"""The cache of plain attention, and how any cache of fixed capacity is written."""
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from slam_jax.errors import InputError
+
+
+@struct.dataclass
+class KVCache:
+    """What one layer remembers: keys and values of every token, right-padded to a capacity T.
+
+    length: tokens stored per row; entries at and beyond it are never attended to.
+    """
+
+    k: Float[Array, "*B T K H"]
+    v: Float[Array, "*B T K V"]
+    length: Int[Array, "*B"]
+
+    @classmethod
+    def empty(
+        cls, batch_shape: tuple[int, ...], max_length: int, num_kv_heads: int, head_dim: int, dtype
+    ) -> "KVCache":
+        shape = (*batch_shape, max_length, num_kv_heads, head_dim)
+        length = jnp.zeros(batch_shape, jnp.int32)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), length)
+
+    def filled(self, k, v, lengths: Int[Array, "*B"] | None) -> "KVCache":
+        """An empty cache with a right-padded prompt in it; `lengths`: of its rows, None = all."""
+        k, v, length = write_prompt((self.k, self.v), (k, v), self.length, lengths)
+        return KVCache(k, v, length)
+
+    def extended(self, k, v) -> "KVCache":
+        """With one more token a row; a full row keeps what it has."""
+        k, v, length = write_token((self.k, self.v), (k, v), self.length)
+        return KVCache(k, v, length)
+
+
+def write_prompt(
+    buffers: tuple, prompts: tuple, length: Int[Array, "*B"], lengths: Int[Array, "*B"] | None
+) -> tuple:
+    """Buffers [*B, T, ..] with prompts [*B, t, ..] at their start, and then the new length.
+
+    Raises InputError where t exceeds the capacity T.
+    """
+    axis = length.ndim
+    num_tokens, capacity = prompts[0].shape[axis], buffers[0].shape[axis]
+    if num_tokens > capacity:
+        raise InputError(
+            f"prefill of {num_tokens} tokens into a cache of {capacity}: "
+            f"make it with init_cache(..., max_length={num_tokens} or more)"
+        )
+    here = (slice(None),) * axis + (slice(0, num_tokens),)
+    written = (
+        buffer.at[here].set(x.astype(buffer.dtype))
+        for buffer, x in zip(buffers, prompts, strict=True)
+    )
+    new = jnp.full(length.shape, num_tokens) if lengths is None else lengths
+    return *written, new.astype(jnp.int32)
+
+
+def write_token(buffers: tuple, tokens: tuple, length: Int[Array, "*B"]) -> tuple:
+    """Buffers [*B, T, ..] with tokens [*B, 1, ..] at each row's own length, and the new length.
+
+    What would stand beyond T is dropped.
+    """
+    axis = length.ndim
+    rows = jnp.arange(length.size)
+    written = []
+    for buffer, x in zip(buffers, tokens, strict=True):
+        flat = buffer.reshape(-1, *buffer.shape[axis:])
+        x = x.reshape(-1, *x.shape[axis + 1 :]).astype(buffer.dtype)
+        flat = flat.at[rows, length.reshape(-1)].set(x, mode="drop")
+        written.append(flat.reshape(buffer.shape))
+    return *written, jnp.minimum(length + 1, buffers[0].shape[axis])

@@ -1,0 +1,217 @@
+"""Mamba-1: a linear recurrence whose coefficients depend on the token, instead of attention.
+
+Source: Gu & Dao 2023, "Mamba" (arXiv 2312.00752), sections 3.2 to 3.4; norms on dt, B and C:
+Lieber et al. 2024, "Jamba" (arXiv 2403.19887), section 6.4.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from slam_jax.layers.attention import Layout
+from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
+from slam_jax.layers.norms import RMSNorm
+
+_DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+@struct.dataclass
+class MambaCache:
+    """What one layer remembers of all tokens so far: as much for a thousand as for one.
+
+    conv: the last W - 1 inputs of the convolution. state: of the recurrence.
+    """
+
+    conv: Float[Array, "*B W_1 I"]
+    state: Float32[Array, "*B I N"]
+
+
+def selective_scan(
+    x: Float32[Array, "*B T I"],
+    dt: Float32[Array, "*B T I"],
+    a: Float32[Array, "I N"],
+    b: Float32[Array, "*B T N"],
+    c: Float32[Array, "*B T N"],
+    state: Float32[Array, "*B I N"],
+    *,
+    chunk_size: int,
+) -> tuple[Float32[Array, "*B T I"], Float32[Array, "*B I N"]]:
+    """h_t = exp(dt_t a) h_(t-1) + dt_t b_t x_t and y_t = c_t h_t, from the state given to the last.
+
+    States [T, I, N] never exist all at once: chunk after chunk is gone through, what a chunk needs
+    for its gradient is made anew, and only the states between chunks are kept. A token whose dt is
+    0 leaves the state as it is.
+    """
+    num_tokens = x.shape[-2]
+    num_chunks = -(-num_tokens // chunk_size)
+
+    def in_chunks(z):
+        """[*B, T, C] -> [chunks, chunk_size, *B, C], dt = 0 where there is no token."""
+        z = jnp.moveaxis(z, -2, 0)
+        z = jnp.pad(z, [(0, num_chunks * chunk_size - num_tokens)] + [(0, 0)] * (z.ndim - 1))
+        return z.reshape(num_chunks, chunk_size, *z.shape[1:])
+
+    @jax.checkpoint
+    def chunk(state, inputs):
+        def step(state, inputs):
+            x, dt, b, c = inputs
+            decay = jnp.exp(dt[..., None] * a)
+            state = decay * state + (dt * x)[..., None] * b[..., None, :]
+            return state, jnp.sum(state * c[..., None, :], axis=-1)
+
+        return jax.lax.scan(step, state, inputs)
+
+    state, y = jax.lax.scan(chunk, state, tuple(map(in_chunks, (x, dt, b, c))))
+    y = y.reshape(num_chunks * chunk_size, *y.shape[2:])[:num_tokens]
+    return jnp.moveaxis(y, 0, -2), state
+
+
+def _uniform(bound: float) -> Initializer:
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Mamba(nnx.Module):
+    """Called, prefilled and stepped like an attention.
+
+    Args:
+      embed_dim: D. state_dim: N, numbers a channel of the state. conv_width: W, tokens that the
+        causal convolution sees. expand: I / D. dt_rank: of the map to dt, None = ceil(D / 16).
+      norm_epsilon: of learned RMS norms on dt, B and C, as in Jamba; None = no norms, as in Mamba.
+      conv_bias, proj_bias: of the convolution, and of the maps in and out.
+      chunk_size: tokens between two kept states.
+
+    The recurrence, A and dt are float32 whatever the dtype: they overflow or die in bfloat16.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        state_dim: int = 16,
+        conv_width: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        norm_epsilon: float | None = None,
+        conv_bias: bool = True,
+        proj_bias: bool = False,
+        chunk_size: int = 32,
+        kernel_init: Initializer = LECUN_NORMAL,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kw = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        width, dt_rank = expand * embed_dim, dt_rank or math.ceil(embed_dim / 16)
+        self.width, self.state_dim, self.conv_width = width, state_dim, conv_width
+        self.chunk_size, self.dtype, self.norm_epsilon = chunk_size, dtype, norm_epsilon
+        self.value = Linear(embed_dim, width, use_bias=proj_bias, **kw)
+        self.gate = Linear(embed_dim, width, use_bias=proj_bias, **kw)
+        # As PyTorch starts a convolution of one channel a filter.
+        conv_init = _uniform(conv_width**-0.5)
+        self.conv_filter = nnx.Param(conv_init(rngs.params(), (conv_width, width), param_dtype))
+        self.conv_bias = nnx.Param(jnp.zeros((width,), param_dtype)) if conv_bias else None
+        self.dt_down = Linear(width, dt_rank, **kw)
+        self.b = Linear(width, state_dim, **kw)
+        self.c = Linear(width, state_dim, **kw)
+        if norm_epsilon is not None:
+            norm = dict(epsilon=norm_epsilon, param_dtype=param_dtype)
+            self.dt_norm = RMSNorm(dt_rank, **norm)
+            self.b_norm, self.c_norm = RMSNorm(state_dim, **norm), RMSNorm(state_dim, **norm)
+        # dt starts between 0.001 and 0.1 whatever the token (Mamba, section 3.6).
+        dt_init = _uniform(dt_rank**-0.5)
+        self.dt_up = Linear(dt_rank, width, use_bias=True, **{**kw, "kernel_init": dt_init})
+        log_dt = jax.random.uniform(
+            rngs.params(), (width,), jnp.float32, math.log(_DT_MIN), math.log(_DT_MAX)
+        )
+        dt = jnp.maximum(jnp.exp(log_dt), _DT_FLOOR)
+        # The inverse of softplus.
+        self.dt_up.bias = nnx.Param((dt + jnp.log(-jnp.expm1(-dt))).astype(param_dtype))
+        # Not kernels: weight decay leaves them alone.
+        log_a = jnp.log(jnp.arange(1, state_dim + 1, dtype=jnp.float32))
+        self.a_log = nnx.Param(jnp.tile(log_a, (width, 1)).astype(param_dtype))
+        self.skip = nnx.Param(jnp.ones((width,), param_dtype))
+        self.out = Linear(width, embed_dim, use_bias=proj_bias, **kw)
+
+    def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> MambaCache:
+        """An empty cache for rows of `batch_shape`; it takes any number of tokens."""
+        return MambaCache(
+            conv=jnp.zeros((*batch_shape, self.conv_width - 1, self.width), self.dtype),
+            state=jnp.zeros((*batch_shape, self.width, self.state_dim), jnp.float32),
+        )
+
+    def __call__(
+        self, x: Float[Array, "*B T D"], layout: Layout | None = None
+    ) -> Float[Array, "*B T D"]:
+        """The whole sequence; pads (`layout.mask`), left or right, leave no trace."""
+        cache = self.init_cache(x.shape[:-2], 0)
+        return self._scan(x, None if layout is None else layout.mask, cache.state)[0]
+
+    def prefill(
+        self, x: Float[Array, "*B T D"], cache: MambaCache, lengths: Int[Array, "*B"] | None = None
+    ) -> tuple[Float[Array, "*B T D"], MambaCache]:
+        """`self(x)`, and the cache that remembers x; `cache` must be empty.
+
+        lengths: real tokens of each right-padded row, None = all T.
+        """
+        num_tokens, before = x.shape[-2], self.conv_width - 1
+        mask = None if lengths is None else jnp.arange(num_tokens) < lengths[..., None]
+        y, value, state = self._scan(x, mask, cache.state)
+        if lengths is None:
+            lengths = jnp.full(x.shape[:-2], num_tokens, jnp.int32)
+        # The last real inputs; those before the first token are 0.
+        padded = jnp.pad(value, [(0, 0)] * (value.ndim - 2) + [(before, 0), (0, 0)])
+        last = lengths[..., None] + jnp.arange(before)
+        return y, MambaCache(jnp.take_along_axis(padded, last[..., None], axis=-2), state)
+
+    def decode_step(
+        self, x: Float[Array, "*B 1 D"], cache: MambaCache
+    ) -> tuple[Float[Array, "*B 1 D"], MambaCache]:
+        """The output of one more token per row, and the cache that remembers it."""
+        value = self.value(x)
+        seen = jnp.concatenate([cache.conv, value], axis=-2)
+        mixed = jnp.sum(seen * self.conv_filter[...].astype(self.dtype), axis=-2, keepdims=True)
+        mixed = self._activate(mixed)
+        v, dt, a, b, c = self._coefficients(mixed)
+        y, state = selective_scan(v, dt, a, b, c, cache.state, chunk_size=1)
+        return self._leave(x, v, y), MambaCache(seen[..., 1:, :], state)
+
+    def _scan(self, x, mask: Bool[Array, "*B T"] | None, state):
+        """The output, the inputs of the convolution, and the state after the last token."""
+        value = self.value(x)
+        if mask is not None:
+            value = jnp.where(mask[..., None], value, 0)
+        num_tokens, before = x.shape[-2], self.conv_width - 1
+        padded = jnp.pad(value, [(0, 0)] * (value.ndim - 2) + [(before, 0), (0, 0)])
+        # A few shifted products: XLA:CPU runs a depthwise convolution several times slower.
+        kernel = self.conv_filter[...].astype(self.dtype)
+        mixed = sum(padded[..., w : w + num_tokens, :] * kernel[w] for w in range(self.conv_width))
+        v, dt, a, b, c = self._coefficients(self._activate(mixed))
+        if mask is not None:
+            dt = jnp.where(mask[..., None], dt, 0)
+        y, state = selective_scan(v, dt, a, b, c, state, chunk_size=self.chunk_size)
+        return self._leave(x, v, y), value, state
+
+    def _activate(self, mixed):
+        if self.conv_bias is not None:
+            mixed = mixed + self.conv_bias[...].astype(self.dtype)
+        return jax.nn.silu(mixed)
+
+    def _coefficients(self, v):
+        """What the recurrence takes, in float32: its inputs, dt, A, B and C."""
+        dt, b, c = self.dt_down(v), self.b(v), self.c(v)
+        if self.norm_epsilon is not None:
+            dt, b, c = self.dt_norm(dt), self.b_norm(b), self.c_norm(c)
+        f32 = jnp.float32
+        dt = jax.nn.softplus(self.dt_up(dt).astype(f32))
+        a = -jnp.exp(self.a_log[...].astype(f32))
+        return v.astype(f32), dt, a, b.astype(f32), c.astype(f32)
+
+    def _leave(self, x, v, y):
+        y = (y + self.skip[...].astype(jnp.float32) * v).astype(self.dtype)
+        return self.out(y * jax.nn.silu(self.gate(x)))

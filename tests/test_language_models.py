@@ -1,0 +1,481 @@
+"""The nine systems and SLAM v3's text stream: what holds for all of them, and what is in each."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from slam_jax.errors import ConfigError
+from slam_jax.generation import ModelAndTokenizer, Request, Sampling, generate, score, stream
+from slam_jax.language_models import (
+    ROCKET,
+    SYSTEMS,
+    make_config,
+    make_model,
+    measure,
+)
+from slam_jax.language_models.__main__ import main as print_sizes
+from slam_jax.protocol import LanguageModel
+from slam_jax.training import OptimizerConfig, make_optimizer, make_train_step, split_model
+from slam_jax.training.losses import language_model_loss
+from slam_jax.training.optimizer import decay_mask, muon_axes
+from slam_jax.training.state import init_state
+
+ROWS, LENGTH, PROMPT = 3, 21, 12
+
+
+@functools.cache
+def build(name: str, **changes: Any) -> Any:
+    """A tiny model whose parameters are none of them 0 or 1, so that each is seen."""
+    config = make_config(name, "tiny", **changes)
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, p: Any) -> jax.Array:
+        scale = any("scale" in str(key) for key in path)
+        return jnp.asarray(scale + rng.normal(0, 0.2, p.shape), p.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, shapes))
+
+
+def tokens(rows: int = ROWS, length: int = LENGTH, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 61, (rows, length), np.int32)
+
+
+@jax.jit
+def forward(model: Any, tokens: Any, mask: Any = None) -> Any:
+    return model(tokens, mask)
+
+
+def close(x: Any, y: Any, tolerance: float = 1e-4) -> None:
+    np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+each_system = pytest.mark.parametrize("name", SYSTEMS)
+# Where compiling takes long, a few systems that have nearly everything stand for all.
+some_systems = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("standard", "jamba") else pytest.mark.slow)
+        for name in SYSTEMS
+    ],
+)
+
+
+@each_system
+def test_prompts_of_any_length_and_steps_after_them_are_the_whole_sequence(name):
+    """With two axes of rows; one of the prompts is as long as the array."""
+    model = build(name)
+    text, lengths = tokens(4).reshape(2, 2, -1), np.array([[7, 1], [PROMPT, 9]])
+    whole = np.asarray(forward(model, text).logits)
+    prompts = np.where(np.arange(PROMPT) < lengths[..., None], text[..., :PROMPT], 60)
+
+    @jax.jit
+    def prefill(model, prompts, lengths):
+        return model.prefill(prompts, model.init_cache((2, 2), LENGTH), None, lengths=lengths)
+
+    logits, cache = prefill(model, prompts, lengths)
+    for row, length in np.ndenumerate(lengths):
+        close(logits[row][:length], whole[row][:length])
+    step = jax.jit(lambda model, token, cache: model.decode_step(token, cache, None))
+    for i in range(LENGTH - PROMPT):
+        place = (lengths + i)[..., None]
+        token = np.take_along_axis(text, place, axis=-1)[..., 0]
+        logits, cache = step(model, token, cache)
+        close(logits, np.take_along_axis(whole, place[..., None], axis=-2)[..., 0, :])
+
+
+@some_systems
+def test_a_prompt_without_lengths_fills_its_array(name):
+    model, text = build(name), tokens(2, 8)
+    short = model.prefill(text, model.init_cache((2,), 9), None, lengths=np.array([8, 8]))
+    whole = model.prefill(text, model.init_cache((2,), 9), None)
+    jax.tree.map(close, whole, short)
+
+
+@each_system
+def test_pads_on_either_side_change_nothing(name):
+    model, text = build(name), tokens()
+    padded = np.pad(text, [(0, 0), (5, 2)], constant_values=1)
+    mask = np.zeros(padded.shape, bool)
+    mask[:, 5 : 5 + LENGTH] = True
+    # One row has a short text in it and longer pads.
+    mask[1, 5 + 9 :] = False
+    plain, masked = forward(model, text), forward(model, padded, mask)
+    close(masked.logits[::2, 5 : 5 + LENGTH], plain.logits[::2])
+    close(masked.logits[1, 5 : 5 + 9], plain.logits[1, :9])
+    if name not in ("jamba", "moe", "deepseek_v2", "hunyuan_large"):
+        return
+    # The load balance is that of the real tokens; in full rows it is that of the rows alone.
+    mask[1] = mask[0]
+    close(forward(model, padded, mask).aux_loss, plain.aux_loss)
+
+
+@each_system
+def test_no_token_looks_ahead(name):
+    """Another token at place t changes the logits from t on, and none before."""
+    model, text = build(name), tokens()
+    plain = forward(model, text).logits
+    for t in (0, 8, 13):
+        other = text.copy()
+        other[:, t] = (other[:, t] + 17) % 61
+        change = np.abs(forward(model, other).logits - plain).max(axis=(0, 2))
+        sees = t + 8 if name == "slam_v3_text" else LENGTH  # at least its window and the next
+        assert change[:t].max(initial=0.0) < 1e-5 and change[t:sees].min() > 1e-5
+
+
+def test_no_gradient_comes_from_ahead():
+    """The same by gradient, where each position has a table of its own."""
+    t = 9
+    for name in ("jamba", "slam_v5"):
+        model, text = build(name), tokens(1, 14)
+        table = model.embedding.embedding[...]
+
+        size = len(table)
+
+        def logit(rows, model=model, text=text, size=size):
+            graphdef, state = nnx.split(model)
+            changed = nnx.merge(graphdef, state)
+            changed.embedding.embedding = nnx.Param(rows.reshape(-1, rows.shape[-1]))
+            places = np.arange(14, dtype=np.int32)[None] * size + text
+            return (changed(places).logits[0, t] ** 2).sum()
+
+        gradient = jax.jit(jax.grad(logit))(jnp.stack([table] * 14))
+        reached = np.abs(gradient).max(axis=(1, 2)) > 0
+        assert reached.tolist() == (np.arange(14) <= t).tolist()
+
+
+@some_systems
+def test_it_learns(name):
+    """A training step as every model of this project has it; the loss of one batch falls."""
+    config = make_config(name, "tiny")
+    model = jax.jit(lambda: make_model(config, rngs=nnx.Rngs(0)))()
+    assert isinstance(model, LanguageModel)
+    graphdef, params = split_model(model)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup_steps=1), 20)
+
+    def loss(model, batch, key):
+        return language_model_loss(model, batch, key=key)
+
+    step = jax.jit(make_train_step(graphdef, loss, optimizer))
+    state = init_state(params, optimizer, jax.random.key(0), ema=False)
+    losses = []
+    for _ in range(8):
+        state, metrics = step(state, tokens(2, 17))
+        losses.append(float(metrics.loss.cross_entropy))
+    assert abs(losses[0] - np.log(61)) < 1.5 and losses[-1] < losses[0] - 0.4
+    assert int(state.skipped) == 0
+    before = params
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.params, before)
+    still = [path for path, m in jax.tree_util.tree_flatten_with_path(moved)[0] if not m]
+    assert not still, still
+
+
+def test_training_adds_the_losses_of_the_experts():
+    text, mask = tokens(2, 9), np.arange(9) < np.array([[9], [5]])
+    model = build("moe")
+    parts = language_model_loss(model, text, mask)
+    logits = np.asarray(forward(model, text[:, :-1]).logits, np.float64)
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(logits, text[:, 1:, None], -1)[..., 0]
+    real = mask[:, 1:]
+    close(parts.cross_entropy, -chosen[real].mean())
+    close(parts.accuracy, (logits.argmax(-1) == text[:, 1:])[real].mean())
+    expected = forward(model, text[:, :-1], mask[:, :-1]).aux_loss
+    assert expected > 0.02
+    close(parts.total, parts.cross_entropy + expected)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"device_balance_loss": 0.05}, {"communication_balance_loss": 0.02}]
+)
+def test_deepseeks_other_losses_add_to_it(changes):
+    text = tokens()
+    plain, more = (forward(build("deepseek_v2", **c), text) for c in ({}, changes))
+    close(plain.logits, more.logits)
+    # Two layers of experts; each term is 1 where loads are even, and more otherwise.
+    assert more.aux_loss > plain.aux_loss + 2 * sum(changes.values()) * 0.9
+
+
+def test_dropout_is_for_training_alone():
+    model, text = build("slam_v6", dropout=0.5), tokens()
+    plain = model(text).logits
+    close(plain, forward(build("slam_v6", dropout=0.0), text).logits)
+    one, other = (model(text, key=jax.random.key(seed)).logits for seed in (0, 1))
+    assert np.abs(one - plain).max() > 0.1 and np.abs(one - other).max() > 0.1
+    assert (
+        np.abs(
+            build("slam_v3_text", dropout=0.5)(text, key=jax.random.key(0)).logits
+            - forward(build("slam_v3_text"), text).logits
+        ).max()
+        > 0.1
+    )
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "hunyuan_large"])
+def test_capacity_is_for_training_alone(name):
+    text = tokens()
+    plain, bounded = build(name), build(name, capacity_factor=0.5)
+    close(forward(plain, text).logits, forward(bounded, text).logits)
+    trained = bounded(text, key=jax.random.key(0)).logits
+    assert np.abs(trained - forward(plain, text).logits).max() > 1e-2
+
+
+# --- Sizes
+
+
+def test_slam_v6_is_the_published_one():
+    config = make_config("slam_v6")
+    assert measure(config).total == 70_292_992
+    model = jax.jit(lambda: make_model(config, rngs=nnx.Rngs(0)))()
+    text = np.random.default_rng(0).integers(0, 10_000, (8, 129), np.int32)
+    loss = jax.jit(language_model_loss)(model, text)
+    assert abs(float(loss.cross_entropy) - 10.14) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "total", "active"),
+    [
+        ("jamba", "mini_1.5", 51.6e9, 12e9),
+        ("jamba", "large_1.5", 398e9, 94e9),
+        ("deepseek_v2", "v2_lite", 15.7e9, 2.4e9),
+        ("deepseek_v2", "v2", 236e9, 21e9),
+        pytest.param("deepseek_v2", "v2.5", 236e9, 21e9, marks=pytest.mark.slow),
+        ("hunyuan_large", "large", 389e9, 52e9),
+    ],
+)
+def test_published_models_have_their_published_size(name, preset, total, active):
+    size = measure(make_config(name, preset))
+    assert abs(size.total / total - 1) < 0.01
+    # Published with two digits; some count the embeddings and some do not.
+    counts = (size.active, size.active - size.embedding)
+    assert min(abs(count / active - 1) for count in counts) < 0.1
+
+
+def test_sizes_count_what_there_is():
+    for name in SYSTEMS:
+        model, size = build(name), measure(make_config(name, "tiny"))
+        total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+        assert size.total == total >= size.active > size.embedding > 0
+    config = make_config("moe", "tiny")
+    idle = config.num_layers * 3 * 32 * 48 * (config.num_experts - 2)
+    size = measure(config)
+    assert size.total - size.active == idle
+    assert size.embedding == 2 * 61 * 32
+    assert measure(make_config("slam_v4", "tiny")).embedding == 2 * 61 * 32 + 64 * 32
+
+
+def test_the_latent_cache_holds_a_latent_and_a_rotary_key_a_token():
+    config = make_config("deepseek_v2", "v2")
+    assert measure(config).cache_bytes_per_token == 60 * (512 + 64) * 2
+    tiny = make_config("deepseek_v2", "tiny")
+    cache = build("deepseek_v2").init_cache((2,), 10)
+    for layer in cache.blocks:
+        assert {"c_kv": layer.c_kv.shape, "k_rope": layer.k_rope.shape} == {
+            "c_kv": (2, 10, tiny.kv_lora_rank),
+            "k_rope": (2, 10, tiny.qk_rope_head_dim),
+        }
+
+
+@pytest.mark.parametrize(("factor", "caches"), [(1, 3), (2, 2), (3, 1)])
+def test_hunyuans_cache_holds_one_in_so_many_layers(factor, caches):
+    config = make_config("hunyuan_large", "tiny", share_factor=factor)
+    assert len(build("hunyuan_large", share_factor=factor).init_cache((1,), 8).blocks) == caches
+    head_dim = config.embed_dim // config.num_heads
+    expected = caches * 2 * config.num_kv_heads * head_dim * 4
+    assert measure(config).cache_bytes_per_token == expected
+
+
+def test_jambas_cache_grows_with_its_attention_layers_alone():
+    config = make_config("jamba", "tiny")
+    size = measure(config)
+    assert size.cache_bytes_per_token == 2 * 2 * 8 * 4  # one layer of two heads of 8
+    assert size.state_bytes == 3 * (3 * 64 + 64 * 4) * 4  # three of Mamba
+
+
+def test_slam_v3_text_keeps_the_same_however_long_the_text():
+    size = measure(make_config("slam_v3_text", "tiny"))
+    assert size.cache_bytes_per_token == 0 and size.state_bytes > 0
+
+
+def test_sizes_are_printed_as_a_table(capsys):
+    from absl import flags
+
+    flags.FLAGS(["test", "--preset=tiny"])
+    print_sizes([])
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + len(SYSTEMS)
+    size = measure(make_config("moe", "tiny"))
+    assert f"| `moe` | tiny | {size.total:,} | {size.active:,} |" in "\n".join(table)
+    flags.FLAGS(["test", "--preset=medium"])
+    with pytest.raises(ValueError, match="--preset is 'medium'; expected published, large"):
+        print_sizes([])
+    flags.FLAGS(["test", "--preset=seed"])
+
+
+# --- Structure
+
+
+@pytest.mark.parametrize("name", ["slam_v4", "slam_v4_champion", "slam_v5", "slam_v6"])
+def test_slam_models_have_two_layers_a_level_of_four_blocks_and_two_layers(name):
+    blocks = build(name).blocks
+    level = blocks[2]
+    assert len(blocks) == 5
+    assert [type(b).__name__ for b in blocks[:2]] == [type(b).__name__ for b in blocks[3:]]
+    if name == "slam_v6":
+        assert len(level.blocks) == 4
+    else:
+        leaves = jax.tree.leaves(nnx.state(level.stack))
+        assert all(leaf.shape[0] == 4 for leaf in leaves)
+        bias = next(p for path, p in flat(level.stack).items() if path[-1] == "query_bias")
+        assert bias.shape[0] == 4 and len({float(b.sum()) for b in bias}) == 4
+
+
+def flat(module: Any) -> dict[tuple, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(module)))
+    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("name", ["slam_v4", "slam_v4_champion", "slam_v5"])
+def test_the_four_blocks_read_what_level_one_fixed(name):
+    """Their keys and values do not change when what the blocks themselves do changes."""
+    model, text = build(name), tokens(1, 9)
+    caches = {}
+    for change in (0.0, 1.0):
+        graphdef, state = nnx.split(model)
+        changed = jax.tree_util.tree_map_with_path(
+            lambda path, p, by=change: p + by * any("stack" in str(k) for k in path), state
+        )
+        other = nnx.merge(graphdef, changed)
+        _, cache = other.prefill(text, other.init_cache((1,), 9), None)
+        caches[change] = cache.blocks
+    for before, after in zip(caches[0.0][:3], caches[1.0][:3], strict=True):
+        jax.tree.map(close, before, after)
+    above = zip(jax.tree.leaves(caches[0.0][3]), jax.tree.leaves(caches[1.0][3]), strict=True)
+    assert any(np.abs(a - b).max() > 1e-3 for a, b in above)
+
+
+def test_the_champion_runs_its_blocks_twice():
+    text = tokens(1, 9)
+    once, twice = (build("slam_v4_champion", num_cycles=n) for n in (1, 2))
+    same = [leaf.shape for leaf in jax.tree.leaves(nnx.state(once))]
+    assert same == [leaf.shape for leaf in jax.tree.leaves(nnx.state(twice))]
+    assert np.abs(forward(once, text).logits - forward(twice, text).logits).max() > 1e-2
+
+
+def test_slam_v3_text_sees_its_window_and_the_one_before():
+    """With windows of 8, token 19 is in the third: it sees tokens 8 to 19."""
+    model, text = build("slam_v3_text"), tokens(1, 24)
+    logits = forward(model, text).logits
+    seen = []
+    for t in range(20):
+        other = text.copy()
+        other[0, t] = (other[0, t] + 1) % 61
+        seen.append(bool(np.abs(forward(model, other).logits[0, 19] - logits[0, 19]).max() > 1e-4))
+    assert seen == [t >= 8 for t in range(20)]
+
+
+def test_jambas_layers_are_where_the_paper_has_them():
+    config = make_config("jamba", "mini_1.5")
+    layers = range(config.num_layers)
+    assert [i for i in layers if config.has_attention(i)] == [4, 12, 20, 28]
+    assert [i for i in layers if config.has_experts(i)] == list(range(1, 32, 2))
+
+
+def test_every_kernel_decays_and_nothing_else_does():
+    """In Mamba neither A nor D may; Muon takes the matrices of experts one by one."""
+    decays = flat_dict(decay_mask(split_model(build("jamba"))[1]))
+    kept = {path[-1] for path, on in decays.items() if not on}
+    assert kept == {"a_log", "skip", "conv_filter", "conv_bias", "bias", "scale", "embedding"}
+    axes = flat_dict(muon_axes(split_model(build("moe"))[1]), lambda x: hasattr(x, "output_axis"))
+    gate = axes["blocks", 0, "mlp", "experts", "gate", "kernel"]
+    assert gate.reduction_axis == (1,) and gate.output_axis == (2,)
+
+
+def flat_dict(tree: Any, is_leaf: Any = None) -> dict[tuple, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
+
+
+# --- Registry
+
+
+def test_the_registry_has_the_nine_systems_and_builds_each():
+    assert len(ROCKET) == 9 and set(ROCKET) < set(SYSTEMS)
+    for name, system in SYSTEMS.items():
+        model = build(name)
+        assert type(model) is system.model
+        assert {"tiny"} <= set(system.presets)
+        if name in (*ROCKET, "slam_v3_text"):
+            seed = make_config(name, "seed")
+            assert (seed.vocab_size, seed.embed_dim, seed.num_heads) == (10_000, 512, 16)
+            assert seed.mlp_dim == 2_048
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        (("jamab",), {}, "no field 'jamab'; did you mean 'jamba'"),
+        (("moe", "small"), {}, "preset is 'small'; moe has seed, tiny"),
+        (("moe",), {"num_expert": 3}, "MoEConfig has no field 'num_expert'; did you mean"),
+        (("moe",), {"num_experts": 1}, "num_experts_per_token is 2; expected 1 to num_experts=1"),
+        (("standard",), {"num_kv_heads": 3}, "num_kv_heads is 3; expected a divisor of num_heads"),
+        (("standard",), {"dtype": "int8"}, "dtype is 'int8'; expected one of"),
+        (("standard",), {"embed_dim": 500}, "embed_dim is 500; expected a multiple of num_heads"),
+        (("standard",), {"norm_epsilon": 0.0}, "norm_epsilon is 0.0; expected a number above 0"),
+        (("jamba",), {"attention_offset": 8}, "attention_offset is 8; expected 0 to attention_per"),
+        (("deepseek_v2",), {"num_groups": 3}, "num_groups is 3; expected a divisor of num_experts"),
+        (("deepseek_v2",), {"top_groups": 5}, "top_groups is 5; expected 1 to num_groups=4"),
+        (("deepseek_v2",), {"num_experts_per_token": 5}, "is 5; expected at most 4, as many as"),
+        (("deepseek_v2",), {"qk_rope_head_dim": 3}, "qk_rope_head_dim is 3; expected an even"),
+        (("slam_v6",), {"num_heads": 1}, "num_heads is 1; expected an even number"),
+        (("slam_v6",), {"dropout": 1.0}, "dropout is 1.0; expected a rate in"),
+        (("slam_v3_text",), {"text_window": 0}, "text_window is 0; expected at least 1"),
+    ],
+)
+def test_what_cannot_be_built_is_named(arguments, changes, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        make_config(*arguments, **changes)
+    assert "\n" not in str(error.value)
+
+
+# --- Generation
+
+
+WORDS = ["shape of red", "left half: blue", "circle", "yes", "größer als 日本", "red green blue"]
+
+
+@functools.cache
+def speaker(name: str) -> ModelAndTokenizer:
+    from slam_jax.data import Tokenizer
+
+    tokenizer = Tokenizer.train(WORDS * 9, 300)
+    changes = {"vocab_size": tokenizer.vocab_size}
+    return ModelAndTokenizer(build(name, **changes), tokenizer)
+
+
+@some_systems
+def test_requests_are_answered_alike_alone_in_a_batch_and_in_pieces(name):
+    loaded = speaker(name)
+    sampling = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95, num_samples=2)
+    requests = [Request(prompt, seed=i) for i, prompt in enumerate((WORDS[0], "", WORDS[4]))]
+    together = generate(loaded, requests, sampling)
+    for request, answer in zip(requests[:2], together, strict=False):
+        [alone] = generate(loaded, [request], sampling)
+        assert [s.tokens for s in alone.samples] == [s.tokens for s in answer.samples]
+        for a, b in zip(alone.samples, answer.samples, strict=True):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4, rtol=1e-4)
+    assert "".join(stream(loaded, requests[0], sampling)) == together[0].text
+    assert len({answer.text for answer in together}) == 3
+    scores = score(loaded, requests[0], ["circle", "yes"])
+    expected = generate(loaded, [requests[0]], Sampling(max_new_tokens=1))[0].samples[0].logprob
+    assert max(s.logprob for s in scores) <= expected + 1e-5
+
+
+def test_a_language_model_reads_prompts_alone():
+    with pytest.raises(ValueError, match="this model reads prompts alone"):
+        generate(speaker("standard"), [Request("red", text="a circle")])
