@@ -437,8 +437,11 @@ def soak(minutes: float, seed: int, only: list[str], folder: Path) -> tuple[str,
         try:
             getattr(trials, name)()
             # A run that ended by itself before the signal came does not count.
-            hits = sum(n for what, n in trials.outcomes[name].items() if what.startswith("in "))
-            done[name] = hits if name in ("kill", "stop") else done[name] + 1
+            if name in ("kill", "stop"):
+                counts = trials.outcomes[name].items()
+                done[name] = sum(n for what, n in counts if what.startswith("in "))
+            else:
+                done[name] += 1
         except Exception as error:
             failures.append(f"{name}: {type(error).__name__}: {error}")
             print(failures[-1], flush=True)
