@@ -154,6 +154,7 @@ def test_a_shared_mlp_is_added():
     layer = MixtureOfExperts(DIM, MLP, EXPERTS, 2, shared_dim=5, rngs=nnx.Rngs(0))
     x = normal(6, 2, 3, DIM)
     y, routing = layer(x)
+    assert layer.shared is not None
     close(y, layer.shared(x) + loop(layer.experts, x, routing))
 
 

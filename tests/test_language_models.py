@@ -154,7 +154,7 @@ def test_it_learns(name):
     """A training step as every model of this project has it; the loss of one batch falls."""
     config = make_config(name, "tiny")
     model = jax.jit(lambda: make_model(config, rngs=nnx.Rngs(0)))()
-    assert isinstance(model, LanguageModel)
+    assert isinstance(model, LanguageModel) and isinstance(model, nnx.Module)
     graphdef, params = split_model(model)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup_steps=1), 20)
 

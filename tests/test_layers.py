@@ -13,6 +13,7 @@ from slam_jax.layers import (
     LatentCrossAttention,
     MultiHeadLatentAttention,
     RMSNorm,
+    Rope,
     SelfAttention,
     attend,
     latent_attend,
@@ -174,7 +175,7 @@ def test_absorbed_is_expanded(with_rope, with_mask):
         normal(6, RANK, HEADS, VALUE),
     )
     mask = jax.random.bernoulli(jax.random.key(7), 0.5, (2, 3, LENGTH)).at[0, 0].set(False)
-    kw = (rope if with_rope else {}) | ({"mask": mask} if with_mask else {})
+    kw: Any = (rope if with_rope else {}) | ({"mask": mask} if with_mask else {})
     expanded = latent_attend(*arrays, **kw, absorbed=False)
     # Values of a few tens: relative to them.
     close(latent_attend(*arrays, **kw, absorbed=True), expanded, 1e-4)
@@ -249,7 +250,7 @@ def test_self_attention_knows_places_only_where_they_are_given():
 
 def test_rotary_turns_each_pair_by_its_own_angle():
     x, positions = normal(1, 2, 5, HEADS, 6), jnp.array([0, 1, 2, 7, 100])
-    turned = rotary(x, positions, base=50.0)
+    turned = rotary(x, positions, Rope(50.0))
     frequency = 50.0 ** (-2 * np.arange(3) / 6)
     angle = np.asarray(positions)[:, None, None] * frequency
     pairs = (np.asarray(x[..., :3]) + 1j * np.asarray(x[..., 3:])) * np.exp(1j * angle)

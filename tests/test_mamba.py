@@ -166,6 +166,7 @@ def test_the_state_is_float32_in_a_bfloat16_model():
 
 def test_dt_starts_between_a_thousandth_and_a_tenth():
     layer = Mamba(64, rngs=nnx.Rngs(0))
+    assert layer.dt_up.bias is not None
     dt = jax.nn.softplus(layer.dt_up.bias[...])
     assert 0.9e-3 < dt.min() < 4e-3 and 0.05 < dt.max() < 0.101
     close(layer.a_log[...], jnp.log(jnp.broadcast_to(jnp.arange(1.0, 17.0), (128, 16))))

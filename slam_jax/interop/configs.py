@@ -389,7 +389,7 @@ def _write_common(config: Any) -> Json:
 def _write_heads(config: Any) -> Json:
     return {
         "num_key_value_heads": config.num_kv_heads or config.num_heads,
-        "head_dim": config.head_dim or config.embed_dim // config.num_heads,
+        "head_dim": config.head_dim,
     }
 
 

@@ -26,7 +26,7 @@ class Tensor(NamedTuple):
     """
 
     pieces: Sequence[Piece]
-    axis: str | None = None
+    axis: str = ""
     merge: str | None = None
 
     def publish(self, params: Mapping[Path, Any]) -> Any:
@@ -52,13 +52,13 @@ class Tensor(NamedTuple):
         sizes = [self._sizes(piece, params[piece.path].shape) for piece in self.pieces]
         if self.merge is not None:
             whole = dict(sizes[0])
-            if self.axis is not None:
+            if self.axis:
                 whole[self.axis] = sum(size[self.axis] for size in sizes)
             published = einops.rearrange(published, _reverse(self.merge), **whole)
         parts, start = [], 0
         for piece, size in zip(self.pieces, sizes, strict=True):
             part = published
-            if self.axis is not None:
+            if self.axis:
                 axis, end = self._view_axes.index(self.axis), start + size[self.axis]
                 part = part[(slice(None),) * axis + (slice(start, end),)]
                 start = end

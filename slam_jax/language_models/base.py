@@ -121,12 +121,12 @@ class Transformer(nnx.Module):
         head_init: Initializer,
         rngs: nnx.Rngs,
     ):
-        kw = dict(**config.dtypes, rngs=rngs)
+        kw: Any = dict(**config.dtypes, rngs=rngs)
         self.config = config
         self.embedding = nnx.Embed(
             config.vocab_size, config.embed_dim, embedding_init=embedding_init, **kw
         )
-        self.blocks = nnx.List(blocks)
+        self.blocks: Any = nnx.List(blocks)
         self.norm = norm or RMSNorm(
             config.embed_dim, epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"]
         )

@@ -5,6 +5,7 @@ leaves out are those of the released code and configurations.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import nnx
@@ -91,8 +92,8 @@ class Block(nnx.Module):
 
     def __init__(self, config: DeepseekV2Config, layer: int, *, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(config.init_std)
-        kw = dict(**config.dtypes, kernel_init=init, rngs=rngs)
-        norm = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
+        kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
+        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
         self.attention_norm = RMSNorm(config.embed_dim, **norm)
         self.attention = MultiHeadLatentAttention(
             config.embed_dim,

@@ -7,6 +7,7 @@ built: tokens beyond an expert's capacity being sent on at random ("recycle rout
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import nnx
@@ -66,8 +67,8 @@ class Layer(nnx.Module):
 
     def __init__(self, config: HunyuanLargeConfig, *, owns: bool, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(config.init_std)
-        kw = dict(**config.dtypes, kernel_init=init, rngs=rngs)
-        norm = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
+        kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
+        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
         dim, head_dim = config.embed_dim, config.head_dim or config.embed_dim // config.num_heads
         num_kv_heads = config.num_kv_heads or config.num_heads
         self.attention_norm = RMSNorm(dim, **norm)
@@ -97,7 +98,9 @@ class Block(nnx.Module):
     """The layers that read one layer's keys and values, and their one cache."""
 
     def __init__(self, config: HunyuanLargeConfig, num_layers: int, *, rngs: nnx.Rngs):
-        self.layers = nnx.List([Layer(config, owns=i == 0, rngs=rngs) for i in range(num_layers)])
+        self.layers: Any = nnx.List(
+            [Layer(config, owns=i == 0, rngs=rngs) for i in range(num_layers)]
+        )
 
     def init_cache(self, batch_shape, max_length):
         return self.layers[0].key_values.init_cache(batch_shape, max_length)

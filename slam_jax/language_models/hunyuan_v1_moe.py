@@ -7,6 +7,7 @@ Source: `HunYuanMoEV1ForCausalLM` in transformers.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import nnx
@@ -51,8 +52,8 @@ class Block(nnx.Module):
 
     def __init__(self, config: HunyuanV1MoEConfig, *, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(config.init_std)
-        kw = dict(**config.dtypes, kernel_init=init, rngs=rngs)
-        norm = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
+        kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
+        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
         self.attention_norm = RMSNorm(config.embed_dim, **norm)
         self.attention = GroupedQueryAttention(
             config.embed_dim,

@@ -5,6 +5,7 @@ the numbers that the papers leave out are those of `JambaForCausalLM` in transfo
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import nnx
@@ -78,8 +79,8 @@ class Block(nnx.Module):
 
     def __init__(self, config: JambaConfig, layer: int, *, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(config.init_std)
-        kw = dict(**config.dtypes, kernel_init=init, rngs=rngs)
-        norm = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
+        kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
+        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
         self.mixer_norm = RMSNorm(config.embed_dim, **norm)
         if config.has_attention(layer):
             self.mixer = GroupedQueryAttention(

@@ -4,6 +4,7 @@ Source: Jiang et al. 2024, "Mixtral of Experts" (arXiv 2401.04088), section 2.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import nnx
@@ -47,8 +48,8 @@ class Block(nnx.Module):
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(config.init_std)
-        kw = dict(**config.dtypes, kernel_init=init, rngs=rngs)
-        norm = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
+        kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
+        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
         self.attention_norm = RMSNorm(config.embed_dim, **norm)
         self.attention = GroupedQueryAttention(
             config.embed_dim,

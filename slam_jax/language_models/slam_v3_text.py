@@ -9,6 +9,7 @@ everything. In return what it keeps while generating does not grow.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ class SlamV3Text(nnx.Module):
 
     def __init__(self, config: SlamV3TextConfig, *, rngs: nnx.Rngs):
         self.config, v3 = config, config.slam_v3
-        kw = dict(**config.dtypes, rngs=rngs)
+        kw: Any = dict(**config.dtypes, rngs=rngs)
         normal = nnx.initializers.normal
         self.embedding = nnx.Embed(
             config.vocab_size, config.embed_dim, embedding_init=normal(0.02), **kw

@@ -8,6 +8,7 @@ learned positions, no experts.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ class Layer(nnx.Module):
     """Of levels 1 and 3: h += attention(norm(h)); h += mlp(norm(h))."""
 
     def __init__(self, config: SlamV4Config, *, rngs: nnx.Rngs):
-        kw = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
+        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
         self.attention_norm, self.mlp_norm = layer_norm(config, rngs), layer_norm(config, rngs)
         self.attention = GroupedQueryAttention(config.embed_dim, config.num_heads, **kw)
         self.mlp = MLP(config.embed_dim, config.mlp_dim, **kw)
@@ -66,7 +67,7 @@ class EFBlock(nnx.Module):
     """One of level 2: h += attention to level 1 with a query bias; h += mlp(norm(h))."""
 
     def __init__(self, config: SlamV4Config, *, rngs: nnx.Rngs):
-        kw = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
+        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
         head_dim = config.embed_dim // config.num_heads
         self.attention_norm, self.mlp_norm = layer_norm(config, rngs), layer_norm(config, rngs)
         self.attention = CrossLayerAttention(
@@ -83,7 +84,7 @@ class EFLevel(nnx.Module):
     """Level 2: one set of keys and values, the blocks as one vmap over it, and their mean."""
 
     def __init__(self, config: SlamV4Config, *, rngs: nnx.Rngs):
-        kw = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
+        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
         dim, head_dim = config.embed_dim, config.embed_dim // config.num_heads
         self.norm = layer_norm(config, rngs)
         self.key_values = SharedKeyValues(dim, config.num_heads, head_dim, **kw)

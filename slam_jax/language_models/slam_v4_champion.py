@@ -8,6 +8,7 @@ learned positions, averages.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ class SideBySide(nnx.Module):
     a layer but its attention, which levels 1 and 3 have in common with level 2."""
 
     def __init__(self, config: SlamV4ChampionConfig, *, rngs: nnx.Rngs):
-        kw = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
+        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
         dim = config.embed_dim
         self.attention_norm, self.mlp_norm = layer_norm(config, rngs), layer_norm(config, rngs)
         self.norm = layer_norm(config, rngs)
@@ -70,7 +71,7 @@ class Layer(nnx.Module):
     """Of levels 1 and 3."""
 
     def __init__(self, config: SlamV4ChampionConfig, *, rngs: nnx.Rngs):
-        kw = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
+        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
         self.attention = GroupedQueryAttention(config.embed_dim, config.num_heads, **kw)
         self.rest = SideBySide(config, rngs=rngs)
 
@@ -87,7 +88,7 @@ class EFBlock(nnx.Module):
     """One of level 2."""
 
     def __init__(self, config: SlamV4ChampionConfig, *, rngs: nnx.Rngs):
-        kw = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
+        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
         head_dim = config.embed_dim // config.num_heads
         self.attention = CrossLayerAttention(
             config.embed_dim, config.num_heads, head_dim, query_bias=True, **kw
@@ -103,7 +104,7 @@ class EFLevel(nnx.Module):
     """Level 2: one set of keys and values, and so many times the blocks over it and their mean."""
 
     def __init__(self, config: SlamV4ChampionConfig, *, rngs: nnx.Rngs):
-        kw = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
+        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
         dim, head_dim = config.embed_dim, config.embed_dim // config.num_heads
         self.num_cycles = config.num_cycles
         self.norm = layer_norm(config, rngs)

@@ -7,6 +7,7 @@ for all four; each has its own queries, with a bias of its own.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ class Latents(nnx.Module):
     """Level 1 as the four blocks see it; for all the tokens that they may attend to."""
 
     def __init__(self, config: SlamV5Config, *, rngs: nnx.Rngs):
-        kw = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
+        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
         rank, heads = config.kv_lora_rank, config.num_heads
         self.rank, self.rope_dim, self.dtype = rank, config.qk_rope_head_dim, kw["dtype"]
         self.down = Linear(config.embed_dim, rank, **kw)
@@ -108,8 +109,8 @@ class Layer(nnx.Module):
     """Of levels 1 and 3: h += attention(norm(h)); h += mlp(norm(h))."""
 
     def __init__(self, config: SlamV5Config, *, rngs: nnx.Rngs):
-        kw = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
-        norm = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
+        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
+        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
         self.attention_norm = RMSNorm(config.embed_dim, **norm)
         self.attention = MultiHeadLatentAttention(
             config.embed_dim,
@@ -136,8 +137,8 @@ class EFBlock(nnx.Module):
     """One of level 2: h += attention to level 1 with a query bias; h += mlp(norm(h))."""
 
     def __init__(self, config: SlamV5Config, *, rngs: nnx.Rngs):
-        kw = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
-        norm = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
+        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
+        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
         dim, heads = config.embed_dim, config.num_heads
         self.attention_norm, self.mlp_norm = RMSNorm(dim, **norm), RMSNorm(dim, **norm)
         self.q_nope = Linear(dim, (heads, config.qk_nope_head_dim), **kw)
@@ -161,7 +162,7 @@ class EFLevel(nnx.Module):
 
     def __init__(self, config: SlamV5Config, *, rngs: nnx.Rngs):
         param_dtype = config.dtypes["param_dtype"]
-        norm = dict(epsilon=config.norm_epsilon, param_dtype=param_dtype)
+        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=param_dtype)
         self.norm = RMSNorm(config.embed_dim, **norm)
         self.latents = Latents(config, rngs=rngs)
         keys = jax.random.split(rngs.params(), config.num_blocks)

@@ -52,7 +52,7 @@ def linear(config: SlamV6Config, inputs, outputs, rngs: nnx.Rngs) -> Linear:
 
 
 def glu(config: SlamV6Config, mlp_dim: int, rngs: nnx.Rngs) -> GatedMLP:
-    kw = dict(**config.dtypes, rngs=rngs)
+    kw: Any = dict(**config.dtypes, rngs=rngs)
     return GatedMLP(config.embed_dim, mlp_dim, kernel_init=HE_NORMAL, **kw)
 
 
@@ -65,7 +65,8 @@ class ParallelLayer(nnx.Module):
     """a = attention(x) * sigmoid(W x) of x = norm(h), f = GLU(norm(h)), then norm(h + W [a; f])."""
 
     def __init__(self, config: SlamV6Config, num_heads: int, mlp_dim: int, *, rngs: nnx.Rngs):
-        dim, kw = config.embed_dim, dict(**config.dtypes, rngs=rngs)
+        dim = config.embed_dim
+        kw: Any = dict(**config.dtypes, rngs=rngs)
         self.dropout = config.dropout
         self.attention_norm, self.mlp_norm = rms_norm(config), rms_norm(config)
         self.norm = rms_norm(config)
@@ -163,7 +164,7 @@ class EFLevel(nnx.Module):
             outputs.append(y)
             new.append(cache)
         weights = jax.nn.softmax(self.weights(self.norm(x)), axis=-1)
-        y = sum(weights[..., i, None] * output for i, output in enumerate(outputs))
+        y = jnp.sum(jnp.stack(outputs, axis=-2) * weights[..., None], axis=-2)
         return x + self.mlp(y), tuple(new), ()
 
 

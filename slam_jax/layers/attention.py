@@ -1,6 +1,6 @@
 """Attention over explicit keys and values, and the self-attention built from it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ class SelfAttention(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kw: Any = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         heads = (num_heads, head_dim)
         self.query = Linear(embed_dim, heads, **kw)
         self.key = Linear(embed_dim, heads, **kw)

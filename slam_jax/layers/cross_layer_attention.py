@@ -1,6 +1,6 @@
 """Cross-layer attention: keys and values are made once, kept once and read by several layers."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -45,7 +45,7 @@ class SharedKeyValues(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kw: Any = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.num_kv_heads, self.head_dim, self.dtype = num_kv_heads, head_dim, dtype
         self.key = Linear(embed_dim, (num_kv_heads, head_dim), **kw)
         self.value = Linear(embed_dim, (num_kv_heads, head_dim), **kw)
@@ -95,7 +95,7 @@ class CrossLayerAttention(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kw: Any = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.rope, self.qk_norm_epsilon = rope, qk_norm_epsilon
         self.query = Linear(embed_dim, (num_heads, head_dim), **kw)
         normal, shape = nnx.initializers.normal(0.02), (num_heads, head_dim)
@@ -104,7 +104,7 @@ class CrossLayerAttention(nnx.Module):
         )
         self.out = Linear((num_heads, head_dim), embed_dim, **kw)
         if qk_norm_epsilon is not None:
-            norm = dict(epsilon=qk_norm_epsilon, param_dtype=param_dtype)
+            norm: Any = dict(epsilon=qk_norm_epsilon, param_dtype=param_dtype)
             self.q_norm, self.k_norm = RMSNorm(head_dim, **norm), RMSNorm(head_dim, **norm)
 
     def __call__(

@@ -1,6 +1,7 @@
 """Many gated MLPs side by side, of which each token uses a few."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ class Experts(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kw: Any = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.num_experts, self.dtype = num_experts, dtype
         self.gate = ExpertLinear(num_experts, embed_dim, mlp_dim, **kw)
         self.up = ExpertLinear(num_experts, embed_dim, mlp_dim, **kw)
@@ -104,11 +105,8 @@ class Experts(nnx.Module):
         loads = jax.nn.one_hot(experts, self.num_experts, dtype=jnp.int32).sum(axis=(0, 1))
         return jax.lax.cond(
             jnp.max(loads) <= room,
-            lambda *args: self._by_expert(*args, room),
-            self._one_by_one,
-            rows,
-            experts,
-            weights,
+            lambda: self._by_expert(rows, experts, weights, room),
+            lambda: self._one_by_one(rows, experts, weights),
         )
 
     def _by_choice(self, rows, experts, weights):
@@ -187,7 +185,7 @@ class MixtureOfExperts(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs)
+        kw: Any = dict(kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs)
         self.num_experts, self.num_experts_per_token = num_experts, num_experts_per_token
         self.capacity_factor = capacity_factor
         self.router = Router(

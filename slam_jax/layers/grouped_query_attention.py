@@ -1,5 +1,7 @@
 """Causal attention in which groups of query heads share keys and values."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -41,7 +43,7 @@ class GroupedQueryAttention(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kw: Any = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_dim = head_dim or embed_dim // num_heads
         self.rope, self.qk_norm_epsilon, self.dtype = rope, qk_norm_epsilon, dtype
@@ -50,7 +52,7 @@ class GroupedQueryAttention(nnx.Module):
         self.value = Linear(embed_dim, (self.num_kv_heads, self.head_dim), **kw)
         self.out = Linear((num_heads, self.head_dim), embed_dim, **kw)
         if qk_norm_epsilon is not None:
-            norm = dict(epsilon=qk_norm_epsilon, param_dtype=param_dtype)
+            norm: Any = dict(epsilon=qk_norm_epsilon, param_dtype=param_dtype)
             self.q_norm = RMSNorm(self.head_dim, **norm)
             self.k_norm = RMSNorm(self.head_dim, **norm)
 

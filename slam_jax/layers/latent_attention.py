@@ -4,6 +4,8 @@ Source: DeepSeek-AI 2024, "DeepSeek-V2" (arXiv 2405.04434), sections 2.1.2 (low-
 compression), 2.1.3 (decoupled rotary key) and appendix C (the absorbed form).
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
@@ -127,7 +129,7 @@ class MultiHeadLatentAttention(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kw: Any = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.q_lora_rank = q_lora_rank
         self.window, self.rope, self.dtype = window, rope or Rope(), dtype
@@ -241,7 +243,7 @@ class LatentCrossAttention(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kw: Any = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.dtype = dtype
         self.q = Linear(embed_dim, (num_heads, qk_head_dim), **kw)
         self.k_up = Linear(kv_lora_rank, (num_heads, qk_head_dim), **kw)

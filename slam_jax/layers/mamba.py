@@ -5,6 +5,7 @@ Lieber et al. 2024, "Jamba" (arXiv 2403.19887), section 6.4.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ class Mamba(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kw: Any = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width, dt_rank = expand * embed_dim, dt_rank or math.ceil(embed_dim / 16)
         self.width, self.state_dim, self.conv_width = width, state_dim, conv_width
         self.chunk_size, self.dtype, self.norm_epsilon = chunk_size, dtype, norm_epsilon
@@ -120,7 +121,7 @@ class Mamba(nnx.Module):
         self.b = Linear(width, state_dim, **kw)
         self.c = Linear(width, state_dim, **kw)
         if norm_epsilon is not None:
-            norm = dict(epsilon=norm_epsilon, param_dtype=param_dtype)
+            norm: Any = dict(epsilon=norm_epsilon, param_dtype=param_dtype)
             self.dt_norm = RMSNorm(dt_rank, **norm)
             self.b_norm, self.c_norm = RMSNorm(state_dim, **norm), RMSNorm(state_dim, **norm)
         # dt starts between 0.001 and 0.1 whatever the token (Mamba, section 3.6).

@@ -1,6 +1,7 @@
 """The feed-forward networks, gated and plain."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ class GatedMLP(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kw: Any = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.activation = activation
         # Two maps and not one cut in two: on a CPU the gradient of a cut costs more than a matmul.
         self.gate = Linear(embed_dim, mlp_dim, **kw)
@@ -55,7 +56,7 @@ class MLP(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kw: Any = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.activation = activation
         self.up = Linear(embed_dim, mlp_dim, **kw)
         self.down = Linear(mlp_dim, embed_dim, **kw)

@@ -1,7 +1,7 @@
 """Which experts a token goes to, and the losses that keep their loads even."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ class Router(nnx.Module):
         self.num_experts_per_token = num_experts_per_token
         self.num_groups, self.top_groups = num_groups, top_groups
         self.renormalize, self.scale = renormalize, scale
-        kw = dict(kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs)
+        kw: Any = dict(kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs)
         self.scores = Linear(embed_dim, num_experts, dtype=jnp.float32, **kw)
 
     def __call__(self, x: Float[Array, "*B T D"]) -> Routing:

@@ -107,12 +107,12 @@ def language_model_loss(
 ) -> LanguageLossParts:
     """Mean cross-entropy of each token after the first given those before it, and what the model
     adds. mask: True = a real token, None = all are."""
-    seen = None if mask is None else mask[..., :-1]
-    output = model(tokens[..., :-1], seen, key=key)
+    output = model(tokens[..., :-1], None if mask is None else mask[..., :-1], key=key)
     targets = tokens[..., 1:]
     cross_entropy, _ = token_losses(output.logits, targets)
     right = jnp.float32(output.logits.argmax(-1) == targets)
-    real = jnp.ones(targets.shape) if mask is None else jnp.float32(seen & mask[..., 1:])
+    both = True if mask is None else mask[..., :-1] & mask[..., 1:]
+    real = jnp.broadcast_to(jnp.float32(both), targets.shape)
     count = jnp.maximum(real.sum(), 1.0)
     cross_entropy = jnp.sum(cross_entropy * real) / count
     aux_loss = jnp.asarray(output.aux_loss, cross_entropy.dtype)

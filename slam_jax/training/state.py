@@ -9,8 +9,6 @@ import optax
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from slam_jax.training.losses import LossParts
-
 
 @struct.dataclass
 class TrainState:
@@ -37,9 +35,10 @@ class TrainState:
 
 
 class StepMetrics(NamedTuple):
-    """bad_steps: 0, or how many steps in a row were skipped, this one among them."""
+    """loss: what the loss function returned. bad_steps: 0, or how many steps in a row were skipped,
+    this one among them."""
 
-    loss: LossParts
+    loss: Any
     grad_norm: Float[Array, ""]
     bad_steps: Int[Array, ""]
 
@@ -70,7 +69,7 @@ def init_state(
 
 def make_train_step(
     graphdef: nnx.GraphDef,
-    loss_fn: Callable[..., LossParts],
+    loss_fn: Callable[..., Any],
     optimizer: optax.GradientTransformation,
     *,
     ema_decay: float | None = None,
@@ -78,7 +77,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
     """(state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    loss_fn: (model, batch, key=) -> LossParts. With `accumulate_steps` the leading axis of the
+    loss_fn: (model, batch, key=) -> a NamedTuple of scalars, of which `total` is minimised, such as
+    `LossParts`; metrics have it as `loss`. With `accumulate_steps` the leading axis of the
     batch is taken in that many parts and their gradients are averaged.
 
     A step whose loss or gradient is not finite is skipped: it counts as taken, and parameters,

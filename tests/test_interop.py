@@ -1,0 +1,298 @@
+"""Published weights: read exactly once each, compared with their publishers' own logits, and
+written back to the last bit."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from helpers import assert_same
+from safetensors.flax import load_file, save_file
+
+from slam_jax.errors import UserError
+from slam_jax.interop import load_pretrained, save_pretrained
+from slam_jax.interop.configs import KINDS, read_config, write_config
+from slam_jax.interop.layouts import LAYOUTS
+from slam_jax.language_models import SYSTEMS, make_config, make_model
+from slam_jax.layers.rotary import Rope, Yarn
+
+GOLDENS = Path(__file__).parent / "goldens"
+NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
+
+each_golden = pytest.mark.parametrize("name", NAMES)
+
+
+def state(model: Any) -> Any:
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def logits(model: Any, tokens: Any) -> Any:
+    return jax.jit(lambda model, tokens: model(tokens).logits)(model, tokens)
+
+
+@each_golden
+def test_logits_are_the_publishers(name):
+    model, config = load_pretrained(GOLDENS / name)
+    tokens, expected = (np.load(GOLDENS / name / f"{what}.npy") for what in ("tokens", "logits"))
+    assert expected.std() > 0.5 and config.dtype == "float32"
+    np.testing.assert_allclose(logits(model, tokens), expected, atol=2e-4, rtol=0)
+
+
+@each_golden
+def test_the_cached_decode_gives_the_publishers_logits_too(name):
+    model, _ = load_pretrained(GOLDENS / name)
+    tokens, expected = (np.load(GOLDENS / name / f"{what}.npy") for what in ("tokens", "logits"))
+    rows, length = tokens.shape
+    start = length // 2
+    cache = model.init_cache((rows,), length)
+    _, cache = jax.jit(lambda m, t, c: m.prefill(t, c))(model, tokens[:, :start], cache)
+    step = jax.jit(lambda m, t, c: m.decode_step(t, c))
+    for t in range(start, length):
+        found, cache = step(model, tokens[:, t], cache)
+        np.testing.assert_allclose(found, expected[:, t], atol=2e-4, rtol=0)
+
+
+@each_golden
+def test_what_is_saved_is_what_was_read_to_the_last_bit(name, tmp_path):
+    model, config = load_pretrained(GOLDENS / name)
+    save_pretrained(model, tmp_path / "copy")
+    again, config_again = load_pretrained(tmp_path / "copy")
+    assert config_again == config
+    assert_same(state(again), state(model))
+    theirs = load_file(GOLDENS / name / "model.safetensors")
+    ours = load_file(tmp_path / "copy" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert_same(dict(sorted(ours.items())), dict(sorted(theirs.items())))
+    kinds = [
+        json.loads((path / "config.json").read_text())["model_type"]
+        for path in (tmp_path / "copy", GOLDENS / name)
+    ]
+    assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_every_parameter_has_exactly_one_place(kind):
+    """In published files and in fused ones, at odd and even numbers of layers."""
+    name = next(name for name, s in SYSTEMS.items() if s.config is KINDS[kind].config)
+    for changes in ({}, {"num_layers": 5, "tie_embeddings": True}):
+        config = make_config(name, "tiny", **changes)
+        model = nnx.eval_shape(lambda config=config: make_model(config, rngs=nnx.Rngs(0)))
+        shapes: dict[Any, Any] = flatten_dict(state(model))
+        for fused in (False, True):
+            covered: dict[Any, int] = {}
+            for tensor in LAYOUTS[kind](config, fused=fused).values():
+                for piece in tensor.pieces:
+                    size = np.prod(shapes[piece.path].shape[piece.index is not None :])
+                    covered[piece.path] = covered.get(piece.path, 0) + int(size)
+            assert covered == {path: int(np.prod(p.shape)) for path, p in shapes.items()}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "jamba", "deepseek_v2", "hunyuan_large"])
+def test_experts_of_one_layer_may_be_one_tensor(name, tmp_path):
+    model, config = load_pretrained(GOLDENS / name)
+    shutil.copytree(GOLDENS / name, tmp_path / "fused")
+    kind, _ = write_config(config)
+    layout, params = LAYOUTS[kind](config, fused=True), flatten_dict(state(model))
+    tensors = {key: tensor.publish(params) for key, tensor in layout.items()}
+    assert any(key.endswith("experts.gate_up_proj") for key in tensors)
+    save_file(tensors, tmp_path / "fused" / "model.safetensors")
+    assert_same(state(load_pretrained(tmp_path / "fused")[0]), state(model))
+
+
+def test_shards_are_read_by_their_index_and_written_with_one(tmp_path):
+    model, config = load_pretrained(GOLDENS / "mixtral")
+    save_pretrained(model, tmp_path / "shards", max_shard_bytes=100_000)
+    files = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
+    assert len(files) > 5 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == files
+    sizes = [(tmp_path / "shards" / file).stat().st_size for file in files]
+    assert max(sizes) < 110_000
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in jax.tree.leaves(state(model)))
+    again, config_again = load_pretrained(tmp_path / "shards")
+    assert config_again == config
+    assert_same(state(again), state(model))
+
+
+def test_half_precision_is_kept_as_it_is_stored(tmp_path):
+    config = make_config("deepseek_v2", "tiny", param_dtype="bfloat16")
+    model = jax.jit(lambda: make_model(config, rngs=nnx.Rngs(0)))()
+    save_pretrained(model, tmp_path / "half")
+    again, _ = load_pretrained(tmp_path / "half")
+    assert_same(state(again), state(model))
+    wide, config = load_pretrained(tmp_path / "half", dtype="bfloat16", param_dtype="float32")
+    assert (config.dtype, config.param_dtype) == ("bfloat16", "float32")
+    jax.tree.map(lambda a, b: assert_same(a, b.astype(jnp.float32)), state(wide), state(model))
+
+
+# --- What does not fit
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return Path(shutil.copytree(GOLDENS / "mixtral", tmp_path / "model"))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_weights(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_pretrained(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1_000
+
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+
+
+def test_keys_that_are_missing_or_left_over_are_named(folder):
+    change_weights(folder, lambda t: t.update({"model.extra.weight": t.pop(EXPERT)}))
+    refused(folder, rf"1 missing \({EXPERT}\); 1 left over \(model.extra.weight\)")
+    edit(folder, num_local_experts=2)
+    refused(folder, r"18 left over \(.*, \.\.\)")
+
+
+def test_keys_of_another_shape_are_named(folder):
+    change_weights(folder, lambda t: t.update({EXPERT: t[EXPERT].T}))
+    refused(folder, rf"{EXPERT} is \[64, 48\]; config.json makes it \[48, 64\]")
+
+
+def test_a_weight_in_two_files_is_refused(folder):
+    save_file({EXPERT: jnp.zeros((48, 64))}, folder / "other.safetensors")
+    refused(folder, "a weight is in two files")
+
+
+def test_constants_beside_the_weights_are_passed_over(folder):
+    key = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_weights(folder, lambda t: t.update({key: jnp.ones(8)}))
+    load_pretrained(folder)
+
+
+def test_an_index_may_name_files_of_the_folder_alone(folder, tmp_path):
+    shutil.copy(folder / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    for name in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors"), "no such"):
+        index = {"weight_map": {EXPERT: name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        refused(folder, "is no file of the folder")
+    (folder / "model.safetensors.index.json").write_text("[]")
+    refused(folder, "no weight_map")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; expected one of llama, mixtral, jamba"),
+        ({"model_type": None}, "model_type is None"),
+        ({"hidden_size": "64"}, "hidden_size is '64'; expected a whole number"),
+        ({"hidden_size": None}, "hidden_size is None; expected a whole number"),
+        ({"hidden_size": True}, "hidden_size is True; expected a whole number"),
+        ({"num_hidden_layers": [3, 4]}, r"num_hidden_layers is \[3, 4\]; expected a whole number"),
+        ({"num_hidden_layers": 10**9}, "num_layers is 1000000000; expected at most 512"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; expected a number"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu', which is all"),
+        ({"sliding_window": 4096}, "sliding_window is 4096; expected None"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; expected true or false"),
+        ({"dtype": "int8"}, "dtype is 'int8'; expected float32, bfloat16"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_scaling is .*llama3"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x'; expected a number"),
+        ({"rope_parameters": 3}, "rope_scaling is None; expected a group of fields"),
+        ({"num_attention_heads": 5}, "num_kv_heads is 2; expected a divisor of num_heads=5"),
+    ],
+)
+def test_a_configuration_that_is_not_understood_is_named(folder, changes, message):
+    edit(folder, **changes)
+    refused(folder, message)
+
+
+def test_files_that_are_no_weights_are_named(folder, tmp_path):
+    refused(tmp_path / "nowhere", "config.json: No such file or directory; expected the folder of")
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    huge = struct.pack("<Q", 1 << 60)
+    for damaged in (b"", b"\x80\x04pickle", content[:1_000], content[:-7], huge + content[8:]):
+        weights.write_bytes(damaged)
+        refused(folder, "model.safetensors: .*; expected a safetensors file")
+    weights.unlink()
+    refused(folder, r"no \*.safetensors")
+    for text in ("{", "[" * 100_000, "\xff", "3"):
+        (folder / "config.json").write_text(text, encoding="latin-1")
+        refused(folder, "config.json: ")
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_behind(folder, monkeypatch, tmp_path):
+    model, _ = load_pretrained(folder)
+    with pytest.raises(UserError, match="there is something; give a new or an empty folder"):
+        save_pretrained(model, folder)
+    with pytest.raises(UserError, match="a SlamV6Config has no published form; expected Standard"):
+        config = make_config("slam_v6", "tiny")
+        save_pretrained(make_model(config, rngs=nnx.Rngs(0)), tmp_path / "v6")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("slam_jax.interop.pretrained.save_file", fail)
+    with pytest.raises(UserError, match="new: could not be written .No space left on device."):
+        save_pretrained(model, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+# --- Configurations
+
+
+YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
+
+
+def test_yarn_is_read_in_both_spellings():
+    data = json.loads((GOLDENS / "deepseek_v2" / "config.json").read_text())
+    del data["rope_parameters"]
+    expected = Rope(interleaved=True, yarn=Yarn(40.0, 4_096, mscale=0.707, mscale_all_dim=0.707))
+    for spelled in (
+        {"rope_theta": 10000, "rope_scaling": YARN},
+        {"rope_parameters": {"rope_theta": 10000, **YARN, "rope_type": "yarn"}},
+    ):
+        assert read_config({**data, **spelled})[1].rope == expected
+    assert expected.magnitude == 1.0
+    assert expected.score_scale == pytest.approx(1.2608**2, rel=1e-4)
+    assert Rope(yarn=Yarn(40.0, 4_096)).magnitude == pytest.approx(1.3689, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_configuration_comes_back_as_it_was(kind):
+    name = next(name for name, s in SYSTEMS.items() if s.config is KINDS[kind].config)
+    for preset in SYSTEMS[name].presets:
+        config = make_config(name, preset, dtype="float32")
+        found_kind, found = read_config(json.loads(json.dumps(write_config(config)[1])))
+        written, expected = {**vars(found), "dtype": "float32"}, dict(vars(config))
+        # What their configurations have no word for, and what says nothing here.
+        silent = ["device_balance_loss", "communication_balance_loss"]
+        silent += ["balance_loss"] if kind in ("hunyuan", "hunyuan_v1_moe") else []
+        if kind == "deepseek_v2" and config.top_groups == config.num_groups:
+            silent.append("num_groups")
+        silent += [f for f in ("num_kv_heads", "head_dim") if expected.get(f) is None]
+        for field in silent:
+            written.pop(field, None)
+            expected.pop(field, None)
+        assert (found_kind, written) == (kind, expected)
