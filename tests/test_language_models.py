@@ -202,18 +202,13 @@ def test_deepseeks_other_losses_add_to_it(changes):
 
 
 def test_dropout_is_for_training_alone():
-    model, text = build("slam_v6", dropout=0.5), tokens()
-    plain = model(text).logits
-    close(plain, forward(build("slam_v6", dropout=0.0), text).logits)
-    one, other = (model(text, key=jax.random.key(seed)).logits for seed in (0, 1))
-    assert np.abs(one - plain).max() > 0.1 and np.abs(one - other).max() > 0.1
-    assert (
-        np.abs(
-            build("slam_v3_text", dropout=0.5)(text, key=jax.random.key(0)).logits
-            - forward(build("slam_v3_text"), text).logits
-        ).max()
-        > 0.1
-    )
+    for name in ("slam_v6", "slam_v3_text"):
+        model, text = build(name, dropout=0.5), tokens()
+        train = jax.jit(lambda model, text, key: model(text, key=key).logits)
+        plain = forward(model, text).logits
+        close(plain, forward(build(name, dropout=0.0), text).logits)
+        one, other = (train(model, text, jax.random.key(seed)) for seed in (0, 1))
+        assert np.abs(one - plain).max() > 0.1 and np.abs(one - other).max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "hunyuan_large"])
@@ -241,9 +236,9 @@ def test_slam_v6_is_the_published_one():
     ("name", "preset", "total", "active"),
     [
         ("jamba", "mini_1.5", 51.6e9, 12e9),
-        ("jamba", "large_1.5", 398e9, 94e9),
+        pytest.param("jamba", "large_1.5", 398e9, 94e9, marks=pytest.mark.slow),
         ("deepseek_v2", "v2_lite", 15.7e9, 2.4e9),
-        ("deepseek_v2", "v2", 236e9, 21e9),
+        pytest.param("deepseek_v2", "v2", 236e9, 21e9, marks=pytest.mark.slow),
         pytest.param("deepseek_v2", "v2.5", 236e9, 21e9, marks=pytest.mark.slow),
         ("hunyuan_large", "large", 389e9, 52e9),
     ],
@@ -270,8 +265,8 @@ def test_sizes_count_what_there_is():
 
 
 def test_the_latent_cache_holds_a_latent_and_a_rotary_key_a_token():
-    config = make_config("deepseek_v2", "v2")
-    assert measure(config).cache_bytes_per_token == 60 * (512 + 64) * 2
+    config = make_config("deepseek_v2", "v2_lite")
+    assert measure(config).cache_bytes_per_token == 27 * (512 + 64) * 2
     tiny = make_config("deepseek_v2", "tiny")
     cache = build("deepseek_v2").init_cache((2,), 10)
     for layer in cache.blocks:

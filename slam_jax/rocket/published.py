@@ -1,0 +1,32 @@
+"""The published Rocket Engine leaderboard, as it stands in the text this project began with."""
+
+from typing import NamedTuple
+
+
+class PublishedRow(NamedTuple):
+    """loss and accuracy: of the one batch that was trained on. perplexity: of the final loss.
+    inference: of a batch, on an Apple M3, in milliseconds. Parameters, memory and top-1 were 0 in
+    every row: never measured."""
+
+    rank: int
+    score: float
+    initial_loss: float
+    final_loss: float
+    accuracy: float
+    perplexity: float
+    inference_ms: float
+    stability: float
+
+
+PUBLISHED = {
+    "slam_v6": PublishedRow(1, 74.0, 10.1397, 1.4962, 0.9854, 4.5, 116.0, 0.2581),
+    "slam_v4_champion": PublishedRow(2, 68.0, 9.2427, 6.3383, 0.9902, 565.8, 329.4, 0.4927),
+    "slam_v5": PublishedRow(3, 68.0, 9.3597, 6.2865, 0.6387, 537.3, 89.4, 0.4806),
+    "slam_v4": PublishedRow(4, 63.0, 9.3792, 6.2905, 0.5664, 539.4, 66.7, 0.4744),
+    "moe": PublishedRow(5, 63.0, 9.3828, 6.4015, 0.5322, 602.8, 98.5, 0.4789),
+    "standard": PublishedRow(6, 58.0, 9.3833, 6.9468, 0.2578, 1039.8, 39.2, 0.5209),
+    "jamba": PublishedRow(7, 53.0, 9.3464, 6.8990, 0.3574, 991.3, 117.9, 0.5905),
+    "deepseek_v2": PublishedRow(8, 32.0, 9.3558, 8.2834, 0.0029, 3957.6, 198.6, 0.6682),
+    "hunyuan_large": PublishedRow(9, 32.0, 9.4195, 7.6015, 0.0166, 2001.1, 230.4, 0.6241),
+}
+TARGET_SCORE, TARGET_INFERENCE_MS = 80.0, 20.0

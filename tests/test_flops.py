@@ -1,0 +1,80 @@
+"""The FLOPs counted by formula are those of the products that are really there."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from slam_jax.language_models import SYSTEMS, make_config, make_model
+from slam_jax.rocket.flops import forward_flops, training_flops
+
+LENGTH = 6
+
+
+def brute(jaxpr: Any, in_scan: bool = False) -> int:
+    """Of every matrix product, loops counted as often as they run; inside of loops also of what
+    works on three axes or more, which is Mamba's recurrence."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+        assert name not in ("while", "cond"), "how often does it run?"
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += (
+                2 * math.prod(shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+            )
+        elif in_scan and name in ("mul", "add") and len(shape) == 3:
+            total += math.prod(shape)
+        elif in_scan and name == "reduce_sum" and len(eqn.invars[0].aval.shape) == 3:
+            total += math.prod(eqn.invars[0].aval.shape)
+        loops = eqn.params["length"] if name == "scan" else 1
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+                if isinstance(inner, Jaxpr):
+                    total += loops * brute(inner, in_scan=in_scan or name == "scan")
+    return total
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_formula_counts_every_product(name):
+    changes: dict[str, Any] = {}
+    if hasattr(SYSTEMS[name].config, "num_experts"):
+        # As many that each choice has an expert's weights to itself: nothing is padded then.
+        changes["num_experts"] = 3 * LENGTH
+    if name == "deepseek_v2":
+        changes |= {"num_groups": 3, "top_groups": 2}
+    if name == "slam_v3_text":
+        changes["text_window"] = LENGTH // 3
+    config = make_config(name, "tiny", **changes)
+    model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
+    tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+    found = brute(jax.make_jaxpr(lambda model, tokens: model(tokens).logits)(model, tokens).jaxpr)
+    expected = forward_flops(config, LENGTH)
+    if name == "jamba":
+        # Shifted products of whole arrays, which nothing tells from others; and the last chunk of
+        # the scan is filled up.
+        width = config.expand * config.embed_dim
+        mamba = sum(not config.has_attention(i) for i in range(config.num_layers))
+        expected -= mamba * 2 * LENGTH * width * config.conv_width
+        expected += mamba * 6 * (32 - LENGTH) * width * config.state_dim
+    assert found == expected
+
+
+def test_training_takes_three_times_as_much():
+    config = make_config("moe", "tiny")
+    assert training_flops(config, 9) == 3 * forward_flops(config, 9)
+
+
+def test_attention_grows_with_the_square_and_mamba_does_not():
+    small, large = 1_000, 4_000
+    for name, power in (("standard", 2), ("jamba", 1), ("slam_v3_text", 1)):
+        changes = {"num_layers": 2} if name == "jamba" else {}
+        config = make_config(name, "tiny", **changes)
+        growth = forward_flops(config, large) / forward_flops(config, small)
+        assert np.log(growth) / np.log(large / small) == pytest.approx(power, abs=0.25)
