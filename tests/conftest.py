@@ -34,6 +34,14 @@ for name, module in list(sys.modules.items()):
 VOCAB = 13
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Every compiled program keeps a few of the 65,530 memory maps that Linux gives a process; with
+    all of a whole session's, the next one would end it."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory) -> Path:
     """The workdir of a finished run of configs/small_run.py."""

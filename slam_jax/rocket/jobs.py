@@ -1,0 +1,102 @@
+"""Runs each system in a process of its own, so that one that fails costs one row."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from slam_jax.errors import write_whole
+
+_EVERY_S = 0.1
+
+
+class Outcome(NamedTuple):
+    """figures, or why there are none."""
+
+    figures: dict[str, Any] | None
+    reason: str | None
+    seconds: float
+
+
+def run_job(
+    what: str,
+    system: str,
+    settings: Mapping[str, Any],
+    folder: Path,
+    *,
+    memory_gib: float,
+    seconds: float,
+    progress: Callable[[float, str], None],
+) -> Outcome:
+    """Waits for one task of `slam_jax.rocket.worker`; ends it at its limit of memory or time."""
+    job, out = folder / f"{what}.{system}.job.json", folder / f"{what}.{system}.out.json"
+    write_whole(job, json.dumps({"what": what, "system": system, "settings": dict(settings)}))
+    out.unlink(missing_ok=True)
+    start, last_words = time.monotonic(), deque(maxlen=20)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slam_jax.rocket.worker", str(job), str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={**os.environ, "PYTHONUTF8": "1"},
+    )
+    readers = [
+        threading.Thread(target=_read_progress, args=(process.stdout, progress), daemon=True),
+        threading.Thread(target=last_words.extend, args=(process.stderr,), daemon=True),
+    ]
+    for reader in readers:
+        reader.start()
+    try:
+        reason = _watch(process, memory_gib, seconds)
+    finally:
+        if process.poll() is None:  # a limit, or whoever waits was stopped
+            process.kill()
+        process.wait()
+        for reader in readers:
+            reader.join()
+        job.unlink(missing_ok=True)
+    took = time.monotonic() - start
+    if reason is None and process.returncode:
+        said = next((line.strip() for line in reversed(last_words) if line.strip()), "no word")
+        code = process.returncode
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        reason = f"ended with {how}: {said[:200]}"
+    if reason is not None:
+        return Outcome(None, reason, took)
+    figures = json.loads(out.read_text())
+    out.unlink()
+    return Outcome(figures, None, took)
+
+
+def _watch(process: subprocess.Popen, memory_gib: float, seconds: float) -> str | None:
+    """Until the process ends by itself, or has to be ended; then why."""
+    end, watched = time.monotonic() + seconds, psutil.Process(process.pid)
+    while process.poll() is None:
+        try:
+            memory = watched.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+        if memory > memory_gib * 2**30:
+            return f"took more than {memory_gib:g} GiB of memory"
+        if time.monotonic() > end:
+            return f"took more than {seconds:g} s"
+        time.sleep(_EVERY_S)
+    return None
+
+
+def _read_progress(lines: Any, progress: Callable[[float, str], None]) -> None:
+    for line in lines:
+        try:
+            share, text = json.loads(line)
+        except ValueError:  # a library's own word
+            continue
+        progress(share, text)
