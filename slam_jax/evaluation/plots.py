@@ -87,7 +87,9 @@ def plot_calibration(
         return _svg(figure)
 
 
-def plot_curves(curves: Mapping[str, tuple[Any, Any]], ylabel: str, *, log: bool = False) -> str:
+def plot_curves(
+    curves: Mapping[str, tuple[Any, Any]], ylabel: str, *, xlabel: str = "step", log: bool = False
+) -> str:
     """Values against steps, a curve a name."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(3.0)
@@ -101,7 +103,7 @@ def plot_curves(curves: Mapping[str, tuple[Any, Any]], ylabel: str, *, log: bool
         else:  # percentages
             low, high = axes.get_ylim()
             axes.set_ylim(max(low, -3), min(high, 103))
-        axes.set_xlabel("step")
+        axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.grid(linewidth=0.6)
         if len(curves) > 1:

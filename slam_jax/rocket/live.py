@@ -50,7 +50,9 @@ class LiveTable:
         return f" · ETA {minutes}:{seconds:02d}"
 
     def _table(self) -> Any:
-        table = Table("system", "", "", title=f"{self._done} of {self._total} tasks{self._remaining()}")
+        table = Table(
+            "system", "", "", title=f"{self._done} of {self._total} tasks{self._remaining()}"
+        )
         for system, (share, text) in self._state.items():
             table.add_row(system, ProgressBar(total=1.0, completed=share, width=16), text)
         return table

@@ -93,7 +93,7 @@ class Experiment:
         values = as_json(config)
         if isinstance(values.get("model"), Mapping):
             values["model"] = {"vocab_size": 1, **values["model"]}
-        return _build(cls, values, "")
+        return build(cls, values, "")
 
     def with_vocabulary(self, vocab_size: int) -> SlamV3Config:
         """The model's configuration for a tokenizer of `vocab_size` tokens."""
@@ -165,15 +165,18 @@ def _defaults(cls: type) -> dict[str, Any]:
     return defaults
 
 
-def _build(cls: type, values: Mapping[str, Any], group: str) -> Any:
-    """The dataclass `cls` from nested mappings, its field types checked."""
+def build(cls: type, values: Mapping[str, Any], group: str = "") -> Any:
+    """The dataclass `cls` from nested mappings, its field types checked.
+
+    Raises ConfigError, naming the field after its `group`.
+    """
     types = typing.get_type_hints(cls)
     check_names(values, list(types), group.rstrip(".") or "the config")
     built = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(types[name]):
             require(isinstance(value, Mapping), group + name, value, "a group of fields")
-            built[name] = _build(types[name], value, f"{group}{name}.")
+            built[name] = build(types[name], value, f"{group}{name}.")
         else:
             require(_fits(value, types[name]), group + name, value, _describe(types[name]))
             built[name] = value
