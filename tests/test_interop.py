@@ -86,22 +86,39 @@ def test_every_parameter_has_exactly_one_place(kind):
         model = nnx.eval_shape(lambda config=config: make_model(config, rngs=nnx.Rngs(0)))
         shapes: dict[Any, Any] = flatten_dict(state(model))
         for fused in (False, True):
-            covered: dict[Any, int] = {}
-            for tensor in LAYOUTS[kind](config, fused=fused).values():
-                for piece in tensor.pieces:
-                    size = np.prod(shapes[piece.path].shape[piece.index is not None :])
-                    covered[piece.path] = covered.get(piece.path, 0) + int(size)
-            assert covered == {path: int(np.prod(p.shape)) for path, p in shapes.items()}
+            places = [
+                (piece.path, piece.index)
+                for tensor in LAYOUTS[kind](config, fused=fused).values()
+                for piece in tensor.pieces
+            ]
+            expected = []
+            for path, p in shapes.items():
+                experts = range(p.shape[0]) if "experts" in path and not fused else [None]
+                expected += [(path, index) for index in experts]
+            assert sorted(places, key=str) == sorted(expected, key=str)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "jamba", "deepseek_v2", "hunyuan_large"])
 def test_experts_of_one_layer_may_be_one_tensor(name, tmp_path):
-    model, config = load_pretrained(GOLDENS / name)
+    """As transformers has them in memory: gate before up, all experts on a leading axis."""
+    model, _ = load_pretrained(GOLDENS / name)
     shutil.copytree(GOLDENS / name, tmp_path / "fused")
-    kind, _ = write_config(config)
-    layout, params = LAYOUTS[kind](config, fused=True), flatten_dict(state(model))
-    tensors = {key: tensor.publish(params) for key, tensor in layout.items()}
-    assert any(key.endswith("experts.gate_up_proj") for key in tensors)
+    tensors = load_file(GOLDENS / name / "model.safetensors")
+    names = ("w1", "w3", "w2") if name == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    experts = sorted({key.split("experts.")[0] for key in tensors if ".experts." in key})
+    for key in experts:
+        stacks = []
+        for part in names:
+            count = sum(k.startswith(f"{key}experts.") and f".{part}." in k for k in tensors)
+            found = [tensors.pop(f"{key}experts.{e}.{part}.weight") for e in range(count)]
+            stacks.append(jnp.stack(found))
+        new = key
+        if name == "mixtral":
+            new = key.replace("block_sparse_moe", "mlp")
+            tensors[f"{new}gate.weight"] = tensors.pop(f"{key}gate.weight")
+        tensors[f"{new}experts.gate_up_proj"] = jnp.concatenate(stacks[:2], axis=1)
+        tensors[f"{new}experts.down_proj"] = stacks[2]
+    assert experts
     save_file(tensors, tmp_path / "fused" / "model.safetensors")
     assert_same(state(load_pretrained(tmp_path / "fused")[0]), state(model))
 
@@ -165,6 +182,8 @@ def test_keys_that_are_missing_or_left_over_are_named(folder):
     refused(folder, rf"1 missing \({EXPERT}\); 1 left over \(model.extra.weight\)")
     edit(folder, num_local_experts=2)
     refused(folder, r"18 left over \(.*, \.\.\)")
+    change_weights(folder, lambda t: t.update({"a\n\x1b[31m" + "b" * 999: jnp.ones(1)}))
+    refused(folder, r"left over \('a\\n\\x1b\[31mbbb.*\.\.\.")
 
 
 def test_keys_of_another_shape_are_named(folder):
@@ -174,7 +193,7 @@ def test_keys_of_another_shape_are_named(folder):
 
 def test_a_weight_in_two_files_is_refused(folder):
     save_file({EXPERT: jnp.zeros((48, 64))}, folder / "other.safetensors")
-    refused(folder, "a weight is in two files")
+    refused(folder, "w1.weight is in two files; expected once")
 
 
 def test_constants_beside_the_weights_are_passed_over(folder):
@@ -183,14 +202,44 @@ def test_constants_beside_the_weights_are_passed_over(folder):
     load_pretrained(folder)
 
 
+def test_other_numbers_than_the_configurations_are_named(folder):
+    change_weights(folder, lambda t: t.update({EXPERT: t[EXPERT].astype(jnp.int8)}))
+    refused(folder, f"{EXPERT} is I8; expected one of F32, BF16, F16")
+
+
+def test_bits_are_not_lost_unasked(folder):
+    edit(folder, dtype="bfloat16")
+    refused(folder, "is F32, and config.json makes it BF16: bits would be lost; say which")
+    narrow, _ = load_pretrained(folder, param_dtype="bfloat16")
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state(narrow)))
+
+
+def test_more_than_the_files_can_hold_is_refused_before_it_is_built(folder):
+    edit(folder, num_hidden_layers=400, num_local_experts=4_000)
+    refused(folder, "config.json has num_layers 400, and there are only")
+    edit(folder, num_hidden_layers=3, num_local_experts=4_000)
+    refused(folder, "config.json has num_experts 4,000, and there are only")
+
+
 def test_an_index_may_name_files_of_the_folder_alone(folder, tmp_path):
     shutil.copy(folder / "model.safetensors", tmp_path / "elsewhere.safetensors")
     for name in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors"), "no such"):
         index = {"weight_map": {EXPERT: name}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         refused(folder, "is no file of the folder")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "b" * 300}})
+    )
+    refused(folder, "is no file of the folder")
     (folder / "model.safetensors.index.json").write_text("[]")
     refused(folder, "no weight_map")
+
+
+YARN_4 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def rope(**fields: Any) -> dict[str, Any]:
+    return {"rope_parameters": fields}
 
 
 @pytest.mark.parametrize(
@@ -208,9 +257,21 @@ def test_an_index_may_name_files_of_the_folder_alone(folder, tmp_path):
         ({"sliding_window": 4096}, "sliding_window is 4096; expected None"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; expected true or false"),
         ({"dtype": "int8"}, "dtype is 'int8'; expected float32, bfloat16"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_scaling is .*llama3"),
-        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x'; expected a number"),
-        ({"rope_parameters": 3}, "rope_scaling is None; expected a group of fields"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000.*; expected a number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a number"),
+        ({"head_dim": 0}, "head_dim is 0; expected at least 1"),
+        (rope(rope_type="llama3"), "rope_parameters.rope_type is 'llama3'; expected default"),
+        (rope(rope_type="dynamic", alpha=9.0), "rope_type is 'dynamic'; expected default or yarn"),
+        (rope(rope_theta="x"), "rope_parameters.rope_theta is 'x'; expected a number"),
+        (rope(rope_theta=1.0), "rope.base is 1.0; expected above 1"),
+        (rope(rope_theta=1e4, partial_rotary_factor=0.5), "partial_rotary_factor is 0.5; expected"),
+        (rope(full_attention={"rope_theta": 1e4}), "full_attention is .*; expected nothing"),
+        (rope(rope_type="yarn"), "rope_parameters.factor is None; expected a number"),
+        (rope(rope_type="yarn", factor=4.0), "original_max_position_embeddings is None; expected"),
+        (rope(**YARN_4, beta_fast=0), "yarn.beta_fast is 0.0; expected a number above 0"),
+        (rope(**YARN_4, truncate=False), "truncate is False; expected nothing: it is not built"),
+        ({"rope_scaling": {"type": "default"}}, "rope_parameters beside rope_scaling"),
+        ({"rope_parameters": 3}, "rope_parameters is 3; expected a group of fields"),
         ({"num_attention_heads": 5}, "num_kv_heads is 2; expected a divisor of num_heads=5"),
     ],
 )
@@ -229,9 +290,20 @@ def test_files_that_are_no_weights_are_named(folder, tmp_path):
         refused(folder, "model.safetensors: .*; expected a safetensors file")
     weights.unlink()
     refused(folder, r"no \*.safetensors")
-    for text in ("{", "[" * 100_000, "\xff", "3"):
+    for text in ("{", "[" * 100_000, "\xff", "3", " " * (1 << 21)):
         (folder / "config.json").write_text(text, encoding="latin-1")
         refused(folder, "config.json: ")
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("/dev/zero")
+    refused(folder, "config.json: expected a file")
+
+
+def test_what_their_configuration_has_no_word_for_is_not_saved(tmp_path):
+    """It would come back as another model."""
+    config = make_config("standard", "tiny", rope=Rope(interleaved=True))
+    with pytest.raises(UserError, match="llama has no word for it"):
+        save_pretrained(make_model(config, rngs=nnx.Rngs(0)), tmp_path / "turned")
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_behind(folder, monkeypatch, tmp_path):

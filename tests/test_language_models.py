@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from slam_jax.errors import ConfigError
+from slam_jax.errors import ConfigError, InputError
 from slam_jax.generation import ModelAndTokenizer, Request, Sampling, generate, score, stream
 from slam_jax.language_models import (
     ROCKET,
@@ -156,7 +156,9 @@ def test_it_learns(name):
     model = jax.jit(lambda: make_model(config, rngs=nnx.Rngs(0)))()
     assert isinstance(model, LanguageModel) and isinstance(model, nnx.Module)
     graphdef, params = split_model(model)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup_steps=1), 20)
+    optimizer = make_optimizer(
+        OptimizerConfig(learning_rate=3e-3, warmup_steps=1, weight_decay=0.0), 20
+    )
 
     def loss(model, batch, key):
         return language_model_loss(model, batch, key=key)
@@ -218,6 +220,36 @@ def test_capacity_is_for_training_alone(name):
     close(forward(plain, text).logits, forward(bounded, text).logits)
     trained = bounded(text, key=jax.random.key(0)).logits
     assert np.abs(trained - forward(plain, text).logits).max() > 1e-2
+
+
+@each_system
+def test_bfloat16_is_near_float32_and_its_cache_agrees(name):
+    """As the published sizes are computed. What a system adds is that nothing overflows or dies."""
+    wide, narrow = build(name), build(name, dtype="bfloat16")
+    text = tokens(2, 16)
+    expected, found = forward(wide, text).logits, forward(narrow, text).logits
+    assert found.dtype == np.float32
+    # Rounding may send a token to another expert; most are where they were.
+    off = np.abs(found - expected).max(axis=-1) / np.abs(expected).max()
+    assert np.median(off) < 0.06
+    start = 9
+    _, cache = narrow.prefill(text[:, :start], narrow.init_cache((2,), 16), None)
+    step = jax.jit(lambda model, token, cache: model.decode_step(token, cache, None))
+    for t in range(start, 16):
+        logits, cache = step(narrow, text[:, t], cache)
+        off = np.abs(logits - found[:, t]).max(axis=-1) / np.abs(found).max()
+        assert np.median(off) < 0.06
+
+
+@pytest.mark.parametrize("name", ["slam_v4", "slam_v4_champion", "slam_v6"])
+def test_pads_beyond_the_last_position_are_no_matter(name):
+    """A prompt of 20 tokens is padded to 32, and there are 24 positions."""
+    model, text = build(name, context_length=24), tokens(1, 20)
+    prompts = np.pad(text, [(0, 0), (0, 12)])
+    logits, _ = model.prefill(prompts, model.init_cache((1,), 34), None, lengths=np.array([20]))
+    close(logits[:, :20], forward(model, text).logits)
+    with pytest.raises(InputError, match="25 tokens; the context is 24"):
+        model(tokens(1, 25))
 
 
 # --- Sizes
@@ -396,6 +428,23 @@ def flat_dict(tree: Any, is_leaf: Any = None) -> dict[tuple, Any]:
     return {tuple(key.key for key in path): leaf for path, leaf in leaves}
 
 
+def test_published_sizes_have_the_published_settings():
+    v2, v25, lite = (make_config("deepseek_v2", preset) for preset in ("v2", "v2.5", "v2_lite"))
+    assert (v2.routed_scale, v2.num_groups, v2.top_groups) == (16.0, 8, 3)
+    assert (v2.num_experts, v2.num_experts_per_token, v2.num_shared_experts) == (160, 6, 2)
+    assert (lite.routed_scale, lite.num_groups, lite.num_experts_per_token) == (1.0, 1, 6)
+    assert not v2.renormalize and v2.init_std == 0.006
+    # The paper's scales of the scores, as the facts of its files have them.
+    assert v2.rope.score_scale == lite.rope.score_scale == pytest.approx(1.59, abs=0.005)
+    assert v25.rope.score_scale == pytest.approx(1.87, abs=0.005)
+    assert {rope.magnitude for rope in (v2.rope, v25.rope, lite.rope)} == {1.0}
+    large = make_config("hunyuan_large", "large")
+    assert (large.rope.ntk_alpha, large.norm_epsilon, large.share_factor) == (1e5, 1e-5, 2)
+    assert (large.num_experts, large.num_experts_per_token, large.tie_embeddings) == (16, 1, True)
+    mini = make_config("jamba", "mini_1.5")
+    assert (mini.num_experts, mini.num_experts_per_token, mini.balance_loss) == (16, 2, 0.001)
+
+
 # --- Registry
 
 
@@ -419,6 +468,13 @@ def test_the_registry_has_the_nine_systems_and_builds_each():
         (("moe",), {"num_expert": 3}, "MoEConfig has no field 'num_expert'; did you mean"),
         (("moe",), {"num_experts": 1}, "num_experts_per_token is 2; expected 1 to num_experts=1"),
         (("standard",), {"num_kv_heads": 3}, "num_kv_heads is 3; expected a divisor of num_heads"),
+        (("standard",), {"head_dim": -4}, "head_dim is -4; expected at least 1"),
+        (
+            ("standard",),
+            {"head_dim": 5},
+            "head_dim is 5; expected such that a head's width is even",
+        ),
+        (("deepseek_v2",), {"capacity_factor": -1.0}, "capacity_factor is -1.0; expected None, or"),
         (("standard",), {"dtype": "int8"}, "dtype is 'int8'; expected one of"),
         (("standard",), {"embed_dim": 500}, "embed_dim is 500; expected a multiple of num_heads"),
         (("standard",), {"norm_epsilon": 0.0}, "norm_epsilon is 0.0; expected a number above 0"),

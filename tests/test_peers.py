@@ -3,6 +3,7 @@
 Needs the extra `peers` (torch and transformers); without them it is skipped.
 """
 
+import dataclasses
 import json
 from typing import Any
 
@@ -150,6 +151,20 @@ def test_the_forward_pass_is_theirs_far_beyond_the_first_positions(pair):
     close(jax.jit(lambda m, t: m(t).logits)(ours, text), expected)
 
 
+def test_left_padded_rows_are_theirs(pair):
+    theirs, ours = pair
+    text, mask = tokens(), np.arange(40) >= np.array([[11], [0]])
+    with torch.no_grad():
+        positions = torch.tensor(np.maximum(mask.cumsum(-1) - 1, 0))
+        given = dict(attention_mask=torch.tensor(mask).long(), position_ids=positions)
+        if theirs.config.model_type == "jamba":
+            del given["position_ids"]
+        expected = theirs(torch.tensor(text), **given).logits.numpy()
+    found = jax.jit(lambda m, t, mask: m(t, mask).logits)(ours, text, mask)
+    close(found[0, 11:], expected[0, 11:])
+    close(found[1], expected[1])
+
+
 def test_the_cached_decode_is_theirs(pair):
     theirs, ours = pair
     text, start = tokens(), 33
@@ -169,9 +184,11 @@ def test_gradients_of_the_loss_are_theirs(pair, tmp_path):
     """With the load balance where they have one. Their gradients come in the form of weights."""
     theirs, ours = pair
     text = torch.tensor(tokens())
-    if theirs.config.model_type == "mixtral":
+    balanced = theirs.config.model_type in ("mixtral", "jamba")
+    if balanced:
         theirs.config.output_router_logits = True
-        theirs.config.router_aux_loss_coef = ours.config.balance_loss
+        theirs.router_aux_loss_coef = theirs.config.router_aux_loss_coef = 0.5
+        ours.config = dataclasses.replace(ours.config, balance_loss=0.5)
     theirs.zero_grad()
     output = theirs(text, labels=text)
     output.loss.backward()
@@ -180,7 +197,7 @@ def test_gradients_of_the_loss_are_theirs(pair, tmp_path):
     def loss(model):
         parts = language_model_loss(model, jnp.asarray(text.numpy()))
         aux = 0.0
-        if model.config.__class__.__name__ == "MoEConfig":
+        if balanced:
             # They balance over all tokens, and the last one has no successor to be wrong about.
             aux = model(jnp.asarray(text.numpy())).aux_loss
         return parts.cross_entropy + aux
@@ -202,8 +219,10 @@ def test_gradients_of_the_loss_are_theirs(pair, tmp_path):
         strict=True,
     )
     for (path, mine), reference in pairs:
-        scale = np.abs(reference).max() + 1e-3
-        assert np.abs(mine - reference).max() < 2e-3 * scale, jax.tree_util.keystr(path)
+        scale = np.abs(reference).max()
+        # An expert that nobody chose has none.
+        assert scale > 1e-5 or "experts" in jax.tree_util.keystr(path)
+        assert np.abs(mine - reference).max() <= 2e-3 * scale, jax.tree_util.keystr(path)
 
 
 def test_they_open_what_we_save(pair, tmp_path):

@@ -19,13 +19,16 @@ from slam_jax.language_models import (
 from slam_jax.layers.rotary import Rope, Yarn
 
 Json = dict[str, Any]
+_LARGEST = 1e30
+# Of Hunyuan's files: for a form of stretching that "dynamic" with alpha is not.
+_UNUSED = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 class Fields:
     """A config.json read field by field, each of the right type or an error that names it."""
 
-    def __init__(self, data: Mapping[str, Any]):
-        self.data = data
+    def __init__(self, data: Mapping[str, Any], group: str = ""):
+        self.data, self.group = data, group
 
     def whole(self, key: str, default: int | None = None) -> int:
         """A whole number; a list of equal ones, one a layer, is one of them."""
@@ -41,10 +44,11 @@ class Fields:
     def optional(self, key: str) -> int | None:
         return None if self.data.get(key) is None else self.whole(key)
 
-    def number(self, key: str, default: float) -> float:
-        value = self.data.get(key)
+    def number(self, key: str, default: float | None = None) -> float:
+        value: Any = self.data.get(key)
         value = default if value is None else value
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not known or not abs(value) < _LARGEST:  # what is not a number is not below it
             raise self.wrong(key, "a number")
         return float(value)
 
@@ -63,42 +67,65 @@ class Fields:
 
     def wrong(self, key: str, expected: str) -> InputError:
         value = shorten(repr(self.data.get(key)), 80)
-        return InputError(f"config.json: {key} is {value}; expected {expected}")
+        name = shorten(f"{self.group}{key}", 80)
+        return InputError(f"config.json: {name!s} is {value}; expected {expected}")
 
-    def rope(self, *, base: float = 10_000.0, interleaved: bool = False) -> Rope:
-        """Of both spellings: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
-        given = self.data.get("rope_parameters") or self.data.get("rope_scaling") or {}
-        if not isinstance(given, Mapping):
-            raise self.wrong("rope_scaling", "a group of fields")
-        inner = Fields({"rope_theta": self.data.get("rope_theta"), **given})
-        base, kind = inner.number("rope_theta", base), given.get("rope_type", given.get("type"))
-        if kind in (None, "default"):
-            return Rope(base, interleaved)
-        if kind == "dynamic" and given.get("alpha"):
-            return Rope(base, interleaved, ntk_alpha=inner.number("alpha", 1.0))
-        if kind == "yarn" and given.get("attention_factor") is None:
-            scales = {
-                key: None if given.get(key) is None else inner.number(key, 1.0)
-                for key in ("mscale", "mscale_all_dim")
-            }
+    def rope(
+        self, *, base: float = 10_000.0, interleaved: bool = False, alpha: bool = False
+    ) -> Rope:
+        """Of both spellings: `rope_parameters`, or `rope_theta` beside `rope_scaling`.
+
+        alpha: whether the publisher's code knows the NTK stretching by `alpha`.
+        """
+        spellings = ("rope_parameters", "rope_scaling")
+        given = {key: self.data[key] for key in spellings if self.data.get(key) is not None}
+        if len(given) > 1:
+            raise InputError(f"config.json: {' beside '.join(given)}; expected one of them")
+        key, group = next(iter(given.items()), ("rope_parameters", {}))
+        if not isinstance(group, Mapping):
+            raise self.wrong(key, "a group of fields")
+        inner = Fields({"rope_theta": self.data.get("rope_theta"), **group}, f"{key}.")
+        kind = group.get("rope_type", group.get("type", "default"))
+        theta = inner.number("rope_theta", base)
+        if kind == "default":
+            inner.no_others("rope_theta", "rope_type", "type", "factor")
+            inner.only("factor", 1.0)
+            return Rope(theta, interleaved)
+        if kind == "dynamic" and alpha:
+            inner.no_others("rope_theta", "rope_type", "type", "alpha", "factor", *_UNUSED)
+            return Rope(theta, interleaved, ntk_alpha=inner.number("alpha"))
+        if kind == "yarn":
             original = "original_max_position_embeddings"
+            scales = ("mscale", "mscale_all_dim")
+            betas = ("beta_fast", "beta_slow")
+            inner.no_others("rope_theta", "rope_type", "type", "factor", original, *scales, *betas)
+            given_scales = {
+                name: None if group.get(name) is None else inner.number(name) for name in scales
+            }
             yarn = Yarn(
-                inner.number("factor", 1.0),
-                inner.whole(original, self.whole("max_position_embeddings", 2_048)),
+                inner.number("factor"),
+                inner.whole(original),
                 inner.number("beta_fast", 32.0),
                 inner.number("beta_slow", 1.0),
-                **scales,
+                **given_scales,
             )
-            return Rope(base, interleaved, yarn=yarn)
-        known = "rotary scaling of type default, yarn or dynamic with alpha"
-        raise InputError(f"config.json: rope_scaling is {shorten(repr(given), 120)}; {known}")
+            return Rope(theta, interleaved, yarn=yarn)
+        kinds = "default, yarn or dynamic (with alpha)" if alpha else "default or yarn"
+        raise inner.wrong("rope_type" if "rope_type" in group else "type", kinds)
 
-    def common(self, *, norm_epsilon: float = 1e-6, tied: bool = False) -> Json:
+    def no_others(self, *known: str) -> None:
+        """Refuses a field that would change the outcome and is not read."""
+        for key, value in self.data.items():
+            if key not in known and value is not None:
+                raise self.wrong(key, "nothing: it is not built")
+
+    def common(self, *, norm_epsilon: float = 1e-6) -> Json:
         """What all of them have."""
         self.only("hidden_act", "silu")
         dtype = self.data.get("dtype") or self.data.get("torch_dtype") or "float32"
-        if dtype not in ("float32", "bfloat16", "float16", "float64"):
-            raise self.wrong("dtype", "float32, bfloat16, float16 or float64")
+        if dtype not in ("float32", "bfloat16", "float16"):
+            key = "dtype" if self.data.get("dtype") else "torch_dtype"
+            raise self.wrong(key, "float32, bfloat16 or float16")
         return {
             "vocab_size": self.whole("vocab_size"),
             "embed_dim": self.whole("hidden_size"),
@@ -108,7 +135,7 @@ class Fields:
             "context_length": self.whole("max_position_embeddings", 2_048),
             "norm_epsilon": self.number("rms_norm_eps", norm_epsilon),
             "init_std": self.number("initializer_range", 0.02),
-            "tie_embeddings": self.flag("tie_word_embeddings", tied),
+            "tie_embeddings": self.flag("tie_word_embeddings", False),
             # There is no half precision with five bits of exponent here.
             "param_dtype": "float32" if dtype == "float16" else dtype,
         }
@@ -281,7 +308,7 @@ def _read_hunyuan_large(fields: Fields) -> HunyuanLargeConfig:
         share_factor=fields.whole("cla_share_factor", 1) if fields.flag("use_cla", False) else 1,
         qk_norm=fields.flag("use_qk_norm", False),
         capacity_factor=fields.number("capacity_factor", 1.0) if drops else None,
-        rope=fields.rope(),
+        rope=fields.rope(alpha=True),
     )
 
 
@@ -313,7 +340,7 @@ def _read_hunyuan_v1_moe(fields: Fields) -> HunyuanV1MoEConfig:
         head_dim=fields.optional("head_dim"),
         num_experts=fields.whole("num_experts", 1),
         num_experts_per_token=fields.whole("moe_topk", 1),
-        rope=fields.rope(),
+        rope=fields.rope(alpha=True),
     )
 
 
@@ -364,8 +391,15 @@ def write_config(config: Any) -> tuple[str, Json]:
     """
     for kind, entry in KINDS.items():
         if type(config) is entry.config:
-            head = {"architectures": [entry.architecture], "model_type": kind}
-            return kind, {**head, **entry.write(config)}
+            data = {
+                "architectures": [entry.architecture],
+                "model_type": kind,
+                **entry.write(config),
+            }
+            rope, found = (getattr(c, "rope", None) for c in (config, entry.read(Fields(data))))
+            if rope != found:
+                raise InputError(f"rope is {rope}; {kind} has no word for it, and reads {found}")
+            return kind, data
     known = ", ".join(entry.config.__name__ for entry in KINDS.values())
     raise InputError(f"a {type(config).__name__} has no published form; expected {known}")
 

@@ -3,28 +3,31 @@
 Only JSON and arrays are read. Nothing in the folder is executed.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
-from slam_jax.errors import InputError, first_line, writing
+from slam_jax.errors import InputError, first_line, shorten, writing
 from slam_jax.interop.configs import read_config, write_config
 from slam_jax.interop.layouts import LAYOUTS, Layout
 from slam_jax.language_models import make_model
 
 _INDEX = "model.safetensors.index.json"
-_LARGEST_JSON = 1 << 28  # an index of every expert of every layer is some tens of megabytes
+_LARGEST_CONFIG, _LARGEST_INDEX = 1 << 20, 1 << 25  # that of DeepSeek-V2 has three megabytes
+_DTYPES = ("F32", "BF16", "F16")
 # Constants that older libraries saved beside the weights; they follow from the configuration.
 _CONSTANTS = "rotary_emb.inv_freq"
 _SHOWN = 5
@@ -39,7 +42,8 @@ def load_pretrained(
 
     model_type may be llama, mixtral, jamba, deepseek_v2, hunyuan or hunyuan_v1_moe. Experts may be
     one tensor each, or one for all of a layer. Tensors are read one by one, and each parameter goes
-    to the device when it is whole: beside the model there is never more than one of them.
+    to the device when it is whole: beside the model there are never more than the few, such as the
+    stacked experts of one layer, whose tensors are being read.
 
     Args:
       dtype: of the computation. param_dtype: of the parameters, None = as config.json says.
@@ -49,20 +53,25 @@ def load_pretrained(
         understood; nothing is loaded then.
     """
     folder = Path(folder)
-    kind, config = read_config(_read_json(folder / "config.json"))
+    kind, config = read_config(_read_json(folder / "config.json", _LARGEST_CONFIG))
     changes = {"dtype": dtype} | ({} if param_dtype is None else {"param_dtype": param_dtype})
     config = _replace(config, changes)
+    files = _files(folder)
+    stored = _headers(files)
+    fused = any(key.endswith("experts.gate_up_proj") for key in stored)
+    # Before anything is made of a configuration that files of this size cannot be of.
+    for field in ("num_layers",) if fused else ("num_layers", "num_experts"):
+        if getattr(config, field, 0) > len(stored):
+            raise InputError(
+                f"{folder}: config.json has {field} {getattr(config, field):,}, and there are only "
+                f"{len(stored):,} weights"
+            )
     model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     shapes: Params = flatten_dict(nnx.to_pure_dict(state))
-    files = _files(folder)
-    headers = {key: file for file in files for key in _keys(file)}
-    _check_once(files, headers)
-    stored = {key for key in headers if not key.endswith(_CONSTANTS)}
-    fused = any(key.endswith("experts.gate_up_proj") for key in stored)
     layout = LAYOUTS[kind](config, fused=fused)
     _check_keys(layout, stored, folder)
-    _check_shapes(layout, shapes, files)
+    _check_tensors(layout, shapes, stored, widens=param_dtype is not None)
     params = _assemble(layout, shapes, files)
     return nnx.merge(graphdef, nnx.State(unflatten_dict(params))), config
 
@@ -99,10 +108,12 @@ def save_pretrained(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, largest: int) -> Any:
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise InputError(f"{path}: {path.stat().st_size:,} bytes; expected a short JSON file")
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: expected a file")
+        if path.stat().st_size > largest:
+            raise InputError(f"{path}: {path.stat().st_size:,} bytes; expected at most {largest:,}")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         reason = first_line(error)
@@ -122,16 +133,23 @@ def _files(folder: Path) -> list[Path]:
         if not files:
             raise InputError(f"{folder}: no *.safetensors; expected the weights beside config.json")
         return files
-    index = _read_json(folder / _INDEX)
+    index = _read_json(folder / _INDEX, _LARGEST_INDEX)
     names = index.get("weight_map") if isinstance(index, Mapping) else None
     if not isinstance(names, Mapping) or not names:
         raise InputError(f"{folder / _INDEX}: no weight_map; expected keys and their files")
     files = []
     for name in sorted(set(map(str, names.values()))):
-        if name != Path(name).name or not (folder / name).is_file():
-            raise InputError(f"{folder / _INDEX}: {name!r} is no file of the folder")
+        if len(name) > 255 or name != Path(name).name or not (folder / name).is_file():
+            shown = shorten(repr(name), 120)
+            raise InputError(f"{folder / _INDEX}: {shown} is no file of the folder")
         files.append(folder / name)
     return files
+
+
+class _Stored(NamedTuple):
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def _open(file: Path) -> Any:
@@ -141,40 +159,55 @@ def _open(file: Path) -> Any:
         raise InputError(f"{file}: {first_line(error)}; expected a safetensors file") from None
 
 
-def _keys(file: Path) -> list[str]:
-    with _open(file) as tensors:
-        return list(tensors.keys())
+def _headers(files: list[Path]) -> dict[str, _Stored]:
+    """What there is of each key, but for constants that follow from the configuration."""
+    stored: dict[str, _Stored] = {}
+    for file in files:
+        with _open(file) as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                if key.endswith(_CONSTANTS):
+                    continue
+                if key in stored:
+                    raise InputError(f"{file.parent}: {_shown(key)} is in two files; expected once")
+                found = tensors.get_slice(key)
+                stored[key] = _Stored(file, tuple(found.get_shape()), found.get_dtype())
+    return stored
 
 
-def _check_once(files: list[Path], headers: Mapping[str, Path]) -> None:
-    if sum(len(_keys(file)) for file in files) > len(headers):
-        raise InputError(f"{files[0].parent}: a weight is in two files; expected each once")
+def _shown(key: str) -> str:
+    """A key that anybody may have chosen, for people."""
+    return shorten(key if key.isprintable() else repr(key), 120)
 
 
-def _check_keys(layout: Layout, stored: set[str], folder: Path) -> None:
+def _check_keys(layout: Layout, stored: Mapping[str, _Stored], folder: Path) -> None:
     missing = [key for key in layout if key not in stored]
-    left_over = sorted(stored - layout.keys())
-    told = [
-        f"{len(keys):,} {what} ({', '.join(keys[:_SHOWN])}{', ..' if len(keys) > _SHOWN else ''})"
-        for what, keys in (("missing", missing), ("left over", left_over))
-        if keys
-    ]
+    left_over = sorted(stored.keys() - layout.keys())
+    told = []
+    for what, keys in (("missing", missing), ("left over", left_over)):
+        shown = ", ".join(map(_shown, keys[:_SHOWN])) + (", .." if len(keys) > _SHOWN else "")
+        told += [f"{len(keys):,} {what} ({shown})"] if keys else []
     if told:
         raise InputError(f"{folder}: weights do not fit config.json: {'; '.join(told)}")
 
 
-def _check_shapes(layout: Layout, shapes: Params, files: list[Path]) -> None:
-    for file in files:
-        with _open(file) as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (no mapping)
-                if key not in layout:
-                    continue
-                found = tuple(tensors.get_slice(key).get_shape())
-                expected = layout[key].shape(shapes)
-                if found != expected:
-                    raise InputError(
-                        f"{file}: {key} is {list(found)}; config.json makes it {list(expected)}"
-                    )
+def _check_tensors(
+    layout: Layout, shapes: Params, stored: Mapping[str, _Stored], *, widens: bool
+) -> None:
+    """Shapes and dtypes; `widens`: the caller named the dtype of the parameters."""
+    for key, tensor in layout.items():
+        (file, found, dtype), expected = stored[key], tensor.shape(shapes)
+        if found != expected:
+            raise InputError(
+                f"{file}: {key} is {list(found)}; config.json makes it {list(expected)}"
+            )
+        if dtype not in _DTYPES:
+            raise InputError(f"{file}: {key} is {dtype}; expected one of {', '.join(_DTYPES)}")
+        narrow = any(shapes[piece.path].dtype == jnp.bfloat16 for piece in tensor.pieces)
+        if narrow and dtype != "BF16" and not widens:
+            raise InputError(
+                f"{file}: {key} is {dtype}, and config.json makes it BF16: bits would be lost; "
+                "say which with param_dtype"
+            )
 
 
 def _assemble(layout: Layout, shapes: Params, files: list[Path]) -> Params:
@@ -202,9 +235,19 @@ def _assemble(layout: Layout, shapes: Params, files: list[Path]) -> Params:
 
 
 def _read(tensors: Any, key: str) -> np.ndarray:
-    # Only JAX's arrays have bfloat16 for this library; the device is not to hold what passes by.
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    # This library gives bfloat16 as arrays of JAX alone; the device is not to hold what passes by.
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RuntimeError):  # JAX was told to see no CPU
+            host = jax.local_devices(backend="cpu")[0]
+            stack.enter_context(jax.default_device(host))
         return np.asarray(tensors.get_tensor(key))
+
+
+class _OnHost(dict):
+    """Parameters, each fetched from its device when it is asked for."""
+
+    def __getitem__(self, path: Any) -> np.ndarray:
+        return np.asarray(super().__getitem__(path))
 
 
 def _write(layout: Layout, params: Params, folder: Path, max_shard_bytes: int) -> None:
@@ -224,7 +267,10 @@ def _write(layout: Layout, params: Params, folder: Path, max_shard_bytes: int) -
         if len(shards) > 1:
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(keys, name)
-        tensors = {key: layout[key].publish(params) for key in keys}
+        # On the host: a device that the model fills has no room for the same once more. And in
+        # order: the library writes a transposed array as it lies in memory.
+        host = _OnHost(params)
+        tensors: Any = {key: np.ascontiguousarray(layout[key].publish(host)) for key in keys}
         save_file(tensors, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -1,5 +1,7 @@
 """How one published tensor corresponds to parameters here; read in both directions."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,16 +46,19 @@ class Tensor(NamedTuple):
 
     def shape(self, params: Mapping[Path, Any]) -> tuple[int, ...]:
         """Of the published tensor; the parameters may be shapes alone."""
-        own = {piece.path: params[piece.path] for piece in self.pieces}
-        return jax.eval_shape(self.publish, own).shape
+        sizes = self._joined(params)
+        last = (self.merge or self.pieces[0].pattern).split("->")[1]
+        groups = re.findall(r"\(([^)]*)\)|(\S+)", last)
+        return tuple(
+            math.prod(1 if name == "1" else sizes[name] for name in (many or one).split())
+            for many, one in groups
+        )
 
     def parts(self, published: Any, params: Mapping[Path, Any]) -> list[Any]:
         """Of the published tensor, what belongs to each piece, shaped like it."""
         sizes = [self._sizes(piece, params[piece.path].shape) for piece in self.pieces]
         if self.merge is not None:
-            whole = dict(sizes[0])
-            if self.axis:
-                whole[self.axis] = sum(size[self.axis] for size in sizes)
+            whole = self._joined(params)
             published = einops.rearrange(published, _reverse(self.merge), **whole)
         parts, start = [], 0
         for piece, size in zip(self.pieces, sizes, strict=True):
@@ -64,6 +69,12 @@ class Tensor(NamedTuple):
                 start = end
             parts.append(einops.rearrange(part, _reverse(piece.pattern)))
         return parts
+
+    def _joined(self, params: Mapping[Path, Any]) -> dict[str, int]:
+        """Axes of all pieces side by side, by name."""
+        sizes = [self._sizes(piece, params[piece.path].shape) for piece in self.pieces]
+        along = {self.axis: sum(size[self.axis] for size in sizes)} if self.axis else {}
+        return {**sizes[0], **along}
 
     @property
     def _view_axes(self) -> list[str]:

@@ -74,8 +74,12 @@ class DeepseekV2Config(LanguageModelConfig):
         require_count("num_dense_layers", self.num_dense_layers, least=0, most=512)
         require_count("num_shared_experts", self.num_shared_experts, least=0, most=512)
         self.check_experts(self.num_experts, self.num_experts_per_token)
+        factor, most = self.capacity_factor, self.num_experts
+        within = factor is None or 0 < factor <= most
+        require(within, "capacity_factor", factor, f"None, or above 0 and at most {most}")
         rope, groups = self.qk_rope_head_dim, self.num_groups
-        require(rope > 0 and rope % 2 == 0, "qk_rope_head_dim", rope, "an even number above 0")
+        require_count("qk_rope_head_dim", rope)
+        require(rope % 2 == 0, "qk_rope_head_dim", rope, "an even number above 0")
         expected = f"a divisor of num_experts={self.num_experts}"
         require(groups >= 1 and self.num_experts % groups == 0, "num_groups", groups, expected)
         expected = f"1 to num_groups={groups}"

@@ -27,8 +27,8 @@ class HunyuanLargeConfig(LanguageModelConfig):
 
     share_factor: layers that read one layer's keys and values, that layer among them; 1 = each has
       its own. qk_norm: norms over each head of the turned queries and keys.
-    balance_loss: weight of the load-balancing loss. The release computes that loss and leaves its
-      weight to the reader; 0.01 is that of Switch Transformers.
+    balance_loss: weight of the load-balancing loss. The release computes that loss in each layer
+      and throws it away; the mean over layers, and the weight (Switch Transformers') are ours.
     capacity_factor: in training, an expert drops the tokens with the least weight beyond so many
       times its share; None = drops none, as released.
     The others: see `MoEConfig`.
@@ -57,8 +57,13 @@ class HunyuanLargeConfig(LanguageModelConfig):
         require_count("num_layers", self.num_layers, most=512)
         require_count("share_factor", self.share_factor, most=512)
         require_count("num_shared_experts", self.num_shared_experts, least=0, most=512)
-        self.check_heads(self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim)
+        self.check_heads(
+            self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim, turned=True
+        )
         self.check_experts(self.num_experts, self.num_experts_per_token)
+        factor, most = self.capacity_factor, self.num_experts
+        within = factor is None or 0 < factor <= most
+        require(within, "capacity_factor", factor, f"None, or above 0 and at most {most}")
         require(self.balance_loss >= 0, "balance_loss", self.balance_loss, "0 (off) or more")
 
 
@@ -129,4 +134,6 @@ class HunyuanLarge(Transformer):
         super().__init__(config, blocks, embedding_init=init, head_init=init, rngs=rngs)
 
     def balance(self, routings, mask):
-        return self.config.balance_loss * load_balancing_loss(routings, mask)
+        """E sum_e f_e P_e of each layer, and the mean over layers."""
+        losses = [load_balancing_loss([routing], mask) for routing in routings]
+        return self.config.balance_loss * sum(losses) / len(losses)

@@ -38,7 +38,9 @@ class MoEConfig(LanguageModelConfig):
         super().__post_init__()
         require_count("mlp_dim", self.mlp_dim)
         require_count("num_layers", self.num_layers, most=512)
-        self.check_heads(self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim)
+        self.check_heads(
+            self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim, turned=True
+        )
         self.check_experts(self.num_experts, self.num_experts_per_token)
         require(self.balance_loss >= 0, "balance_loss", self.balance_loss, "0 (off) or more")
 

@@ -104,7 +104,6 @@ SYSTEMS: Mapping[str, System] = {
                 mlp_dim=24_576,
                 num_layers=72,
                 num_heads=64,
-                balance_loss=0.0,
             ),
         },
     ),

@@ -15,7 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from slam_jax.errors import require_count
-from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
+from slam_jax.language_models.base import (
+    LanguageModelConfig,
+    Pass,
+    Transformer,
+    last_at_most,
+)
 from slam_jax.layers.cross_layer_attention import CrossLayerAttention, SharedKeyValues
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.linear import Linear
@@ -142,4 +147,5 @@ class SlamV4Champion(Transformer):
         )
 
     def embed(self, tokens, positions, key):
-        return self.embedding(tokens) + self.positions(positions)
+        # Pads may stand beyond the last position, and what they hold is no matter; but not NaN.
+        return self.embedding(tokens) + self.positions(last_at_most(positions, self.config))

@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from slam_jax.errors import require, require_count
-from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
+from slam_jax.language_models.base import (
+    LanguageModelConfig,
+    Pass,
+    Transformer,
+    last_at_most,
+)
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.linear import Linear
@@ -193,5 +198,7 @@ class SlamV6(Transformer):
         self.input_norm = rms_norm(config)
 
     def embed(self, tokens, positions, key):
-        h = self.input_norm(self.embedding(tokens) + 0.02 * self.positions(positions))
+        # Pads may stand beyond the last position, and what they hold is no matter; but not NaN.
+        place = self.positions(last_at_most(positions, self.config))
+        h = self.input_norm(self.embedding(tokens) + 0.02 * place)
         return dropout(h, self.config.dropout, key)

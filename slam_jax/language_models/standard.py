@@ -35,7 +35,9 @@ class StandardConfig(LanguageModelConfig):
         super().__post_init__()
         require_count("mlp_dim", self.mlp_dim)
         require_count("num_layers", self.num_layers, most=512)
-        self.check_heads(self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim)
+        self.check_heads(
+            self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim, turned=True
+        )
 
 
 class Block(nnx.Module):

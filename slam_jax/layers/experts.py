@@ -74,7 +74,7 @@ class Experts(nnx.Module):
         mask: Bool[Array, "*B T"] | None = None,
         capacity: int | None = None,
     ) -> Float[Array, "*B T D"]:
-        """mask: False for tokens that go nowhere and take no room; their output is 0.
+        """mask: False for tokens that go nowhere and take no expert's room; their output is 0.
 
         capacity: tokens an expert takes; of more it leaves out those with the least weight
         (DeepSeek-V2, section 2.2.4). None = all.
@@ -121,7 +121,7 @@ class Experts(nnx.Module):
     def _by_expert(self, rows, experts, weights, room: int, by_weight: bool = False):
         """Sorted by expert and padded to `room` tokens each: three batched matmuls.
 
-        Only gathers: a scatter is serial on a CPU. Tokens beyond the room of an expert add 0.
+        Forward there are only gathers. Tokens beyond the room of an expert add 0.
         """
         num_tokens, k = experts.shape
         flat = experts.reshape(-1)
@@ -163,7 +163,7 @@ class MixtureOfExperts(nnx.Module):
     Args:
       shared_dim: width of the shared MLP, None = there is none.
       capacity_factor: in training an expert takes at most so many times its share of the tokens,
-        None = all. Never at any other time.
+        pads among them, None = all. Never at any other time.
       the others: of `Router` and `Experts`.
     """
 

@@ -87,7 +87,8 @@ class Mamba(nnx.Module):
       conv_bias, proj_bias: of the convolution, and of the maps in and out.
       chunk_size: tokens between two kept states.
 
-    The recurrence, A and dt are float32 whatever the dtype: they overflow or die in bfloat16.
+    The recurrence, A, D and dt are float32 whatever the dtypes, their parameters too: in bfloat16
+    they overflow, and what dt learns is rounded away.
     """
 
     def __init__(
@@ -126,17 +127,18 @@ class Mamba(nnx.Module):
             self.b_norm, self.c_norm = RMSNorm(state_dim, **norm), RMSNorm(state_dim, **norm)
         # dt starts between 0.001 and 0.1 whatever the token (Mamba, section 3.6).
         dt_init = _uniform(dt_rank**-0.5)
-        self.dt_up = Linear(dt_rank, width, use_bias=True, **{**kw, "kernel_init": dt_init})
+        f32: Any = {"kernel_init": dt_init, "dtype": jnp.float32}
+        self.dt_up = Linear(dt_rank, width, use_bias=True, **{**kw, **f32})
         log_dt = jax.random.uniform(
             rngs.params(), (width,), jnp.float32, math.log(_DT_MIN), math.log(_DT_MAX)
         )
         dt = jnp.maximum(jnp.exp(log_dt), _DT_FLOOR)
         # The inverse of softplus.
-        self.dt_up.bias = nnx.Param((dt + jnp.log(-jnp.expm1(-dt))).astype(param_dtype))
+        self.dt_up.bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
         # Not kernels: weight decay leaves them alone.
         log_a = jnp.log(jnp.arange(1, state_dim + 1, dtype=jnp.float32))
-        self.a_log = nnx.Param(jnp.tile(log_a, (width, 1)).astype(param_dtype))
-        self.skip = nnx.Param(jnp.ones((width,), param_dtype))
+        self.a_log = nnx.Param(jnp.tile(log_a, (width, 1)))
+        self.skip = nnx.Param(jnp.ones((width,), jnp.float32))
         self.out = Linear(width, embed_dim, use_bias=proj_bias, **kw)
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> MambaCache:
@@ -209,7 +211,7 @@ class Mamba(nnx.Module):
         if self.norm_epsilon is not None:
             dt, b, c = self.dt_norm(dt), self.b_norm(b), self.c_norm(c)
         f32 = jnp.float32
-        dt = jax.nn.softplus(self.dt_up(dt).astype(f32))
+        dt = jax.nn.softplus(self.dt_up(dt))
         a = -jnp.exp(self.a_log[...].astype(f32))
         return v.astype(f32), dt, a, b.astype(f32), c.astype(f32)
 

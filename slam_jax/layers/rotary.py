@@ -7,6 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
+from slam_jax.errors import require, require_count
+
+_LARGEST = 1e12
+
+
+def _require_size(field: str, value: float) -> None:
+    require(0 < value <= _LARGEST, field, value, f"a number above 0, up to {_LARGEST:g}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
@@ -24,6 +32,15 @@ class Yarn:
     beta_slow: float = 1.0
     mscale: float | None = None
     mscale_all_dim: float | None = None
+
+    def __post_init__(self):
+        for field in ("factor", "beta_fast", "beta_slow"):
+            _require_size(f"yarn.{field}", getattr(self, field))
+        require_count("yarn.original_length", self.original_length, most=1 << 40)
+        for field in ("mscale", "mscale_all_dim"):
+            value = getattr(self, field)
+            ok = value is None or 0 <= value <= _LARGEST
+            require(ok, f"yarn.{field}", value, f"None, or 0 to {_LARGEST:g}")
 
     def magnitude(self, mscale: float = 1.0) -> float:
         """0.1 mscale ln(factor) + 1, by which queries and keys grow as the context does."""
@@ -45,6 +62,10 @@ class Rope:
     interleaved: bool = False
     ntk_alpha: float = 1.0
     yarn: Yarn | None = None
+
+    def __post_init__(self):
+        require(1 < self.base <= _LARGEST, "rope.base", self.base, f"above 1, up to {_LARGEST:g}")
+        _require_size("rope.ntk_alpha", self.ntk_alpha)
 
     def frequencies(self, width: int) -> Float32[np.ndarray, "half"]:
         """Radians a position of each pair of `width` features."""

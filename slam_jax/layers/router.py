@@ -54,7 +54,9 @@ class Router(nnx.Module):
         self.scores = Linear(embed_dim, num_experts, dtype=jnp.float32, **kw)
 
     def __call__(self, x: Float[Array, "*B T D"]) -> Routing:
-        probs = jax.nn.softmax(self.scores(x).astype(jnp.float32), axis=-1)
+        # Accelerators multiply float32 in fewer bits by default: near ties would fall otherwise.
+        with jax.default_matmul_precision("highest"):
+            probs = jax.nn.softmax(self.scores(x), axis=-1)
         allowed = probs
         if self.top_groups < self.num_groups:
             grouped = probs.reshape(*probs.shape[:-1], self.num_groups, -1)
