@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 WORKDIR ?= runs/quickstart
+ROCKET ?= runs/rocket
 
-.PHONY: help setup train eval demo test test-all lint format clean
+.PHONY: help setup train eval demo rocket test test-all lint format clean
 
 help:
 	@echo "make train     set up, train the quickstart, evaluate it, print the table"
 	@echo "make eval      evaluate WORKDIR=$(WORKDIR) again"
 	@echo "make demo      a page to ask the model in WORKDIR"
+	@echo "make rocket    measure the language models against each other, into ROCKET=$(ROCKET)"
 	@echo "make test      set up, lint, type-check and run the tests"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make format    sort imports and format"
@@ -32,6 +34,9 @@ eval: setup
 
 demo: setup
 	$(RUN) -m slam_jax.demo --workdir=$(WORKDIR)
+
+rocket: setup
+	$(RUN) -m slam_jax.rocket --workdir=$(ROCKET)
 
 lint: setup
 	$(RUN) -m ruff check .

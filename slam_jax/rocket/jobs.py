@@ -61,8 +61,9 @@ def run_job(
         if process.poll() is None:  # a limit, or whoever waits was stopped
             process.kill()
         process.wait()
-        for reader in readers:
+        for reader, pipe in zip(readers, (process.stdout, process.stderr), strict=True):
             reader.join()
+            pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
         job.unlink(missing_ok=True)
     took = time.monotonic() - start
     if reason is None and process.returncode:
