@@ -351,6 +351,18 @@ def test_yarn_is_read_in_both_spellings():
     assert Rope(yarn=Yarn(40.0, 4_096)).magnitude == pytest.approx(1.3689, rel=1e-4)
 
 
+def test_what_a_configuration_leaves_out_is_as_its_publisher_has_it():
+    sizes = {"vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
+    data = {**sizes, "num_attention_heads": 2}
+    mixtral, llama, jamba = (
+        read_config({**data, "model_type": kind})[1] for kind in ("mixtral", "llama", "jamba")
+    )
+    assert (mixtral.rope, mixtral.norm_epsilon) == (Rope(1e6), 1e-5)
+    assert (mixtral.num_experts, mixtral.num_experts_per_token) == (8, 2)
+    assert (llama.rope, llama.norm_epsilon, llama.num_kv_heads) == (Rope(1e4), 1e-6, None)
+    assert (jamba.num_experts, jamba.attention_period, jamba.dt_rank) == (16, 8, None)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_configuration_comes_back_as_it_was(kind):
     name = next(name for name, s in SYSTEMS.items() if s.config is KINDS[kind].config)
