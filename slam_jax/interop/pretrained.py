@@ -4,6 +4,7 @@ Only JSON and arrays are read. Nothing in the folder is executed.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -55,7 +56,7 @@ def load_pretrained(
     folder = Path(folder)
     kind, config = read_config(_read_json(folder / "config.json", _LARGEST_CONFIG))
     changes = {"dtype": dtype} | ({} if param_dtype is None else {"param_dtype": param_dtype})
-    config = _replace(config, changes)
+    config = dataclasses.replace(config, **changes)
     files = _files(folder)
     stored = _headers(files)
     fused = any(key.endswith("experts.gate_up_proj") for key in stored)
@@ -120,10 +121,6 @@ def _read_json(path: Path, largest: int) -> Any:
         raise InputError(f"{path}: {reason}; expected the folder of a published model") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({first_line(error)})") from None
-
-
-def _replace(config: Any, changes: Mapping[str, Any]) -> Any:
-    return type(config)(**{**vars(config), **changes})
 
 
 def _files(folder: Path) -> list[Path]:
@@ -243,13 +240,6 @@ def _read(tensors: Any, key: str) -> np.ndarray:
         return np.asarray(tensors.get_tensor(key))
 
 
-class _OnHost(dict):
-    """Parameters, each fetched from its device when it is asked for."""
-
-    def __getitem__(self, path: Any) -> np.ndarray:
-        return np.asarray(super().__getitem__(path))
-
-
 def _write(layout: Layout, params: Params, folder: Path, max_shard_bytes: int) -> None:
     shards: list[list[str]] = [[]]
     size = total = 0
@@ -267,10 +257,8 @@ def _write(layout: Layout, params: Params, folder: Path, max_shard_bytes: int) -
         if len(shards) > 1:
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(keys, name)
-        # On the host: a device that the model fills has no room for the same once more. And in
-        # order: the library writes a transposed array as it lies in memory.
-        host = _OnHost(params)
-        tensors: Any = {key: np.ascontiguousarray(layout[key].publish(host)) for key in keys}
+        # In order in memory: the library writes an array as it lies there, transposed or not.
+        tensors: Any = {key: layout[key].publish(params) for key in keys}
         save_file(tensors, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import einops
-import jax
 import numpy as np
 
 Path = tuple[str | int, ...]
@@ -31,18 +30,19 @@ class Tensor(NamedTuple):
     axis: str = ""
     merge: str | None = None
 
-    def publish(self, params: Mapping[Path, Any]) -> Any:
-        """The published tensor, from the parameters."""
+    def publish(self, params: Mapping[Path, Any]) -> np.ndarray:
+        """The published tensor, from the parameters; on the host, and in order in its memory."""
         views = []
         for piece in self.pieces:
             value = params[piece.path]
-            value = value if piece.index is None else value[piece.index]
+            # A device that the model fills has room for one expert more, and not for them all.
+            value = np.asarray(value if piece.index is None else value[piece.index])
             views.append(einops.rearrange(value, piece.pattern))
-        joined = views[0]
-        if len(views) > 1:
-            join = np.concatenate if isinstance(views[0], np.ndarray) else jax.numpy.concatenate
-            joined = join(views, axis=self._view_axes.index(self.axis))
-        return joined if self.merge is None else einops.rearrange(joined, self.merge)
+        axis = self._view_axes.index(self.axis) if self.axis else 0
+        joined = views[0] if len(views) == 1 else np.concatenate(views, axis=axis)
+        if self.merge is not None:
+            joined = einops.rearrange(joined, self.merge)
+        return np.ascontiguousarray(joined)
 
     def shape(self, params: Mapping[Path, Any]) -> tuple[int, ...]:
         """Of the published tensor; the parameters may be shapes alone."""

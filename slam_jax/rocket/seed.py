@@ -28,7 +28,7 @@ Tell = Callable[[float, str], None]
 
 @dataclasses.dataclass(frozen=True)
 class SeedSettings:
-    """The published settings; what was left open stands below the line.
+    """The published settings, and values for what they leave open.
 
     num_updates: figures are given before each and after the last, without dropout. The
       published number is not known; 5 epochs of one batch are 5, v6's figures need about six.
@@ -73,7 +73,7 @@ def learn(name: str, settings: SeedSettings, tell: Tell) -> dict[str, Any]:
     optimizer = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
 
     def loss(model, batch, key):
-        # No key, no dropout: even v6's 1% more than halves how fast it learns the batch.
+        # No key, no dropout: the one system that has some would learn the batch more slowly.
         return language_model_loss(model, batch)
 
     step = jax.jit(make_train_step(graphdef, loss, optimizer), donate_argnums=0)
