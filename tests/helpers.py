@@ -1,12 +1,15 @@
-"""What several test files need: comparison to the last bit, and a disk that is full."""
+"""What several test files need: comparison to the last bit, a disk that is full, the schema."""
 
 import contextlib
+import json
 import resource
 from collections.abc import Iterator
+from importlib import resources
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jsonschema
 import numpy as np
 
 
@@ -29,3 +32,11 @@ def full_disk(size: int = 1 << 14) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def schema_errors(board: Any) -> list[str]:
+    """What of a leaderboard does not follow the schema that is shipped with the package."""
+    schema = json.loads(
+        (resources.files("slam_jax.rocket") / "leaderboard.schema.json").read_text()
+    )
+    return [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(board)]

@@ -1,4 +1,4 @@
-"""Public data sets through TFDS: the digits of MNIST and the captions of COCO.
+"""Public data sets through TFDS: the digits of MNIST, the captions of COCO, sets of texts.
 
 TFDS builds them with TensorFlow. Once built they are read without it.
 """
@@ -61,6 +61,24 @@ def read_captions(config: DataConfig) -> dict[str, Made]:
     """
     opened = _open(config, "coco_captions/2014", ("train", "val", "test"))
     return {split: Made(each, _captioned) for split, each in zip(SPLITS, opened, strict=True)}
+
+
+def read_texts(name: str) -> list[str]:
+    """The texts of the training split of a TFDS text set, such as "ag_news_subset", in its order.
+
+    Raises DataError where it can neither be read nor built, or its records have no text.
+    """
+    (records,) = _open(DataConfig(name=name), name, ("train",))
+    texts = [_text(records[i], name) for i in range(len(records))]
+    return [text.decode(errors="replace") if isinstance(text, bytes) else text for text in texts]
+
+
+def _text(record: Mapping[str, Any], name: str) -> str | bytes:
+    """What the record has under "text", or else its longest text."""
+    found = {key: value for key, value in record.items() if isinstance(value, (str, bytes))}
+    if not found:
+        raise DataError(f"{name} has {', '.join(record)}, none of which is text; give another set")
+    return found.get("text") or max(found.values(), key=len)
 
 
 def with_fitting_answers(rows: Sequence[Any], tokenizer: Tokenizer, context_length: int) -> Made:

@@ -111,6 +111,38 @@ def plot_curves(
         return _svg(figure)
 
 
+def plot_points(points: Mapping[str, tuple[float, float]], xlabel: str, ylabel: str) -> str:
+    """A named point for each (x, y)."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(3.4)
+        for i, (name, (x, y)) in enumerate(points.items()):
+            colour = _SERIES[i % len(_SERIES)]
+            marker = "os^D"[i // len(_SERIES) % 4]
+            axes.plot(x, y, marker, color=colour, markersize=6, label=name)
+        axes.margins(0.1)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.grid(linewidth=0.6)
+        axes.legend(fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+        return _svg(figure)
+
+
+def plot_bars(values: Mapping[str, float], *, lowest: bool = False) -> str:
+    """A bar a name, the best one (the highest, or the lowest) first and in a colour of its own."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(0.5 + 0.26 * len(values))
+        ordered = sorted(values.items(), key=lambda item: item[1], reverse=not lowest)
+        for y, (_, value) in enumerate(ordered):
+            best = value == ordered[0][1]
+            axes.barh(y, value, color=_SERIES[0] if best else _LINE, height=0.7)
+            axes.annotate(f" {value:,.4g}", (value, y), va="center", fontsize=8, color=_INK)
+        axes.set_yticks(range(len(ordered)), [name for name, _ in ordered])
+        axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        axes.set_xlim(min(0.0, *values.values()), 1.15 * max(values.values()) or 1.0)
+        return _svg(figure)
+
+
 def _figure(height: float) -> tuple[Any, Any]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()

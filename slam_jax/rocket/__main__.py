@@ -1,11 +1,11 @@
-"""The Rocket Engine: python -m slam_jax.rocket --workdir=DIR [--models=a,b] [--config.field=value]
+"""The Rocket Engine: language models measured against each other, each in a process of its own.
 
-Measures the language models against each other, each in a process of its own, and writes
-leaderboard.json, leaderboard.md and leaderboard.html to the workdir. The same command goes on where
-an earlier one was stopped.
+    python -m slam_jax.rocket --workdir=DIR [--protocol=seed|heldout] [--models=a,b]
+        [--config=FILE] [--config.field=value]
+
+Writes leaderboard.json (leaderboard.schema.json says what is in it), .md and .html to the workdir.
+The same command goes on where an earlier one was stopped.
 """
-
-import dataclasses
 
 from absl import flags
 
@@ -13,7 +13,11 @@ from slam_jax import command_line
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the leaderboard goes.", required=True)
 PROTOCOL = flags.DEFINE_enum(
-    "protocol", "seed", ["seed"], "seed: the published comparison, learning one random batch."
+    "protocol",
+    "seed",
+    ["seed", "heldout"],
+    "seed: the published comparison, learning one random batch. heldout: real text, documents held "
+    "out, equal budgets.",
 )
 MODELS = flags.DEFINE_list(
     "models",
@@ -21,27 +25,29 @@ MODELS = flags.DEFINE_list(
     "Systems of the registry; by default the published nine "
     "and SLAM v3 with its text stream alone.",
 )
+CONFIG = flags.DEFINE_string(
+    "config", None, "A Python file whose get_config() gives some of the protocol's settings."
+)
 MEMORY_GIB = flags.DEFINE_float("memory_gib", 16.0, "A process that takes more is ended.", 0.0)
-SECONDS = flags.DEFINE_float("seconds", 1_200.0, "One that takes longer is ended.", 0.0)
+SECONDS = flags.DEFINE_float("seconds", 3_600.0, "One that takes longer is ended.", 0.0)
 
 
 def main(arguments: list[str]) -> None:
     # Not before: importing JAX takes seconds, in which Ctrl-C can come.
-    from slam_jax.rocket.engine import DEFAULT_MODELS, run_seed
-    from slam_jax.rocket.report import print_board
-    from slam_jax.rocket.seed import SeedSettings
-    from slam_jax.training.experiment import build, override
+    from slam_jax.rocket.engine import DEFAULT_MODELS, run
+    from slam_jax.rocket.page import print_page
+    from slam_jax.rocket.protocols import make_comparison
 
-    settings = build(SeedSettings, override(dataclasses.asdict(SeedSettings()), arguments))
     models = DEFAULT_MODELS if MODELS.value is None else tuple(dict.fromkeys(MODELS.value))
-    board = run_seed(
+    comparison = make_comparison(PROTOCOL.value, CONFIG.value, arguments, models, WORKDIR.value)
+    board = run(
+        comparison,
         WORKDIR.value,
         models=models,
-        settings=settings,
         memory_gib=MEMORY_GIB.value,
         seconds=SECONDS.value,
     )
-    print_board(board)
+    print_page(comparison.page(board))
     print(f"{WORKDIR.value}/leaderboard.html")
 
 

@@ -1,42 +1,35 @@
-"""Measures the systems one after the other and writes the leaderboard; goes on where it was."""
+"""Measures systems task by task, each in its own process, and goes on where it was."""
 
-import dataclasses
 import json
-import os
-import platform
-from importlib.metadata import version
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import psutil
-
-from slam_jax.errors import require_count, write_whole, writing
-from slam_jax.language_models import ROCKET, make_config
-from slam_jax.rocket.board import make_board, read_results, write_board
+from slam_jax.errors import InputError, require_count, write_whole, writing
+from slam_jax.language_models import ROCKET
 from slam_jax.rocket.jobs import run_job
 from slam_jax.rocket.live import LiveTable
-from slam_jax.rocket.report import write_html, write_markdown
-from slam_jax.rocket.seed import SeedSettings
-from slam_jax.version import __version__
+from slam_jax.rocket.machine import describe_machine
+from slam_jax.rocket.page import html, markdown
+from slam_jax.rocket.tasks import Comparison, Impossible, Json, Task, failure
 
 DEFAULT_MODELS = (*ROCKET, "slam_v3_text")
 _KEPT = "results.json"
 
 
-def run_seed(
+def run(
+    comparison: Comparison,
     workdir: str | Path,
     *,
-    models: tuple[str, ...] = DEFAULT_MODELS,
-    settings: SeedSettings | None = None,
+    models: Sequence[str] = DEFAULT_MODELS,
     memory_gib: float = 16.0,
-    seconds: float = 1_200.0,
+    seconds: float = 3_600.0,
     console: Any = None,
-) -> dict[str, Any]:
-    """The published comparison over some systems of the registry; returns and writes the board.
+) -> Json:
+    """Compares some systems of the registry; returns and writes the board and its pages.
 
-    Each system learns in one process, and then all are timed in turns, `rounds` times. What is
-    finished is kept in `workdir` at once, and not measured again by the same call.
+    What is finished is kept in `workdir` at once, and not measured again by the same call.
 
     Args:
       memory_gib, seconds: limits of each process; one that is ended at them is a row that says so.
@@ -45,81 +38,76 @@ def run_seed(
       ConfigError: a system is not in the registry. InputError: the workdir is of other settings.
       WriteError: the workdir cannot be written.
     """
-    settings, workdir = settings or SeedSettings(), Path(workdir)
-    for name in models:
-        make_config(name, settings.preset)
+    workdir = Path(workdir)
     require_count("number of models", len(models))
+    tasks = comparison.tasks(models)
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    given = dataclasses.asdict(settings)
-    results = read_results(workdir / _KEPT, given)
-    limits = {"memory_gib": memory_gib, "seconds": seconds}
+    results = _read_results(workdir / _KEPT, comparison)
+    for name in models:
+        results.setdefault(name, {})
+    own = {name: [task for task in tasks if task.system == name] for name in models}
 
-    def keep() -> None:
-        kept = {"settings": given, "results": results}
-        write_whole(workdir / _KEPT, json.dumps(kept, indent=1, allow_nan=False))
+    def still_open(tasks: Sequence[Task]) -> list[Task]:
+        return [
+            task
+            for task in tasks
+            if task.label not in results[task.system]
+            and failure(own[task.system], results[task.system]) is None
+        ]
 
-    def measured(name: str) -> int:
-        """Tasks of a system that are done."""
-        result = results.get(name, {})
-        if "reason" in result:
-            return 1 + settings.rounds
-        return ("figures" in result) + len(result.get("timings", []))
-
-    total = sum(1 + settings.rounds - measured(name) for name in models)
-    with LiveTable(list(models), total, console) as table:
-        for turn in range(1 + settings.rounds):
-            for name in models:
-                if measured(name) != turn:
-                    continue
-                outcome = run_job(
-                    "seed_timing" if turn else "seed",
-                    name,
-                    given,
+    left = still_open(tasks)
+    with LiveTable(models, console) as table:
+        while left:
+            task = left[0]
+            done = results[task.system]
+            start = time.monotonic()
+            try:
+                arguments = comparison.arguments(task, done)
+            except Impossible as error:
+                done[task.label] = {"reason": str(error)}
+            else:
+                done[task.label] = run_job(
+                    task.what,
+                    task.system,
+                    comparison.settings,
                     workdir,
-                    **limits,
-                    progress=lambda share, text, name=name: table.update(name, share, text),
+                    arguments=arguments,
+                    memory_gib=memory_gib,
+                    seconds=seconds,
+                    progress=lambda share, text, task=task: table.update(task, share, text),
                 )
-                if outcome.reason is not None:
-                    results[name] = {"reason": outcome.reason}
-                elif turn:
-                    results[name]["timings"].append(outcome.figures)
-                else:
-                    results[name] = {"figures": outcome.figures, "timings": []}
-                keep()
-                what = f"timed, {turn} of {settings.rounds}" if turn else "learned"
-                table.finished(name, outcome.reason or f"{what} in {outcome.seconds:.0f} s")
-    wanted = {name: results[name] for name in models}
-    board = make_board({**given, **limits}, describe_machine(), wanted)
-    write_board(board, workdir)
-    write_markdown(board, workdir / "leaderboard.md")
-    write_html(board, workdir / "leaderboard.html")
+            kept = {**_identity(comparison), "results": results}
+            write_whole(workdir / _KEPT, json.dumps(kept, indent=1, allow_nan=False))
+            left = still_open(left)
+            table.finished(task, done[task.label].get("reason"), time.monotonic() - start, left)
+    limits = {"memory_gib": memory_gib, "seconds": seconds}
+    about = {**_identity(comparison), "limits": limits, "machine": describe_machine()}
+    board = comparison.board(about, {name: results[name] for name in models})
+    page = comparison.page(board)
+    text = json.dumps(board, indent=2, allow_nan=False) + "\n"
+    # The second name is that of the published file.
+    for name in ("leaderboard.json", "comprehensive_model_results.json"):
+        write_whole(workdir / name, text)
+    write_whole(workdir / "leaderboard.md", markdown(page))
+    write_whole(workdir / "leaderboard.html", html(page))
     return board
 
 
-def describe_machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
-    return {
-        "processor": _processor(),
-        "device": jax.devices()[0].device_kind,
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "slam_jax": __version__,
-        **{name: version(name) for name in packages},
-    }
+def _identity(comparison: Comparison) -> Json:
+    """What makes figures comparable."""
+    return {"protocol": comparison.name, "settings": comparison.settings, "data": comparison.data}
 
 
-def _processor() -> str:
-    """The processor's own name where the system tells it."""
+def _read_results(path: Path, comparison: Comparison) -> dict[str, Any]:
+    """What an earlier run of the same settings has measured already, none where there was none."""
+    if not path.exists():
+        return {}
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        kept = json.loads(path.read_text())
+        results = {name: dict(done) for name, done in kept["results"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not what a leaderboard keeps ({error}); delete it") from None
+    if {name: kept.get(name) for name in _identity(comparison)} != _identity(comparison):
+        raise InputError(f"{path}: is of other settings; give another --workdir, or delete it")
+    return results

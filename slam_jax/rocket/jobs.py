@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 
@@ -18,29 +18,27 @@ from slam_jax.errors import write_whole
 _EVERY_S = 0.1
 
 
-class Outcome(NamedTuple):
-    """figures, or why there are none."""
-
-    figures: dict[str, Any] | None
-    reason: str | None
-    seconds: float
-
-
 def run_job(
     what: str,
     system: str,
     settings: Mapping[str, Any],
     folder: Path,
     *,
+    arguments: Mapping[str, Any],
     memory_gib: float,
     seconds: float,
     progress: Callable[[float, str], None],
-) -> Outcome:
-    """Waits for one task of `slam_jax.rocket.worker`; ends it at its limit of memory or time."""
+) -> dict[str, Any]:
+    """Waits for one task of `slam_jax.rocket.worker`; ends it at its limit of memory or time.
+
+    Returns its figures, as far as it came, and under "reason" why it did not come further.
+    """
     job, out = folder / f"{what}.{system}.job.json", folder / f"{what}.{system}.out.json"
-    write_whole(job, json.dumps({"what": what, "system": system, "settings": dict(settings)}))
+    asked = {"what": what, "system": system}
+    asked |= {"settings": dict(settings), "arguments": dict(arguments)}
+    write_whole(job, json.dumps(asked))
     out.unlink(missing_ok=True)
-    start, last_words = time.monotonic(), deque(maxlen=20)
+    last_words = deque(maxlen=20)
     process = subprocess.Popen(
         [sys.executable, "-m", "slam_jax.rocket.worker", str(job), str(out)],
         stdout=subprocess.PIPE,
@@ -65,17 +63,14 @@ def run_job(
             reader.join()
             pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
         job.unlink(missing_ok=True)
-    took = time.monotonic() - start
     if reason is None and process.returncode:
         said = next((line.strip() for line in reversed(last_words) if line.strip()), "no word")
         code = process.returncode
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         reason = f"ended with {how}: {said[:200]}"
-    if reason is not None:
-        return Outcome(None, reason, took)
-    figures = json.loads(out.read_text())
-    out.unlink()
-    return Outcome(figures, None, took)
+    figures = json.loads(out.read_text()) if out.exists() else {}
+    out.unlink(missing_ok=True)
+    return figures if reason is None else {**figures, "reason": reason}
 
 
 def _watch(process: subprocess.Popen, memory_gib: float, seconds: float) -> str | None:

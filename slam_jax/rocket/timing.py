@@ -37,6 +37,18 @@ def timed(call: Callable[[], Any], repeats: int) -> list[float]:
     return seconds
 
 
+def compiled(function: Any, *args: Any) -> tuple[Any, float]:
+    """A jitted function compiled for such arguments, and the seconds it took, traces and all; no
+    cache of programs is asked or filled."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        start = time.perf_counter()
+        return function.lower(*args).compile(), time.perf_counter() - start
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
 def peak_memory() -> int:
     """Bytes: of the device where it tells, else the most this process has ever had."""
     stats = jax.local_devices()[0].memory_stats() or {}

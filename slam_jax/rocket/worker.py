@@ -1,21 +1,27 @@
 """One system in a process of its own: python -m slam_jax.rocket.worker JOB OUT
 
-JOB is a JSON file of {"what", "system", "settings"}; the figures go to OUT. Progress goes to
-standard output, a JSON list of share and text a line.
+JOB is a JSON file of {"what", "system", "settings", "arguments"}; the figures go to OUT. Progress
+goes to standard output, a JSON list of share and text a line.
 """
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from slam_jax.errors import write_whole
-from slam_jax.rocket import seed
+from slam_jax.rocket.heldout import measure as heldout
+from slam_jax.rocket.seed import measure as seed
 from slam_jax.training.host import tune_host
 
+# A task that fails later on yields what it has so far.
 TASKS = {
     "seed": (seed.learn, seed.SeedSettings),
     "seed_timing": (seed.time_inference, seed.SeedSettings),
+    "seed_stress": (seed.stress, seed.SeedSettings),
+    "heldout": (heldout.train, heldout.HeldoutSettings),
+    "heldout_timing": (heldout.time_system, heldout.HeldoutSettings),
 }
 
 
@@ -28,8 +34,9 @@ def main() -> None:
     def tell(share: float, text: str) -> None:
         print(json.dumps([round(share, 3), text]), flush=True)
 
-    figures = task(given["system"], settings(**given["settings"]), tell)
-    write_whole(out, json.dumps(figures, allow_nan=False))
+    figures = task(given["system"], settings(**given["settings"]), tell, **given["arguments"])
+    for each in figures if isinstance(figures, Iterator) else [figures]:
+        write_whole(out, json.dumps(each, allow_nan=False))
 
 
 if __name__ == "__main__":

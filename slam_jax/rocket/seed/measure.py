@@ -64,7 +64,7 @@ class SeedSettings:
 
 
 def learn(name: str, settings: SeedSettings, tell: Tell) -> dict[str, Any]:
-    """Everything but the timings that are taken in turns: sizes, updates, memory, stress."""
+    """Everything but the timings that are taken in turns and the stress test."""
     config = make_config(name, settings.preset)
     size = measure(config)
     tell(0.05, "building")
@@ -87,16 +87,13 @@ def learn(name: str, settings: SeedSettings, tell: Tell) -> dict[str, Any]:
         losses.append(float(metrics.loss.cross_entropy))
         accuracies.append(float(metrics.loss.accuracy))
         share = (i + 1) / settings.num_updates
-        tell(0.1 + 0.6 * share, f"update {i + 1}, loss {losses[-1]:.2f}")
+        tell(0.1 + 0.8 * share, f"update {i + 1}, loss {losses[-1]:.2f}")
     memory = peak_memory()
     trained = nnx.merge(graphdef, nnx.State(state.params))
     evaluate = jax.jit(language_model_loss)
     after, other = (evaluate(trained, batch) for batch in (tokens, fresh))
     losses.append(float(after.cross_entropy))
     accuracies.append(float(after.accuracy))
-    tell(0.8, "stress test")
-    stress = list(_stress(trained, config, settings))
-    passed = [each for each in stress if each["seconds"] <= settings.stress_seconds]
     return {
         "parameters": {"total": size.total, "active": size.active, "embedding": size.embedding},
         "cache_bytes_per_token": size.cache_bytes_per_token,
@@ -112,9 +109,6 @@ def learn(name: str, settings: SeedSettings, tell: Tell) -> dict[str, Any]:
         "first_step_seconds": seconds[0],
         "training_step": Timing.of(seconds[1:] or seconds).as_json(),
         "peak_memory_bytes": memory,
-        "stress": stress,
-        "max_batch": max((each["batch_size"] for each in passed), default=0),
-        "max_length": max((each["length"] for each in passed), default=0),
     }
 
 
@@ -148,14 +142,18 @@ def _tokens(config: Any, settings: SeedSettings) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(drawn[0]), jnp.asarray(drawn[1])
 
 
-def _stress(model: Any, config: Any, settings: SeedSettings) -> Iterator[dict[str, Any]]:
-    """Forward passes over twice the batch and twice the length each time, until one is too slow."""
+def stress(name: str, settings: SeedSettings, tell: Tell) -> Iterator[dict[str, Any]]:
+    """Forward passes over twice the batch and twice the length each time, until one is too slow,
+    the context is full, or the process is ended for its memory; all that were taken so far."""
+    config = make_config(name, settings.preset)
+    model = _build(config, settings)
     batch_size, length = settings.stress_batch, settings.stress_length
     forward = jax.jit(lambda model, tokens: jnp.mean(model(tokens).logits))
-    seconds = 0.0
+    seconds, levels = 0.0, []
     while seconds <= settings.stress_seconds and length <= config.context_length:
-        shape = (batch_size, length)
-        tokens = jnp.zeros(shape, jnp.int32)
+        tell(0.5, f"{batch_size} x {length}")
+        tokens = jnp.zeros((batch_size, length), jnp.int32)
         seconds = min(timed(lambda tokens=tokens: forward(model, tokens), 1))
-        yield {"batch_size": batch_size, "length": length, "seconds": seconds}
+        levels.append({"batch_size": batch_size, "length": length, "seconds": seconds})
+        yield {"levels": [*levels]}
         batch_size, length = 2 * batch_size, 2 * length

@@ -1,0 +1,1 @@
+"""The held-out comparison: real text, equal budgets, intervals."""

@@ -1,0 +1,40 @@
+"""What figures depend on besides the code."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import psutil
+
+from slam_jax.version import __version__
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, device, memory and versions."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "processor": _processor(),
+        "device": jax.devices()[0].device_kind,
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "slam_jax": __version__,
+        **{name: version(name) for name in packages},
+    }
+
+
+def _processor() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,494 @@
+"""The held-out comparison: its text, its budgets, what a run measures, intervals and ranks."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from slam_jax.data.records import DataError
+from slam_jax.errors import ConfigError, InputError
+from slam_jax.language_models import measure
+from slam_jax.rocket.engine import DEFAULT_MODELS, run
+from slam_jax.rocket.flops import training_flops
+from slam_jax.rocket.heldout import measure as heldout
+from slam_jax.rocket.heldout.board import make_board
+from slam_jax.rocket.heldout.budgets import Budget, fit
+from slam_jax.rocket.heldout.corpus import (
+    Rows,
+    load_corpus,
+    make_corpus,
+    read_documents,
+    save_corpus,
+    split_documents,
+)
+from slam_jax.rocket.heldout.measure import HeldoutSettings
+from slam_jax.rocket.heldout.page import make_page
+from slam_jax.rocket.heldout.protocol import Heldout
+from slam_jax.rocket.machine import describe_machine
+from slam_jax.rocket.page import html, markdown
+from slam_jax.rocket.tasks import Impossible, plain
+from tests.helpers import schema_errors
+
+
+def quiet(*_: Any) -> None:
+    pass
+
+
+def document(i: int) -> str:
+    """Counting in words, a different stretch each."""
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    return " ".join(names[(i * 7 + j) % 10] for j in range(40 + i % 9)) + f" number {i}\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("texts")
+    (root / "inner").mkdir()
+    for i in range(120):
+        (root / ("inner" if i % 2 else ".") / f"{i}.txt").write_text(document(i))
+    (root / "copy.txt").write_text(document(3))
+    (root / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    (root / ".hidden").write_text("not to be read")
+    (root / "empty.txt").write_text("  \n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def settings(folder) -> HeldoutSettings:
+    return HeldoutSettings(
+        text=str(folder),
+        vocab_size=300,
+        budget=3e5,
+        length=16,
+        batch_size=4,
+        num_tokens=2_560,
+        sweep_tokens=640,
+        learning_rates=(1e-3, 4e-3),
+        seeds=(0, 1),
+        document_tokens=40,
+        curve_points=2,
+        prompt_length=8,
+        new_tokens=4,
+        rounds=2,
+        repeats=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(settings, tmp_path_factory):
+    corpus = make_corpus(settings.text, settings.vocab_size)
+    where = tmp_path_factory.mktemp("corpus") / "corpus"
+    save_corpus(corpus, where)
+    return corpus, where
+
+
+# The text.
+
+
+def test_documents_are_the_texts_of_a_folder(folder):
+    documents = read_documents(str(folder))
+    # 120, a copy and the empty one; neither the hidden one nor what is no text.
+    assert len(documents) == 122 and set(documents) == {*map(document, range(120)), "  \n"}
+
+
+def test_a_split_depends_on_the_document_alone():
+    documents = [document(i) for i in range(120)]
+    splits = split_documents(documents)
+    assert sorted(text for texts in splits.values() for text in texts) == sorted(documents)
+    assert {name: len(texts) for name, texts in splits.items()} == {
+        "train": 101,
+        "validation": 6,
+        "test": 13,
+    }
+    # Others more or less, in another order, twice: each stays where it is, and in its order.
+    fewer = split_documents([*reversed(documents[20:]), *documents[40:60], " "])
+    for name, texts in fewer.items():
+        assert texts == [text for text in splits[name] if text in set(documents[20:])]
+
+
+def test_too_few_documents_are_refused():
+    with pytest.raises(DataError, match="8 documents, of which .* are for .*; at least 3"):
+        split_documents(map(document, range(8)))
+    with pytest.raises(DataError, match="give 'stdlib', tfds:NAME or a folder of files"):
+        read_documents("/no/such/folder")
+
+
+def test_the_standard_library_is_there_without_its_tests_and_tables():
+    documents = read_documents("stdlib")
+    assert len(documents) > 300
+    joined = "\n".join(documents)
+    assert "class JSONDecoder" in joined and "class TestCase" in joined
+    for absent in ("class TestJSONDecoder", "Python Character Mapping Codec cp1252", "slam_jax"):
+        assert absent not in joined
+
+
+class Proverbs(tfds.core.GeneratorBasedBuilder):
+    """Texts as TFDS has them."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(
+                {"title": tfds.features.Text(), "text": tfds.features.Text()}
+            )
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(5):
+            yield i, {"title": f"number {i}", "text": document(i)}
+
+
+def test_documents_are_the_texts_of_a_tfds_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLAM_JAX_DATA_DIR", str(tmp_path))
+    Proverbs(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    assert sorted(read_documents("tfds:proverbs")) == sorted(map(document, range(5)))
+
+
+def test_a_corpus_is_kept_and_is_text_again(corpus, settings):
+    made, where = corpus
+    loaded = load_corpus(where)
+    np.testing.assert_array_equal(loaded.train, made.train)
+    assert loaded.about == made.about and loaded.about["test"]["documents"] == 13
+    assert make_corpus(settings.text, settings.vocab_size).about == made.about
+    splits = split_documents(read_documents(settings.text))
+    whole = list(loaded.test.documents(10_000))
+    assert [loaded.tokenizer.decode(each[1:]) for each in whole] == splits["test"]
+    assert all(each[0] == loaded.tokenizer.bos_id for each in whole)
+    assert all(each[-1] == loaded.tokenizer.eos_id for each in whole)
+    for cut, each in zip(loaded.test.documents(7), whole, strict=True):
+        np.testing.assert_array_equal(cut, each[:8])
+    assert sum(map(len, whole)) == loaded.about["test"]["tokens"]
+    (where / "about.json").write_text("{")
+    with pytest.raises(InputError, match="not a corpus"):
+        load_corpus(where)
+    save_corpus(made, where)
+
+
+def test_rows_are_the_whole_text_once_an_epoch():
+    rows = Rows(np.arange(100, dtype=np.int32), 7, seed=0)
+    seen = np.concatenate([rows(step, 2) for step in range(7)])  # 14 rows are an epoch
+    assert seen.shape == (14, 8)
+    np.testing.assert_array_equal(np.sort(seen[:, 1:].ravel()), np.arange(1, 99))
+    np.testing.assert_array_equal(seen[:, 1:], seen[:, :-1] + 1)
+    again = np.concatenate([rows(step, 2) for step in range(7, 14)])
+    assert not np.array_equal(again, seen)
+    np.testing.assert_array_equal(np.sort(again.ravel()), np.sort(seen.ravel()))
+    np.testing.assert_array_equal(Rows(np.arange(100), 7, seed=0)(9, 2), rows(9, 2))
+    assert not np.array_equal(Rows(np.arange(100), 7, seed=1)(0, 2), rows(0, 2))
+    with pytest.raises(InputError, match="rows of 7 need more"):
+        Rows(np.arange(7), 7, seed=0)
+
+
+# The budgets.
+
+
+@pytest.mark.parametrize("name", DEFAULT_MODELS)
+def test_every_system_meets_a_budget_of_flops(name):
+    budget = Budget("flops", 3e7)
+    config = fit(name, budget, 256, 2_048)
+    assert training_flops(config, 256) / 256 == pytest.approx(3e7, rel=0.02)
+    assert config.vocab_size == 2_048 and config.embed_dim == 32 * config.num_heads
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "moe" else pytest.mark.slow) for n in DEFAULT_MODELS]
+)
+def test_every_system_meets_a_budget_of_parameters(name):
+    size = measure(fit(name, Budget("parameters", 4e6), 256, 2_048))
+    assert size.active - size.embedding == pytest.approx(4e6, rel=0.02)
+
+
+def test_proportions_are_those_of_the_seed_preset_as_far_as_they_can_be():
+    config = fit("deepseek_v2", Budget("flops", 3e7), 256, 2_048)
+    assert config.expert_dim == pytest.approx(config.mlp_dim / 4, abs=1)
+    assert config.kv_lora_rank == 128 * config.embed_dim // 512
+    assert 2.0 < config.mlp_dim / config.embed_dim < 8.0  # 4 in the preset
+
+
+def test_a_budget_that_no_width_meets_is_refused():
+    with pytest.raises(ConfigError, match="slam_v6 comes within 2% of it at no width"):
+        fit("slam_v6", Budget("flops", 1e5), 256, 2_048)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": ()}, "seeds is .*; expected some, all different"),
+        ({"learning_rates": (1e-3, 1e-3)}, "learning_rates is .*; expected some, all different"),
+        ({"learning_rates": (0.0,)}, "learning_rates is .*; expected numbers above 0"),
+        ({"num_tokens": 100}, "num_tokens is 100; expected at least 16,384"),
+        ({"budget_of": "money"}, "budget_of is 'money'; expected one of"),
+        ({"warmup": 1.0}, "warmup is 1.0; expected a share"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        HeldoutSettings(**changes)
+
+
+# A run.
+
+
+@pytest.fixture(scope="module")
+def figures(settings, corpus) -> dict[str, Any]:
+    return heldout.train("standard", settings, quiet, **_asked(corpus), test=True)
+
+
+def _asked(corpus) -> dict[str, Any]:
+    return {"corpus": str(corpus[1]), "learning_rate": 4e-3, "seed": 1, "num_tokens": 2_560}
+
+
+def test_a_run_learns_and_its_curve_says_where(figures, settings):
+    first, last = figures["curve"]
+    assert (first["step"], last["step"], last["tokens"]) == (20, 40, 2_560)
+    assert last["validation_loss"] == figures["validation_loss"] < first["validation_loss"] < 5.6
+    assert last["train_loss"] < first["train_loss"]
+    config = settings.config_of("standard", 300)
+    assert last["flops"] == 160 * training_flops(config, 16)
+    assert figures["skipped_updates"] == 0 and 0 < figures["stability"] < 1
+    json.dumps(figures, allow_nan=False)
+
+
+def test_every_token_of_a_test_document_is_predicted_once(figures, corpus):
+    made, _ = corpus
+    test = figures["test"]
+    documents = list(made.test.documents(40))
+    assert test["tokens"] == [len(each) - 1 for each in documents]
+    texts = [made.tokenizer.decode(each[1:]) for each in documents]
+    assert test["bytes"] == [len(text.encode()) for text in texts]
+    mean = sum(test["nats"]) / sum(test["tokens"])
+    assert abs(mean - figures["validation_loss"]) < 0.7
+    for first, five, tokens in zip(test["top1"], test["top5"], test["tokens"], strict=True):
+        assert 0 <= first <= five <= tokens and float(first).is_integer()
+    assert sum(test["top1"]) < sum(test["top5"])
+
+
+def test_the_score_of_a_document_is_that_of_its_tokens(settings):
+    # A model that says of each token its own number of nats.
+    def predict(tokens):
+        return np.stack([tokens[:, 1:], tokens[:, 1:] % 2, tokens[:, 1:] % 3 > 0], axis=1)
+
+    documents = [np.arange(1, 40), np.array([1, 7]), np.arange(2, 19)]
+    sizes = [b"ab"] * 50
+    told = heldout.score_documents(predict, documents, settings, sizes)
+    assert told["nats"] == [sum(range(2, 40)), 7, sum(range(3, 19))]
+    assert told["top1"] == [19, 1, 8]
+    assert told["tokens"] == [38, 1, 16] and told["bytes"] == [76, 2, 32]
+
+
+def test_quality_is_the_same_every_time_and_another_seed_is_another_run(figures, settings, corpus):
+    asked = _asked(corpus)
+    again = heldout.train("standard", settings, quiet, **asked, test=True)
+    assert again["test"] == figures["test"] and again["curve"] == figures["curve"]
+    other = heldout.train("standard", settings, quiet, **{**asked, "seed": 0}, test=False)
+    assert other["validation_loss"] != figures["validation_loss"] and other["test"] is None
+
+
+def test_a_stable_run_is_one_whose_loss_falls_evenly():
+    assert heldout.stability([9.0, 0.0, 3.0, 2.5, 2.0, 1.5]) == 1.0
+    assert heldout.stability([9.0, 0.0, 3.0, 2.0, 3.0]) == 0.5
+    assert heldout.stability([1.0]) == 1.0
+
+
+def test_times_are_of_training_prompts_and_generation(settings, corpus):
+    told = heldout.time_system("standard", settings, quiet, corpus=str(corpus[1]))
+    assert set(told["seconds"]) == {
+        "training_step",
+        *(f"{what}_{n}" for what in ("first_token", "generation") for n in (1, 8)),
+    }
+    assert all(len(each) == 2 and min(each) > 0 for each in told["seconds"].values())
+    assert told["compile_seconds"] > 0
+
+
+# Intervals and ranks.
+
+TITLES = ("standard", "moe", "slam_v4")
+
+
+def _done(settings: HeldoutSettings, level: float, noise: float, seed: int) -> dict[str, Any]:
+    """As if measured: 30 documents of 10 tokens and 20 bytes, nats a token around a level."""
+    rng = np.random.default_rng(seed)
+    hard = np.random.default_rng(9).normal(0, 0.5, 30)  # some documents are hard for all
+
+    def run(shift: float) -> dict[str, Any]:
+        nats = 10 * (level + shift + hard + rng.normal(0, noise, 30))
+        test = {"nats": nats.tolist(), "tokens": [10] * 30, "bytes": [20] * 30}
+        test |= {"top1": [4.0] * 30, "top5": [7.0] * 30}
+        point = {"step": 1, "tokens": 64, "flops": 9, "train_loss": 4.0, "validation_loss": 4.0}
+        measured = {"curve": [point], "validation_loss": level, "test": test}
+        cost = {"train_seconds": 1.0, "peak_memory_bytes": 1 << 30}
+        return {**measured, **cost, "stability": 0.9, "skipped_updates": 0}
+
+    seconds = {
+        "training_step": [0.5, 1.0, 2.0],
+        **{f"first_token_{n}": [0.1] * 3 for n in (1, 8)},
+        **{f"generation_{n}": [0.3] * 3 for n in (1, 8)},
+    }
+    return {
+        "learning rate 0.001": {"validation_loss": 4.5},
+        "learning rate 0.004": {"validation_loss": 4.4},
+        "seed 0": run(0.001),
+        "seed 1": run(-0.001),
+        **{
+            f"timing {i}": {"seconds": seconds, "compile_seconds": 2.0}
+            for i in range(1, settings.rounds + 1)
+        },
+    }
+
+
+@pytest.fixture
+def results(settings) -> dict[str, Any]:
+    return {
+        "standard": _done(settings, 2.00, 0.001, 1),
+        "moe": _done(settings, 2.30, 0.001, 2),
+        # Not to be told from the one above by 30 documents with so much noise.
+        "slam_v4": _done(settings, 2.32, 0.4, 3),
+        "jamba": {"learning rate 0.001": {"reason": "x"}, "seed 0": {"reason": "no rate"}},
+    }
+
+
+@pytest.fixture
+def board(settings, results) -> dict[str, Any]:
+    split = {"documents": 30, "bytes": 600, "tokens": 300}
+    about = {
+        "protocol": "heldout",
+        "settings": plain(settings),
+        "data": {
+            "text": "stdlib",
+            "version": "CPython",
+            "vocab_size": 300,
+            "sha256": "0",
+            **dict.fromkeys(("train", "validation", "test"), split),
+        },
+        "limits": {"memory_gib": 16.0, "seconds": 60.0},
+        "machine": describe_machine(),
+    }
+    sizes: Any = dict.fromkeys(TITLES, heldout.size("standard", settings, 300))
+    return make_board(about, settings, sizes, results)
+
+
+def test_metrics_are_sums_over_documents_with_an_interval(board):
+    first = board["rows"][0]
+    assert first["system"] == "standard"
+    runs = [run["bits_per_byte"] for run in first["runs"]]
+    bits = first["bits_per_byte"]
+    assert bits["mean"] == pytest.approx(np.mean(runs)) and runs[0] > runs[1]
+    assert bits["mean"] == pytest.approx(first["loss"]["mean"] * 10 / 20 / math.log(2))
+    # The interval is that of a mean of 30 documents, whose deviation is about half a nat.
+    width = (first["loss"]["high"] - first["loss"]["low"]) / 2
+    documents = np.array(first["runs"][0]["test"]["nats"]) / 10
+    assert width == pytest.approx(1.96 * np.std(documents) / math.sqrt(30), rel=0.15)
+    assert first["top1"] == {"mean": 0.4, "low": 0.4, "high": 0.4}
+    assert first["top5"]["mean"] == 0.7
+
+
+def test_ranks_are_shared_where_the_paired_difference_is_not_clear_of_0(board):
+    first, second, third, failed = board["rows"]
+    assert [row["system"] for row in board["rows"]] == ["standard", "moe", "slam_v4", "jamba"]
+    assert [row["rank"] for row in board["rows"][:3]] == [1, 2, 2]
+    assert first["difference_from_above"] is None
+    # Paired: what is hard for both does not widen it, though the intervals themselves overlap.
+    assert second["bits_per_byte"]["low"] < first["bits_per_byte"]["high"]
+    above = second["difference_from_above"]
+    assert 0 < above["low"] < above["mean"] < above["high"]
+    assert above["mean"] == pytest.approx(0.3 * 10 / 20 / math.log(2), rel=0.01)
+    assert above["high"] - above["low"] < 0.01
+    assert third["difference_from_above"]["low"] < 0 < third["difference_from_above"]["high"]
+    assert failed == {
+        "system": "jamba",
+        "title": "Jamba 1.5",
+        "status": "failed",
+        "reason": "no rate",
+    }
+
+
+def test_seeds_that_differ_widen_the_interval(settings, results):
+    for shift, label in ((-6, "seed 0"), (6, "seed 1")):
+        test = results["moe"][label]["test"]
+        test["nats"] = [x + shift for x in test["nats"]]
+    sizes: Any = dict.fromkeys(TITLES, heldout.size("standard", settings, 300))
+    rows = make_board({}, settings, sizes, results)["rows"]
+    assert rows[1]["system"] == "moe" and rows[1]["rank"] == 1  # 0.3 apart, seeds 1.2 apart
+
+
+def test_costs_are_rates_of_all_visits(board, settings):
+    row = board["rows"][0]
+    tokens = settings.batch_size * settings.length
+    trained = row["training_tokens_per_second"]
+    assert (trained["median"], trained["n"]) == (tokens, 6)
+    assert (trained["least"], trained["most"]) == (tokens / 2, 2 * tokens)
+    generated = row["generation_tokens_per_second"]["8"]["median"]
+    assert generated == pytest.approx(8 * settings.new_tokens / 0.2)
+    assert row["first_token_seconds"]["1"]["median"] == pytest.approx(0.1)
+
+
+def test_the_score_is_its_parts(board):
+    first, second, *_ = board["rows"]
+    assert first["score"] == pytest.approx(100)  # the best, and none is faster or smaller
+    share = first["bits_per_byte"]["mean"] / second["bits_per_byte"]["mean"]
+    assert second["score"] == pytest.approx(70 * share + 30)
+    assert set(first["score_parts"]) == set(board["score_rule"])
+
+
+def test_the_learning_rate_is_the_one_that_the_validation_split_chose(board):
+    row = board["rows"][0]
+    assert row["learning_rate"] == 4e-3 and row["learning_rate_is_at_edge"]
+    assert [each["validation_loss"] for each in row["tried"]] == [4.5, 4.4]
+    assert heldout.choose_learning_rate({1.0: None, 2.0: 4.0, 3.0: 3.9}) == 3.0
+    assert heldout.choose_learning_rate({1.0: None}) is None
+
+
+def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
+    assert schema_errors(board) == []
+    page = make_page(board)
+    text, whole = markdown(page), html(page)
+    assert "| 1 | standard |" in text and "| 2 | moe |" in text and "| 2= | slam_v4 |" in text
+    assert "- jamba: no rate" in text and "0.004*" in text
+    assert whole.count("<svg") == 10 and "jamba: no rate" in whole
+    del board["rows"][0]["runs"][0]["curve"]
+    assert len(schema_errors(board)) == 1
+    html(make_page({**board, "rows": [], "category_winners": {}}))
+
+
+def test_tasks_choose_the_rate_before_they_use_it(settings, tmp_path):
+    comparison = Heldout(settings, ("standard",), tmp_path)
+    tasks = comparison.tasks(("standard",))
+    assert [task.label for task in tasks] == [
+        "learning rate 0.001",
+        "learning rate 0.004",
+        "seed 0",
+        "seed 1",
+        "timing 1",
+        "timing 2",
+    ]
+    assert [task.optional for task in tasks] == [True, True, False, False, False, False]
+    tried = comparison.arguments(tasks[1], {})
+    assert (tried["learning_rate"], tried["seed"], tried["num_tokens"]) == (4e-3, 0, 640)
+    done = {tasks[0].label: {"validation_loss": 4.0}, tasks[1].label: {"reason": "diverged"}}
+    used = comparison.arguments(tasks[3], done)
+    assert (used["learning_rate"], used["seed"], used["num_tokens"]) == (1e-3, 1, 2_560)
+    assert used["test"] and not tried["test"]
+    done[tasks[0].label] = {"reason": "took more than 3 s"}
+    with pytest.raises(Impossible, match="no learning rate could be tried: took more than 3 s"):
+        comparison.arguments(tasks[2], done)
+
+
+@pytest.mark.slow
+def test_the_same_command_twice_gives_the_same_quality(settings, tmp_path):
+    models = ("standard", "slam_v4")
+    boards = [
+        run(Heldout(settings, models, tmp_path / name), tmp_path / name, models=models)
+        for name in ("one", "two")
+    ]
+    kept = ("system", "rank", *("loss", "bits_per_byte", "top1", "top5", "difference_from_above"))
+    one, two = ([{key: row[key] for key in kept} for row in board["rows"]] for board in boards)
+    assert one == two and len(one) == 2
+    assert schema_errors(json.loads((tmp_path / "one" / "leaderboard.json").read_text())) == []
