@@ -41,8 +41,10 @@ def build_once(
             ) from error
 
 
-def open_splits(config: DataConfig, name: str, splits: Sequence[str]) -> list[Sequence[Any]]:
-    """Random access to the records of each split, pictures as the bytes of their files.
+def open_splits(
+    config: DataConfig, name: str, splits: Sequence[str], *, pictures: bool = True
+) -> list[Sequence[Any]]:
+    """Random access to the records of each split; their `pictures` as the bytes of their files.
 
     Raises DataError where the data set cannot be read.
     """
@@ -51,7 +53,7 @@ def open_splits(config: DataConfig, name: str, splits: Sequence[str]) -> list[Se
             name,
             split=list(splits),
             data_dir=config.directory,
-            decoders={"image": tfds.decode.SkipDecoding()},
+            decoders={"image": tfds.decode.SkipDecoding()} if pictures else None,
             download=False,
         )
     return sources

@@ -68,7 +68,7 @@ def read_texts(name: str) -> list[str]:
 
     Raises DataError where it can neither be read nor built, or its records have no text.
     """
-    (records,) = _open(DataConfig(name=name), name, ("train",))
+    (records,) = _open(DataConfig(name=name), name, ("train",), pictures=False)
     texts = [_text(records[i], name) for i in range(len(records))]
     return [text.decode(errors="replace") if isinstance(text, bytes) else text for text in texts]
 
@@ -111,7 +111,9 @@ def _captioned(record: Mapping[str, Any]) -> Row:
     return Row(record["image"], None, None, _CAPTION, captions, where=where)
 
 
-def _open(config: DataConfig, name: str, splits: Sequence[str]) -> list[Sequence[Any]]:
+def _open(
+    config: DataConfig, name: str, splits: Sequence[str], *, pictures: bool = True
+) -> list[Sequence[Any]]:
     folder = config.directory / name
     if not any(folder.glob("[0-9]*/dataset_info.json")):
         _build(config, name)
@@ -121,7 +123,7 @@ def _open(config: DataConfig, name: str, splits: Sequence[str]) -> list[Sequence
             "have TFDS build it with file_format='array_record'"
         )
     # With a version, any, TFDS asks the files alone; its code for COCO imports TensorFlow.
-    return open_splits(config, f"{name}:*.*.*", splits)
+    return open_splits(config, f"{name}:*.*.*", splits, pictures=pictures)
 
 
 def _build(config: DataConfig, name: str) -> None:

@@ -32,7 +32,7 @@ class HeldOut(NamedTuple):
     tokens: Int[np.ndarray, "N"]
     ends: Int[np.ndarray, "documents"]
 
-    def documents(self, at_most: int) -> Iterator[Int[np.ndarray, "T"]]:
+    def documents(self, at_most: int) -> Iterator[Int[np.ndarray, "_"]]:
         """Each document's first `at_most` tokens after its <bos>, and that."""
         for start, end in zip([0, *self.ends[:-1]], self.ends, strict=True):
             yield self.tokens[start : min(end, start + at_most + 1)]

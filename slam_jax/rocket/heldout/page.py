@@ -163,7 +163,7 @@ def _size(row: Json) -> tuple[str, ...]:
 def _mean_curve(row: Json, x: str, y: str) -> tuple[list[float], list[float]]:
     curves = [run["curve"] for run in row["runs"]]
     points = [sum(point[y] for point in each) / len(each) for each in zip(*curves, strict=True)]
-    return [point[x] for point in curves[0]], points
+    return [float(point[x]) for point in curves[0]], points
 
 
 def _curves(rows: list[Json]) -> Plots:
