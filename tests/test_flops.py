@@ -12,6 +12,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from slam_jax.language_models import SYSTEMS, make_config, make_model
 from slam_jax.rocket.flops import forward_flops, training_flops
+from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
+from slam_jax.slam_v3.config import PARTS
+from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
 
 LENGTH = 6
 
@@ -28,6 +31,9 @@ def brute(jaxpr: Any, in_scan: bool = False) -> int:
             total += (
                 2 * math.prod(shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
             )
+        elif name == "conv_general_dilated":
+            window = eqn.invars[1].aval.shape  # height, width, in, out
+            total += 2 * math.prod(shape) * math.prod(window[:3])
         elif in_scan and name in ("mul", "add") and len(shape) == 3:
             total += math.prod(shape)
         elif in_scan and name == "reduce_sum" and len(eqn.invars[0].aval.shape) == 3:
@@ -78,3 +84,46 @@ def test_attention_grows_with_the_square_and_mamba_does_not():
         config = make_config(name, "tiny", **changes)
         growth = forward_flops(config, large) / forward_flops(config, small)
         assert np.log(growth) / np.log(large / small) == pytest.approx(power, abs=0.25)
+
+
+VIEWS: dict[str, dict[str, Any]] = {
+    "text": {"text": 5},
+    "aux": {"aux": 3},
+    "all": {"text": 5, "pixels": (24, 17), "aux": 3},
+}
+
+
+@pytest.mark.parametrize(
+    ("view", "changes"),
+    [
+        *((view, {}) for view in VIEWS),
+        ("all", {"num_memory_tokens": 4, "q_lora_rank": None, "num_process_layers": 2}),
+        ("all", {"image": {"encoder": "vit", "size": 24, "patch_size": 8, "num_layers": 2}}),
+        ("all", {"image": {"size": 24, "stage_widths": (8, 8, 16), "blocks_per_stage": 2}}),
+        ("text", {"process_mlp_dim": 20, "num_processes": 2}),
+        *(("all", {"without": (part,)}) for part in PARTS),
+    ],
+)
+def test_slam_v3_counts_every_product(view, changes):
+    config = SlamV3Config.preset("tiny", 13, **changes)
+    sizes = dict(VIEWS[view])
+    if config.image.encoder == "vit" and "pixels" in sizes:
+        sizes["pixels"] = (24, 16)
+
+    def array(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((1, *shape), dtype)
+
+    inputs: Any = Inputs(
+        text=array((sizes["text"],), jnp.int32) if "text" in sizes else None,
+        image=array((*sizes["pixels"], 3), jnp.uint8) if "pixels" in sizes else None,
+        aux=array((sizes["aux"], config.aux_dim), jnp.float32) if "aux" in sizes else None,
+    )
+    model = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
+    encode = jax.make_jaxpr(SlamV3.encode)(model, inputs)
+    memory = jax.eval_shape(SlamV3.encode, model, inputs)
+    assert brute(encode.jaxpr) == encode_flops(config, **sizes)
+    tokens = array((2, LENGTH), jnp.int32)
+    decode = jax.make_jaxpr(SlamV3.decode)(model, tokens, memory)
+    found = memory.c_mem.shape[1]
+    assert brute(decode.jaxpr) == decode_flops(config, prompts=2, length=LENGTH, memory=found)
+    assert num_memory(config, **sizes) == found

@@ -2,6 +2,8 @@
 
 import io
 import json
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ def quiet(*_: Any) -> None:
 def job(tmp_path: Path, what: str = "seed", settings: Any = None, **limits: Any) -> Json:
     limits = {**LIMITS, **limits}
     settings = settings or plain(TINY)
+    limits.setdefault("stop", threading.Event())
     return run_job(what, "standard", settings, tmp_path, arguments={}, progress=quiet, **limits)
 
 
@@ -55,6 +58,13 @@ def job(tmp_path: Path, what: str = "seed", settings: Any = None, **limits: Any)
 )
 def test_a_process_is_ended_at_its_limits(tmp_path, limits, reason):
     assert job(tmp_path, **limits) == {"reason": reason}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_is_ended_when_all_are(tmp_path):
+    stop = threading.Event()
+    stop.set()
+    assert job(tmp_path, stop=stop) == {"reason": "was stopped"}
     assert not list(tmp_path.iterdir())
 
 
@@ -90,15 +100,20 @@ class Pretended:
 
     name, data = "pretended", {"from": "nowhere"}
 
-    def __init__(self, settings: Json | None = None):
+    def __init__(self, models: Sequence[str], settings: Json | None = None, timed: bool = True):
+        self.models, self._timed = models, timed
         self.settings: Json = settings or {"width": 1}
 
-    def tasks(self, models: Sequence[str]) -> list[Task]:
+    def tasks(self) -> list[Task]:
         labels = (("first", False), ("second", False), ("extra", True))
-        return [Task(m, label, "what", optional=opt) for label, opt in labels for m in models]
+        return [
+            Task(name, label, "what", optional=optional, timed=self._timed)
+            for label, optional in labels
+            for name in self.models
+        ]
 
     def arguments(self, task: Task, done: Mapping[str, Json]) -> Json:
-        if task == Task("c", "second", "what"):
+        if (task.system, task.label) == ("c", "second"):
             raise Impossible("nothing to go on")
         return {"label": task.label, "before": list(done)}
 
@@ -128,7 +143,7 @@ def pretend(monkeypatch):
 def test_one_that_fails_costs_its_own_row(tmp_path, pretend, capsys):
     asked, fails = pretend
     fails |= {("a", "first"), ("b", "extra")}
-    board = run(Pretended(), tmp_path, models=("a", "b", "c"))
+    board = run(Pretended(("a", "b", "c")), tmp_path)
     # Nothing more is asked of a system without figures; an optional task may fail.
     assert asked == [
         ("a", "first", ()),
@@ -140,21 +155,71 @@ def test_one_that_fails_costs_its_own_row(tmp_path, pretend, capsys):
     assert board["results"]["a"] == {"first": {"reason": "it failed"}}
     assert board["results"]["b"]["extra"] == {"reason": "it failed"}
     assert board["results"]["c"]["second"] == {"reason": "nothing to go on"}
-    tasks = [task for task in Pretended().tasks(("a", "b", "c")) if task.system == "b"]
+    tasks = [task for task in Pretended(("a", "b", "c")).tasks() if task.system == "b"]
     assert failure(tasks, board["results"]["b"]) is None
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("1/7 a, first: it failed · ETA 0:00") and len(told) == 6
     assert told[-1] == "6/6 b, extra: it failed"
 
 
+def test_what_is_not_timed_may_run_side_by_side(tmp_path, monkeypatch):
+    meet, beside = threading.Barrier(2, timeout=30), []
+
+    def run_job(what, system, settings, folder, *, arguments, **others):
+        if arguments["label"] != "extra":
+            meet.wait()  # another one is there, too
+        beside.append((arguments["label"], system))
+        return {"value": system}
+
+    monkeypatch.setattr("slam_jax.rocket.engine.run_job", run_job)
+    board = run(Pretended(("a", "b"), timed=False), tmp_path, jobs=2)
+    assert [label for label, _ in beside] == ["first"] * 2 + ["second"] * 2 + ["extra"] * 2
+    assert board["limits"]["jobs"] == 2 and set(board["results"]["b"]) == {
+        "first",
+        "second",
+        "extra",
+    }
+
+
+@pytest.mark.parametrize(("models", "timed"), [(("a", "b"), True), (("a",), False)])
+def test_what_is_timed_and_what_depends_on_another_runs_alone(tmp_path, monkeypatch, models, timed):
+    running = []
+
+    def run_job(what, system, settings, folder, *, arguments, **others):
+        assert not running
+        running.append(system)
+        time.sleep(0.02)
+        running.remove(system)
+        return {}
+
+    monkeypatch.setattr("slam_jax.rocket.engine.run_job", run_job)
+    board = run(Pretended(models, timed=timed), tmp_path, jobs=4)
+    assert all(len(done) == 3 for done in board["results"].values())
+
+
+def test_what_ends_one_ends_those_beside_it(tmp_path, monkeypatch):
+    ended = []
+
+    def run_job(what, system, settings, folder, *, stop, **others):
+        if system == "a":
+            raise KeyboardInterrupt
+        ended.append(stop.wait(30))
+        return {}
+
+    monkeypatch.setattr("slam_jax.rocket.engine.run_job", run_job)
+    with pytest.raises(KeyboardInterrupt):
+        run(Pretended(("a", "b"), timed=False), tmp_path, jobs=2)
+    assert ended == [True]
+
+
 def test_a_run_goes_on_with_what_is_missing(tmp_path, pretend):
     asked, _ = pretend
-    whole = run(Pretended(), tmp_path, models=("a", "b"))
+    whole = run(Pretended(("a", "b")), tmp_path)
     kept = json.loads((tmp_path / "results.json").read_text())
     del kept["results"]["b"]["second"], kept["results"]["a"]
     (tmp_path / "results.json").write_text(json.dumps(kept))
     asked.clear()
-    assert run(Pretended(), tmp_path, models=("a", "b")) == whole
+    assert run(Pretended(("a", "b")), tmp_path) == whole
     assert [each[:2] for each in asked] == [
         ("a", "first"),
         ("a", "second"),
@@ -167,21 +232,21 @@ def test_a_run_goes_on_with_what_is_missing(tmp_path, pretend):
     for name in ("leaderboard.json", "comprehensive_model_results.json"):
         assert json.loads((tmp_path / name).read_text()) == whole
     # Systems that were measured before and are not asked for stay out of the board.
-    assert set(run(Pretended(), tmp_path, models=("b",))["results"]) == {"b"}
+    assert set(run(Pretended(("b",)), tmp_path)["results"]) == {"b"}
 
 
 def test_other_settings_want_another_workdir(tmp_path, pretend):
-    run(Pretended(), tmp_path, models=("a",))
+    run(Pretended(("a",)), tmp_path)
     with pytest.raises(UserError, match="is of other settings; give another --workdir"):
-        run(Pretended({"width": 2}), tmp_path, models=("a",))
+        run(Pretended(("a",), {"width": 2}), tmp_path)
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(UserError, match="not what a leaderboard keeps"):
-        run(Pretended(), tmp_path, models=("a",))
+        run(Pretended(("a",)), tmp_path)
 
 
 @pytest.mark.slow
 def test_a_system_is_measured_in_a_process_of_its_own(tmp_path, capsys):
-    board = run(Seed(TINY, ("standard",)), tmp_path, models=("standard",))
+    board = run(Seed(TINY, ("standard",)), tmp_path)
     (row,) = board["rows"]
     assert row["status"] == "ok" and len(row["losses"]) == 3 and row["stress"]["max_batch"] == 4
     assert capsys.readouterr().out.startswith("1/3 standard, updates: ")

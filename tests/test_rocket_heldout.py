@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from slam_jax.data.records import DataError
 from slam_jax.errors import ConfigError, InputError
 from slam_jax.language_models import measure
-from slam_jax.rocket.engine import DEFAULT_MODELS, run
+from slam_jax.rocket.engine import run
 from slam_jax.rocket.flops import training_flops
 from slam_jax.rocket.heldout import measure as heldout
 from slam_jax.rocket.heldout.board import make_board
@@ -30,6 +30,7 @@ from slam_jax.rocket.heldout.page import make_page
 from slam_jax.rocket.heldout.protocol import Heldout
 from slam_jax.rocket.machine import describe_machine
 from slam_jax.rocket.page import html, markdown
+from slam_jax.rocket.protocols import DEFAULT_MODELS
 from slam_jax.rocket.tasks import Impossible, plain
 from tests.helpers import schema_errors
 
@@ -366,7 +367,7 @@ def board(settings, results) -> dict[str, Any]:
             "sha256": "0",
             **dict.fromkeys(("train", "validation", "test"), split),
         },
-        "limits": {"memory_gib": 16.0, "seconds": 60.0},
+        "limits": {"memory_gib": 16.0, "seconds": 60.0, "jobs": 1},
         "machine": describe_machine(),
     }
     sizes: Any = dict.fromkeys(TITLES, heldout.size("standard", settings, 300))
@@ -458,7 +459,7 @@ def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
 
 def test_tasks_choose_the_rate_before_they_use_it(settings, tmp_path):
     comparison = Heldout(settings, ("standard",), tmp_path)
-    tasks = comparison.tasks(("standard",))
+    tasks = comparison.tasks()
     assert [task.label for task in tasks] == [
         "learning rate 0.001",
         "learning rate 0.004",
@@ -483,8 +484,7 @@ def test_tasks_choose_the_rate_before_they_use_it(settings, tmp_path):
 def test_the_same_command_twice_gives_the_same_quality(settings, tmp_path):
     models = ("standard", "slam_v4")
     boards = [
-        run(Heldout(settings, models, tmp_path / name), tmp_path / name, models=models)
-        for name in ("one", "two")
+        run(Heldout(settings, models, tmp_path / name), tmp_path / name) for name in ("one", "two")
     ]
     kept = ("system", "rank", *("loss", "bits_per_byte", "top1", "top5", "difference_from_above"))
     one, two = ([{key: row[key] for key in kept} for row in board["rows"]] for board in boards)

@@ -116,7 +116,7 @@ def board(results) -> dict[str, Any]:
         "protocol": "seed",
         "settings": plain(TINY),
         "data": {},
-        "limits": {"memory_gib": 16.0, "seconds": 60.0},
+        "limits": {"memory_gib": 16.0, "seconds": 60.0, "jobs": 1},
         "machine": describe_machine(),
     }
     return make_board(about, TINY, results)
@@ -209,7 +209,7 @@ def test_a_board_that_lacks_something_does_not_follow_the_schema(board):
 
 
 def test_tasks_come_in_turns_and_the_stress_test_last():
-    tasks = Seed(TINY, ("standard", "moe")).tasks(("standard", "moe"))
+    tasks = Seed(TINY, ("standard", "moe")).tasks()
     assert [(task.system, task.label) for task in tasks] == [
         (name, label)
         for label in ("updates", "timing 1", "timing 2", "stress test")

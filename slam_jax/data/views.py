@@ -36,6 +36,7 @@ TRAINING_VIEWS = {
     "all": View(image=ALL, text=ALL, aux=ALL),
     "split_image_text": View(image=FIRST, text=SECOND),
     "split_image_aux": View(image=FIRST, aux=SECOND),
+    "split_text_aux": View(text=FIRST, aux=SECOND),
 }
 
 HALF_VIEWS = {
@@ -43,6 +44,8 @@ HALF_VIEWS = {
     "split_image_text_only_text": View(text=SECOND),
     "split_image_aux_only_image": View(image=FIRST),
     "split_image_aux_only_aux": View(aux=SECOND),
+    "split_text_aux_only_text": View(text=FIRST),
+    "split_text_aux_only_aux": View(aux=SECOND),
 }
 
 VIEWS = TRAINING_VIEWS | HALF_VIEWS

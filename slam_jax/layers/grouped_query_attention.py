@@ -25,6 +25,7 @@ class GroupedQueryAttention(nnx.Module):
       rope: how queries and keys turn, None = no positions at all.
       qk_norm_epsilon: of RMS norms over each head of the turned queries and keys, None = no norms
         (Hunyuan-Large, arXiv 2411.02265; Henry et al. 2020, "Query-Key Normalization").
+      out_scale: of the initial output map, as in `GatedMLP`.
 
     Source: Ainslie et al. 2023, "GQA" (arXiv 2305.13245), section 2.2.
     """
@@ -38,6 +39,7 @@ class GroupedQueryAttention(nnx.Module):
         head_dim: int | None = None,
         rope: Rope | None = None,
         qk_norm_epsilon: float | None = None,
+        out_scale: float = 1.0,
         kernel_init: Initializer = LECUN_NORMAL,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
@@ -50,7 +52,7 @@ class GroupedQueryAttention(nnx.Module):
         self.query = Linear(embed_dim, (num_heads, self.head_dim), **kw)
         self.key = Linear(embed_dim, (self.num_kv_heads, self.head_dim), **kw)
         self.value = Linear(embed_dim, (self.num_kv_heads, self.head_dim), **kw)
-        self.out = Linear((num_heads, self.head_dim), embed_dim, **kw)
+        self.out = Linear((num_heads, self.head_dim), embed_dim, init_scale=out_scale, **kw)
         if qk_norm_epsilon is not None:
             norm: Any = dict(epsilon=qk_norm_epsilon, param_dtype=param_dtype)
             self.q_norm = RMSNorm(self.head_dim, **norm)

@@ -3,11 +3,15 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from slam_jax.language_models import SYSTEMS
 from slam_jax.rocket.page import Bullets, Table
 from slam_jax.rocket.tasks import Json
 
 SCHEMA_VERSION = 1  # of leaderboard.schema.json
+RESAMPLES = 2_000
 
 
 def head(about: Json) -> Json:
@@ -18,10 +22,28 @@ def head(about: Json) -> Json:
 def row_head(name: str, done: Mapping[str, Json], needed: Iterable[str]) -> Json:
     """The first fields of a system's row: who it is, and whether the tasks it needs were done."""
     reasons = [done[label]["reason"] for label in needed if "reason" in done[label]]
-    row: Json = {"system": name, "title": SYSTEMS[name].title}
+    title = SYSTEMS[name].title if name in SYSTEMS else name.replace("_", " ")
+    row: Json = {"system": name, "title": title}
     if reasons:
         return {**row, "status": "failed", "reason": reasons[0]}
     return {**row, "status": "ok"}
+
+
+def resamplings(seeds: int, units: int) -> Float[np.ndarray, "R seeds units"]:
+    """How often each seed and each unit, a document or a scene, is drawn: a bootstrap over both,
+    the same for all systems, so that differences are paired.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13.
+    """
+    rng = np.random.default_rng(0)
+    drawn = [rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) for n in (seeds, units)]
+    return np.einsum("rs,ru->rsu", *drawn).astype(np.float64)
+
+
+def interval(mean: float, resampled: Float[np.ndarray, "R"]) -> Json:
+    """A figure with its 95% interval."""
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return {"mean": float(mean), "low": float(low), "high": float(high)}
 
 
 def winner(rows: Sequence[Json], value: Callable[[Json], float], sign: int) -> Json:

@@ -1,20 +1,20 @@
 """Measures systems task by task, each in its own process, and goes on where it was."""
 
 import json
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from slam_jax.errors import InputError, require_count, write_whole, writing
-from slam_jax.language_models import ROCKET
 from slam_jax.rocket.jobs import run_job
 from slam_jax.rocket.live import LiveTable
 from slam_jax.rocket.machine import describe_machine
 from slam_jax.rocket.page import html, markdown
 from slam_jax.rocket.tasks import Comparison, Impossible, Json, Task, failure
 
-DEFAULT_MODELS = (*ROCKET, "slam_v3_text")
 _KEPT = "results.json"
 
 
@@ -22,25 +22,26 @@ def run(
     comparison: Comparison,
     workdir: str | Path,
     *,
-    models: Sequence[str] = DEFAULT_MODELS,
     memory_gib: float = 16.0,
     seconds: float = 3_600.0,
+    jobs: int = 1,
     console: Any = None,
 ) -> Json:
-    """Compares some systems of the registry; returns and writes the board and its pages.
+    """Compares systems; returns and writes the board and its pages.
 
     What is finished is kept in `workdir` at once, and not measured again by the same call.
 
     Args:
       memory_gib, seconds: limits of each process; one that is ended at them is a row that says so.
+      jobs: processes at once, where nothing is timed.
 
     Raises:
-      ConfigError: a system is not in the registry. InputError: the workdir is of other settings.
-      WriteError: the workdir cannot be written.
+      InputError: the workdir is of other settings. WriteError: it cannot be written.
     """
-    workdir = Path(workdir)
+    workdir, models = Path(workdir), comparison.models
     require_count("number of models", len(models))
-    tasks = comparison.tasks(models)
+    require_count("jobs", jobs, most=1_024)
+    tasks = comparison.tasks()
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     results = _read_results(workdir / _KEPT, comparison)
@@ -56,32 +57,35 @@ def run(
             and failure(own[task.system], results[task.system]) is None
         ]
 
+    def measure(task: Task, stop: threading.Event) -> tuple[Task, Json, float]:
+        start = time.monotonic()
+        try:
+            arguments = comparison.arguments(task, results[task.system])
+        except Impossible as error:
+            return task, {"reason": str(error)}, 0.0
+        figures = run_job(
+            task.what,
+            task.system,
+            comparison.settings,
+            workdir,
+            arguments=arguments,
+            memory_gib=memory_gib,
+            seconds=seconds,
+            progress=lambda share, text: table.update(task, share, text),
+            stop=stop,
+        )
+        return task, figures, time.monotonic() - start
+
     left = still_open(tasks)
     with LiveTable(models, console) as table:
         while left:
-            task = left[0]
-            done = results[task.system]
-            start = time.monotonic()
-            try:
-                arguments = comparison.arguments(task, done)
-            except Impossible as error:
-                done[task.label] = {"reason": str(error)}
-            else:
-                done[task.label] = run_job(
-                    task.what,
-                    task.system,
-                    comparison.settings,
-                    workdir,
-                    arguments=arguments,
-                    memory_gib=memory_gib,
-                    seconds=seconds,
-                    progress=lambda share, text, task=task: table.update(task, share, text),
-                )
-            kept = {**_identity(comparison), "results": results}
-            write_whole(workdir / _KEPT, json.dumps(kept, indent=1, allow_nan=False))
-            left = still_open(left)
-            table.finished(task, done[task.label].get("reason"), time.monotonic() - start, left)
-    limits = {"memory_gib": memory_gib, "seconds": seconds}
+            for task, figures, took in _at_once(measure, _together(left, jobs)):
+                results[task.system][task.label] = figures
+                kept = {**_identity(comparison), "results": results}
+                write_whole(workdir / _KEPT, json.dumps(kept, indent=1, allow_nan=False))
+                left = still_open(left)
+                table.finished(task, figures.get("reason"), took, left)
+    limits = {"memory_gib": memory_gib, "seconds": seconds, "jobs": jobs}
     about = {**_identity(comparison), "limits": limits, "machine": describe_machine()}
     board = comparison.board(about, {name: results[name] for name in models})
     page = comparison.page(board)
@@ -92,6 +96,30 @@ def run(
     write_whole(workdir / "leaderboard.md", markdown(page))
     write_whole(workdir / "leaderboard.html", html(page))
     return board
+
+
+def _together(left: Sequence[Task], jobs: int) -> list[Task]:
+    """The first task, and those right after it that may run beside it: of other systems, since
+    what a system's task is told may depend on the one before."""
+    together = [left[0]]
+    for task in left[1:jobs]:
+        if task.timed or left[0].timed or task.system in {each.system for each in together}:
+            break
+        together.append(task)
+    return together
+
+
+def _at_once(
+    measure: Callable[[Task, threading.Event], tuple[Task, Json, float]], tasks: Sequence[Task]
+) -> Iterator[tuple[Task, Json, float]]:
+    """What each gives, as it comes. Whatever ends this ends all of them."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        try:
+            for future in as_completed([pool.submit(measure, task, stop) for task in tasks]):
+                yield future.result()
+        finally:
+            stop.set()
 
 
 def _identity(comparison: Comparison) -> Json:

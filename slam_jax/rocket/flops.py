@@ -24,6 +24,7 @@ from slam_jax.language_models import (
     SlamV6Config,
     StandardConfig,
 )
+from slam_jax.slam_v3.flops import decode_flops, encode_flops
 
 
 def forward_flops(config: Any, num_tokens: int) -> int:
@@ -199,28 +200,9 @@ def _(config: SlamV6Config, num_tokens: int) -> int:
 
 @_body.register
 def _(config: SlamV3TextConfig, num_tokens: int) -> int:
-    v3, window, dim = config.slam_v3, config.text_window, config.embed_dim
-    num_heads, head_dim, widths = v3.num_heads, v3.head_dim, v3.latent_widths
-    mlp = _gated(window, dim, config.mlp_dim)
-    scores = _scores(window, window, num_heads, head_dim, head_dim)
-    level_one = _linear(window, dim, 4 * dim) + scores + mlp
-    bank = _linear(window, dim, 2 * dim)
-    process = _linear(window, dim, 6 * dim) + 2 * scores + mlp  # isolated, then shared attention
-    processes = config.num_processes * config.num_process_layers * process
-    fusion = _linear(window, config.num_processes * dim, dim) + mlp
-    encoder = level_one + bank + processes + fusion + _linear(window, dim, config.kv_lora_rank)
-
-    key_dim, value_dim = widths["qk_nope_head_dim"], widths["v_head_dim"]
-    heads = num_heads * (key_dim + value_dim)
-    up = _linear(window, config.kv_lora_rank, heads)
-    scores = _scores(window, window, num_heads, key_dim, value_dim)
-    memory = _linear(window, dim, heads) + up + scores  # queries and output, keys and values
-    rope = widths["qk_rope_head_dim"]
-    latent = _linear(window, dim, num_heads * (key_dim + rope) + config.kv_lora_rank + rope)
-    latent += up + scores + _scores(window, window, num_heads, rope, 0)
-    latent += _linear(window, num_heads * value_dim, dim)
-    decoder = config.num_decoder_layers * (latent + memory + mlp)
-
+    v3, window = config.slam_v3, config.text_window
     # The last window is read by nobody; one that is not full is taken as if it were.
     count = -(-num_tokens // window)
-    return (count - 1) * encoder + count * decoder
+    decoder = decode_flops(v3, prompts=1, length=window, memory=window)
+    decoder -= 2 * window * config.embed_dim * config.vocab_size  # the head is counted elsewhere
+    return (count - 1) * encode_flops(v3, text=window) + count * decoder

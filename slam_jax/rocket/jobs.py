@@ -28,8 +28,10 @@ def run_job(
     memory_gib: float,
     seconds: float,
     progress: Callable[[float, str], None],
+    stop: threading.Event,
 ) -> dict[str, Any]:
-    """Waits for one task of `slam_jax.rocket.worker`; ends it at its limit of memory or time.
+    """Waits for one task of `slam_jax.rocket.worker`; ends it at its limit of memory or time, and
+    where `stop` is set.
 
     Returns its figures, as far as it came, and under "reason" why it did not come further.
     """
@@ -54,7 +56,7 @@ def run_job(
     for reader in readers:
         reader.start()
     try:
-        reason = _watch(process, memory_gib, seconds)
+        reason = _watch(process, memory_gib, seconds, stop)
     finally:
         if process.poll() is None:  # a limit, or whoever waits was stopped
             process.kill()
@@ -73,7 +75,9 @@ def run_job(
     return figures if reason is None else {**figures, "reason": reason}
 
 
-def _watch(process: subprocess.Popen, memory_gib: float, seconds: float) -> str | None:
+def _watch(
+    process: subprocess.Popen, memory_gib: float, seconds: float, stop: threading.Event
+) -> str | None:
     """Until the process ends by itself, or has to be ended; then why."""
     end, watched = time.monotonic() + seconds, psutil.Process(process.pid)
     while process.poll() is None:
@@ -85,6 +89,8 @@ def _watch(process: subprocess.Popen, memory_gib: float, seconds: float) -> str 
             return f"took more than {memory_gib:g} GiB of memory"
         if time.monotonic() > end:
             return f"took more than {seconds:g} s"
+        if stop.is_set():
+            return "was stopped"
         time.sleep(_EVERY_S)
     return None
 

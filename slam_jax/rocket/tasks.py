@@ -14,7 +14,8 @@ class Task(NamedTuple):
     """A system and what is to be measured of it.
 
     label: under which the figures are kept. what: of `worker.TASKS`. weight: how long it takes,
-    beside others. optional: a system whose task fails goes on.
+    beside others. optional: a system whose task fails goes on. timed: others that run beside it
+    would change its figures.
     """
 
     system: str
@@ -22,6 +23,7 @@ class Task(NamedTuple):
     what: str
     weight: float = 1.0
     optional: bool = False
+    timed: bool = True
 
 
 class Impossible(Exception):
@@ -32,16 +34,17 @@ class Impossible(Exception):
 class Comparison(Protocol):
     """One protocol, with its settings.
 
-    settings: as workers are given them. data: what figures depend on besides. tasks: in the order
-    in which they are done. arguments: of a task, given the figures of its system so far by label;
-    raises Impossible. board: of figures by system and label.
+    models: the systems compared. settings: as workers are given them. data: what figures depend on
+    besides. tasks: in the order in which they are done. arguments: of a task, given the figures of
+    its system so far by label; raises Impossible. board: of figures by system and label.
     """
 
     name: str
+    models: Sequence[str]
     settings: Json
     data: Json
 
-    def tasks(self, models: Sequence[str]) -> list[Task]: ...
+    def tasks(self) -> list[Task]: ...
 
     def arguments(self, task: Task, done: Mapping[str, Json]) -> Json: ...
 

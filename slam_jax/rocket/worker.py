@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slam_jax.errors import write_whole
+from slam_jax.rocket.ablation import measure as ablation
 from slam_jax.rocket.heldout import measure as heldout
 from slam_jax.rocket.seed import measure as seed
 from slam_jax.training.host import tune_host
@@ -20,6 +21,7 @@ TASKS = {
     "seed": (seed.learn, seed.SeedSettings),
     "seed_timing": (seed.time_inference, seed.SeedSettings),
     "seed_stress": (seed.stress, seed.SeedSettings),
+    "ablation": (ablation.run, ablation.AblationSettings),
     "heldout": (heldout.train, heldout.HeldoutSettings),
     "heldout_timing": (heldout.time_system, heldout.HeldoutSettings),
 }

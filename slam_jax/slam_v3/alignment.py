@@ -18,7 +18,7 @@ class AlignmentHead(nnx.Module):
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         kw = dict(**config.dtypes, rngs=rngs)
-        self.project = Linear(config.kv_lora_rank, config.alignment_dim, **kw)
+        self.project = Linear(config.memory_dim, config.alignment_dim, **kw)
         # The initial values of Zhai et al. 2023, section 3.2: nearly all pairs are negative.
         self.log_temperature = nnx.Param(jnp.log(jnp.full((), 10.0, kw["param_dtype"])))
         self.bias = nnx.Param(jnp.full((), -10.0, kw["param_dtype"]))

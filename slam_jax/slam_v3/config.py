@@ -10,6 +10,9 @@ from slam_jax.errors import require, require_count
 
 ENCODERS = ("resnet", "vit")
 DTYPES = ("float32", "bfloat16", "float64")
+# What can be left out, to see what it is worth: of a process its attention to its own stream, or to
+# the bank; of the fusion each thing that is added up; the compression of what the decoder keeps.
+PARTS = ("isolated", "shared", "residual", "mean", "concat", "cross_modal", "fusion_mlp", "latent")
 # Of what is built in Python, layer by layer; and of a side of an image.
 MOST_LAYERS, MOST_PIXELS = 512, 1 << 14
 
@@ -60,7 +63,8 @@ class SlamV3Config:
 
     vocab_size: V of text and answers. embed_dim: D. num_heads: N of every attention.
     mlp_dim: F of every gated MLP. num_processes: P. num_process_layers: layers a process.
-    num_decoder_layers: layers of the decoder.
+    process_mlp_dim: F of the processes alone, None = mlp_dim. num_decoder_layers: layers of the
+      decoder.
     num_memory_tokens: M, the bottleneck; 0 = the fused tokens themselves are the memory.
     kv_lora_rank: R, of the cache and of the memory bank. q_lora_rank: of the decoder's queries,
       None = full rank. qk_nope_head_dim, qk_rope_head_dim, v_head_dim: None = the head width, half
@@ -73,6 +77,9 @@ class SlamV3Config:
     image: the image stream.
     alignment_dim: width of the retrieval embedding.
     dropout: rate on what each sublayer adds and on the embeddings.
+    without: some of PARTS, for ablations: they are not there, nor are their parameters. Without
+      "latent" the decoder has plain multi-head attention with rotary positions, and the memory
+      keeps its full width.
     dtype, param_dtype: of the computation and of the parameters.
     """
 
@@ -82,6 +89,7 @@ class SlamV3Config:
     mlp_dim: int = 256
     num_processes: int = 4
     num_process_layers: int = 1
+    process_mlp_dim: int | None = None
     num_decoder_layers: int = 2
     num_memory_tokens: int = 0
     kv_lora_rank: int = 48
@@ -97,10 +105,12 @@ class SlamV3Config:
     context_length: int = 1_024
     alignment_dim: int = 64
     dropout: float = 0.0
+    without: tuple[str, ...] = ()
     dtype: str = "float32"
     param_dtype: str = "float32"
 
     def __post_init__(self):
+        object.__setattr__(self, "without", tuple(self.without))
         for field in ["vocab_size", "embed_dim", "mlp_dim", "kv_lora_rank"]:
             require_count(field, getattr(self, field))
         for field in ["context_length", "aux_dim", "max_aux", "alignment_dim"]:
@@ -127,7 +137,7 @@ class SlamV3Config:
             require_count(field, width)
         rope = self.latent_widths["qk_rope_head_dim"]
         require(rope % 2 == 0, "qk_rope_head_dim", rope, f"an even number, such as {rope + 1}")
-        for field in ("q_lora_rank", "window"):
+        for field in ("q_lora_rank", "window", "process_mlp_dim"):
             value = getattr(self, field)
             require(value is None or value >= 1, field, value, "None or at least 1")
             require_count(field, value or 1)
@@ -135,6 +145,12 @@ class SlamV3Config:
         require(memory >= 0, "num_memory_tokens", memory, "0 (no bottleneck) or more")
         require_count("num_memory_tokens", memory, least=0)
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a rate in [0, 1)")
+        require(set(self.without) <= {*PARTS}, "without", self.without, f"some of {PARTS}")
+        carried = {"residual", "mean", "concat"} - {*self.without}
+        left = "one of residual, mean and concat to be left"
+        require(bool(carried), "without", self.without, left)
+        plain = "latent" in self.without
+        require(not (plain and self.window), "window", self.window, 'None without "latent"')
         for field in ("dtype", "param_dtype"):
             dtype = getattr(self, field)
             require(dtype in DTYPES, field, dtype, f"one of {DTYPES}")
@@ -157,6 +173,15 @@ class SlamV3Config:
         half = max(2, self.head_dim // 4 * 2)
         derived = {**dict.fromkeys(given, self.head_dim), "qk_rope_head_dim": half}
         return {name: derived[name] if width is None else width for name, width in given.items()}
+
+    def has(self, part: str) -> bool:
+        """Whether one of PARTS is there."""
+        return part not in self.without
+
+    @property
+    def memory_dim(self) -> int:
+        """R of the memory bank; D where nothing is compressed."""
+        return self.kv_lora_rank if self.has("latent") else self.embed_dim
 
     @property
     def encoder_out_scale(self) -> float:

@@ -1,10 +1,14 @@
 """The decoder: causal latent attention over the text so far, latent attention over the memory."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slam_jax.layers.dropout import dropout, split
+from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
+from slam_jax.layers.kv_cache import KVCache
 from slam_jax.layers.latent_attention import (
     LatentCache,
     LatentCrossAttention,
@@ -13,10 +17,13 @@ from slam_jax.layers.latent_attention import (
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.rotary import Rope
 from slam_jax.slam_v3.config import SlamV3Config
 
-# One per layer and no stack of them: a decoding step then updates each in place.
-DecoderCache = tuple[LatentCache, ...]
+# One per layer and no stack of them: a decoding step then updates each in place. A `KVCache` where
+# the decoder is without its latents.
+LayerCache = LatentCache | KVCache
+DecoderCache = tuple[LayerCache, ...]
 
 
 @struct.dataclass
@@ -31,17 +38,19 @@ class Memory:
 
 
 class MemoryBank(nnx.Module):
-    """From fused tokens to their normed latents."""
+    """From fused tokens to their normed latents; without "latent", to themselves, normed."""
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         kw = dict(**config.dtypes, rngs=rngs)
         param_dtype = kw["param_dtype"]
         self.norm_in = RMSNorm(config.embed_dim, param_dtype=param_dtype)
-        self.down = Linear(config.embed_dim, config.kv_lora_rank, **kw)
-        self.norm = RMSNorm(config.kv_lora_rank, param_dtype=param_dtype)
+        latent, rank = config.has("latent"), config.kv_lora_rank
+        self.down = Linear(config.embed_dim, rank, **kw) if latent else None
+        self.norm: Any = RMSNorm(rank, param_dtype=param_dtype) if latent else None
 
     def __call__(self, fused: Float[Array, "B M D"], mask: Bool[Array, "B M"] | None) -> Memory:
-        return Memory(self.norm(self.down(self.norm_in(fused))), mask)
+        c_mem = self.norm_in(fused)
+        return Memory(c_mem if self.down is None else self.norm(self.down(c_mem)), mask)
 
 
 class DecoderLayer(nnx.Module):
@@ -56,20 +65,27 @@ class DecoderLayer(nnx.Module):
         dim, scale, widths = config.embed_dim, config.decoder_out_scale, config.latent_widths
         self.dropout = config.dropout
         self.norms = nnx.List([RMSNorm(dim, param_dtype=kw["param_dtype"]) for _ in range(3)])
-        self.attention = MultiHeadLatentAttention(
-            dim,
-            config.num_heads,
-            kv_lora_rank=config.kv_lora_rank,
-            q_lora_rank=config.q_lora_rank,
-            **widths,
-            window=config.window,
-            out_scale=scale,
-            **kw,
-        )
+        self.attention: Any
+        if config.has("latent"):
+            self.attention = MultiHeadLatentAttention(
+                dim,
+                config.num_heads,
+                kv_lora_rank=config.kv_lora_rank,
+                q_lora_rank=config.q_lora_rank,
+                **widths,
+                window=config.window,
+                out_scale=scale,
+                **kw,
+            )
+        else:
+            self.attention = GroupedQueryAttention(
+                dim, config.num_heads, rope=Rope(), out_scale=scale, **kw
+            )
+        # To a memory of full width the same is plain attention.
         self.memory_attention = LatentCrossAttention(
             dim,
             config.num_heads,
-            kv_lora_rank=config.kv_lora_rank,
+            kv_lora_rank=config.memory_dim,
             qk_head_dim=widths["qk_nope_head_dim"],
             v_head_dim=widths["v_head_dim"],
             out_scale=scale,
@@ -82,11 +98,11 @@ class DecoderLayer(nnx.Module):
         h = h + dropout(self.attention(self.norms[0](h)), self.dropout, keys[0])
         return self._rest(h, memory, keys[1], absorbed=False)
 
-    def prefill(self, h, cache: LatentCache, memory: Memory, lengths):
+    def prefill(self, h, cache: LayerCache, memory: Memory, lengths):
         a, cache = self.attention.prefill(self.norms[0](h), cache, lengths)
         return self._rest(h + a, memory, None, absorbed=False), cache
 
-    def decode_step(self, h, cache: LatentCache, memory: Memory):
+    def decode_step(self, h, cache: LayerCache, memory: Memory):
         a, cache = self.attention.decode_step(self.norms[0](h), cache)
         return self._rest(h + a, memory, None, absorbed=True), cache
 

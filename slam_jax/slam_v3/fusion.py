@@ -1,6 +1,7 @@
 """The fusion node: where the four processes become one memory."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import einops
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ class Bottleneck(nnx.Module):
 
 class Fusion(nnx.Module):
     """f = x + mean_p y_p + W_cat [y_1; ..; y_P] + CrossModal(mean_p y_p); f += MLP(norm(f));
-    then the bottleneck, if there is one.
+    then the bottleneck, if there is one. What `config.without` names is left out.
 
     one_stream: there is never more than one, and hence nothing that CrossModal could read.
     """
@@ -115,10 +116,15 @@ class Fusion(nnx.Module):
         kw = dict(**config.dtypes, rngs=rngs)
         dim, scale = config.embed_dim, config.encoder_out_scale
         self.dropout = config.dropout
-        self.concat = Linear(config.num_processes * dim, dim, init_scale=scale, **kw)
-        self.cross_modal = None if one_stream else CrossModal(config, rngs=rngs)
-        self.norm = RMSNorm(dim, param_dtype=kw["param_dtype"])
-        self.mlp = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw)
+        self.has_residual, self.has_mean = config.has("residual"), config.has("mean")
+        wide = config.num_processes * dim
+        has_cross, has_mlp = config.has("cross_modal") and not one_stream, config.has("fusion_mlp")
+        self.concat: Any = (
+            Linear(wide, dim, init_scale=scale, **kw) if config.has("concat") else None
+        )
+        self.cross_modal: Any = CrossModal(config, rngs=rngs) if has_cross else None
+        self.norm: Any = RMSNorm(dim, param_dtype=kw["param_dtype"]) if has_mlp else None
+        self.mlp = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw) if has_mlp else None
         self.bottleneck = Bottleneck(config, rngs=rngs) if config.num_memory_tokens else None
 
     def __call__(
@@ -154,11 +160,14 @@ class Fusion(nnx.Module):
         mask = join_masks(streams)
         x = jnp.concatenate([stream.tokens for stream in streams], axis=1)
         mean = jnp.mean(y, axis=0)
-        f = x + mean
-        f += dropout(
-            self.concat(einops.rearrange(y, "P B S D -> B S (P D)")), self.dropout, keys[0]
-        )
+        f = x if self.has_residual else jnp.zeros_like(x)
+        if self.has_mean:
+            f += mean
+        if self.concat is not None:
+            every = einops.rearrange(y, "P B S D -> B S (P D)")
+            f += dropout(self.concat(every), self.dropout, keys[0])
         if self.cross_modal is not None:
             f += dropout(self.cross_modal(mean, streams), self.dropout, keys[1])
-        f += dropout(self.mlp(self.norm(f)), self.dropout, keys[2])
+        if self.mlp is not None:
+            f += dropout(self.mlp(self.norm(f)), self.dropout, keys[2])
         return f, mask

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,22 +63,27 @@ class LevelOne(nnx.Module):
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         kw = dict(**config.dtypes, rngs=rngs)
         self.block = TransformerBlock(config, rngs=rngs)
-        self.norm = RMSNorm(config.embed_dim, param_dtype=kw["param_dtype"])
-        heads = (config.num_heads, config.head_dim)
-        self.key = Linear(config.embed_dim, heads, **kw)
-        self.value = Linear(config.embed_dim, heads, **kw)
+        self.has_bank = config.has("shared")
+        if self.has_bank:
+            self.norm = RMSNorm(config.embed_dim, param_dtype=kw["param_dtype"])
+            heads = (config.num_heads, config.head_dim)
+            self.key = Linear(config.embed_dim, heads, **kw)
+            self.value = Linear(config.embed_dim, heads, **kw)
 
     def __call__(
         self, streams: Sequence[Stream], *, key: PRNGKeyArray | None = None
-    ) -> tuple[list[Stream], Bank]:
-        """The streams, each with its tokens in the context of all, and the bank."""
+    ) -> tuple[list[Stream], Bank | None]:
+        """The streams, each with its tokens in the context of all, and the bank, where processes
+        read one."""
         x = jnp.concatenate([stream.tokens for stream in streams], axis=1)
         mask = join_masks(streams)
         mask = None if mask is None else mask[:, None, :]
         x = self.block(x, mask, _join_positions(streams), key=key)
-        source = self.norm(x)
         parts = split_streams(x, streams)
         streams = [s._replace(tokens=part) for s, part in zip(streams, parts, strict=True)]
+        if not self.has_bank:
+            return streams, None
+        source = self.norm(x)
         return streams, Bank(self.key(source), self.value(source), mask)
 
 
@@ -90,33 +95,42 @@ class ProcessLayer(nnx.Module):
         dim, heads = config.embed_dim, (config.num_heads, config.head_dim)
         scale = config.encoder_out_scale
         self.dropout = config.dropout
-        self.norms = nnx.List([RMSNorm(dim, param_dtype=kw["param_dtype"]) for _ in range(3)])
-        self.isolated = SelfAttention(dim, *heads, out_scale=scale, **kw)
-        self.query = Linear(dim, heads, **kw)
-        normal = nnx.initializers.normal(0.02)
-        self.query_bias = nnx.Param(normal(rngs.params(), heads, kw["param_dtype"]))
-        self.out = Linear(heads, dim, init_scale=scale, **kw)
-        self.mlp = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw)
+        there = (config.has("isolated"), config.has("shared"), True)
+        self.num_heads, (has_isolated, has_shared, _) = config.num_heads, there
+        self.norms: Any = nnx.List(
+            [RMSNorm(dim, param_dtype=kw["param_dtype"]) if part else None for part in there]
+        )
+        self.isolated = SelfAttention(dim, *heads, out_scale=scale, **kw) if has_isolated else None
+        if has_shared:
+            self.query = Linear(dim, heads, **kw)
+            normal = nnx.initializers.normal(0.02)
+            self.query_bias = nnx.Param(normal(rngs.params(), heads, kw["param_dtype"]))
+            self.out = Linear(heads, dim, init_scale=scale, **kw)
+        mlp_dim = config.process_mlp_dim or config.mlp_dim
+        self.mlp = GatedMLP(dim, mlp_dim, out_scale=scale, **kw)
 
     def __call__(
         self,
         h: Float[Array, "B S D"],
         streams: Sequence[Stream],
-        bank: Bank,
+        bank: Bank | None,
         *,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B S D"]:
         keys = split(key, 3)
-        h = h + dropout(self._isolated(self.norms[0](h), streams), self.dropout, keys[0])
-        read = self.out(attend(self._queries(h), bank.k, bank.v, bank.mask))
-        h = h + dropout(read, self.dropout, keys[1])
+        h = h + dropout(self._isolated(h, streams), self.dropout, keys[0])
+        if bank is not None:
+            read = self.out(attend(self._queries(h), bank.k, bank.v, bank.mask))
+            h = h + dropout(read, self.dropout, keys[1])
         return h + dropout(self.mlp(self.norms[2](h)), self.dropout, keys[2])
 
     def shared_weights(
-        self, h: Float[Array, "B S D"], streams: Sequence[Stream], bank: Bank
+        self, h: Float[Array, "B S D"], streams: Sequence[Stream], bank: Bank | None
     ) -> Float[Array, "B N S S"]:
         """How much each token, as the layer is given it, attends to each token of the bank."""
-        h = h + self._isolated(self.norms[0](h), streams)
+        if bank is None:
+            return jnp.zeros((h.shape[0], self.num_heads, h.shape[1], h.shape[1]))
+        h = h + self._isolated(h, streams)
         return attention_weights(self._queries(h), bank.k, bank.mask)
 
     def _queries(self, h):
@@ -125,8 +139,10 @@ class ProcessLayer(nnx.Module):
 
     def _isolated(self, h, streams):
         """A token sees its own stream only: one call a stream instead of one S x S mask."""
+        if self.isolated is None:
+            return jnp.zeros_like(h)
         parts = []
-        for part, stream in zip(split_streams(h, streams), streams, strict=True):
+        for part, stream in zip(split_streams(self.norms[0](h), streams), streams, strict=True):
             mask = None if stream.mask is None else stream.mask[:, None, :]
             parts.append(self.isolated(part, mask, stream.positions))
         return jnp.concatenate(parts, axis=1)
@@ -147,7 +163,7 @@ class Process(nnx.Module):
         self.norm = RMSNorm(config.embed_dim, init_scale=scale, param_dtype=param_dtype)
 
     def __call__(
-        self, streams: Sequence[Stream], bank: Bank, *, key: PRNGKeyArray | None = None
+        self, streams: Sequence[Stream], bank: Bank | None, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "B S D"]:
         h = self._instructed(streams)
         for layer, layer_key in zip(self.layers, split(key, len(self.layers)), strict=True):
@@ -155,7 +171,7 @@ class Process(nnx.Module):
         return self.norm(h)
 
     def shared_weights(
-        self, streams: Sequence[Stream], bank: Bank
+        self, streams: Sequence[Stream], bank: Bank | None
     ) -> Float[Array, "B layers N S S"]:
         """How much each head of each layer attends to each token of the bank."""
         h, weights = self._instructed(streams), []
@@ -182,7 +198,7 @@ class ParallelProcesses(nnx.Module):
         self.stack = jax.vmap(lambda key: Process(config, rngs=nnx.Rngs(key)))(keys)
 
     def __call__(
-        self, streams: Sequence[Stream], bank: Bank, *, key: PRNGKeyArray | None = None
+        self, streams: Sequence[Stream], bank: Bank | None, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "P B S D"]:
         keys = None if key is None else jax.random.split(key, self.num_processes)
 
@@ -192,7 +208,7 @@ class ParallelProcesses(nnx.Module):
         return jax.vmap(run, spmd_axis_name="process")(self.stack, keys)
 
     def shared_weights(
-        self, streams: Sequence[Stream], bank: Bank
+        self, streams: Sequence[Stream], bank: Bank | None
     ) -> Float[Array, "P B layers N S S"]:
         """How much each process attends to each token of the bank."""
         return jax.vmap(lambda process: process.shared_weights(streams, bank))(self.stack)

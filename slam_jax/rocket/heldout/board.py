@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from slam_jax.rocket.board import head, row_head, winner
+from slam_jax.rocket.board import head, interval, resamplings, row_head, winner
 from slam_jax.rocket.heldout.measure import (
     HeldoutSettings,
     choose_learning_rate,
@@ -17,8 +17,6 @@ from slam_jax.rocket.heldout.measure import (
 )
 from slam_jax.rocket.tasks import Json
 from slam_jax.rocket.timing import Timing
-
-RESAMPLES = 2_000
 
 # Of 100 points; ranks go by bits per byte alone, since speed and memory are of one machine.
 SCORE_RULE = {
@@ -48,17 +46,6 @@ class _Scores(NamedTuple):
             "top5": (self.top5, self.tokens),
         }[name]
         return np.sum(weights * above, axis=(1, 2)) / np.sum(weights * below, axis=(1, 2))
-
-
-def _resamplings(seeds: int, documents: int) -> Float[np.ndarray, "R seeds documents"]:
-    """How often each seed and each document is drawn: a bootstrap over both, the same for all
-    systems, so that differences are paired.
-
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13.
-    """
-    rng = np.random.default_rng(0)
-    drawn = [rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) for n in (seeds, documents)]
-    return np.einsum("rs,rd->rsd", *drawn).astype(np.float64)
 
 
 def make_board(
@@ -110,11 +97,10 @@ def _judge(rows: list[Json], scores: Mapping[str, _Scores], seeds: int) -> None:
     """Every metric with its 95% interval."""
     for row in rows:
         own = scores[row["system"]]
-        weights = _resamplings(seeds, own.nats.shape[1])
+        weights = resamplings(seeds, own.nats.shape[1])
         for name in METRICS:
             mean = float(own.metric(name, np.ones((1, *own.nats.shape)))[0])
-            low, high = np.quantile(own.metric(name, weights), [0.025, 0.975])
-            row[name] = {"mean": mean, "low": float(low), "high": float(high)}
+            row[name] = interval(mean, own.metric(name, weights))
 
 
 def _rank(rows: list[Json], scores: Mapping[str, _Scores], seeds: int) -> None:
@@ -125,12 +111,11 @@ def _rank(rows: list[Json], scores: Mapping[str, _Scores], seeds: int) -> None:
         if not place:
             continue
         above, own = scores[rows[place - 1]["system"]], scores[row["system"]]
-        weights = _resamplings(seeds, own.nats.shape[1])
+        weights = resamplings(seeds, own.nats.shape[1])
         differences = own.metric("bits_per_byte", weights) - above.metric("bits_per_byte", weights)
-        low, high = np.quantile(differences, [0.025, 0.975])
         mean = row["bits_per_byte"]["mean"] - rows[place - 1]["bits_per_byte"]["mean"]
-        row["difference_from_above"] = {"mean": mean, "low": float(low), "high": float(high)}
-        if low <= 0:
+        row["difference_from_above"] = interval(mean, differences)
+        if row["difference_from_above"]["low"] <= 0:
             row["rank"] = rows[place - 1]["rank"]
 
 

@@ -29,7 +29,7 @@ class Heldout:
     name = "heldout"
 
     def __init__(self, settings: HeldoutSettings, models: Sequence[str], workdir: str | Path):
-        self._settings, self.settings = settings, plain(settings)
+        self._settings, self.settings, self.models = settings, plain(settings), models
         self._folder = Path(workdir) / "corpus"
         if not self._folder.exists():
             save_corpus(make_corpus(settings.text, settings.vocab_size), self._folder)
@@ -37,16 +37,18 @@ class Heldout:
         # A budget that cannot be met is found before anything is trained.
         self._sizes = {name: size(name, settings, self.data["vocab_size"]) for name in models}
 
-    def tasks(self, models: Sequence[str]) -> list[Task]:
-        given = self._settings
+    def tasks(self) -> list[Task]:
+        given, models = self._settings, self.models
         short = given.sweep_tokens / given.num_tokens
         tried = [
-            Task(name, rate_label(rate), "heldout", short, optional=True)
+            Task(name, rate_label(rate), "heldout", short, optional=True, timed=False)
             for rate in given.learning_rates
             for name in models
         ]
         trained = [
-            Task(name, seed_label(seed), "heldout") for seed in given.seeds for name in models
+            Task(name, seed_label(seed), "heldout", timed=False)
+            for seed in given.seeds
+            for name in models
         ]
         timed = [
             Task(name, f"timing {visit}", "heldout_timing", 0.1)

@@ -21,10 +21,12 @@ class Seed:
 
     def __init__(self, settings: SeedSettings, models: Sequence[str], workdir: Any = None):
         self._settings, self.settings, self.data = settings, plain(settings), {}
+        self.models = models
         for name in models:
             make_config(name, settings.preset)
 
-    def tasks(self, models: Sequence[str]) -> list[Task]:
+    def tasks(self) -> list[Task]:
+        models = self.models
         learned = [Task(name, "updates", "seed") for name in models]
         timed = [
             Task(name, f"timing {visit}", "seed_timing", 0.2)

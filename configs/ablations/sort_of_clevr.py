@@ -1,0 +1,54 @@
+"""What each part of SLAM v3 is worth, on Sort-of-CLEVR.
+
+    python -m slam_jax.rocket --protocol=ablation --config=configs/ablations/sort_of_clevr.py \
+        --workdir=runs/ablations --jobs=2
+
+Fourteen models, three seeds each, trained alike: first on tables, then on scenes of which three
+objects stand in a text and three in a table, so that two streams have to be brought together. Small
+and without images, so that all of it fits into an hour of two CPU cores: with
+`--config.base.data.stages=..` the same is measured on any other mix. The results, with the machine
+and the date, are in docs/ablations.md.
+
+One and two processes are widened, in their MLPs alone, to the parameters or to the forward
+operations of four (tests/test_ablation.py holds them to 1%); `one_process_deep` has the four layers
+one after the other.
+"""
+
+from typing import Any
+
+from slam_jax.training import default_config
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "four_processes": {},
+    "two_processes_same_parameters": {"model.num_processes": 2, "model.process_mlp_dim": 405},
+    "two_processes_same_flops": {"model.num_processes": 2, "model.process_mlp_dim": 430},
+    "one_process_same_parameters": {"model.num_processes": 1, "model.process_mlp_dim": 960},
+    "one_process_same_flops": {"model.num_processes": 1, "model.process_mlp_dim": 1_030},
+    "one_process_deep": {"model.num_processes": 1, "model.num_process_layers": 4},
+    "isolated_only": {"model.without": ["shared"]},
+    "shared_only": {"model.without": ["isolated"]},
+    "without_residual": {"model.without": ["residual"]},
+    "without_mean": {"model.without": ["mean"]},
+    "without_concat": {"model.without": ["concat"]},
+    "without_cross_modal": {"model.without": ["cross_modal"]},
+    "without_fusion_mlp": {"model.without": ["fusion_mlp"]},
+    "plain_attention": {"model.without": ["latent"]},
+}
+
+
+def get_config() -> dict[str, Any]:
+    config: Any = default_config("small")
+    config.model.embed_dim = 64
+    config.model.mlp_dim = 128
+    config.model.kv_lora_rank = 32
+    config.model.image.stage_widths = (8,)  # no view has an image
+    config.data.batch_size = 16
+    config.data.stages = ((0, {"aux": 1.0}), (200, {"split_text_aux": 0.8, "aux": 0.2}))
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.momentum = 0.9
+    config.optimizer.warmup_steps = 20
+    config.run.num_steps = 1_200
+    config.run.evaluate_every = 1_200
+    config.run.evaluate_batches = 6
+    return {"base": config.to_dict(), "variants": VARIANTS, "seeds": [0, 1, 2]}

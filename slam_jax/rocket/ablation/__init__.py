@@ -1,0 +1,1 @@
+"""What each part of SLAM v3 is worth."""

@@ -1,0 +1,134 @@
+"""SLAM v3 with parts of it changed, each variant trained and tested as any run is.
+
+A run is a workdir of its own, as `train.py` would leave it, so that one that is stopped goes on.
+"""
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from slam_jax.data import evaluation_batches, prepare
+from slam_jax.data.views import with_halves
+from slam_jax.errors import require, require_count
+from slam_jax.evaluation import evaluate
+from slam_jax.evaluation.answers import Answer
+from slam_jax.rocket.timing import peak_memory
+from slam_jax.slam_v3.config import SlamV3Config
+from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
+from slam_jax.training import Experiment, load, override, split_model, train
+
+Json = dict[str, Any]
+Tell = Callable[[float, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class AblationSettings:
+    """What is compared.
+
+    base: a whole configuration, as `train.py` takes it. variants: by name, the fields in which each
+      differs from it, with dots ("model.num_processes"); the first is what others are compared
+      with. seeds: of each variant's runs: their parameters, order of examples and dropout.
+    """
+
+    base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    variants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seeds: Sequence[int] = (0, 1, 2)
+
+    def __post_init__(self):
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        distinct = 0 < len(self.seeds) == len(set(self.seeds))
+        require(distinct, "seeds", self.seeds, "some, all different")
+        for seed in self.seeds:
+            require_count("seeds", seed, least=0, most=2**32 - 1)
+        for name, changes in self.variants.items():
+            mapping = isinstance(changes, Mapping)
+            require(mapping, f"variants.{name}", changes, "fields and their values")
+
+    def config_of(self, variant: str, seed: int) -> Json:
+        """The whole configuration of a run."""
+        changes = {"seed": seed, "data.seed": seed, **self.variants[variant]}
+        return override(self.base, [f"--config.{name}={to!r}" for name, to in changes.items()])
+
+
+def run(name: str, settings: AblationSettings, tell: Tell, *, workdir: str, seed: int) -> Json:
+    """Trains a variant from a seed and lets it answer the test questions of every mix it was
+    trained on.
+
+    The figures of a mix and a kind of question are of each scene: how many were asked of it, how
+    many were answered rightly.
+    """
+    tell(0.0, "training")
+    config, folder = settings.config_of(name, seed), Path(workdir) / name / str(seed)
+    start = time.perf_counter()
+    train(config, folder)
+    seconds = time.perf_counter() - start
+    tell(0.9, "answering")
+    loaded, experiment = load(folder, "latest"), Experiment.from_config(config)
+    dataset = prepare(experiment.data, loaded.tokenizer, model=loaded.model.config)
+    graphdef, params = split_model(loaded.model)
+    batches, sizes = {}, {}
+    for view in with_halves(experiment.data.views):
+        made = evaluation_batches(
+            dataset.test,
+            loaded.tokenizer,
+            view,
+            experiment.data.batch_size,
+            seed=experiment.data.seed,
+        )
+        batches[view] = list(made)
+        sizes[view] = _flops(loaded.model.config, batches[view][0].batch)
+    results = evaluate(
+        graphdef,
+        params,
+        batches,
+        loaded.tokenizer,
+        step=loaded.step,
+        max_new_tokens=dataset.test.answer_length(loaded.tokenizer) + 1,
+    )
+    return {
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "flops": {view: sizes[view] for view in experiment.data.views},
+        "scores": score(results.answers),
+        "train_seconds": seconds,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def score(answers: Sequence[Answer]) -> dict[str, dict[str, list[int]]]:
+    """ "view/kind" -> "asked" and "right", a number a scene; "view/needs both" beside the kinds."""
+    asked: Any = defaultdict(lambda: defaultdict(int))
+    right: Any = defaultdict(lambda: defaultdict(int))
+    for answer in answers:
+        view, _, only = answer.view.partition("_only_")
+        entries = [] if only else [f"{view}/{answer.kind}"]
+        if answer.needs_both:
+            entries.append(f"{view}/needs both" + (f", {only} only" if only else ""))
+        for entry in entries:
+            asked[entry][answer.scene] += 1
+            right[entry][answer.scene] += answer.correct
+    scenes = range(1 + max(answer.scene for answer in answers))
+    return {
+        entry: {
+            "asked": [asked[entry][scene] for scene in scenes],
+            "right": [right[entry][scene] for scene in scenes],
+        }
+        for entry in asked
+    }
+
+
+def _flops(config: SlamV3Config, batch: Any) -> Json:
+    """Of one scene, forward: the encoder's, and the decoder's for all of its questions."""
+    given, (_, prompts, length) = batch.inputs, batch.tokens.shape
+    sizes: Any = {
+        "text": 0 if given.text is None else given.text.shape[1],
+        "pixels": None if given.image is None else given.image.shape[1:3],
+        "aux": 0 if given.aux is None else given.aux.shape[1],
+    }
+    memory = num_memory(config, **sizes)
+    decoder = decode_flops(config, prompts=prompts, length=length - 1, memory=memory)
+    return {"encoder": encode_flops(config, **sizes), "decoder": decoder}

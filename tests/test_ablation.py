@@ -1,0 +1,215 @@
+"""Ablations: variants that are what they are called, accuracies, differences, the board."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from slam_jax.errors import ConfigError
+from slam_jax.evaluation.answers import Answer
+from slam_jax.rocket.ablation.board import OVERALL, make_board
+from slam_jax.rocket.ablation.measure import AblationSettings, run, score
+from slam_jax.rocket.ablation.page import make_page
+from slam_jax.rocket.ablation.protocol import Ablation
+from slam_jax.rocket.machine import describe_machine
+from slam_jax.rocket.page import html, markdown
+from slam_jax.rocket.protocols import make_comparison
+from slam_jax.rocket.tasks import plain
+from slam_jax.slam_v3 import SlamV3
+from slam_jax.slam_v3.flops import encode_flops
+from slam_jax.training import Experiment
+from slam_jax.training.experiment import read_config
+from tests.helpers import schema_errors
+
+CONFIG = Path(__file__).parents[1] / "configs" / "ablations" / "sort_of_clevr.py"
+
+
+def quiet(*_: Any) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def shipped() -> AblationSettings:
+    return AblationSettings(**read_config(CONFIG))
+
+
+def sizes(settings: AblationSettings, name: str) -> tuple[int, int]:
+    """Parameters, and operations of the encoder on the mix that is tested."""
+    config = Experiment.from_config(settings.config_of(name, 0)).with_vocabulary(410)
+    model = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
+    count = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+    return count, encode_flops(config, text=18, aux=3)
+
+
+@pytest.mark.parametrize("name", ["two_processes", "one_process"])
+def test_fewer_processes_are_as_large_or_as_costly_as_four(shipped, name):
+    parameters, flops = sizes(shipped, "four_processes")
+    assert sizes(shipped, f"{name}_same_parameters")[0] == pytest.approx(parameters, rel=0.01)
+    assert sizes(shipped, f"{name}_same_flops")[1] == pytest.approx(flops, rel=0.01)
+
+
+def test_every_variant_differs_in_what_it_says(shipped):
+    first = shipped.config_of("four_processes", 0)
+    for name, changes in shipped.variants.items():
+        config = shipped.config_of(name, 2)
+        assert config["seed"] == config["data"]["seed"] == 2
+        for field, value in changes.items():
+            group, field = field.split(".")
+            assert config[group].pop(field) == value != first[group].pop(field, None)
+            first = shipped.config_of("four_processes", 0)
+    assert len({json.dumps(changes) for changes in shipped.variants.values()}) == 14
+
+
+def answer(view: str, scene: int, correct: bool, needs_both: bool = False) -> Answer:
+    return Answer(view, scene, "relational", needs_both, "?", "yes", "yes" if correct else "no", 0)
+
+
+def test_answers_are_counted_by_scene():
+    answers = [
+        answer("split_text_aux", 0, True),
+        answer("split_text_aux", 0, False, needs_both=True),
+        answer("split_text_aux", 2, True),
+        answer("split_text_aux_only_text", 0, False, needs_both=True),
+        answer("split_text_aux_only_text", 2, True),
+        answer("aux", 1, True),
+    ]
+    assert score(answers) == {
+        "split_text_aux/relational": {"asked": [2, 0, 1], "right": [1, 0, 1]},
+        "split_text_aux/needs both": {"asked": [1, 0, 0], "right": [0, 0, 0]},
+        "split_text_aux/needs both, text only": {"asked": [1, 0, 0], "right": [0, 0, 0]},
+        "aux/relational": {"asked": [0, 1, 0], "right": [0, 1, 0]},
+    }
+
+
+SETTINGS = AblationSettings(
+    base={
+        "data": {"name": "made up", "batch_size": 2, "stages": [[0, {"aux": 1.0}]]},
+        "run": {"num_steps": 3},
+        "model": {"num_processes": 4},
+    },
+    variants={"whole": {}, "worse": {"model.num_processes": 1}, "same": {}, "broken": {}},
+    seeds=(0, 1),
+)
+
+
+def done(right: int, noise: int) -> dict[str, Any]:
+    """As if measured: 40 scenes of 20 questions, of which so many are right, more or less."""
+    rng = np.random.default_rng(noise)
+    hard = np.random.default_rng(7).integers(-4, 4, 40)  # some scenes are hard for all
+
+    def figures() -> dict[str, Any]:
+        counts = (right + hard + rng.integers(-1, 2, 40)).tolist()
+        return {
+            "parameters": 100,
+            "flops": {"aux": {"encoder": 5_000_000, "decoder": 7_000_000}},
+            "scores": {
+                "aux/relational": {"asked": [20] * 40, "right": counts},
+                "aux/needs both": {"asked": [2] * 40, "right": [1] * 40},
+            },
+            "train_seconds": 2.0,
+            "peak_memory_bytes": 1 << 30,
+        }
+
+    return {"seed 0": figures(), "seed 1": figures()}
+
+
+@pytest.fixture
+def board() -> dict[str, Any]:
+    results = {"whole": done(14, 1), "worse": done(12, 2), "same": done(14, 3)}
+    results["broken"] = {"seed 0": {"reason": "took more than 9 s"}}
+    about = {
+        "protocol": "ablation",
+        "settings": plain(SETTINGS),
+        "data": {},
+        "limits": {"memory_gib": 16.0, "seconds": 60.0, "jobs": 2},
+        "machine": describe_machine(),
+    }
+    return make_board(about, SETTINGS, results)
+
+
+def test_differences_are_paired_and_have_an_interval(board):
+    whole, worse, same, broken = board["rows"]
+    runs = [run["accuracy"][OVERALL] for run in whole["runs"]]
+    mean = whole["accuracy"][OVERALL]
+    assert mean["mean"] == pytest.approx(np.mean(runs)) and mean["low"] < mean["mean"]
+    # What needs both is asked among the others already.
+    assert mean == whole["accuracy"]["aux/relational"]
+    assert whole["difference"] is None
+    difference = worse["difference"][OVERALL]
+    assert difference["mean"] == pytest.approx(worse["accuracy"][OVERALL]["mean"] - mean["mean"])
+    assert -0.13 < difference["low"] < difference["high"] < -0.07
+    # Scenes differ more than that; in pairs it does not matter.
+    assert mean["high"] - mean["low"] > difference["high"] - difference["low"]
+    assert same["difference"][OVERALL]["low"] < 0 < same["difference"][OVERALL]["high"]
+    assert broken["status"] == "failed" and broken["reason"] == "took more than 9 s"
+    assert worse["changes"] == {"model.num_processes": 1}
+
+
+def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
+    assert schema_errors(board) == []
+    page = make_page(board)
+    text, whole = markdown(page), html(page)
+    assert "| worse | num_processes 1 | 100 | 5.00 | 12.00 |" in text
+    assert "- broken: took more than 9 s" in text and "(-11" in text and " * |" in text
+    assert "<svg" in whole and "made up, 3 steps of 2 examples (from step 0 on aux 1)" in whole
+    del board["rows"][1]["difference"]
+    assert len(schema_errors(board)) >= 1
+    html(make_page({**board, "rows": [], "category_winners": {}}))
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="variants are not given; give --config a file of them"):
+        make_comparison("ablation", None, [], None, tmp_path)
+    with pytest.raises(ConfigError, match="variants has no field 'one_proces'; did you mean"):
+        make_comparison("ablation", CONFIG, [], ("one_proces",), tmp_path)
+    argument = "--config.variants.isolated_only={'model.withou': 1}"
+    with pytest.raises(ConfigError, match="model has no field 'withou'; did you mean 'without'"):
+        make_comparison("ablation", CONFIG, [argument], None, tmp_path)
+    with pytest.raises(ConfigError, match="seeds is .*; expected some, all different"):
+        make_comparison("ablation", CONFIG, ["--config.seeds=[1, 1]"], None, tmp_path)
+
+
+def test_every_variant_is_run_from_every_seed_and_the_first_always(tmp_path):
+    made = make_comparison(
+        "ablation", CONFIG, ["--config.seeds=[3, 5]"], ("shared_only",), tmp_path
+    )
+    assert isinstance(made, Ablation) and made.models == ("four_processes", "shared_only")
+    tasks = made.tasks()
+    assert [(task.system, task.label) for task in tasks] == [
+        ("four_processes", "seed 3"),
+        ("shared_only", "seed 3"),
+        ("four_processes", "seed 5"),
+        ("shared_only", "seed 5"),
+    ]
+    assert made.arguments(tasks[2], {}) == {"workdir": str(tmp_path / "runs"), "seed": 5}
+
+
+def test_a_run_is_trained_and_tested(shipped, tmp_path):
+    base = json.loads(json.dumps(dict(shipped.base)))
+    base["data"] |= {"name": "sort_of_clevr/tiny", "batch_size": 4}
+    base["data"]["stages"] = [[0, {"split_text_aux": 1.0}]]
+    base["run"] |= {"num_steps": 2, "evaluate_every": 2, "evaluate_batches": 1}
+    small = {"embed_dim": 16, "mlp_dim": 16, "kv_lora_rank": 8, "num_heads": 2}
+    base["model"] |= small
+    settings = AblationSettings(base, {"cut": {"model.without": ["concat"]}}, (4,))
+    figures = run("cut", settings, quiet, workdir=str(tmp_path), seed=4)
+    assert set(figures["scores"]) == {
+        "split_text_aux/non_relational",
+        "split_text_aux/relational",
+        "split_text_aux/needs both",
+        "split_text_aux/needs both, text only",
+        "split_text_aux/needs both, aux only",
+    }
+    for counts in figures["scores"].values():
+        assert all(r <= a for r, a in zip(counts["right"], counts["asked"], strict=True))
+    assert set(figures["scores"]["split_text_aux/relational"]["asked"]) == {10}
+    assert figures["flops"]["split_text_aux"]["encoder"] > 0 and figures["parameters"] > 0
+    # The same again from the checkpoints that are there.
+    again = run("cut", settings, quiet, workdir=str(tmp_path), seed=4)
+    assert again["scores"] == figures["scores"]
+    assert runpy.run_path(str(CONFIG))["VARIANTS"]["without_concat"] == settings.variants["cut"]
