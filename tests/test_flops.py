@@ -11,7 +11,7 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from slam_jax.language_models import SYSTEMS, make_config, make_model
-from slam_jax.rocket.flops import forward_flops, training_flops
+from slam_jax.language_models.flops import forward_flops, training_flops
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 from slam_jax.slam_v3.config import PARTS
 from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory

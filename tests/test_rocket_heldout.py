@@ -12,8 +12,8 @@ import tensorflow_datasets as tfds
 from slam_jax.data.records import DataError
 from slam_jax.errors import ConfigError, InputError
 from slam_jax.language_models import measure
+from slam_jax.language_models.flops import training_flops
 from slam_jax.rocket.engine import run
-from slam_jax.rocket.flops import training_flops
 from slam_jax.rocket.heldout import measure as heldout
 from slam_jax.rocket.heldout.board import make_board
 from slam_jax.rocket.heldout.budgets import Budget, fit

@@ -53,6 +53,10 @@ class LanguageModelConfig:
         for field in ("dtype", "param_dtype"):
             require(getattr(self, field) in DTYPES, field, getattr(self, field), f"one of {DTYPES}")
 
+    def body_flops(self, num_tokens: int) -> int:
+        """Floating-point operations of one row of so many tokens, all but the head; see `flops`."""
+        raise NotImplementedError(f"{type(self).__name__} does not count its operations")
+
     def check_heads(
         self, num_heads: int, num_kv_heads: int, head_dim: int | None, *, turned: bool = False
     ) -> None:

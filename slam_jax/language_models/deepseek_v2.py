@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from slam_jax.errors import require, require_count
+from slam_jax.language_models import flops
 from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.latent_attention import MultiHeadLatentAttention
@@ -89,6 +90,15 @@ class DeepseekV2Config(LanguageModelConfig):
         require(k <= room, "num_experts_per_token", k, expected)
         for field in ("balance_loss", "device_balance_loss", "communication_balance_loss"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 (off) or more")
+
+    def body_flops(self, num_tokens: int) -> int:
+        dense = flops.gated_mlp(num_tokens, self.embed_dim, self.mlp_dim)
+        shared_dim = self.num_shared_experts * self.expert_dim
+        experts = flops.experts(num_tokens, self, self.expert_dim, shared_dim)
+        attention = flops.latents(num_tokens, self) + flops.latent_queries(num_tokens, self)
+        num_dense = min(self.num_dense_layers, self.num_layers)
+        mlps = num_dense * dense + (self.num_layers - num_dense) * experts
+        return self.num_layers * attention + mlps
 
 
 class Block(nnx.Module):

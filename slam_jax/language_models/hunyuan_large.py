@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from slam_jax.errors import require, require_count
+from slam_jax.language_models import flops
 from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
 from slam_jax.layers.cross_layer_attention import CrossLayerAttention, SharedKeyValues
 from slam_jax.layers.experts import MixtureOfExperts
@@ -65,6 +66,12 @@ class HunyuanLargeConfig(LanguageModelConfig):
         within = factor is None or 0 < factor <= most
         require(within, "capacity_factor", factor, f"None, or above 0 and at most {most}")
         require(self.balance_loss >= 0, "balance_loss", self.balance_loss, "0 (off) or more")
+
+    def body_flops(self, num_tokens: int) -> int:
+        shared_dim = self.num_shared_experts * self.mlp_dim
+        mlp = flops.experts(num_tokens, self, self.mlp_dim, shared_dim)
+        layers = (layer % self.share_factor == 0 for layer in range(self.num_layers))
+        return sum(flops.attention(num_tokens, self, own_keys=owns) + mlp for owns in layers)
 
 
 class Layer(nnx.Module):

@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from slam_jax.errors import require, require_count
+from slam_jax.language_models import flops
 from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
@@ -47,6 +48,10 @@ class HunyuanV1MoEConfig(LanguageModelConfig):
         )
         self.check_experts(self.num_experts, self.num_experts_per_token)
         require(self.balance_loss >= 0, "balance_loss", self.balance_loss, "0 (off) or more")
+
+    def body_flops(self, num_tokens: int) -> int:
+        mlp = flops.experts(num_tokens, self, self.mlp_dim, self.mlp_dim)
+        return self.num_layers * (flops.attention(num_tokens, self) + mlp)
 
 
 class Block(nnx.Module):

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from slam_jax.errors import require, require_count
+from slam_jax.language_models import flops
 from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
@@ -72,6 +73,27 @@ class JambaConfig(LanguageModelConfig):
     def has_experts(self, layer: int) -> bool:
         """One expert is a dense MLP and needs no router."""
         return self.num_experts > 1 and layer % self.expert_period == self.expert_offset
+
+    def body_flops(self, num_tokens: int) -> int:
+        total = 0
+        for layer in range(self.num_layers):
+            if self.has_attention(layer):
+                total += flops.attention(num_tokens, self)
+            else:
+                total += self._mamba_flops(num_tokens)
+            if self.has_experts(layer):
+                total += flops.experts(num_tokens, self, self.mlp_dim)
+            else:
+                total += flops.gated_mlp(num_tokens, self.embed_dim, self.mlp_dim)
+        return total
+
+    def _mamba_flops(self, num_tokens: int) -> int:
+        width, rank = self.expand * self.embed_dim, self.dt_rank or -(-self.embed_dim // 16)
+        maps = flops.linear(num_tokens, self.embed_dim, 3 * width)
+        maps += flops.linear(num_tokens, width, 2 * rank + 2 * self.state_dim)
+        convolution = 2 * num_tokens * width * self.conv_width
+        # dt A, times the state, dt x B, their sum, times C, the sum over the state.
+        return maps + convolution + 6 * num_tokens * width * self.state_dim
 
 
 class Block(nnx.Module):

@@ -25,6 +25,7 @@ from slam_jax.layers.norms import RMSNorm
 from slam_jax.protocol import Output
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryBank
+from slam_jax.slam_v3.flops import decode_flops, encode_flops
 from slam_jax.slam_v3.fusion import Fusion
 from slam_jax.slam_v3.processes import LevelOne, ParallelProcesses
 from slam_jax.slam_v3.streams import Stream
@@ -65,6 +66,14 @@ class SlamV3TextConfig(LanguageModelConfig):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
+
+    def body_flops(self, num_tokens: int) -> int:
+        v3, window = self.slam_v3, self.text_window
+        # The last window is read by nobody; one that is not full is taken as if it were.
+        count = -(-num_tokens // window)
+        decoder = decode_flops(v3, prompts=1, length=window, memory=window)
+        decoder -= 2 * window * self.embed_dim * self.vocab_size  # the head is counted elsewhere
+        return (count - 1) * encode_flops(v3, text=window) + count * decoder
 
 
 @struct.dataclass

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from slam_jax.errors import require_count
+from slam_jax.language_models import flops
 from slam_jax.language_models.base import (
     LanguageModelConfig,
     Pass,
@@ -44,6 +45,14 @@ class SlamV4Config(LanguageModelConfig):
         require_count("level_layers", self.level_layers, most=512)
         require_count("num_blocks", self.num_blocks, most=512)
         self.check_heads(self.num_heads, self.num_heads, None)
+
+    def body_flops(self, num_tokens: int) -> int:
+        dim = self.embed_dim
+        mlp = 2 * flops.linear(num_tokens, dim, self.mlp_dim)
+        layer = flops.attention(num_tokens, self) + mlp
+        block = flops.attention(num_tokens, self, own_keys=False) + mlp
+        keys = 2 * flops.linear(num_tokens, dim, dim)
+        return 2 * self.level_layers * layer + keys + self.num_blocks * block
 
 
 def layer_norm(config: SlamV4Config, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from slam_jax.errors import require_count
+from slam_jax.language_models import flops
 from slam_jax.language_models.base import (
     LanguageModelConfig,
     Pass,
@@ -47,6 +48,16 @@ class SlamV4ChampionConfig(LanguageModelConfig):
         for field in ("level_layers", "num_blocks", "num_cycles"):
             require_count(field, getattr(self, field), most=512)
         self.check_heads(self.num_heads, self.num_heads, None)
+
+    def body_flops(self, num_tokens: int) -> int:
+        dim = self.embed_dim
+        rest = flops.linear(num_tokens, dim, 3 * dim)
+        rest += flops.gated_mlp(num_tokens, dim, self.mlp_dim)
+        layer = flops.attention(num_tokens, self) + rest
+        block = flops.attention(num_tokens, self, own_keys=False) + rest
+        keys = 2 * flops.linear(num_tokens, dim, dim)
+        blocks = self.num_cycles * self.num_blocks * block
+        return 2 * self.level_layers * layer + keys + blocks
 
 
 def layer_norm(config: SlamV4ChampionConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

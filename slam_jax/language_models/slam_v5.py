@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from slam_jax.errors import require, require_count
+from slam_jax.language_models import flops
 from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
 from slam_jax.layers.attention import Layout, causal_layout
 from slam_jax.layers.kv_cache import write_prompt, write_token
@@ -50,6 +51,12 @@ class SlamV5Config(LanguageModelConfig):
         require_count("num_blocks", self.num_blocks, most=512)
         rope = self.qk_rope_head_dim
         require(rope > 0 and rope % 2 == 0, "qk_rope_head_dim", rope, "an even number above 0")
+
+    def body_flops(self, num_tokens: int) -> int:
+        mlp = flops.gated_mlp(num_tokens, self.embed_dim, self.mlp_dim)
+        latents, queries = flops.latents(num_tokens, self), flops.latent_queries(num_tokens, self)
+        layers = 2 * self.level_layers * (latents + queries + mlp)
+        return layers + latents + self.num_blocks * (queries + mlp)
 
 
 class Latents(nnx.Module):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from slam_jax.errors import require, require_count
+from slam_jax.language_models import flops
 from slam_jax.language_models.base import (
     LanguageModelConfig,
     Pass,
@@ -50,6 +51,22 @@ class SlamV6Config(LanguageModelConfig):
         require(heads % 2 == 0, "num_heads", heads, "an even number: one block has half of them")
         require(mlp_dim % 2 == 0, "mlp_dim", mlp_dim, "an even number: one block has half of it")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a rate in [0, 1)")
+
+    def body_flops(self, num_tokens: int) -> int:
+        dim, mlp_dim = self.embed_dim, self.mlp_dim
+
+        def layer(mlp_dim: int) -> int:
+            """Attention, its gate, the GLU, and the map of both to one."""
+            maps = flops.linear(num_tokens, dim, 3 * dim)
+            glu = flops.gated_mlp(num_tokens, dim, mlp_dim)
+            return flops.attention(num_tokens, self) + maps + glu
+
+        specialists = layer(mlp_dim // 2) + layer(2 * mlp_dim)
+        specialists += flops.linear(num_tokens, dim, 2 * dim)
+        specialists += flops.gated_mlp(num_tokens, dim, mlp_dim)
+        blocks = 4 * (flops.linear(num_tokens, dim, 3 * dim) + layer(mlp_dim)) + specialists
+        fusion = flops.linear(num_tokens, dim, 4) + flops.gated_mlp(num_tokens, dim, dim)
+        return 2 * self.level_layers * layer(mlp_dim) + blocks + fusion
 
 
 def linear(config: SlamV6Config, inputs, outputs, rngs: nnx.Rngs) -> Linear:

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from slam_jax.errors import require_count
+from slam_jax.language_models import flops
 from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.mlp import GatedMLP
@@ -38,6 +39,10 @@ class StandardConfig(LanguageModelConfig):
         self.check_heads(
             self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim, turned=True
         )
+
+    def body_flops(self, num_tokens: int) -> int:
+        mlp = flops.gated_mlp(num_tokens, self.embed_dim, self.mlp_dim)
+        return self.num_layers * (flops.attention(num_tokens, self) + mlp)
 
 
 class Block(nnx.Module):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from slam_jax.errors import ConfigError, require_count
 from slam_jax.language_models import make_config, measure
-from slam_jax.rocket.flops import training_flops
+from slam_jax.language_models.flops import training_flops
 
 BUDGETS = ("parameters", "flops")
 TOLERANCE = 0.02

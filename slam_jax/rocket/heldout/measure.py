@@ -7,7 +7,7 @@ is trained so from several seeds and predicts the test documents.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from slam_jax.array_typing import AnyArray
 from slam_jax.errors import require, require_count
 from slam_jax.generation.decode import greedy_decode
 from slam_jax.language_models import make_model, measure
-from slam_jax.rocket.flops import training_flops
+from slam_jax.language_models.flops import training_flops
 from slam_jax.rocket.heldout.budgets import BUDGETS, Budget, fit
 from slam_jax.rocket.heldout.corpus import STDLIB, Rows, load_corpus
 from slam_jax.rocket.timing import compiled, peak_memory, timed
@@ -59,9 +59,9 @@ class HeldoutSettings:
     length: int = 128
     batch_size: int = 16
     num_tokens: int = 1 << 20
-    learning_rates: tuple[float, ...] = (7e-4, 2e-3, 6e-3)
+    learning_rates: Sequence[float] = (7e-4, 2e-3, 6e-3)
     sweep_tokens: int = 1 << 18
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Sequence[int] = (0, 1, 2)
     weight_decay: float = 0.1
     warmup: float = 0.1
     document_tokens: int = 2_048

@@ -18,7 +18,7 @@ from flax import nnx
 
 from slam_jax.errors import require, require_count
 from slam_jax.language_models import make_config, make_model, measure
-from slam_jax.rocket.flops import forward_flops, training_flops
+from slam_jax.language_models.flops import forward_flops, training_flops
 from slam_jax.rocket.timing import Timing, peak_memory, timed
 from slam_jax.training.losses import language_model_loss
 from slam_jax.training.state import init_state, make_train_step, split_model

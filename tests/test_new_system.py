@@ -1,0 +1,86 @@
+"""A system is one file and one line of the registry: docs/rocket.md shows it, this does it."""
+
+import importlib.util
+import json
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slam_jax.language_models import SYSTEMS, registry
+from slam_jax.rocket import worker
+from slam_jax.rocket.engine import run
+from slam_jax.rocket.protocols import make_comparison
+from tests.helpers import schema_errors
+
+DOCS = Path(__file__).parents[1] / "docs" / "rocket.md"
+FILE, LINE = "bag.py", "registry.py"
+
+
+def shown(name: str) -> str:
+    """The code that stands in the docs under a file's name."""
+    text = DOCS.read_text()
+    found = re.search(rf"`slam_jax/language_models/{name}`.*?```python\n(.*?)```", text, re.S)
+    assert found, name
+    return found.group(1)
+
+
+@pytest.fixture
+def added(tmp_path, monkeypatch):
+    """The file as a module, and the line in the registry."""
+    name = "slam_jax.language_models.bag"
+    (tmp_path / FILE).write_text(shown(FILE))
+    spec = importlib.util.spec_from_file_location(name, tmp_path / FILE)
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    names: dict[str, Any] = {**vars(registry), **vars(module)}
+    lines = eval(f"{{{shown(LINE)}}}", names)  # our own docs
+    assert len(lines) == 1
+    for key, system in lines.items():
+        monkeypatch.setitem(SYSTEMS, key, system)
+    return types.SimpleNamespace(name=next(iter(lines)))
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Tasks in this process, which knows the system."""
+
+    def run_job(what, system, settings, folder, *, arguments, progress, **limits):
+        task, made = worker.TASKS[what]
+        figures = task(system, made(**settings), progress, **arguments)
+        *_, figures = [figures] if isinstance(figures, dict) else figures
+        return json.loads(json.dumps(figures))
+
+    monkeypatch.setattr("slam_jax.rocket.engine.run_job", run_job)
+
+
+SMALL = {
+    "seed": {"preset": "tiny", "batch_size": 2, "length": 8, "num_updates": 2, "rounds": 1}
+    | {"repeats": 1, "stress_batch": 1, "stress_length": 16},
+    "heldout": {"vocab_size": 300, "budget": 2e5, "length": 16, "batch_size": 4}
+    | {"num_tokens": 640, "sweep_tokens": 640, "learning_rates": (1e-3,), "seeds": (0,)}
+    | {"document_tokens": 40, "curve_points": 2, "prompt_length": 8, "new_tokens": 4}
+    | {"rounds": 1, "repeats": 1},
+}
+
+
+@pytest.mark.parametrize("protocol", SMALL)
+def test_a_new_system_is_in_every_comparison(added, here, protocol, tmp_path):
+    settings = dict(SMALL[protocol])
+    if protocol == "heldout":
+        for i in range(120):
+            (tmp_path / "texts").mkdir(exist_ok=True)
+            words = " ".join(str(i * j) for j in range(60))
+            (tmp_path / "texts" / f"{i}.txt").write_text(words)
+        settings["text"] = str(tmp_path / "texts")
+    arguments = [f"--config.{field}={value}" for field, value in settings.items()]
+    made = make_comparison(protocol, None, arguments, (added.name,), tmp_path / "board")
+    board = run(made, tmp_path / "board")
+    (row,) = board["rows"]
+    assert row["status"] == "ok" and row["system"] == added.name and row["rank"] == 1
+    assert row["title"] == SYSTEMS[added.name].title and schema_errors(board) == []
