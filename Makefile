@@ -3,15 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 WORKDIR ?= runs/quickstart
-ROCKET ?= runs/rocket
+PROTOCOL ?= seed
+ROCKET ?= runs/rocket-$(PROTOCOL)
+ABLATIONS ?= runs/ablations
 
-.PHONY: help setup train eval demo rocket test test-all lint format clean
+.PHONY: help setup train eval demo rocket ablations test test-all lint format clean
 
 help:
 	@echo "make train     set up, train the quickstart, evaluate it, print the table"
 	@echo "make eval      evaluate WORKDIR=$(WORKDIR) again"
 	@echo "make demo      a page to ask the model in WORKDIR"
-	@echo "make rocket    measure the language models against each other, into ROCKET=$(ROCKET)"
+	@echo "make rocket    measure the language models against each other, PROTOCOL=$(PROTOCOL) (or"
+	@echo "               heldout), into ROCKET=$(ROCKET)"
+	@echo "make ablations what each part of SLAM v3 is worth, into ABLATIONS=$(ABLATIONS)"
 	@echo "make test      set up, lint, type-check and run the tests"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make format    sort imports and format"
@@ -36,7 +40,11 @@ demo: setup
 	$(RUN) -m slam_jax.demo --workdir=$(WORKDIR)
 
 rocket: setup
-	$(RUN) -m slam_jax.rocket --workdir=$(ROCKET)
+	$(RUN) -m slam_jax.rocket --protocol=$(PROTOCOL) --workdir=$(ROCKET)
+
+ablations: setup
+	$(RUN) -m slam_jax.rocket --protocol=ablation --config=configs/ablations/sort_of_clevr.py \
+		--workdir=$(ABLATIONS) --jobs=2
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -48,7 +48,7 @@ def get_config() -> dict[str, Any]:
     config.optimizer.learning_rate = 2e-3
     config.optimizer.momentum = 0.9
     config.optimizer.warmup_steps = 20
-    config.run.num_steps = 1_200
-    config.run.evaluate_every = 1_200
+    config.run.num_steps = 800
+    config.run.evaluate_every = 800
     config.run.evaluate_batches = 6
     return {"base": config.to_dict(), "variants": VARIANTS, "seeds": [0, 1, 2]}
