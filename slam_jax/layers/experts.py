@@ -18,7 +18,11 @@ _FEW = 32
 
 
 def _loops() -> bool:
-    """Whether a loop over small products beats one batched product of copied kernels."""
+    """Whether small products one after the other beat one batched product of copied kernels.
+
+    There a gradient took 2.4 times as long (2 cores of an Intel Xeon, 2026-11-26: python
+    benchmarks/experts.py); an accelerator would wait between small ones.
+    """
     return jax.default_backend() == "cpu"
 
 
@@ -128,6 +132,7 @@ class Experts(nnx.Module):
     def _by_block(self, rows, experts, weights):
         """Each expert on its tokens, which are sorted by expert and cut into blocks."""
         num_tokens, k = experts.shape
+        # A fourth of an expert's share leaves an eighth of the rows empty; less is slower again.
         share = math.ceil(experts.size / self.num_experts)
         mlp, size = (looped_gated_mlp, math.ceil(share / 4)) if _loops() else (gated_mlp, share)
         blocks = cut(experts.reshape(-1), self.num_experts, max(size, _FEW))
