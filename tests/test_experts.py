@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from slam_jax.layers.expert_blocks import looped_gated_mlp
 from slam_jax.layers.experts import Experts, MixtureOfExperts
 from slam_jax.layers.router import (
     Router,
@@ -68,9 +69,37 @@ ROUTES = {
 }
 
 
+# The most tokens that all experts look at, and whether blocks are gone through one by one.
+WAYS = {"_by_token": (99, True), "_by_block, in a loop": (3, True), "_by_block": (3, False)}
+
+
+@pytest.fixture
+def go(monkeypatch):
+    """Chooses one of WAYS; gives the list of the ways that were really gone."""
+
+    def choose(way):
+        few, loops = WAYS[way]
+        monkeypatch.setattr("slam_jax.layers.experts._FEW", few)
+        monkeypatch.setattr("slam_jax.layers.experts._loops", lambda: loops)
+        return taken
+
+    taken = []
+    for method in ("_by_choice", "_by_token", "_by_block"):
+        original = getattr(Experts, method)
+
+        def seen(self, *args, method=method, original=original):
+            taken.append(method)
+            return original(self, *args)
+
+        monkeypatch.setattr(Experts, method, seen)
+    return choose
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ROUTES)
-def test_dropless_is_the_loop_over_experts(experts, name, masked):
+@pytest.mark.parametrize("way", WAYS)
+def test_dropless_is_the_loop_over_experts(experts, go, way, name, masked):
+    taken = go(way)
     routing = make_routing(ROUTES[name])
     x = normal(2, *routing.experts.shape[:2], DIM)
     mask = None
@@ -93,26 +122,38 @@ def test_dropless_is_the_loop_over_experts(experts, name, masked):
     other = jax.jit(jax.grad(total(loop), (0, 1, 2)))(*given)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         close(a, b, 1e-4)
+    assert set(taken) == {"_by_choice" if name == "a few tokens" else way.split(",")[0]}
 
 
-def test_the_two_ways_for_many_tokens_are_both_taken(experts, monkeypatch):
-    """The test above would pass if one of them were never reached."""
-    taken = []
-    for way in ("_by_expert", "_one_by_one"):
-        original = getattr(Experts, way)
+@pytest.mark.parametrize("way", WAYS)
+def test_models_side_by_side_are_the_same_one_by_one(go, way):
+    go(way)
+    keys, x = jax.random.split(jax.random.key(0)), normal(9, 2, 2, 9, DIM)
+    routing = make_routing(np.stack([draw(9, 2, seed) for seed in (1, 2)]))
 
-        def wrapped(self, *args, way=way, original=original):
-            y = original(self, *args)
-            jax.debug.callback(lambda: taken.append(way))
-            return y
+    def gradient(key, x, routing):
+        experts = Experts(EXPERTS, DIM, MLP, rngs=nnx.Rngs(key))
+        return jax.grad(lambda experts, x: (experts(x, routing) ** 2).sum(), (0, 1))(experts, x)
 
-        monkeypatch.setattr(Experts, way, wrapped)
-    for name in ("even loads", "one expert takes all"):
-        routing = make_routing(ROUTES[name])
-        x = normal(2, *routing.experts.shape[:2], DIM)
-        jax.block_until_ready(jax.jit(lambda x, r: experts(x, r))(x, routing))
-        jax.effects_barrier()
-    assert taken == ["_by_expert", "_one_by_one"]
+    both = jax.vmap(gradient)(keys, x, routing)
+    for i in range(2):
+        one = gradient(keys[i], x[i], jax.tree.map(lambda leaf, i=i: leaf[i], routing))
+        jax.tree.map(lambda all_, leaf, i=i: close(all_[i], leaf, 1e-4), both, one)
+
+
+def test_bfloat16_kernels_sum_the_gradients_of_their_blocks_in_float32():
+    """A sum of equal numbers in bfloat16 stops growing at 256 of them."""
+    x = jnp.broadcast_to(normal(8, 2, DIM), (1_000, 2, DIM)).astype(jnp.bfloat16)
+    shapes = ((1, DIM, MLP), (1, DIM, MLP), (1, MLP, DIM))
+    kernels = tuple(normal(i, *shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes))
+
+    def gradient(x):
+        owners = jnp.zeros(len(x), int)
+        return jax.grad(lambda kernels: looped_gated_mlp(x, owners, kernels).mean())(kernels)
+
+    for all_, one in zip(gradient(x), gradient(x[:1]), strict=True):
+        assert all_.dtype == jnp.bfloat16
+        close(all_.astype(jnp.float32), one.astype(jnp.float32), 0.02)
 
 
 def test_beyond_its_capacity_an_expert_leaves_out_the_least_weight(experts):

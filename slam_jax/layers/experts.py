@@ -8,12 +8,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from slam_jax.layers.expert_blocks import cut, gated_mlp, looped_gated_mlp, ranks, take
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer
 from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.router import Router, Routing
 
-# Room for an expert, over its share of the tokens, before the slower way is taken.
-_ROOM = 2
+# So few tokens that reading the kernels costs more than multiplying all of them by all tokens.
+_FEW = 32
+
+
+def _loops() -> bool:
+    """Whether small products one after the other beat one batched product of copied kernels.
+
+    There a gradient took 2.4 times as long (2 cores of an Intel Xeon, 2026-11-26: python
+    benchmarks/experts.py); an accelerator would wait between small ones.
+    """
+    return jax.default_backend() == "cpu"
 
 
 class ExpertLinear(nnx.Module):
@@ -82,32 +92,26 @@ class Experts(nnx.Module):
         k = routing.experts.shape[-1]
         rows, experts = x.reshape(-1, x.shape[-1]), routing.experts.reshape(-1, k)
         weights = routing.weights.reshape(-1, k)
+        # An expert beyond the last: the choice goes nowhere.
         if mask is not None:
-            real = mask.reshape(-1, 1)
-            # An expert beyond the last: sorted behind all others.
-            experts = jnp.where(real, experts, self.num_experts)
-            weights = jnp.where(real, weights, 0.0)
+            experts = jnp.where(mask.reshape(-1, 1), experts, self.num_experts)
         if capacity is not None:
-            y = self._by_expert(rows, experts, weights, capacity, by_weight=True)
+            experts = self._within(capacity, experts, weights)
+        weights = jnp.where(experts < self.num_experts, weights, 0.0)
+        if experts.size <= self.num_experts:
+            y = self._by_choice(rows, experts, weights)
+        elif len(rows) <= _FEW:
+            y = self._by_token(rows, experts, weights)
         else:
-            y = self._all(rows, experts, weights)
+            y = self._by_block(rows, experts, weights)
         return y.reshape(x.shape).astype(x.dtype)
 
-    def _all(self, rows, experts, weights):
-        num_tokens, k = experts.shape
-        if num_tokens * k <= self.num_experts:
-            return self._by_choice(rows, experts, weights)
-        # XLA wants the number of tokens an expert beforehand. Twice the mean is nearly always
-        # enough; where it is not, every expert sees every token, one after the other.
-        room = _ROOM * math.ceil(num_tokens * k / self.num_experts)
-        if room >= num_tokens:
-            return self._by_expert(rows, experts, weights, num_tokens)
-        loads = jax.nn.one_hot(experts, self.num_experts, dtype=jnp.int32).sum(axis=(0, 1))
-        return jax.lax.cond(
-            jnp.max(loads) <= room,
-            lambda: self._by_expert(rows, experts, weights, room),
-            lambda: self._one_by_one(rows, experts, weights),
-        )
+    def _within(self, capacity: int, experts, weights):
+        """The choices; those beyond an expert's capacity go nowhere."""
+        order = jnp.argsort(-weights.reshape(-1))
+        before, _ = ranks(experts.reshape(-1)[order], self.num_experts)
+        kept = (before < capacity)[jnp.argsort(order)].reshape(experts.shape)
+        return jnp.where(kept, experts, self.num_experts)
 
     def _by_choice(self, rows, experts, weights):
         """For a few tokens: reads the kernels of their experts only."""
@@ -118,43 +122,26 @@ class Experts(nnx.Module):
         y = jnp.einsum("rkf,rkfd->rkd", jax.nn.silu(gate) * up, self.down.of(experts))
         return jnp.einsum("rk,rkd->rd", weights, y.astype(jnp.float32))
 
-    def _by_expert(self, rows, experts, weights, room: int, by_weight: bool = False):
-        """Sorted by expert and padded to `room` tokens each: three batched matmuls.
+    def _by_token(self, rows, experts, weights):
+        """Every expert on every token."""
+        chosen = jax.nn.one_hot(experts, self.num_experts, dtype=weights.dtype)
+        x = jnp.broadcast_to(rows.astype(self.dtype), (self.num_experts, *rows.shape))
+        y = self.down(jax.nn.silu(self.gate(x)) * self.up(x)).astype(jnp.float32)
+        return jnp.sum(jnp.einsum("rk,rke->er", weights, chosen)[..., None] * y, axis=0)
 
-        Forward there are only gathers. Tokens beyond the room of an expert add 0.
-        """
+    def _by_block(self, rows, experts, weights):
+        """Each expert on its tokens, which are sorted by expert and cut into blocks."""
         num_tokens, k = experts.shape
-        flat = experts.reshape(-1)
-        # Stable sorts: among the choices of one expert, the order they had before.
-        order = jnp.argsort(-weights.reshape(-1)) if by_weight else jnp.arange(flat.size)
-        order = order[jnp.argsort(flat[order])]
-        first = jnp.searchsorted(flat[order], jnp.arange(self.num_experts))
-        slot = jnp.argsort(order) - first[jnp.minimum(flat, self.num_experts - 1)]
-        taken = jnp.minimum(first[:, None] + jnp.arange(room), flat.size - 1)
-        # A slot without a token holds another's; nobody reads what comes out of it.
-        x = rows[order[taken] // k].astype(self.dtype)
-        y = self.down(jax.nn.silu(self.gate(x)) * self.up(x)).reshape(-1, rows.shape[-1])
-        inside = (slot < room) & (flat < self.num_experts)
-        y = y[jnp.where(inside, flat * room + slot, 0)].reshape(num_tokens, k, -1)
-        weights = jnp.where(inside.reshape(num_tokens, k), weights, 0.0)
+        # A fourth of an expert's share leaves an eighth of the rows empty; less is slower again.
+        share = math.ceil(experts.size / self.num_experts)
+        mlp, size = (looped_gated_mlp, math.ceil(share / 4)) if _loops() else (gated_mlp, share)
+        blocks = cut(experts.reshape(-1), self.num_experts, max(size, _FEW))
+        places = blocks.places.reshape(num_tokens, k)
+        gate, up, down = (m.kernel[...].astype(self.dtype) for m in (self.gate, self.up, self.down))
+        x = take(rows.astype(self.dtype), blocks.choices // k, places)
+        y = mlp(x, blocks.owners, (gate, up, down))
+        y = take(y.reshape(-1, y.shape[-1]), places, blocks.choices.reshape(-1, 1))
         return jnp.einsum("rk,rkd->rd", weights, y.astype(jnp.float32))
-
-    def _one_by_one(self, rows, experts, weights):
-        """Every expert on every token: slow, and no larger than a dense MLP."""
-        x = rows.astype(self.dtype)
-
-        @jax.checkpoint
-        def add(total, expert):
-            i, gate, up, down = expert
-            gate, up, down = (kernel.astype(self.dtype) for kernel in (gate, up, down))
-            y = (jax.nn.silu(x @ gate) * (x @ up)) @ down
-            weight = jnp.where(experts == i, weights, 0.0).sum(axis=-1)
-            return total + weight[:, None] * y.astype(jnp.float32), None
-
-        kernels = (self.gate.kernel[...], self.up.kernel[...], self.down.kernel[...])
-        zeros = jnp.zeros(rows.shape, jnp.float32)
-        y, _ = jax.lax.scan(add, zeros, (jnp.arange(self.num_experts), *kernels))
-        return y
 
 
 class MixtureOfExperts(nnx.Module):

@@ -1,0 +1,121 @@
+"""Rows sorted by expert, in blocks of one size, each for one expert: exact whatever the loads."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Kernels = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
+
+
+class Blocks(NamedTuple):
+    """G blocks of S places.
+
+    owners: the expert of each block. places: of each choice, among all G S; beyond them for one
+    that goes nowhere. choices: in each place, beyond the last where it is empty.
+    """
+
+    owners: Int[Array, "G"]
+    places: Int[Array, "R"]
+    choices: Int[Array, "G S"]
+
+
+def cut(experts: Int[Array, "R"], num_experts: int, size: int) -> Blocks:
+    """Blocks of `size` places for choices of experts; those of `num_experts` go nowhere."""
+    # No expert leaves more than `size` - 1 places empty.
+    num_blocks = (experts.size + num_experts * (size - 1)) // size
+    before, loads = ranks(experts, num_experts)
+    ends = jnp.cumsum(-(-loads // size))
+    owners = jnp.sum(jnp.arange(num_blocks)[:, None] >= ends, axis=-1)
+    starts = size * jnp.append(0, ends[:-1])
+    nowhere = num_blocks * size
+    places = starts.at[experts].get(mode="fill", fill_value=nowhere) + before
+    choices = jnp.full(nowhere, experts.size).at[places].set(jnp.arange(experts.size), mode="drop")
+    return Blocks(jnp.minimum(owners, num_experts - 1), places, choices.reshape(-1, size))
+
+
+def ranks(experts: Int[Array, "R"], num_experts: int) -> tuple[Int[Array, "R"], Int[Array, "E"]]:
+    """How many choices before each are of the same expert, and how many there are of each."""
+    seen = jnp.cumsum(jax.nn.one_hot(experts, num_experts, dtype=jnp.int32), axis=0)
+    before = jnp.take_along_axis(seen, experts[:, None], axis=1, mode="fill", fill_value=1)
+    return before[:, 0] - 1, seen[-1]
+
+
+@jax.custom_vjp
+def take(
+    x: Float[Array, "N D"], there: Int[Array, "*M"], back: Int[Array, "N K"]
+) -> Float[Array, "*M D"]:
+    """x[there], and 0 for an index beyond the last.
+
+    back: of each row of x, where it went, beyond the last for nowhere: the gradient is a gather
+    too, because XLA:CPU scatters one row after the other.
+    """
+    return x.at[there].get(mode="fill", fill_value=0)
+
+
+def _take_forward(x, there, back):
+    return take(x, there, back), back
+
+
+def _take_backward(back, gradient):
+    gradient = gradient.reshape(-1, gradient.shape[-1])
+    return gradient.at[back].get(mode="fill", fill_value=0).sum(axis=1), None, None
+
+
+take.defvjp(_take_forward, _take_backward)
+
+
+def gated_mlp(
+    x: Float[Array, "G S D"], owners: Int[Array, "G"], kernels: Kernels
+) -> Float[Array, "G S D"]:
+    """What the SwiGLU MLP of its owner makes of each block, all at once."""
+    gate, up, down = (kernel[owners] for kernel in kernels)
+    h = _swiglu(jnp.einsum("gsd,gdf->gsf", x, gate), jnp.einsum("gsd,gdf->gsf", x, up))
+    return jnp.einsum("gsf,gfd->gsd", h, down)
+
+
+@jax.custom_vjp
+def looped_gated_mlp(
+    x: Float[Array, "G S D"], owners: Int[Array, "G"], kernels: Kernels
+) -> Float[Array, "G S D"]:
+    """`gated_mlp`, block after block: none has a copy of its owner's kernels, nor a gradient."""
+    return _looped_forward(x, owners, kernels)[0]
+
+
+def _looped_forward(x, owners, kernels):
+    def block(_, inputs):
+        x, owner = inputs
+        gate, up, down = (kernel[owner] for kernel in kernels)
+        gate, up = x @ gate, x @ up
+        return None, (_swiglu(gate, up) @ down, gate, up)
+
+    _, (y, *inner) = jax.lax.scan(block, None, (x, owners))
+    return y, (x, owners, kernels, *inner)
+
+
+def _looped_backward(kept, dy):
+    x, owners, kernels, *inner = kept
+
+    def block(totals, inputs):
+        x, owner, gate, up, dy = inputs
+        to_gate, to_up, to_down = (kernel[owner].T for kernel in kernels)
+        h, pull = jax.vjp(_swiglu, gate, up)
+        dgate, dup = pull(dy @ to_down)
+        products = ((x, dgate), (x, dup), (h, dy))
+        totals = tuple(
+            total.at[owner].add(jnp.dot(one.T, other, preferred_element_type=jnp.float32))
+            for total, (one, other) in zip(totals, products, strict=True)
+        )
+        return totals, dgate @ to_gate + dup @ to_up
+
+    zeros = tuple(jnp.zeros(kernel.shape, jnp.float32) for kernel in kernels)
+    totals, dx = jax.lax.scan(block, zeros, (x, owners, *inner, dy))
+    return dx, None, jax.tree.map(lambda d, kernel: d.astype(kernel.dtype), totals, kernels)
+
+
+looped_gated_mlp.defvjp(_looped_forward, _looped_backward)
+
+
+def _swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    return jax.nn.silu(gate) * up
