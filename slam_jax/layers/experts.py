@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from slam_jax.layers.constrain import constrain
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer
 from slam_jax.layers.mlp import GatedMLP
+from slam_jax.layers.precision import wide
 from slam_jax.layers.router import Router, Routing
 
 # Room for an expert, over its share of the tokens, before the slower way is taken.
@@ -116,7 +118,7 @@ class Experts(nnx.Module):
         gate = jnp.einsum("rd,rkdf->rkf", x, self.gate.of(experts))
         up = jnp.einsum("rd,rkdf->rkf", x, self.up.of(experts))
         y = jnp.einsum("rkf,rkfd->rkd", jax.nn.silu(gate) * up, self.down.of(experts))
-        return jnp.einsum("rk,rkd->rd", weights, y.astype(jnp.float32))
+        return jnp.einsum("rk,rkd->rd", weights, y.astype(wide(y.dtype)))
 
     def _by_expert(self, rows, experts, weights, room: int, by_weight: bool = False):
         """Sorted by expert and padded to `room` tokens each: three batched matmuls.
@@ -132,12 +134,13 @@ class Experts(nnx.Module):
         slot = jnp.argsort(order) - first[jnp.minimum(flat, self.num_experts - 1)]
         taken = jnp.minimum(first[:, None] + jnp.arange(room), flat.size - 1)
         # A slot without a token holds another's; nobody reads what comes out of it.
-        x = rows[order[taken] // k].astype(self.dtype)
-        y = self.down(jax.nn.silu(self.gate(x)) * self.up(x)).reshape(-1, rows.shape[-1])
+        x = constrain(rows[order[taken] // k].astype(self.dtype), ("expert",))
+        y = constrain(self.down(jax.nn.silu(self.gate(x)) * self.up(x)), ("expert",))
+        y = y.reshape(-1, rows.shape[-1])
         inside = (slot < room) & (flat < self.num_experts)
         y = y[jnp.where(inside, flat * room + slot, 0)].reshape(num_tokens, k, -1)
         weights = jnp.where(inside.reshape(num_tokens, k), weights, 0.0)
-        return jnp.einsum("rk,rkd->rd", weights, y.astype(jnp.float32))
+        return jnp.einsum("rk,rkd->rd", weights, y.astype(wide(y.dtype)))
 
     def _one_by_one(self, rows, experts, weights):
         """Every expert on every token: slow, and no larger than a dense MLP."""
@@ -149,10 +152,10 @@ class Experts(nnx.Module):
             gate, up, down = (kernel.astype(self.dtype) for kernel in (gate, up, down))
             y = (jax.nn.silu(x @ gate) * (x @ up)) @ down
             weight = jnp.where(experts == i, weights, 0.0).sum(axis=-1)
-            return total + weight[:, None] * y.astype(jnp.float32), None
+            return total + weight[:, None] * y.astype(wide(y.dtype)), None
 
         kernels = (self.gate.kernel[...], self.up.kernel[...], self.down.kernel[...])
-        zeros = jnp.zeros(rows.shape, jnp.float32)
+        zeros = jnp.zeros(rows.shape, wide(self.dtype))
         y, _ = jax.lax.scan(add, zeros, (jnp.arange(self.num_experts), *kernels))
         return y
 

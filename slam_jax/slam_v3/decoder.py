@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.latent_attention import (
     LatentCache,
@@ -132,7 +133,7 @@ class Decoder(nnx.Module):
         keys = split(key, len(self.layers) + 1)
         h = dropout(h, self.dropout, keys[-1])
         for layer, layer_key in zip(self.layers, keys, strict=False):
-            h = layer(h, memory, key=layer_key)
+            h = constrain(layer(h, memory, key=layer_key), ("batch",))
         return self.norm(h)
 
     def memory_weights(

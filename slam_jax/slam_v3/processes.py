@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slam_jax.layers.attention import SelfAttention, attend, attention_weights
+from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
@@ -189,7 +190,8 @@ class ParallelProcesses(nnx.Module):
         def run(process: Process, key: PRNGKeyArray | None) -> jax.Array:
             return process(streams, bank, key=key)
 
-        return jax.vmap(run, spmd_axis_name="process")(self.stack, keys)
+        y = jax.vmap(run, spmd_axis_name="process")(self.stack, keys)
+        return constrain(y, ("process", "batch"))
 
     def shared_weights(
         self, streams: Sequence[Stream], bank: Bank
