@@ -1,0 +1,311 @@
+"""What test_sharding.py runs in a process of its own, with eight virtual devices."""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import assert_same
+
+from slam_jax.data import Batch
+from slam_jax.language_models.registry import SYSTEMS, make_config, make_model
+from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
+from slam_jax.training import (
+    Checkpoints,
+    Experiment,
+    LossConfig,
+    default_config,
+    language_model_loss,
+    loop,
+    merge_model,
+    override,
+    slam_v3_loss,
+    split_model,
+)
+from slam_jax.training.checkpoint.trees import by_name
+from slam_jax.training.collectives import collectives
+from slam_jax.training.experiment import as_json
+from slam_jax.training.mesh import MeshConfig, make_mesh
+from slam_jax.training.sharding import in_force, layout, place
+
+VOCAB = 16
+SIZES = {"data": 4, "fsdp": 4, "process": 4, "tensor": 2}
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+F32 = dict(dtype="float32", param_dtype="float32")
+
+
+def mesh_of(**sizes: Any) -> Any:
+    config = MeshConfig(**{"data": 1, **sizes})
+    return make_mesh(config, jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+def first_step(loss: Any, params: Any, batch: Any, mesh: Any) -> tuple[Any, Any]:
+    """The loss and its gradients, as a step under this mesh has them."""
+    shardings = layout(params, mesh)
+    params = jax.device_put(params, shardings)
+    with in_force(mesh):
+        run = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
+        return run(params, place(batch, mesh))
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
+    """Each array within so much of the largest number in it, or of the 1e-6 part of all."""
+    most = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+    actual, expected = by_name(actual), by_name(expected)
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        scale = max(np.abs(x).max(), 1e-6 * most)
+        difference = np.abs(np.asarray(actual[name]) - np.asarray(x)).max()
+        assert difference <= tolerance * scale, (name, difference / scale)
+
+
+# --- SLAM v3
+
+
+def v3_config(**changes: Any) -> SlamV3Config:
+    small = dict(size=12, stage_widths=(8,))
+    wide = dict(dtype="float64", param_dtype="float64", image=small)
+    return SlamV3Config.preset("tiny", VOCAB, **{**wide, **changes})
+
+
+@functools.cache
+def v3(**changes: Any) -> tuple[Any, Any, Any]:
+    """The loss, the parameters and a batch of eight, every stream in it."""
+    config = v3_config(**changes)
+    model = jax.jit(lambda: SlamV3(config, rngs=nnx.Rngs(0)))()
+    graphdef, params = split_model(model)
+
+    def loss(params: Any, batch: Batch) -> jax.Array:
+        key = jax.random.key(3) if config.dropout else None
+        return slam_v3_loss(merge_model(graphdef, params), batch, LossConfig(), key=key).total
+
+    return loss, params, make_batch(np.dtype(config.dtype))
+
+
+def make_batch(dtype: Any = np.float64) -> Batch:
+    rng, size = np.random.default_rng(0), 8
+    prompt = rng.integers(2, 4, (size, 2), np.int32)
+    inputs = Inputs(
+        text=rng.integers(0, VOCAB, (size, 6), np.int32),
+        text_mask=np.arange(6) < rng.integers(1, 7, (size, 1)),
+        image=rng.integers(0, 256, (size, 12, 12, 3), np.uint8),
+        aux=rng.normal(size=(size, 3, 5)).astype(dtype),
+    )
+    return Batch(inputs, rng.integers(3, VOCAB, (size, 2, 7), np.int32), prompt, prompt + 2)
+
+
+@functools.cache
+def v3_alone(**changes: Any) -> tuple[Any, Any]:
+    return first_step(*v3(**changes), None)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "sizes", [{axis: size} for axis, size in SIZES.items()] + [{"process": 2}], ids=str
+)
+def test_an_axis_alone_changes_no_loss_and_no_gradient(sizes):
+    assert_close(first_step(*v3(), mesh_of(**sizes)), v3_alone())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("pair", list(itertools.combinations(SIZES, 2)), ids="-".join)
+def test_two_axes_change_no_loss_and_no_gradient(pair):
+    sizes = {axis: min(SIZES[axis], 2) for axis in pair}
+    assert_close(first_step(*v3(), mesh_of(**sizes)), v3_alone())
+
+
+# --- Language models
+
+
+@functools.cache
+def language_model(name: str) -> tuple[Any, Any, Any]:
+    config = make_config(name, "tiny", vocab_size=VOCAB, dtype="float64", param_dtype="float64")
+    graphdef, params = split_model(jax.jit(lambda: make_model(config, rngs=nnx.Rngs(0)))())
+
+    def loss(params: Any, tokens: Any) -> jax.Array:
+        return language_model_loss(merge_model(graphdef, params), tokens).total
+
+    return loss, params, np.random.default_rng(0).integers(0, VOCAB, (8, 17), np.int32)
+
+
+@functools.cache
+def language_model_alone(name: str) -> tuple[Any, Any]:
+    return first_step(*language_model(name), None)
+
+
+def cases() -> Any:
+    for name in SYSTEMS:
+        # `process` divides what is stacked.
+        stacked = name in ("slam_v4", "slam_v4_champion", "slam_v5", "slam_v3_text")
+        for axis in SIZES if stacked else ("data", "fsdp", "tensor"):
+            quick = (name, axis) == ("moe", "tensor")
+            yield pytest.param(name, axis, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("name", "axis"), list(cases()))
+def test_an_axis_changes_nothing_of_a_language_model(name, axis):
+    sharded = first_step(*language_model(name), mesh_of(**{axis: SIZES[axis]}))
+    assert_close(sharded, language_model_alone(name))
+
+
+# --- Where arrays stand
+
+# Axis -> parameter -> what one device holds of it.
+HELD = {
+    "data": {"head/kernel": (32, 16), "processes/stack/instruction": (4, 32)},
+    "fsdp": {
+        "embedding/embedding": (16, 8),
+        "head/kernel": (8, 16),
+        "streams/image/stem/kernel": (5, 5, 3, 2),
+        "level_one/block/attention/query/kernel": (8, 2, 16),
+        "level_one/norm/scale": (32,),
+        "processes/stack/layers/0/mlp/down/kernel": (4, 48, 8),
+        "fusion/concat/kernel": (128, 8),
+        "decoder/layers/1/attention/kv_down/kernel": (8, 12),
+        "decoder/layers/1/attention/out/kernel": (2, 16, 8),
+    },
+    "process": {
+        "processes/stack/instruction": (1, 32),
+        "processes/stack/norm/scale": (1, 32),
+        "processes/stack/layers/0/isolated/out/kernel": (1, 2, 16, 32),
+        "fusion/concat/kernel": (32, 32),
+        "level_one/key/kernel": (32, 2, 16),
+    },
+    "tensor": {
+        "embedding/embedding": (8, 32),
+        "head/kernel": (32, 8),
+        "processes/stack/layers/0/query_bias": (4, 1, 16),
+        "processes/stack/layers/0/mlp/up/kernel": (4, 32, 24),
+        "decoder/layers/1/attention/q_nope/kernel": (20, 1, 16),
+        "decoder/layers/1/attention/out/kernel": (1, 16, 32),
+        "decoder/layers/1/mlp/down/kernel": (24, 32),
+    },
+}
+
+
+def held(array: jax.Array) -> tuple[int, ...]:
+    [shape] = {shard.data.shape for shard in array.addressable_shards}
+    return shape
+
+
+def experiment_of(sizes: dict[str, int], **changes: Any) -> Experiment:
+    config: Any = default_config("tiny")
+    config.model.image.size, config.model.image.stage_widths = 12, (8,)
+    config.model.dropout = 0.1
+    config.data.batch_size = 8
+    config.optimizer.ema_decay = 0.9
+    config.optimizer.warmup_steps = 2
+    config.optimizer.learning_rate = 1e-2
+    arguments = {**{f"mesh.{axis}": size for axis, size in sizes.items()}, **changes}
+    arguments = [f"--config.{name}={value}" for name, value in arguments.items()]
+    return Experiment.from_config(override(as_json(config), arguments))
+
+
+@functools.cache
+def first_state() -> Any:
+    return loop.initial_state(experiment_of({}), VOCAB)[1]
+
+
+@pytest.mark.parametrize("axis", list(HELD))
+def test_each_device_holds_its_part(axis):
+    mesh = mesh_of(**{axis: SIZES[axis]})
+    state = jax.device_put(first_state(), layout(first_state(), mesh))
+    moments = state.opt_state[1][0]
+    for part in (state.params, state.ema, moments.mu, moments.nu):
+        arrays = by_name(part)
+        assert {name: held(arrays[name]) for name in HELD[axis]} == HELD[axis]
+    assert held(state.step) == held(state.key) == ()
+
+
+def test_a_state_starts_as_on_one_device_and_is_restored_onto_others(tmp_path):
+    alone = first_state()
+    _, state = loop.initial_state(experiment_of({}), VOCAB, mesh_of(process=4))
+    assert held(state.params["processes"]["stack"]["instruction"]) == (1, 32)
+    assert_same(jax.device_get(state), jax.device_get(alone))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, config={}, tokenizer="", metrics={})
+    checkpoints.wait()
+    for like in (jax.device_put(alone, layout(alone, mesh_of(fsdp=4))), alone):
+        restored = checkpoints.restore(1, like)
+        assert_same(jax.device_get(restored), jax.device_get(alone))
+        pairs = zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True)
+        assert all(x.sharding == y.sharding for x, y in pairs)
+
+
+# --- Training
+
+
+def steps(experiment: Experiment, mesh: Any, count: int) -> tuple[list[float], Any]:
+    """The loss of each of the first steps, and the state after them."""
+    batch = make_batch(np.float32)
+    batch = dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, image=None))
+    with in_force(mesh):
+        graphdef, state = loop.initial_state(experiment, VOCAB, mesh)
+        step_fn, losses = loop.jit_step(experiment, graphdef, state), []
+        for _ in range(count):
+            state, metrics = step_fn(state, place(batch, mesh))
+            losses.append(float(metrics.loss.total))
+    return losses, state
+
+
+@functools.cache
+def steps_alone(**changes: Any) -> list[float]:
+    return steps(experiment_of({}, **changes), None, 20)[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [
+        ({"data": 2, "process": 4}, {}),
+        pytest.param(
+            {"data": 2, "process": 4}, {"optimizer.accumulate_steps": 2}, marks=pytest.mark.slow
+        ),
+        pytest.param({"fsdp": 2, "process": 2, "tensor": 2}, {}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_twenty_steps_end_at_the_same_loss(sizes, changes):
+    experiment = experiment_of({"data": 1, **sizes, "zero": True}, **changes)
+    losses, state = steps(experiment, make_mesh(experiment.mesh), 20)
+    np.testing.assert_allclose(losses, steps_alone(**changes), rtol=1e-3)
+    assert losses[-1] < 0.7 * losses[0]
+    shardings = layout(state, make_mesh(experiment.mesh), zero=True)
+    jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y, x.ndim) or 1 / 0, state, shardings)
+    if sizes.get("data") == 2:  # of the moments and the average each half of the devices has half
+        name = "head/kernel"
+        assert held(by_name(state.params)[name]) == (32, 16)
+        assert held(by_name(state.ema)[name]) == (16, 16)
+        assert held(by_name(state.opt_state[1][0].mu)[name]) == (16, 16)
+
+
+# --- What devices send each other
+
+
+def test_process_weights_never_move():
+    """Forward the mean over processes and W_cat's sum; backward what comes back to the tokens and
+    to the keys and values of the bank: five times [B, S, D], and nothing else."""
+    loss, params, batch = v3(**F32)
+    mesh = mesh_of(process=4)
+    shardings = layout(params, mesh)
+    with in_force(mesh):
+        step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
+        compiled = step.lower(jax.device_put(params, shardings), place(batch, mesh)).compile()
+    found = collectives(str(compiled.as_text()), mesh.shape)
+    assert {(each.op, each.axes) for each in found} == {("all-reduce", ("process",))}
+    tokens = 8 * (6 + 16 + 3) * 32 * 4
+    backward = [each for each in found if "transpose" in each.name]
+    assert sum(each.num_bytes for each in backward) == 3 * tokens
+    assert sum(each.num_bytes for each in found) == 5 * tokens
