@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 from ml_collections import ConfigDict
 
+from slam_jax import hosts
 from slam_jax.data import (
     AuxFormat,
     Batch,
@@ -26,20 +27,20 @@ from slam_jax.data import (
     prepare,
     training_batches,
 )
-from slam_jax.errors import ConfigError, UserError, require
+from slam_jax.errors import ConfigError, UserError, first_line, require
 from slam_jax.evaluation import evaluate
 from slam_jax.slam_v3 import SlamV3
-from slam_jax.stop import Stop, Stopped
+from slam_jax.stop import PeerLost, Stop, Stopped
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.experiment import Experiment, as_json, flatten
 from slam_jax.training.host import require_room, tune_host
 from slam_jax.training.lock import only_run_in
 from slam_jax.training.losses import slam_v3_loss
 from slam_jax.training.mesh import make_mesh
-from slam_jax.training.metrics import MetricsWriter
+from slam_jax.training.metrics import MetricsWriter, NoMetrics
 from slam_jax.training.optimizer import make_optimizer, make_schedule
 from slam_jax.training.progress import Progress
-from slam_jax.training.sharding import bytes_per_device, in_force, layout, place
+from slam_jax.training.sharding import bytes_per_device, in_force, layout, local_rows, place
 from slam_jax.training.state import TrainState, init_state, make_train_step, split_model
 
 
@@ -77,7 +78,7 @@ def train(
     run, mesh = experiment.run, make_mesh(experiment.mesh)
     _require_even(experiment, mesh)
     with (
-        only_run_in(workdir),
+        only_run_in(workdir) if hosts.is_first() else contextlib.nullcontext(),
         Checkpoints(workdir, keep_every=run.keep_every) as checkpoints,
         in_force(mesh),
     ):
@@ -102,8 +103,10 @@ def train(
         owed = first > 0 and run.evaluates(first) and not checkpoints.read_metrics(first)
         board = run.tensorboard
         with (
-            MetricsWriter(workdir, first, evaluated=not owed, tensorboard=board) as writer,
-            Progress(run.num_steps, first_step=first) as progress,
+            MetricsWriter(workdir, first, evaluated=not owed, tensorboard=board)
+            if hosts.is_first()
+            else NoMetrics() as writer,
+            Progress(run.num_steps, first_step=first, shown=hosts.is_first()) as progress,
         ):
             for note in notes:
                 progress.log(note)
@@ -128,7 +131,6 @@ def initial_state(
 
     Raises ConfigError, before anything is allocated, where it has no room.
     """
-    init_key, run_key = jax.random.split(jax.random.key(experiment.seed))
     model_config = experiment.with_vocabulary(vocab_size)
     optimizer = make_optimizer(experiment.optimizer, experiment.run.num_steps)
     ema = experiment.optimizer.ema_decay is not None
@@ -136,17 +138,18 @@ def initial_state(
     def model(key: PRNGKeyArray) -> SlamV3:
         return SlamV3(model_config, rngs=nnx.Rngs(key))
 
-    def state(key: PRNGKeyArray) -> TrainState:
-        return init_state(split_model(model(key))[1], optimizer, run_key, ema=ema)
+    def state() -> TrainState:
+        init_key, run_key = jax.random.split(jax.random.key(experiment.seed))
+        return init_state(split_model(model(init_key))[1], optimizer, run_key, ema=ema)
 
-    shapes = jax.eval_shape(state, init_key)
+    shapes = jax.eval_shape(state)
     shardings = layout(shapes, mesh, zero=experiment.mesh.zero)
     num_devices = 1 if mesh is None else mesh.size
     require_room(num_devices * bytes_per_device(shapes, shardings), "the training state")
     # Compiled as one program: each of a hundred small initialisers costs more alone, and no device
     # ever has more than its part. A restored state is placed alike, and takes the same steps.
-    made = jax.jit(state, out_shardings=shardings)(init_key)
-    return split_model(nnx.eval_shape(model, init_key))[0], made
+    made = jax.jit(state, out_shardings=shardings)()
+    return split_model(nnx.eval_shape(model, jax.random.key(0)))[0], made
 
 
 def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) -> Any:
@@ -182,8 +185,13 @@ class _Run:
         run, dataset = self.experiment.run, self.dataset
         step_fn = jit_step(self.experiment, self.graphdef, state)
         first = int(state.step)
+        data = self.experiment.data
         batches = training_batches(
-            dataset.train, dataset.tokenizer, self.experiment.data, start_step=first
+            dataset.train,
+            dataset.tokenizer,
+            data,
+            start_step=first,
+            rows=local_rows(data.batch_size, self.mesh),
         )
         pending = None
         if owed:
@@ -290,6 +298,8 @@ def _memory_named() -> Iterator[None]:
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in str(error):
+            raise PeerLost(f"another process of the run is gone ({first_line(error)})") from error
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise OutOfMemory(
                 "a step does not fit into memory; lower data.batch_size, or raise "

@@ -103,8 +103,20 @@ def bytes_per_device(tree: PyTree[Any], shardings: PyTree[Sharding]) -> int:
     return num_bytes(jax.tree.map(part, tree, shardings))
 
 
+def local_rows(batch_size: int, mesh: Mesh | None) -> range:
+    """The rows of a batch that stand on devices of this process; processes whose devices run
+    different parts of the model on the same rows have those rows in common."""
+    if mesh is None:
+        return range(batch_size)
+    sharding = NamedSharding(mesh, PartitionSpec(AXES["batch"]))
+    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+    bounds = [part[0].indices(batch_size)[:2] for part in parts if part is not None]
+    return range(min(first for first, _ in bounds), max(end for _, end in bounds))
+
+
 def place(batch: PyTree[Any], mesh: Mesh | None) -> PyTree[Any]:
-    """A batch, its examples divided among the devices; as it is without a mesh."""
+    """A batch, its examples divided among the devices; as it is without a mesh. Each process gives
+    its `local_rows`."""
     if mesh is None:
         return batch
     sharding = NamedSharding(mesh, PartitionSpec(AXES["batch"]))
