@@ -22,6 +22,7 @@ from slam_jax.training import (
     LossConfig,
     default_config,
     language_model_loss,
+    load,
     loop,
     merge_model,
     override,
@@ -75,27 +76,22 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
 # --- SLAM v3
 
 
-def v3_config(**changes: Any) -> SlamV3Config:
-    small = dict(size=12, stage_widths=(8,))
-    wide = dict(dtype="float64", param_dtype="float64", image=small)
-    return SlamV3Config.preset("tiny", VOCAB, **{**wide, **changes})
-
-
 @functools.cache
-def v3(**changes: Any) -> tuple[Any, Any, Any]:
+def v3() -> tuple[Any, Any, Any]:
     """The loss, the parameters and a batch of eight, every stream in it."""
-    config = v3_config(**changes)
+    small = dict(size=12, stage_widths=(8,))
+    wide: Any = dict(dtype="float64", param_dtype="float64", image=small, num_decoder_layers=1)
+    config = SlamV3Config.preset("tiny", VOCAB, **wide)
     model = jax.jit(lambda: SlamV3(config, rngs=nnx.Rngs(0)))()
     graphdef, params = split_model(model)
 
     def loss(params: Any, batch: Batch) -> jax.Array:
-        key = jax.random.key(3) if config.dropout else None
-        return slam_v3_loss(merge_model(graphdef, params), batch, LossConfig(), key=key).total
+        return slam_v3_loss(merge_model(graphdef, params), batch, LossConfig()).total
 
-    return loss, params, make_batch(np.dtype(config.dtype))
+    return loss, params, make_batch(np.float64)
 
 
-def make_batch(dtype: Any = np.float64) -> Batch:
+def make_batch(dtype: Any) -> Batch:
     rng, size = np.random.default_rng(0), 8
     prompt = rng.integers(2, 4, (size, 2), np.int32)
     inputs = Inputs(
@@ -108,8 +104,8 @@ def make_batch(dtype: Any = np.float64) -> Batch:
 
 
 @functools.cache
-def v3_alone(**changes: Any) -> tuple[Any, Any]:
-    return first_step(*v3(**changes), None)
+def v3_alone() -> tuple[Any, Any]:
+    return first_step(*v3(), None)
 
 
 @pytest.mark.usefixtures("float64")
@@ -176,8 +172,8 @@ HELD = {
         "level_one/norm/scale": (32,),
         "processes/stack/layers/0/mlp/down/kernel": (4, 48, 8),
         "fusion/concat/kernel": (128, 8),
-        "decoder/layers/1/attention/kv_down/kernel": (8, 12),
-        "decoder/layers/1/attention/out/kernel": (2, 16, 8),
+        "decoder/layers/0/attention/kv_down/kernel": (8, 12),
+        "decoder/layers/0/attention/out/kernel": (2, 16, 8),
     },
     "process": {
         "processes/stack/instruction": (1, 32),
@@ -191,9 +187,9 @@ HELD = {
         "head/kernel": (32, 8),
         "processes/stack/layers/0/query_bias": (4, 1, 16),
         "processes/stack/layers/0/mlp/up/kernel": (4, 32, 24),
-        "decoder/layers/1/attention/q_nope/kernel": (20, 1, 16),
-        "decoder/layers/1/attention/out/kernel": (1, 16, 32),
-        "decoder/layers/1/mlp/down/kernel": (24, 32),
+        "decoder/layers/0/attention/q_nope/kernel": (20, 1, 16),
+        "decoder/layers/0/attention/out/kernel": (1, 16, 32),
+        "decoder/layers/0/mlp/down/kernel": (24, 32),
     },
 }
 
@@ -206,6 +202,7 @@ def held(array: jax.Array) -> tuple[int, ...]:
 def experiment_of(sizes: dict[str, int], **changes: Any) -> Experiment:
     config: Any = default_config("tiny")
     config.model.image.size, config.model.image.stage_widths = 12, (8,)
+    config.model.num_decoder_layers = 1
     config.model.dropout = 0.1
     config.data.batch_size = 8
     config.optimizer.ema_decay = 0.9
@@ -368,5 +365,6 @@ def test_a_run_goes_on_on_other_devices(run_config, tmp_path, monkeypatch, capsy
         assert [r["step"] for r in records if r["split"] == "validation"] == [3, 6]
         return [r["total"] for r in records if r["split"] == "train"]
 
+    assert load(tmp_path / "moved", "latest").step == 6
     assert len(losses("moved")) == 6
     np.testing.assert_allclose(losses("moved"), losses("alone"), rtol=1e-3)
