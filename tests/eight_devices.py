@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from helpers import assert_same
 
 from slam_jax.data import Batch
+from slam_jax.errors import ConfigError
 from slam_jax.language_models.registry import SYSTEMS, make_config, make_model
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 from slam_jax.training import (
@@ -20,16 +22,20 @@ from slam_jax.training import (
     LossConfig,
     default_config,
     language_model_loss,
+    load,
     loop,
     merge_model,
     override,
+    read_config,
     slam_v3_loss,
     split_model,
+    train,
 )
 from slam_jax.training.checkpoint.trees import by_name
 from slam_jax.training.collectives import collectives
 from slam_jax.training.experiment import as_json
 from slam_jax.training.mesh import MeshConfig, make_mesh
+from slam_jax.training.metrics import read_metrics
 from slam_jax.training.sharding import in_force, layout, place
 
 VOCAB = 16
@@ -40,9 +46,6 @@ SIZES = {"data": 4, "fsdp": 4, "process": 4, "tensor": 2}
 def float64():
     with jax.enable_x64(True):
         yield
-
-
-F32 = dict(dtype="float32", param_dtype="float32")
 
 
 def mesh_of(**sizes: Any) -> Any:
@@ -73,27 +76,22 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
 # --- SLAM v3
 
 
-def v3_config(**changes: Any) -> SlamV3Config:
-    small = dict(size=12, stage_widths=(8,))
-    wide = dict(dtype="float64", param_dtype="float64", image=small)
-    return SlamV3Config.preset("tiny", VOCAB, **{**wide, **changes})
-
-
 @functools.cache
-def v3(**changes: Any) -> tuple[Any, Any, Any]:
+def v3() -> tuple[Any, Any, Any]:
     """The loss, the parameters and a batch of eight, every stream in it."""
-    config = v3_config(**changes)
+    small = dict(size=12, stage_widths=(8,))
+    wide: Any = dict(dtype="float64", param_dtype="float64", image=small, num_decoder_layers=1)
+    config = SlamV3Config.preset("tiny", VOCAB, **wide)
     model = jax.jit(lambda: SlamV3(config, rngs=nnx.Rngs(0)))()
     graphdef, params = split_model(model)
 
     def loss(params: Any, batch: Batch) -> jax.Array:
-        key = jax.random.key(3) if config.dropout else None
-        return slam_v3_loss(merge_model(graphdef, params), batch, LossConfig(), key=key).total
+        return slam_v3_loss(merge_model(graphdef, params), batch, LossConfig()).total
 
-    return loss, params, make_batch(np.dtype(config.dtype))
+    return loss, params, make_batch(np.float64)
 
 
-def make_batch(dtype: Any = np.float64) -> Batch:
+def make_batch(dtype: Any) -> Batch:
     rng, size = np.random.default_rng(0), 8
     prompt = rng.integers(2, 4, (size, 2), np.int32)
     inputs = Inputs(
@@ -106,8 +104,8 @@ def make_batch(dtype: Any = np.float64) -> Batch:
 
 
 @functools.cache
-def v3_alone(**changes: Any) -> tuple[Any, Any]:
-    return first_step(*v3(**changes), None)
+def v3_alone() -> tuple[Any, Any]:
+    return first_step(*v3(), None)
 
 
 @pytest.mark.usefixtures("float64")
@@ -174,8 +172,8 @@ HELD = {
         "level_one/norm/scale": (32,),
         "processes/stack/layers/0/mlp/down/kernel": (4, 48, 8),
         "fusion/concat/kernel": (128, 8),
-        "decoder/layers/1/attention/kv_down/kernel": (8, 12),
-        "decoder/layers/1/attention/out/kernel": (2, 16, 8),
+        "decoder/layers/0/attention/kv_down/kernel": (8, 12),
+        "decoder/layers/0/attention/out/kernel": (2, 16, 8),
     },
     "process": {
         "processes/stack/instruction": (1, 32),
@@ -189,9 +187,9 @@ HELD = {
         "head/kernel": (32, 8),
         "processes/stack/layers/0/query_bias": (4, 1, 16),
         "processes/stack/layers/0/mlp/up/kernel": (4, 32, 24),
-        "decoder/layers/1/attention/q_nope/kernel": (20, 1, 16),
-        "decoder/layers/1/attention/out/kernel": (1, 16, 32),
-        "decoder/layers/1/mlp/down/kernel": (24, 32),
+        "decoder/layers/0/attention/q_nope/kernel": (20, 1, 16),
+        "decoder/layers/0/attention/out/kernel": (1, 16, 32),
+        "decoder/layers/0/mlp/down/kernel": (24, 32),
     },
 }
 
@@ -204,6 +202,7 @@ def held(array: jax.Array) -> tuple[int, ...]:
 def experiment_of(sizes: dict[str, int], **changes: Any) -> Experiment:
     config: Any = default_config("tiny")
     config.model.image.size, config.model.image.stage_widths = 12, (8,)
+    config.model.num_decoder_layers = 1
     config.model.dropout = 0.1
     config.data.batch_size = 8
     config.optimizer.ema_decay = 0.9
@@ -295,17 +294,77 @@ def test_twenty_steps_end_at_the_same_loss(sizes, changes):
 
 
 def test_process_weights_never_move():
-    """Forward the mean over processes and W_cat's sum; backward what comes back to the tokens and
-    to the keys and values of the bank: five times [B, S, D], and nothing else."""
-    loss, params, batch = v3(**F32)
-    mesh = mesh_of(process=4)
-    shardings = layout(params, mesh)
+    """What a step sends, to the byte. Forward the mean over processes and the sum of W_cat; then
+    back what comes to the tokens, and to the keys and values of the bank: five times [B, S, D].
+    Beside it a few numbers of each array that stands apart: its squared norm, for clipping and for
+    the metrics, and whether any of its gradient is not 0."""
+    mesh, experiment, batch = mesh_of(process=4), experiment_of({}), make_batch(np.float32)
     with in_force(mesh):
-        step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
-        compiled = step.lower(jax.device_put(params, shardings), place(batch, mesh)).compile()
+        graphdef, state = loop.initial_state(experiment, VOCAB, mesh)
+        step = loop.jit_step(experiment, graphdef, state)
+        compiled = step.lower(state, place(batch, mesh)).compile()
     found = collectives(str(compiled.as_text()), mesh.shape)
+    for each in found:
+        print(*each)
     assert {(each.op, each.axes) for each in found} == {("all-reduce", ("process",))}
     tokens = 8 * (6 + 16 + 3) * 32 * 4
-    backward = [each for each in found if "transpose" in each.name]
-    assert sum(each.num_bytes for each in backward) == 3 * tokens
-    assert sum(each.num_bytes for each in found) == 5 * tokens
+    apart = sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params))
+    assert apart == 16
+    forward = [each for each in found if "transpose" not in each.name and each.num_bytes > 100]
+    assert sum(each.num_bytes for each in forward) == 2 * tokens
+    assert sum(each.num_bytes for each in found) == 5 * tokens + apart * (2 * 4 + 1)
+
+
+# --- A run
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(run_config, tmp_path):
+    for changes, message in (
+        ([], "data.batch_size is 4; expected a multiple of 8, optimizer.accumulate_steps times"),
+        (["process=8"], "mesh.process is 8; expected a divisor of model.num_processes=4"),
+    ):
+        config = override(run_config, [f"--config.mesh.{change}" for change in changes])
+        with pytest.raises(ConfigError, match=message):
+            train(config, tmp_path)
+
+
+@pytest.fixture
+def run_config(tmp_path):
+    config = read_config(Path(__file__).parent / "configs" / "small_run.py")
+    changes = {"data.data_dir": str(tmp_path / "data"), "run.num_steps": 6, "run.evaluate_every": 3}
+    return override(config, [f"--config.{name}={value}" for name, value in changes.items()])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_other_devices(run_config, tmp_path, monkeypatch, capsys):
+    def on(**sizes: int) -> Any:
+        return override(run_config, [f"--config.mesh.{a}={size}" for a, size in sizes.items()])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda config: None)
+        train(run_config, tmp_path / "alone")
+    validate = loop.validate
+
+    def killed_at_the_second(experiment, graphdef, state, *more):
+        if int(state.step) == 6:
+            raise KeyboardInterrupt
+        return validate(experiment, graphdef, state, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "validate", killed_at_the_second)
+        train(on(process=4), tmp_path / "moved")
+    assert Checkpoints(tmp_path / "moved").steps() == [3]
+    state = train(on(fsdp=2, tensor=2), tmp_path / "moved")
+    assert held(state.params["head"]["kernel"])[0] == 16
+    shown = capsys.readouterr().out
+    assert "parameters on data 2 x process 4, in" in shown
+    assert "parameters on data 2 x fsdp 2 x tensor 2, from step 3 of" in shown
+
+    def losses(name: str) -> list[float]:
+        records = read_metrics(tmp_path / name)
+        assert [r["step"] for r in records if r["split"] == "validation"] == [3, 6]
+        return [r["total"] for r in records if r["split"] == "train"]
+
+    assert load(tmp_path / "moved", "latest").step == 6
+    assert len(losses("moved")) == 6
+    np.testing.assert_allclose(losses("moved"), losses("alone"), rtol=1e-3)

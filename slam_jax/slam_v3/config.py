@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from slam_jax.errors import require, require_count
+from slam_jax.layers.remat import POLICIES
 
 ENCODERS = ("resnet", "vit")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -73,6 +74,7 @@ class SlamV3Config:
     image: the image stream.
     alignment_dim: width of the retrieval embedding.
     dropout: rate on what each sublayer adds and on the embeddings.
+    remat: what layers keep for their gradient, one of `slam_jax.layers.remat.POLICIES`; None = all.
     dtype, param_dtype: of the computation and of the parameters.
     """
 
@@ -97,6 +99,7 @@ class SlamV3Config:
     context_length: int = 1_024
     alignment_dim: int = 64
     dropout: float = 0.0
+    remat: str | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -135,6 +138,8 @@ class SlamV3Config:
         require(memory >= 0, "num_memory_tokens", memory, "0 (no bottleneck) or more")
         require_count("num_memory_tokens", memory, least=0)
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a rate in [0, 1)")
+        policies = (None, *POLICIES)
+        require(self.remat in policies, "remat", self.remat, f"one of {policies}")
         for field in ("dtype", "param_dtype"):
             dtype = getattr(self, field)
             require(dtype in DTYPES, field, dtype, f"one of {DTYPES}")

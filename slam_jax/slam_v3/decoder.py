@@ -14,6 +14,7 @@ from slam_jax.layers.latent_attention import (
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.remat import remat
 from slam_jax.slam_v3.config import SlamV3Config
 
 # One per layer and no stack of them: a decoding step then updates each in place.
@@ -121,7 +122,7 @@ class Decoder(nnx.Module):
     """The layers and the final norm, from embedded tokens to what the head reads."""
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
-        self.dropout = config.dropout
+        self.dropout, self.remat = config.dropout, config.remat
         self.layers = nnx.List(
             [DecoderLayer(config, rngs=rngs) for _ in range(config.num_decoder_layers)]
         )
@@ -133,7 +134,7 @@ class Decoder(nnx.Module):
         keys = split(key, len(self.layers) + 1)
         h = dropout(h, self.dropout, keys[-1])
         for layer, layer_key in zip(self.layers, keys, strict=False):
-            h = constrain(layer(h, memory, key=layer_key), ("batch",))
+            h = constrain(remat(layer, self.remat)(h, memory, key=layer_key), ("batch",))
         return self.norm(h)
 
     def memory_weights(

@@ -15,6 +15,7 @@ from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.remat import remat
 from slam_jax.slam_v3.block import TransformerBlock
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.streams import Stream
@@ -139,6 +140,7 @@ class Process(nnx.Module):
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         param_dtype = config.dtypes["param_dtype"]
         normal = nnx.initializers.normal(0.02)
+        self.remat = config.remat
         self.instruction = nnx.Param(normal(rngs.params(), (config.embed_dim,), param_dtype))
         self.layers = nnx.List(
             [ProcessLayer(config, rngs=rngs) for _ in range(config.num_process_layers)]
@@ -152,7 +154,7 @@ class Process(nnx.Module):
     ) -> Float[Array, "B S D"]:
         h = self._instructed(streams)
         for layer, layer_key in zip(self.layers, split(key, len(self.layers)), strict=True):
-            h = layer(h, streams, bank, key=layer_key)
+            h = remat(layer, self.remat)(h, streams, bank, key=layer_key)
         return self.norm(h)
 
     def shared_weights(
