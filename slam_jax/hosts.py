@@ -4,13 +4,14 @@ The runtime is that of JAX (`jax.distributed`); every process runs the same prog
 said of a workdir holds for one that all of them see.
 """
 
+import contextlib
 import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from slam_jax.errors import ConfigError, UserError, first_line
-from slam_jax.stop import INTACT, SIGNALS, say
+from slam_jax.stop import INTACT, SIGNALS, PeerLost, say
 
 HEARTBEAT_S = 10
 """After so long without a sign of life a process counts as dead, and the others end."""
@@ -83,9 +84,24 @@ def by_first(action: Callable[[], Any]) -> Any:
 
 def _from_first(value: Any) -> Any:
     text = json.dumps(value).encode() if is_first() else b""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    text = np.frombuffer(text.ljust(size), np.uint8)
-    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(text), np.uint8)))
+    with losses_named():
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+        text = np.frombuffer(text.ljust(size), np.uint8)
+        text = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text), np.uint8))
+    return json.loads(text)
+
+
+@contextlib.contextmanager
+def losses_named() -> Iterator[None]:
+    """Raises PeerLost where JAX fails because another process is gone."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # By whatever way of talking the processes have: over TCP, NCCL, the coordinator.
+        named = ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat", "Connection", "Barrier")
+        if jax.process_count() == 1 or not any(name in str(error) for name in named):
+            raise
+        raise PeerLost(f"another process of the run is gone ({first_line(error)})") from error
 
 
 def to_host(tree: Any) -> Any:
@@ -123,8 +139,7 @@ def watch() -> int:
     if code >= 0:
         return code
     name = signal.Signals(-code).name
-    say(
-        f"stopped: the runtime ended this process ({name}); another process of the run, or its "
-        "host, is gone: the same command on all of them goes on from the last checkpoint"
-    )
+    aborted = "the runtime ended this process: another one of the run, or its host, is gone"
+    why = aborted if -code == signal.SIGABRT else f"this process was ended by {name}"
+    say(f"stopped: {why}; the same command on all of them goes on from the last checkpoint")
     return INTACT

@@ -27,10 +27,10 @@ from slam_jax.data import (
     prepare,
     training_batches,
 )
-from slam_jax.errors import ConfigError, UserError, first_line, require
+from slam_jax.errors import ConfigError, UserError, require
 from slam_jax.evaluation import evaluate
 from slam_jax.slam_v3 import SlamV3
-from slam_jax.stop import PeerLost, Stop, Stopped
+from slam_jax.stop import Stop, Stopped
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.experiment import Experiment, as_json, flatten
 from slam_jax.training.host import require_room, tune_host
@@ -120,7 +120,7 @@ def train(
             trainer = _Run(
                 experiment, config, graphdef, dataset, checkpoints, writer, progress, stop, mesh
             )
-            with _memory_named():
+            with _memory_named(), hosts.losses_named():
                 return trainer(state, owed)
 
 
@@ -298,8 +298,6 @@ def _memory_named() -> Iterator[None]:
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in str(error):
-            raise PeerLost(f"another process of the run is gone ({first_line(error)})") from error
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise OutOfMemory(
                 "a step does not fit into memory; lower data.batch_size, or raise "

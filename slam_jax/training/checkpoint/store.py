@@ -22,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 
 from slam_jax import hosts
 from slam_jax.errors import UserError, first_line
+from slam_jax.stop import PeerLost
 from slam_jax.training.checkpoint import manifest, trees
 from slam_jax.training.host import require_room
 
@@ -61,7 +62,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        if kind is not None and issubclass(kind, PeerLost):
+            return  # what is being written has lost a writer, and waits for it
         self.close()
 
     def save(
