@@ -2,7 +2,13 @@
 
 The same command again goes on where the run was. SIGTERM, SIGINT (Ctrl-C) and SIGHUP end it early:
 with exit code 75 the last step is saved, with 76 the run goes on from the checkpoint before.
+
+One process of several is told where the others are by --coordinator=HOST:PORT --num_processes=N
+--process_id=I, or finds them in the environment with --distributed; docs/distributed.md has the
+commands.
 """
+
+import sys
 
 from absl import flags
 
@@ -16,12 +22,28 @@ GRACE = flags.DEFINE_float(
 )
 
 
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Be one process of several, as Slurm, Kubernetes or a TPU slice says."
+)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", 1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0 on.", 0)
+
+
 def main(arguments: list[str]) -> None:
+    together = DISTRIBUTED.value or COORDINATOR.value is not None
     stop = Stop(GRACE.value)
-    stop.listen()
+    if not together:
+        stop.listen()
     # Not before: importing JAX takes seconds, in which a signal can come.
+    from slam_jax import hosts
     from slam_jax.training import override, read_config, train
 
+    if together:
+        if not hosts.watched():
+            sys.exit(hosts.watch())
+        hosts.connect(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        stop.listen(together=True)
     train(override(read_config(CONFIG.value), arguments), WORKDIR.value, stop)
 
 

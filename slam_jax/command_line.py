@@ -11,7 +11,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from slam_jax.errors import UserError, first_line
-from slam_jax.stop import SAVED, Stopped, say
+from slam_jax.stop import INTACT, SAVED, PeerLost, Stopped, say
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -79,6 +79,10 @@ def clear_ends() -> Iterator[None]:
         say(f"stopped: {stopped}")
         # All is on disk; threads that still read ahead are not waited for.
         os._exit(SAVED)
+    except PeerLost as lost:
+        say(f"stopped: {lost}; the same command on all of them goes on from the last checkpoint")
+        # The runtime would wait for whom it lost.
+        os._exit(INTACT)
     except KeyboardInterrupt:
         say("interrupted")
         os._exit(128 + signal.SIGINT)

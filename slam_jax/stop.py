@@ -23,6 +23,10 @@ class Stopped(Exception):
     """The run ended early, because it was asked to, with its last step saved."""
 
 
+class PeerLost(Exception):
+    """Another process of the run is gone, and with it what was done since the last checkpoint."""
+
+
 class Stop:
     """A request to stop, which `train` looks for after every step and batch of an evaluation.
 
@@ -34,7 +38,7 @@ class Stop:
         self._grace = grace_seconds
         self._asked = threading.Event()
         self._saves = False
-        self._listens = False
+        self._listens = self._together = False
 
     @property
     def requested(self) -> bool:
@@ -53,8 +57,12 @@ class Stop:
         once, even in an import or in the compilation of the first step."""
         self._saves = True
 
-    def listen(self) -> None:
+    def listen(self, *, together: bool = False) -> None:
         """Takes SIGTERM, SIGINT and SIGHUP as requests until the end of the process.
+
+        together: this is one process of several, which have to stop after the same step. They
+        agree on it by JAX's notice of preemption, which listens for SIGTERM itself, so that this is
+        left to it, and the other signals are turned into it.
 
         Once the grace is over, or at a second signal, the process ends with exit code INTACT,
         whatever it is doing. Handlers would not do: Python runs them between two of its own
@@ -64,8 +72,10 @@ class Stop:
         inherit that. Signals that are ignored, as by nohup, stay so.
         """
         heard = {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+        if together:
+            heard -= {signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, heard)
-        self._listens = True
+        self._listens, self._together = True, together
         threading.Thread(target=self._watch, args=(heard,), name="stop", daemon=True).start()
 
     def _watch(self, heard: set[signal.Signals]) -> None:
@@ -78,7 +88,10 @@ class Stop:
             if first is None:
                 first = now
                 say(f"{signal.Signals(number).name}: saving; once more to end without")
-                self.request()
+                if self._together:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                else:
+                    self.request()
             elif now - first > _SAME_EVENT_S:
                 _end("not saved")
 

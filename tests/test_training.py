@@ -260,6 +260,7 @@ def test_a_value_that_cannot_be_built_is_named(name, value, message):
         ("model.image.stage_widths=[8,'x']", "model.image.stage_widths is .* expected a list"),
         ("optimizer.accumulate_steps=3", "accumulate_steps is 3; expected a divisor of data.batch"),
         ("model.dtype=float64", "model.dtype is 'float64'; expected another, or JAX_ENABLE_X64=1"),
+        ("model.remat=most", "model.remat is 'most'; expected one of .None, 'maps', 'layers'"),
         ("data.vocab_size=5", "data.vocab_size is 5; expected at least 259"),
         ("seed=4294967296", "seed is 4294967296; expected at most 4,294,967,295"),
     ],

@@ -128,24 +128,16 @@ def training_batches(
     config: DataConfig,
     *,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: range | None = None,
 ) -> Iterator[tuple[str, Batch]]:
-    """Endless (view, local batch) from step `start_step` on, as numpy arrays, prefetched.
+    """Endless (view, batch) from step `start_step` on, as numpy arrays, prefetched.
 
-    Step s is the same whatever the start and however many processes share the work: the local
-    batches of all processes, one after the other, are the batch of a single process. Examples are
+    Step s is the same whatever the start and however many processes share the work. Examples are
     reshuffled every epoch. In the place of a damaged record stands the next one that is whole.
 
-    Raises:
-      InputError: if the batch does not divide among the processes.
+    rows: of each batch, those that are wanted here; None = all.
     """
-    if config.batch_size % process_count:
-        raise InputError(
-            f"batch_size is {config.batch_size}, which {process_count} processes cannot share "
-            "evenly; make it a multiple of their number"
-        )
-    local = config.batch_size // process_count
+    rows = range(config.batch_size) if rows is None else rows
     records = grain.MapDataset.source(_Whole(source)).seed(config.seed).shuffle().repeat()
 
     def examples_of(view: str) -> grain.MapDataset:
@@ -159,8 +151,7 @@ def training_batches(
 
     def batch_of(step: int) -> tuple[str, Batch]:
         view = config.view(step)
-        first = step * config.batch_size + process_index * local
-        chosen = [examples[view][i] for i in range(first, first + local)]
+        chosen = [examples[view][step * config.batch_size + row] for row in rows]
         return view, collate[view](chosen)
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch_of)

@@ -13,6 +13,7 @@ from flax import nnx
 from slam_jax.data import EvaluationBatch, Tokenizer
 from slam_jax.evaluation.metrics import bootstrap_interval, retrieval_metrics
 from slam_jax.generation import greedy_decode
+from slam_jax.hosts import to_host
 from slam_jax.slam_v3.streams import Inputs
 
 RETRIEVAL_VIEW = "image_text"
@@ -110,9 +111,9 @@ def evaluate(
             )
             if view == RETRIEVAL_VIEW and batch.paired:
                 pair = _embed(graphdef, params, batch.inputs)
-                embeddings.append(np.asarray(pair)[:, :valid])
-            logprobs = np.asarray(new.logprobs).sum(axis=-1)
-            given = zip(np.asarray(new.tokens).tolist(), logprobs.tolist(), strict=True)
+                embeddings.append(to_host(pair)[:, :valid])
+            new = to_host(new)
+            given = zip(new.tokens.tolist(), new.logprobs.sum(axis=-1).tolist(), strict=True)
             for example, rows in zip(examples, given, strict=False):
                 answers += _read(view, scene, example, *rows, tokenizer)
                 scene += 1

@@ -20,13 +20,15 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from slam_jax.array_typing import AnyArray
 from slam_jax.errors import InputError, require, require_count
 from slam_jax.layers.attention import causal_layout
+from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import split
 from slam_jax.layers.linear import Initializer, Linear
 from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.precision import wide
 from slam_jax.layers.router import Routing
 from slam_jax.protocol import Output
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float64")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,10 @@ class LanguageModelConfig:
             require_count(field, getattr(self, field))
         require(self.norm_epsilon > 0, "norm_epsilon", self.norm_epsilon, "a number above 0")
         for field in ("dtype", "param_dtype"):
-            require(getattr(self, field) in DTYPES, field, getattr(self, field), f"one of {DTYPES}")
+            dtype = getattr(self, field)
+            require(dtype in DTYPES, field, dtype, f"one of {DTYPES}")
+            known = dtype != "float64" or jax.dtypes.canonicalize_dtype(dtype) == dtype
+            require(known, field, dtype, "another, or JAX_ENABLE_X64=1 in the environment")
 
     def body_flops(self, num_tokens: int) -> int:
         """Floating-point operations of one row of so many tokens, all but the head; see `flops`."""
@@ -154,7 +159,7 @@ class Transformer(nnx.Module):
         *,
         key: PRNGKeyArray | None = None,
     ) -> Output:
-        """Logits (float32) at every position; see `slam_jax.protocol.LanguageModel`.
+        """Logits (float32 or wider) at every position; see `slam_jax.protocol.LanguageModel`.
 
         Raises InputError for more tokens than the context has.
         """
@@ -230,15 +235,15 @@ class Transformer(nnx.Module):
         h = self.embed(jnp.asarray(tokens), to.positions, keys[-1])
         new, routings = [], []
         for block, cache, block_key in zip(self.blocks, caches, keys, strict=False):
-            h, cache, routed = block(h, to, cache, block_key)
+            h, cache, routed = block(constrain(h, ("batch",)), to, cache, block_key)
             new.append(cache)
             routings += routed
         return self.norm(h), tuple(new), routings
 
     def _logits(self, h: Float[Array, "*B T D"]) -> Float[Array, "*B T V"]:
-        # Summed in float32 whatever the dtype: in bfloat16 a logit of 16 would be off by 0.06.
+        # Summed in float32 or wider: in bfloat16 a logit of 16 would be off by 0.06.
         if self.head is None:
             table = self.embedding.embedding[...].astype(h.dtype)
-            return jnp.einsum("...d,vd->...v", h, table, preferred_element_type=jnp.float32)
+            return jnp.einsum("...d,vd->...v", h, table, preferred_element_type=wide(h.dtype))
         kernel = self.head.kernel[...].astype(h.dtype)
-        return jnp.einsum("...d,dv->...v", h, kernel, preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,dv->...v", h, kernel, preferred_element_type=wide(h.dtype))

@@ -22,6 +22,7 @@ from slam_jax.language_models.base import LanguageModelConfig
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.precision import wide
 from slam_jax.protocol import Output
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryBank
@@ -118,7 +119,7 @@ class SlamV3Text(nnx.Module):
         *,
         key: PRNGKeyArray | None = None,
     ) -> Output:
-        """Logits (float32) at every position; see `slam_jax.protocol.LanguageModel`."""
+        """Logits (float32 or wider) at every position; see `slam_jax.protocol.LanguageModel`."""
         rows, back = jnp.asarray(tokens).reshape(-1, tokens.shape[-1]), None
         if mask is not None:
             # Windows are counted from the first real token: pads go to the right, and back.
@@ -129,7 +130,7 @@ class SlamV3Text(nnx.Module):
         c_mem = self._encode(windows[:, :-1].reshape(-1, self.config.text_window), keys[0])
         memory = self._memory(c_mem.reshape(len(rows), -1, *c_mem.shape[1:]))
         h = self.decoder(self._embed(windows), memory, key=keys[1])
-        logits = self.head(h).astype(jnp.float32)
+        logits = self.head(h).astype(wide(h.dtype))
         logits = logits.reshape(len(rows), -1, logits.shape[-1])[:, : rows.shape[1]]
         if back is not None:
             logits = jnp.take_along_axis(logits, back[..., None], axis=1)
@@ -182,7 +183,7 @@ class SlamV3Text(nnx.Module):
             decoder=tuple(dataclasses.replace(layer, length=known) for layer in decoder),
             length=length,
         )
-        logits = self.head(h).astype(jnp.float32)
+        logits = self.head(h).astype(wide(h.dtype))
         logits = logits.reshape(len(rows), -1, logits.shape[-1])[:, : rows.shape[1]]
         return logits.reshape(*tokens.shape, -1), cache
 
@@ -216,7 +217,7 @@ class SlamV3Text(nnx.Module):
             ),
             length=cache.length + 1,
         )
-        logits = self.head(h).astype(jnp.float32)
+        logits = self.head(h).astype(wide(h.dtype))
         return logits.reshape(*tokens.shape, -1), cache
 
     def _windows(self, rows: Int[Array, "R T"]) -> Int[Array, "R n W"]:

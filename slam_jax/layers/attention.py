@@ -8,20 +8,21 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from slam_jax.layers.linear import Linear
+from slam_jax.layers.precision import wide
 from slam_jax.layers.rotary import rotary
 
 
 def masked_softmax(
     logits: Float[Array, "*B T S"], mask: Bool[Array, "*#B #T S"] | None
 ) -> Float[Array, "*B T S"]:
-    """Softmax in float32 over the keys that may be attended to; a row that has none yields 0.
+    """Softmax over the keys that may be attended to, in float32 or wider; a row of none yields 0.
 
     Gradients are finite for such rows too: no infinity ever enters.
     """
-    logits = logits.astype(jnp.float32)
+    logits = logits.astype(wide(logits.dtype))
     if mask is None:
         return jax.nn.softmax(logits, axis=-1)
-    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     return jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0)
 
 
@@ -55,12 +56,12 @@ def attention_weights(
     k: Float[Array, "*B S K H"],
     mask: Bool[Array, "*#B #T S"] | None = None,
 ) -> Float[Array, "*B N T S"]:
-    """How much each query attends to each key, in float32; arguments as in `attend`."""
+    """How much each query attends to each key, in float32 or wider; arguments as in `attend`."""
     # Heads first: as one batched matmul with its batch in front, XLA:CPU is several times faster.
     q, k = jnp.swapaxes(q, -2, -3), jnp.swapaxes(k, -2, -3)
     shape = (*q.shape[:-1], k.shape[-2])
     q = _by_group(q, k.shape[-3])
-    logits = jnp.einsum("...th,...sh->...ts", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...th,...sh->...ts", q, k, preferred_element_type=wide(q.dtype))
     mask = None if mask is None else mask[..., None, :, :]
     return masked_softmax(logits.reshape(shape) * q.shape[-1] ** -0.5, mask)
 
@@ -74,8 +75,8 @@ def attend(
     """Scaled dot-product attention; `mask` True = attend, None = everything.
 
     N is a multiple of K: each N / K heads of queries in a row share one of keys and values.
-    Scores and softmax are float32. Sources: Vaswani et al. 2017, section 3.2.1; Ainslie et al.
-    2023, "GQA", section 2.2.
+    Scores and softmax are float32 or wider. Sources: Vaswani et al. 2017, section 3.2.1; Ainslie
+    et al. 2023, "GQA", section 2.2.
     """
     probs, v = attention_weights(q, k, mask), jnp.swapaxes(v, -2, -3)
     shape = (*probs.shape[:-1], v.shape[-1])

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from slam_jax.layers.precision import wide
+
 Kernels = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
 
 
@@ -104,12 +106,12 @@ def _looped_backward(kept, dy):
         dgate, dup = pull(dy @ to_down)
         products = ((x, dgate), (x, dup), (h, dy))
         totals = tuple(
-            total.at[owner].add(jnp.dot(one.T, other, preferred_element_type=jnp.float32))
+            total.at[owner].add(jnp.dot(one.T, other, preferred_element_type=wide(x.dtype)))
             for total, (one, other) in zip(totals, products, strict=True)
         )
         return totals, dgate @ to_gate + dup @ to_up
 
-    zeros = tuple(jnp.zeros(kernel.shape, jnp.float32) for kernel in kernels)
+    zeros = tuple(jnp.zeros(kernel.shape, wide(kernel.dtype)) for kernel in kernels)
     totals, dx = jax.lax.scan(block, zeros, (x, owners, *inner, dy))
     return dx, None, jax.tree.map(lambda d, kernel: d.astype(kernel.dtype), totals, kernels)
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from slam_jax.layers.expert_blocks import cut, gated_mlp, looped_gated_mlp, ranks, take
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer
 from slam_jax.layers.mlp import GatedMLP
+from slam_jax.layers.precision import wide
 from slam_jax.layers.router import Router, Routing
 
 # So few tokens that reading the kernels costs more than multiplying all of them by all tokens.
@@ -120,13 +121,13 @@ class Experts(nnx.Module):
         gate = jnp.einsum("rd,rkdf->rkf", x, self.gate.of(experts))
         up = jnp.einsum("rd,rkdf->rkf", x, self.up.of(experts))
         y = jnp.einsum("rkf,rkfd->rkd", jax.nn.silu(gate) * up, self.down.of(experts))
-        return jnp.einsum("rk,rkd->rd", weights, y.astype(jnp.float32))
+        return jnp.einsum("rk,rkd->rd", weights, y.astype(wide(y.dtype)))
 
     def _by_token(self, rows, experts, weights):
         """Every expert on every token."""
         chosen = jax.nn.one_hot(experts, self.num_experts, dtype=weights.dtype)
         x = jnp.broadcast_to(rows.astype(self.dtype), (self.num_experts, *rows.shape))
-        y = self.down(jax.nn.silu(self.gate(x)) * self.up(x)).astype(jnp.float32)
+        y = self.down(jax.nn.silu(self.gate(x)) * self.up(x)).astype(wide(self.dtype))
         return jnp.sum(jnp.einsum("rk,rke->er", weights, chosen)[..., None] * y, axis=0)
 
     def _by_block(self, rows, experts, weights):
@@ -141,7 +142,7 @@ class Experts(nnx.Module):
         x = take(rows.astype(self.dtype), blocks.choices // k, places)
         y = mlp(x, blocks.owners, (gate, up, down))
         y = take(y.reshape(-1, y.shape[-1]), places, blocks.choices.reshape(-1, 1))
-        return jnp.einsum("rk,rkd->rd", weights, y.astype(jnp.float32))
+        return jnp.einsum("rk,rkd->rd", weights, y.astype(wide(y.dtype)))
 
 
 class MixtureOfExperts(nnx.Module):

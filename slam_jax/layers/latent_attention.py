@@ -14,6 +14,7 @@ from slam_jax.layers.attention import Layout, causal_layout, masked_softmax
 from slam_jax.layers.kv_cache import write_prompt, write_token
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear, project
 from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.precision import wide
 from slam_jax.layers.rotary import Rope, rotary
 
 
@@ -42,19 +43,19 @@ def latent_attention_weights(
     score_scale: float = 1.0,
     absorbed: bool,
 ) -> Float[Array, "*B N T S"]:
-    """How much each query attends to each latent, in float32; arguments as in `latent_attend`."""
-    f32 = dict(preferred_element_type=jnp.float32)
+    """How much each query attends to each latent, float32 or wider; see `latent_attend`."""
+    sums = dict(preferred_element_type=wide(q.dtype))
     width = q.shape[-1] + (0 if q_rope is None else q_rope.shape[-1])
     # Heads first throughout, as in `attend`.
     if absorbed:
         q = jnp.einsum("...tnh,rnh->...ntr", q, w_uk)
-        logits = jnp.einsum("...ntr,...sr->...nts", q, latents, **f32)
+        logits = jnp.einsum("...ntr,...sr->...nts", q, latents, **sums)
     else:
         q, k = jnp.swapaxes(q, -2, -3), jnp.swapaxes(project(latents, w_uk), -2, -3)
-        logits = jnp.einsum("...nth,...nsh->...nts", q, k, **f32)
+        logits = jnp.einsum("...nth,...nsh->...nts", q, k, **sums)
     if q_rope is not None:
         q_rope = jnp.swapaxes(q_rope, -2, -3)
-        logits += jnp.einsum("...nth,...sh->...nts", q_rope, k_rope, **f32)
+        logits += jnp.einsum("...nth,...sh->...nts", q_rope, k_rope, **sums)
     mask = None if mask is None else mask[..., None, :, :]
     return masked_softmax(logits * (score_scale * width**-0.5), mask)
 

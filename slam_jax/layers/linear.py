@@ -5,7 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+from slam_jax.layers.remat import MAP
 
 Shape = int | tuple[int, ...]
 Initializer = jax.nn.initializers.Initializer
@@ -23,7 +26,7 @@ def project(
     lead, out = x.shape[: x.ndim - in_axes], kernel.shape[in_axes:]
     width = math.prod(kernel.shape[:in_axes])
     y = x.reshape(-1, width) @ kernel.reshape(width, -1)
-    return y.reshape(*lead, *out)
+    return checkpoint_name(y.reshape(*lead, *out), MAP)
 
 
 class Linear(nnx.Module):

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from slam_jax.layers.attention import Layout
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
 from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.precision import wide
 
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
 
@@ -27,19 +28,19 @@ class MambaCache:
     """
 
     conv: Float[Array, "*B W_1 I"]
-    state: Float32[Array, "*B I N"]
+    state: Float[Array, "*B I N"]
 
 
 def selective_scan(
-    x: Float32[Array, "*B T I"],
-    dt: Float32[Array, "*B T I"],
-    a: Float32[Array, "I N"],
-    b: Float32[Array, "*B T N"],
-    c: Float32[Array, "*B T N"],
-    state: Float32[Array, "*B I N"],
+    x: Float[Array, "*B T I"],
+    dt: Float[Array, "*B T I"],
+    a: Float[Array, "I N"],
+    b: Float[Array, "*B T N"],
+    c: Float[Array, "*B T N"],
+    state: Float[Array, "*B I N"],
     *,
     chunk_size: int,
-) -> tuple[Float32[Array, "*B T I"], Float32[Array, "*B I N"]]:
+) -> tuple[Float[Array, "*B T I"], Float[Array, "*B I N"]]:
     """h_t = exp(dt_t a) h_(t-1) + dt_t b_t x_t and y_t = c_t h_t, from the state given to the last.
 
     States [T, I, N] never exist all at once: chunk after chunk is gone through, what a chunk needs
@@ -65,14 +66,14 @@ def selective_scan(
 class _Inputs(NamedTuple):
     """Of one token, or with leading axes of a chunk of them, or of all chunks."""
 
-    x: Float32[Array, "*B I"]
-    dt: Float32[Array, "*B I"]
-    b: Float32[Array, "*B N"]
-    c: Float32[Array, "*B N"]
+    x: Float[Array, "*B I"]
+    dt: Float[Array, "*B I"]
+    b: Float[Array, "*B N"]
+    c: Float[Array, "*B N"]
 
 
 @jax.custom_vjp
-def _scan_chunks(inputs: _Inputs, a: Float32[Array, "N I"], state: Float32[Array, "*B N I"]):
+def _scan_chunks(inputs: _Inputs, a: Float[Array, "N I"], state: Float[Array, "*B N I"]):
     """The outputs, in chunks as the inputs are, and the last state."""
     return _scan_chunks_forward(inputs, a, state)[0]
 
@@ -152,8 +153,8 @@ class Mamba(nnx.Module):
       conv_bias, proj_bias: of the convolution, and of the maps in and out.
       chunk_size: tokens between two kept states.
 
-    The recurrence, A, D and dt are float32 whatever the dtypes, their parameters too: in bfloat16
-    they overflow, and what dt learns is rounded away.
+    The recurrence, A, D and dt are float32 or wider, their parameters too: in bfloat16 they
+    overflow, and what dt learns is rounded away.
     """
 
     def __init__(
@@ -192,25 +193,26 @@ class Mamba(nnx.Module):
             self.b_norm, self.c_norm = RMSNorm(state_dim, **norm), RMSNorm(state_dim, **norm)
         # dt starts between 0.001 and 0.1 whatever the token (Mamba, section 3.6).
         dt_init = _uniform(dt_rank**-0.5)
-        f32: Any = {"kernel_init": dt_init, "dtype": jnp.float32}
-        self.dt_up = Linear(dt_rank, width, use_bias=True, **{**kw, **f32})
+        own: Any = {"kernel_init": dt_init, "dtype": wide(dtype)}
+        self.dt_up = Linear(dt_rank, width, use_bias=True, **{**kw, **own})
+        kept = wide(param_dtype)
         log_dt = jax.random.uniform(
-            rngs.params(), (width,), jnp.float32, math.log(_DT_MIN), math.log(_DT_MAX)
+            rngs.params(), (width,), kept, math.log(_DT_MIN), math.log(_DT_MAX)
         )
         dt = jnp.maximum(jnp.exp(log_dt), _DT_FLOOR)
         # The inverse of softplus.
         self.dt_up.bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
         # Not kernels: weight decay leaves them alone.
-        log_a = jnp.log(jnp.arange(1, state_dim + 1, dtype=jnp.float32))
+        log_a = jnp.log(jnp.arange(1, state_dim + 1, dtype=kept))
         self.a_log = nnx.Param(jnp.tile(log_a, (width, 1)))
-        self.skip = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.skip = nnx.Param(jnp.ones((width,), kept))
         self.out = Linear(width, embed_dim, use_bias=proj_bias, **kw)
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> MambaCache:
         """An empty cache for rows of `batch_shape`; it takes any number of tokens."""
         return MambaCache(
             conv=jnp.zeros((*batch_shape, self.conv_width - 1, self.width), self.dtype),
-            state=jnp.zeros((*batch_shape, self.width, self.state_dim), jnp.float32),
+            state=jnp.zeros((*batch_shape, self.width, self.state_dim), wide(self.dtype)),
         )
 
     def __call__(
@@ -271,15 +273,15 @@ class Mamba(nnx.Module):
         return jax.nn.silu(mixed)
 
     def _coefficients(self, v):
-        """What the recurrence takes, in float32: its inputs, dt, A, B and C."""
+        """What the recurrence takes, in float32 or wider: its inputs, dt, A, B and C."""
         dt, b, c = self.dt_down(v), self.b(v), self.c(v)
         if self.norm_epsilon is not None:
             dt, b, c = self.dt_norm(dt), self.b_norm(b), self.c_norm(c)
-        f32 = jnp.float32
+        own = wide(self.dtype)
         dt = jax.nn.softplus(self.dt_up(dt))
-        a = -jnp.exp(self.a_log[...].astype(f32))
-        return v.astype(f32), dt, a, b.astype(f32), c.astype(f32)
+        a = -jnp.exp(self.a_log[...].astype(own))
+        return v.astype(own), dt, a, b.astype(own), c.astype(own)
 
     def _leave(self, x, v, y):
-        y = (y + self.skip[...].astype(jnp.float32) * v).astype(self.dtype)
+        y = (y + self.skip[...].astype(v.dtype) * v).astype(self.dtype)
         return self.out(y * jax.nn.silu(self.gate(x)))

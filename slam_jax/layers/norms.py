@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from slam_jax.layers.precision import wide
+
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32 whatever the input.
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32 or wider.
 
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", section 4.
     """
@@ -19,6 +21,6 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.full((dim,), init_scale, param_dtype))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        h = x.astype(jnp.float32)
+        h = x.astype(wide(x.dtype))
         h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.epsilon)
-        return (h * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return (h * self.scale[...].astype(h.dtype)).astype(x.dtype)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from slam_jax.errors import require, require_count
+from slam_jax.layers.precision import wide
 
 _LARGEST = 1e12
 
@@ -108,13 +109,13 @@ def rotary(
 ) -> Float[Array, "*B T N H"]:
     """Turns each pair of features by its frequency times the position; position 0 turns nothing.
 
-    Angles are float32 and the result has the dtype of `x`. H must be even.
+    Angles are float32 or wider and the result has the dtype of `x`. H must be even.
     Source: Su et al. 2021, "RoFormer", section 3.2.2.
     """
     rope = rope or Rope()
-    angle = positions[..., None, None].astype(jnp.float32) * rope.frequencies(x.shape[-1])
+    angle = positions[..., None, None].astype(wide(x.dtype)) * rope.frequencies(x.shape[-1])
     sin, cos = jnp.sin(angle) * rope.magnitude, jnp.cos(angle) * rope.magnitude
-    y = x.astype(jnp.float32)
+    y = x.astype(wide(x.dtype))
     if rope.interleaved:
         pairs = y.reshape(*y.shape[:-1], -1, 2)
         a, b = pairs[..., 0], pairs[..., 1]

@@ -9,11 +9,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
+from slam_jax.layers.precision import wide
 
 
 class Routing(NamedTuple):
     """experts: the k chosen ones of each token, the best first. weights: what each one's output is
-    multiplied by. probs: of all experts; the losses need them. All but `experts` float32."""
+    multiplied by. probs: of all experts; the losses need them. Both float32 or wider."""
 
     weights: Float[Array, "*B T k"]
     experts: Int[Array, "*B T k"]
@@ -21,7 +22,7 @@ class Routing(NamedTuple):
 
 
 class Router(nnx.Module):
-    """A softmax over all experts, in float32, and the k most probable of them.
+    """A softmax over all experts, in float32 or wider, and the k most probable of them.
 
     Args:
       num_experts: E. num_experts_per_token: k.
@@ -51,7 +52,7 @@ class Router(nnx.Module):
         self.num_groups, self.top_groups = num_groups, top_groups
         self.renormalize, self.scale = renormalize, scale
         kw: Any = dict(kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs)
-        self.scores = Linear(embed_dim, num_experts, dtype=jnp.float32, **kw)
+        self.scores = Linear(embed_dim, num_experts, dtype=wide(param_dtype), **kw)
 
     def __call__(self, x: Float[Array, "*B T D"]) -> Routing:
         # Accelerators multiply float32 in fewer bits by default: near ties would fall otherwise.

@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from slam_jax.layers.linear import Linear
+from slam_jax.layers.precision import wide
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.decoder import Memory
 
@@ -25,10 +26,11 @@ class AlignmentHead(nnx.Module):
 
     def __call__(self, memory: Memory) -> Float[Array, "B E"]:
         present = 1.0 if memory.mask is None else memory.mask[..., None]
-        weights = jnp.broadcast_to(jnp.float32(present), (*memory.c_mem.shape[:2], 1))
+        present = jnp.asarray(present, wide(memory.c_mem.dtype))
+        weights = jnp.broadcast_to(present, (*memory.c_mem.shape[:2], 1))
         total = jnp.sum(memory.c_mem * weights, axis=1)
         mean = total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
-        e = self.project(mean.astype(memory.c_mem.dtype)).astype(jnp.float32)
+        e = self.project(mean.astype(memory.c_mem.dtype)).astype(mean.dtype)
         return e / jnp.maximum(jnp.linalg.norm(e, axis=-1, keepdims=True), 1e-6)
 
     def loss(self, a: Float[Array, "B E"], b: Float[Array, "B E"]) -> Float[Array, ""]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from slam_jax.errors import require, require_count
+from slam_jax.layers.remat import POLICIES
 
 ENCODERS = ("resnet", "vit")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -80,6 +81,7 @@ class SlamV3Config:
     without: some of PARTS, for ablations: they are not there, nor are their parameters. Without
       "latent" the decoder has plain multi-head attention with rotary positions, and the memory
       keeps its full width.
+    remat: what layers keep for their gradient, one of `slam_jax.layers.remat.POLICIES`; None = all.
     dtype, param_dtype: of the computation and of the parameters.
     """
 
@@ -106,6 +108,7 @@ class SlamV3Config:
     alignment_dim: int = 64
     dropout: float = 0.0
     without: tuple[str, ...] = ()
+    remat: str | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -151,6 +154,8 @@ class SlamV3Config:
         require(bool(carried), "without", self.without, left)
         plain = "latent" in self.without
         require(not (plain and self.window), "window", self.window, 'None without "latent"')
+        policies = (None, *POLICIES)
+        require(self.remat in policies, "remat", self.remat, f"one of {policies}")
         for field in ("dtype", "param_dtype"):
             dtype = getattr(self, field)
             require(dtype in DTYPES, field, dtype, f"one of {DTYPES}")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.kv_cache import KVCache
@@ -17,6 +18,7 @@ from slam_jax.layers.latent_attention import (
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.remat import remat
 from slam_jax.layers.rotary import Rope
 from slam_jax.slam_v3.config import SlamV3Config
 
@@ -136,7 +138,7 @@ class Decoder(nnx.Module):
     """The layers and the final norm, from embedded tokens to what the head reads."""
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
-        self.dropout = config.dropout
+        self.dropout, self.remat = config.dropout, config.remat
         self.layers = nnx.List(
             [DecoderLayer(config, rngs=rngs) for _ in range(config.num_decoder_layers)]
         )
@@ -148,7 +150,7 @@ class Decoder(nnx.Module):
         keys = split(key, len(self.layers) + 1)
         h = dropout(h, self.dropout, keys[-1])
         for layer, layer_key in zip(self.layers, keys, strict=False):
-            h = layer(h, memory, key=layer_key)
+            h = constrain(remat(layer, self.remat)(h, memory, key=layer_key), ("batch",))
         return self.norm(h)
 
     def memory_weights(

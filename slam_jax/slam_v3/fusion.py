@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from slam_jax.layers.attention import attend, attention_weights
+from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
@@ -159,13 +160,14 @@ class Fusion(nnx.Module):
     def _fuse(self, y, streams, keys):
         mask = join_masks(streams)
         x = jnp.concatenate([stream.tokens for stream in streams], axis=1)
-        mean = jnp.mean(y, axis=0)
+        # The two sums over processes, each made where it is needed: everywhere.
+        mean = constrain(jnp.mean(y, axis=0), ("batch",))
         f = x if self.has_residual else jnp.zeros_like(x)
         if self.has_mean:
             f += mean
         if self.concat is not None:
-            every = einops.rearrange(y, "P B S D -> B S (P D)")
-            f += dropout(self.concat(every), self.dropout, keys[0])
+            joined = self.concat(einops.rearrange(y, "P B S D -> B S (P D)"))
+            f += dropout(constrain(joined, ("batch",)), self.dropout, keys[0])
         if self.cross_modal is not None:
             f += dropout(self.cross_modal(mean, streams), self.dropout, keys[1])
         if self.mlp is not None:

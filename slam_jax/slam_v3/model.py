@@ -8,8 +8,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from slam_jax.array_typing import AnyArray
+from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear
+from slam_jax.layers.precision import wide
 from slam_jax.protocol import Output
 from slam_jax.slam_v3.alignment import AlignmentHead
 from slam_jax.slam_v3.config import SlamV3Config
@@ -88,7 +90,7 @@ class SlamV3(nnx.Module):
     def decode(
         self, tokens: Int[AnyArray, "B *Q T"], memory: Memory, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "B *Q T V"]:
-        """Next-token logits (float32) at every position; right pads change nothing before them."""
+        """Next-token logits (float32 or wider) at every position; right pads change no others."""
         h = self.decoder(self._embed(tokens), memory, key=key)
         return self._logits(h).reshape(*tokens.shape, -1)
 
@@ -137,17 +139,18 @@ class SlamV3(nnx.Module):
         check_inputs(inputs)
         inputs = jax.tree.map(jnp.asarray, inputs)
         text = None if inputs.text is None else self.embedding(jnp.asarray(inputs.text))
-        return [
-            stream._replace(tokens=dropout(stream.tokens, self.config.dropout, stream_key))
-            for stream, stream_key in zip(self.streams(inputs, text), split(key, 3), strict=False)
-        ]
+        streams, rate = [], self.config.dropout
+        for stream, stream_key in zip(self.streams(inputs, text), split(key, 3), strict=False):
+            tokens = constrain(dropout(stream.tokens, rate, stream_key), ("batch",))
+            streams.append(stream._replace(tokens=tokens))
+        return streams
 
     def _embed(self, tokens: Int[AnyArray, "B *Q T"]) -> Float[Array, "B R T D"]:
         rows = jnp.asarray(tokens).reshape(*_rows(tokens.shape[:-1]), tokens.shape[-1])
         return self.embedding(rows)
 
     def _logits(self, h: Float[Array, "B R T D"]) -> Float[Array, "B R T V"]:
-        return self.head(h).astype(jnp.float32)
+        return self.head(h).astype(wide(h.dtype))
 
 
 def _rows(batch_shape: tuple[int, ...]) -> tuple[int, int]:

@@ -10,10 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slam_jax.layers.attention import SelfAttention, attend, attention_weights
+from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.remat import remat
 from slam_jax.slam_v3.block import TransformerBlock
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.streams import Stream
@@ -154,6 +156,7 @@ class Process(nnx.Module):
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         param_dtype = config.dtypes["param_dtype"]
         normal = nnx.initializers.normal(0.02)
+        self.remat = config.remat
         self.instruction = nnx.Param(normal(rngs.params(), (config.embed_dim,), param_dtype))
         self.layers = nnx.List(
             [ProcessLayer(config, rngs=rngs) for _ in range(config.num_process_layers)]
@@ -167,7 +170,7 @@ class Process(nnx.Module):
     ) -> Float[Array, "B S D"]:
         h = self._instructed(streams)
         for layer, layer_key in zip(self.layers, split(key, len(self.layers)), strict=True):
-            h = layer(h, streams, bank, key=layer_key)
+            h = remat(layer, self.remat)(h, streams, bank, key=layer_key)
         return self.norm(h)
 
     def shared_weights(
@@ -205,7 +208,8 @@ class ParallelProcesses(nnx.Module):
         def run(process: Process, key: PRNGKeyArray | None) -> jax.Array:
             return process(streams, bank, key=key)
 
-        return jax.vmap(run, spmd_axis_name="process")(self.stack, keys)
+        y = jax.vmap(run, spmd_axis_name="process")(self.stack, keys)
+        return constrain(y, ("process", "batch"))
 
     def shared_weights(
         self, streams: Sequence[Stream], bank: Bank | None

@@ -11,6 +11,7 @@ from slam_jax.array_typing import AnyArray
 from slam_jax.errors import InputError
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.remat import remat
 from slam_jax.slam_v3.block import TransformerBlock
 from slam_jax.slam_v3.config import SlamV3Config
 
@@ -159,7 +160,7 @@ class ViT(nnx.Module):
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         kw = dict(**config.dtypes, rngs=rngs)
-        self.patch = config.image.patch_size
+        self.patch, self.remat = config.image.patch_size, config.remat
         self.project = Linear(3 * self.patch**2, config.embed_dim, use_bias=True, **kw)
         self.blocks = nnx.List(
             [TransformerBlock(config, rngs=rngs) for _ in range(config.image.num_layers)]
@@ -179,7 +180,7 @@ class ViT(nnx.Module):
         x = self.project(patches)
         x = x + grid_positions(rows, columns, x.shape[-1]).astype(x.dtype)
         for block in self.blocks:
-            x = block(x)
+            x = remat(block, self.remat)(x)
         return self.norm(x)
 
 

@@ -18,6 +18,7 @@ from slam_jax.errors import ConfigError, check_names, require, require_count
 from slam_jax.slam_v3 import SlamV3Config
 from slam_jax.slam_v3.config import PRESETS
 from slam_jax.training.losses import LossConfig
+from slam_jax.training.mesh import MeshConfig
 from slam_jax.training.optimizer import OptimizerConfig
 
 _LARGEST = 1e300  # a number that is not far too large is finite after any sum or product
@@ -80,6 +81,7 @@ class Experiment:
     loss: LossConfig
     optimizer: OptimizerConfig
     run: RunConfig
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         require_count("seed", self.seed, least=0, most=2**32 - 1)
@@ -110,7 +112,13 @@ def default_config(preset: str = "small") -> ConfigDict:
     model = _defaults(SlamV3Config)
     del model["vocab_size"]
     image = {**model["image"], **PRESETS[preset].get("image", {})}
-    parts = {"data": DataConfig, "loss": LossConfig, "optimizer": OptimizerConfig, "run": RunConfig}
+    parts = {
+        "data": DataConfig,
+        "loss": LossConfig,
+        "optimizer": OptimizerConfig,
+        "run": RunConfig,
+        "mesh": MeshConfig,
+    }
     return ConfigDict(
         {
             "seed": 0,

@@ -12,8 +12,11 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
 from ml_collections import ConfigDict
 
+from slam_jax import hosts
 from slam_jax.data import (
     AuxFormat,
     Batch,
@@ -24,19 +27,20 @@ from slam_jax.data import (
     prepare,
     training_batches,
 )
-from slam_jax.errors import ConfigError, UserError
+from slam_jax.errors import ConfigError, UserError, require
 from slam_jax.evaluation import evaluate
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.stop import Stop, Stopped
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
-from slam_jax.training.checkpoint.trees import num_bytes
 from slam_jax.training.experiment import Experiment, as_json, flatten
 from slam_jax.training.host import require_room, tune_host
 from slam_jax.training.lock import only_run_in
 from slam_jax.training.losses import slam_v3_loss
-from slam_jax.training.metrics import MetricsWriter
+from slam_jax.training.mesh import make_mesh
+from slam_jax.training.metrics import MetricsWriter, NoMetrics
 from slam_jax.training.optimizer import make_optimizer, make_schedule
 from slam_jax.training.progress import Progress
+from slam_jax.training.sharding import bytes_per_device, in_force, layout, local_rows, place
 from slam_jax.training.state import TrainState, init_state, make_train_step, split_model
 
 
@@ -71,8 +75,13 @@ def train(
     tune_host()
     config = as_json(config)
     experiment = Experiment.from_config(config)
-    run = experiment.run
-    with only_run_in(workdir), Checkpoints(workdir, keep_every=run.keep_every) as checkpoints:
+    run, mesh = experiment.run, make_mesh(experiment.mesh)
+    _require_even(experiment, mesh)
+    with (
+        only_run_in(workdir) if hosts.is_first() else contextlib.nullcontext(),
+        Checkpoints(workdir, keep_every=run.keep_every) as checkpoints,
+        in_force(mesh),
+    ):
         notes: list[str] = []
         latest = checkpoints.recover(notes.append)
         if latest is not None:
@@ -86,7 +95,7 @@ def train(
             _require_same_aux(checkpoints.read_aux(latest), dataset.aux_format, Path(workdir))
             if dataset.tokenizer != tokenizer:
                 dataset = prepare(experiment.data, tokenizer, model=experiment.model)
-        graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
+        graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size, mesh)
         if latest is not None:
             state = checkpoints.restore(latest, state)
         first = int(state.step)
@@ -94,8 +103,10 @@ def train(
         owed = first > 0 and run.evaluates(first) and not checkpoints.read_metrics(first)
         board = run.tensorboard
         with (
-            MetricsWriter(workdir, first, evaluated=not owed, tensorboard=board) as writer,
-            Progress(run.num_steps, first_step=first) as progress,
+            MetricsWriter(workdir, first, evaluated=not owed, tensorboard=board)
+            if hosts.is_first()
+            else NoMetrics() as writer,
+            Progress(run.num_steps, first_step=first, shown=hosts.is_first()) as progress,
         ):
             for note in notes:
                 progress.log(note)
@@ -104,34 +115,55 @@ def train(
                 return state
             count = sum(x.size for x in jax.tree.leaves(state.params))
             start = f"from step {first:,} of {workdir}" if first else f"in {workdir}"
-            progress.log(f"{count:,} parameters on {jax.devices()[0]}, {start}")
+            progress.log(f"{count:,} parameters on {_where(mesh)}, {start}")
             stop = stop or Stop()
             trainer = _Run(
-                experiment, config, graphdef, dataset, checkpoints, writer, progress, stop
+                experiment, config, graphdef, dataset, checkpoints, writer, progress, stop, mesh
             )
-            with _memory_named():
+            with _memory_named(), hosts.losses_named():
                 return trainer(state, owed)
 
 
-def initial_state(experiment: Experiment, vocab_size: int) -> tuple[nnx.GraphDef, TrainState]:
-    """The structure of the model and the state before the first step.
+def initial_state(
+    experiment: Experiment, vocab_size: int, mesh: Mesh | None = None
+) -> tuple[nnx.GraphDef, TrainState]:
+    """The structure of the model and the state before the first step, laid out over the mesh.
 
     Raises ConfigError, before anything is allocated, where it has no room.
     """
-    init_key, run_key = jax.random.split(jax.random.key(experiment.seed))
     model_config = experiment.with_vocabulary(vocab_size)
     optimizer = make_optimizer(experiment.optimizer, experiment.run.num_steps)
     ema = experiment.optimizer.ema_decay is not None
 
-    def state(model: SlamV3) -> TrainState:
-        return init_state(split_model(model)[1], optimizer, run_key, ema=ema)
+    def model(key: PRNGKeyArray) -> SlamV3:
+        return SlamV3(model_config, rngs=nnx.Rngs(key))
 
-    # Compiled as one program: each of a hundred small initialisers costs more alone.
-    lowered = jax.jit(lambda key: SlamV3(model_config, rngs=nnx.Rngs(key))).lower(init_key)
-    require_room(num_bytes(jax.eval_shape(state, lowered.out_info)), "the training state")
-    model = lowered.compile()(init_key)
-    # Placed as a restored state is: then both take their steps by the same compiled program.
-    return split_model(model)[0], jax.device_put(state(model), jax.local_devices()[0])
+    def state() -> TrainState:
+        init_key, run_key = jax.random.split(jax.random.key(experiment.seed))
+        return init_state(split_model(model(init_key))[1], optimizer, run_key, ema=ema)
+
+    shapes = jax.eval_shape(state)
+    shardings = layout(shapes, mesh, zero=experiment.mesh.zero)
+    num_devices = 1 if mesh is None else mesh.size
+    require_room(num_devices * bytes_per_device(shapes, shardings), "the training state")
+    # Compiled as one program: each of a hundred small initialisers costs more alone, and no device
+    # ever has more than its part. A restored state is placed alike, and takes the same steps.
+    made = jax.jit(state, out_shardings=shardings)()
+    return split_model(nnx.eval_shape(model, jax.random.key(0)))[0], made
+
+
+def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) -> Any:
+    """`make_train_step` of a run, jitted; it takes `state` and gives it back laid out as it is."""
+    options = experiment.optimizer
+    step_fn = make_train_step(
+        graphdef,
+        functools.partial(slam_v3_loss, config=experiment.loss),
+        make_optimizer(options, experiment.run.num_steps),
+        ema_decay=options.ema_decay,
+        accumulate_steps=options.accumulate_steps,
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,21 +178,20 @@ class _Run:
     writer: MetricsWriter
     progress: Progress
     stop: Stop
+    mesh: Mesh | None
 
     def __call__(self, state: TrainState, owed: bool) -> TrainState:
         """owed: the evaluation of the first step is still to be done."""
-        run, options, dataset = self.experiment.run, self.experiment.optimizer, self.dataset
-        step_fn = make_train_step(
-            self.graphdef,
-            functools.partial(slam_v3_loss, config=self.experiment.loss),
-            make_optimizer(options, run.num_steps),
-            ema_decay=options.ema_decay,
-            accumulate_steps=options.accumulate_steps,
-        )
-        step_fn = jax.jit(step_fn, donate_argnums=0)
+        run, dataset = self.experiment.run, self.dataset
+        step_fn = jit_step(self.experiment, self.graphdef, state)
         first = int(state.step)
+        data = self.experiment.data
         batches = training_batches(
-            dataset.train, dataset.tokenizer, self.experiment.data, start_step=first
+            dataset.train,
+            dataset.tokenizer,
+            data,
+            start_step=first,
+            rows=local_rows(data.batch_size, self.mesh),
         )
         pending = None
         if owed:
@@ -168,7 +199,7 @@ class _Run:
         for step in range(first + 1, run.num_steps + 1):
             self.checkpoints.poll()
             view, batch = next(batches)
-            state, metrics = step_fn(state, batch)
+            state, metrics = step_fn(state, place(batch, self.mesh))
             self.stop.expect_save()
             # The device works on this step while the host reads the one before.
             bad_steps = [] if pending is None else [self._report(*pending)]
@@ -321,11 +352,30 @@ def _require_views(views: Sequence[str], dataset: Dataset) -> None:
             raise ConfigError(f"run.evaluate_views has {view!r}, and the data set has {known}")
 
 
+def _require_even(experiment: Experiment, mesh: Mesh | None) -> None:
+    """Each device takes as many examples, and runs as many processes, as any other."""
+    if mesh is None:
+        return
+    size, batch = mesh.shape, experiment.data.batch_size
+    parts = experiment.optimizer.accumulate_steps * size["data"] * size["fsdp"]
+    even = f"a multiple of {parts}, optimizer.accumulate_steps times mesh.data times mesh.fsdp"
+    require(batch % parts == 0, "data.batch_size", batch, even)
+    processes = experiment.model.num_processes
+    even = f"a divisor of model.num_processes={processes}"
+    require(processes % size["process"] == 0, "mesh.process", size["process"], even)
+
+
+def _where(mesh: Mesh | None) -> str:
+    if mesh is None:
+        return str(jax.devices()[0])
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+
+
 def _require_same(saved: Mapping[str, Any], config: Mapping[str, Any], workdir: Path) -> None:
-    """A run goes on only as what it was."""
+    """A run goes on only as what it was, though on any devices."""
     was, now = flatten(saved), flatten(config)
     for name in sorted(was.keys() | now.keys()):
-        if was.get(name) != now.get(name):
+        if was.get(name) != now.get(name) and not name.startswith("mesh."):
             raise CheckpointError(
                 f"{workdir} holds a run with {name}={was.get(name)!r} and this one has "
                 f"{name}={now.get(name)!r}; use another workdir or the same configuration"

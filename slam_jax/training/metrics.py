@@ -82,6 +82,22 @@ class MetricsWriter:
             self._board.close()
 
 
+class NoMetrics(MetricsWriter):
+    """Writes nothing: for all processes of a run but the first."""
+
+    def __init__(self):
+        pass
+
+    def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     """All records of a run in the order written: `step`, `split`, and floats or None by name."""
     return [record for record, _ in _records(Path(workdir) / _FILE)]

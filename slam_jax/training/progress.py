@@ -22,6 +22,7 @@ class Progress:
         total_steps: step at which the run ends.
         first_step: step that the run goes on from.
         every: steps between two plain lines, where there is no terminal.
+        shown: False = nowhere.
         console: where to show it; by default standard output.
     """
 
@@ -31,6 +32,7 @@ class Progress:
         *,
         first_step: int = 0,
         every: int = 100,
+        shown: bool = True,
         console: Console | None = None,
     ):
         self._total = total_steps
@@ -39,6 +41,7 @@ class Progress:
             file=_Lasting(sys.stdout),  # pyright: ignore[reportArgumentType]
             highlight=False,
             soft_wrap=True,
+            quiet=not shown,
         )
         self._recent: deque[tuple[float, int, int, int]] = deque(maxlen=_WINDOW + 1)
         self._recent.append((time.monotonic(), first_step, 0, 0))

@@ -9,6 +9,8 @@ import optax
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from slam_jax.layers.constrain import constrain
+
 
 @struct.dataclass
 class TrainState:
@@ -93,7 +95,11 @@ def make_train_step(
         return jax.grad(loss, has_aux=True)(params)
 
     def accumulated(params, batch, key):
-        parts = jax.tree.map(lambda x: x.reshape(accumulate_steps, -1, *x.shape[1:]), batch)
+        # Of each part every device takes its share: neighbouring examples may stand on one.
+        parts = jax.tree.map(
+            lambda x: constrain(x.reshape(accumulate_steps, -1, *x.shape[1:]), (None, "batch")),
+            batch,
+        )
         keys = jax.random.split(key, accumulate_steps)
 
         def add(total, part):

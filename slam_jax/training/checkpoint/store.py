@@ -20,7 +20,9 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from slam_jax import hosts
 from slam_jax.errors import UserError, first_line
+from slam_jax.stop import PeerLost
 from slam_jax.training.checkpoint import manifest, trees
 from slam_jax.training.host import require_room
 
@@ -60,7 +62,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        if kind is not None and issubclass(kind, PeerLost):
+            return  # what is being written has lost a writer, and waits for it
         self.close()
 
     def save(
@@ -93,18 +97,11 @@ class Checkpoints:
         """
         self.wait()
         finite = {name: float(x) for name, x in metrics.items() if math.isfinite(x)}
-        if step in self.steps() and (not finite or self.read_metrics(step)):
+        items = {"config": config, "tokenizer": tokenizer, "aux": aux, "metrics": finite}
+        if not hosts.by_first(lambda: self._begin(step, items)):
             return False
-        folder = self.directory / f"{step}.writing"
+        folder = self._being_written(step)
         try:
-            for left in self.directory.glob("*.writing"):  # by a run that was killed
-                shutil.rmtree(left)
-            folder.mkdir(parents=True)
-            items = {"config": config, "tokenizer": tokenizer, "aux": aux, "metrics": finite}
-            for name, value in items.items():
-                if value is None:
-                    continue
-                (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
             response = ocp.save_checkpointables_async(str(folder / "arrays"), {"state": state})
         except OSError as error:
             raise CheckpointError(self._unwritten(step, error)) from error
@@ -113,7 +110,10 @@ class Checkpoints:
         return True
 
     def poll(self) -> None:
-        """Raises CheckpointError if the write in progress has failed; never waits."""
+        """Raises CheckpointError if the write in progress has failed; never waits. Of several
+        processes each would see it at another step: they hear of it in `wait`."""
+        if jax.process_count() > 1:
+            return
         if self._pending is not None and self._pending[1].done():
             self.wait()
 
@@ -123,11 +123,17 @@ class Checkpoints:
             return
         step, written = self._pending
         self._pending = None
-        try:
-            written.result()
-        except Exception as error:
-            shutil.rmtree(self.directory / f"{step}.writing", ignore_errors=True)
-            raise CheckpointError(self._unwritten(step, error)) from error
+
+        def finish() -> None:
+            try:
+                written.result()
+            except Exception as error:
+                shutil.rmtree(self._being_written(step), ignore_errors=True)
+                raise CheckpointError(self._unwritten(step, error)) from error
+
+        if not hosts.is_first():
+            finish()
+        hosts.by_first(finish)
 
     def close(self) -> None:
         """Waits as `wait` does, then stops the thread; a later `save` starts it again."""
@@ -146,6 +152,12 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints and all of them are damaged.
         """
+        step = hosts.by_first(lambda: self._recover(report))
+        if step is not None:
+            self._verified.add(step)
+        return step
+
+    def _recover(self, report: Callable[[str], None]) -> int | None:
         self._undo_replacement()
         damaged = {}
         for step in reversed(self.steps()):
@@ -253,9 +265,31 @@ class Checkpoints:
         """Each step with what is wrong with it, or None."""
         return {step: self._damage(step) for step in self.steps()}
 
+    def _being_written(self, step: int) -> Path:
+        return self.directory / f"{step}.writing"
+
+    def _begin(self, step: int, items: Mapping[str, Any]) -> bool:
+        """Everything of a checkpoint but its arrays; False where the step has one already."""
+        if step in self.steps() and (not items["metrics"] or self.read_metrics(step)):
+            return False
+        folder = self._being_written(step)
+        try:
+            for left in self.directory.glob("*.writing"):  # by a run that was killed
+                shutil.rmtree(left)
+            folder.mkdir(parents=True)
+            for name, value in items.items():
+                if value is None:
+                    continue
+                (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(self._unwritten(step, error)) from error
+        return True
+
     def _commit(self, step: int, folder: Path, written: Callable[[], Any]) -> None:
         """The end of a write, in the background."""
         written()
+        if not hosts.is_first():
+            return
         manifest.seal(folder)
         final, replaced = self.directory / str(step), self.directory / f"{step}.replaced"
         if final.exists():
@@ -280,7 +314,7 @@ class Checkpoints:
             if step in keep or (self._keep_every and step % self._keep_every == 0):
                 continue
             # Under its own name a step is whole, also while it goes.
-            going = self.directory / f"{step}.writing"
+            going = self._being_written(step)
             os.rename(self.directory / str(step), going)
             shutil.rmtree(going)
 

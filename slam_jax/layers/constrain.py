@@ -1,0 +1,46 @@
+"""All that a layer knows of devices: what the dimensions of an array are called."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Shaped
+
+# Name of a dimension -> the mesh axes that divide it.
+AXES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "process": ("process",),
+    "expert": ("tensor",),
+}
+
+
+def constrain(x: Shaped[Array, "..."], names: Sequence[str | None]) -> Shaped[Array, "..."]:
+    """x, laid out over the devices of the mesh in force (`jax.set_mesh`); x itself without one.
+
+    names: of the first dimensions of x, each one of `AXES`, or None where every device has the
+    whole of it; so it is with the dimensions after them. Raises KeyError for another name.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    axes = [() if name is None else AXES[name] for name in names]
+    return jax.lax.with_sharding_constraint(x, fit(x.shape, axes, mesh.shape))
+
+
+def fit(
+    shape: Sequence[int], axes: Sequence[Sequence[str]], sizes: Mapping[str, int]
+) -> PartitionSpec:
+    """The layout of an array whose dimensions are divided by these mesh axes.
+
+    Of the axes of a dimension those are taken, from the first on, that the mesh has and that divide
+    it evenly; where none does, every device has the whole dimension.
+    """
+    taken = []
+    for size, wanted in zip(shape, axes, strict=False):
+        here = []
+        for axis in wanted:
+            if axis in sizes and size % sizes[axis] == 0:
+                here.append(axis)
+                size //= sizes[axis]
+        taken.append(tuple(here))
+    return PartitionSpec(*(here or None for here in taken))

@@ -1,0 +1,87 @@
+"""How many devices each kind of parallelism takes."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from slam_jax.errors import ConfigError, require, require_count
+
+REST = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the axes; one of them may be -1, what is left of the devices. Their product is the
+    number of devices; of 1 in all there is no mesh.
+
+    data: groups of devices that each take a part of the batch. fsdp: the same, and each keeps only
+    its part of the weights, which it is sent as it needs them. process: groups that each hold and
+    run their part of the parallel processes, whose weights never move. tensor: heads, MLPs,
+    vocabulary and experts in so many parts.
+    zero: optimizer state and averaged parameters are divided over `data` too (ZeRO, stage 1;
+    Rajbhandari et al. 2020, section 5.1).
+    """
+
+    data: int = REST
+    fsdp: int = 1
+    process: int = 1
+    tensor: int = 1
+    zero: bool = False
+
+    def __post_init__(self):
+        for field, size in self.sizes.items():
+            if size != REST:
+                require_count(f"mesh.{field}", size)
+        rest = [field for field, size in self.sizes.items() if size == REST]
+        require(len(rest) <= 1, "mesh", ", ".join(rest), "one field of -1 at most")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis -> size, in the order of the mesh: neighbours talk most along the last."""
+        return {axis: getattr(self, axis) for axis in ("data", "fsdp", "process", "tensor")}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """The mesh of all `devices` (None = those of JAX); None for a single one.
+
+    Raises ConfigError where the sizes are of another number of devices, with the ones that fit.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = resolve(config, len(devices))
+    if len(devices) == 1:
+        return None
+    automatic = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), automatic, devices=devices)
+
+
+def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Axis -> size, with -1 replaced; raises as `make_mesh` does."""
+    sizes = config.sizes
+    known = math.prod(size for size in sizes.values() if size != REST)
+    rest = REST in sizes.values()
+    if num_devices % known if rest else known != num_devices:
+        shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        fitting = [_fitting(config, axis, num_devices) for axis in sizes]
+        near = "; or ".join(text for text in fitting if text)
+        raise ConfigError(
+            f"mesh is {shown}, and the number of devices is {num_devices}; expected "
+            f"{near or f'sizes whose product is {num_devices}'}"
+        )
+    return {axis: num_devices // known if size == REST else size for axis, size in sizes.items()}
+
+
+def _fitting(config: MeshConfig, axis: str, num_devices: int) -> str | None:
+    """The sizes of one axis that fit if the others stay, in words."""
+    sizes = config.sizes
+    others = [size for name, size in sizes.items() if name != axis]
+    left, uneven = divmod(num_devices, math.prod(size for size in others if size != REST))
+    if uneven or sizes[axis] == REST:
+        return None
+    if REST not in others:
+        return f"mesh.{axis}={left}"
+    fit = [str(size) for size in range(1, left + 1) if left % size == 0]
+    return f"mesh.{axis}={' or '.join(fit)}"

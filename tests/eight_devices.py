@@ -1,0 +1,370 @@
+"""What test_sharding.py runs in a process of its own, with eight virtual devices."""
+
+import dataclasses
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import assert_same
+
+from slam_jax.data import Batch
+from slam_jax.errors import ConfigError
+from slam_jax.language_models.registry import SYSTEMS, make_config, make_model
+from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
+from slam_jax.training import (
+    Checkpoints,
+    Experiment,
+    LossConfig,
+    default_config,
+    language_model_loss,
+    load,
+    loop,
+    merge_model,
+    override,
+    read_config,
+    slam_v3_loss,
+    split_model,
+    train,
+)
+from slam_jax.training.checkpoint.trees import by_name
+from slam_jax.training.collectives import collectives
+from slam_jax.training.experiment import as_json
+from slam_jax.training.mesh import MeshConfig, make_mesh
+from slam_jax.training.metrics import read_metrics
+from slam_jax.training.sharding import in_force, layout, place
+
+VOCAB = 16
+SIZES = {"data": 4, "fsdp": 4, "process": 4, "tensor": 2}
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def mesh_of(**sizes: Any) -> Any:
+    config = MeshConfig(**{"data": 1, **sizes})
+    return make_mesh(config, jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+def first_step(loss: Any, params: Any, batch: Any, mesh: Any) -> tuple[Any, Any]:
+    """The loss and its gradients, as a step under this mesh has them."""
+    shardings = layout(params, mesh)
+    params = jax.device_put(params, shardings)
+    with in_force(mesh):
+        run = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
+        return run(params, place(batch, mesh))
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
+    """Each array within so much of the largest number in it, or of the 1e-6 part of all."""
+    most = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+    actual, expected = by_name(actual), by_name(expected)
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        scale = max(np.abs(x).max(), 1e-6 * most)
+        difference = np.abs(np.asarray(actual[name]) - np.asarray(x)).max()
+        assert difference <= tolerance * scale, (name, difference / scale)
+
+
+# --- SLAM v3
+
+
+@functools.cache
+def v3() -> tuple[Any, Any, Any]:
+    """The loss, the parameters and a batch of eight, every stream in it."""
+    small = dict(size=12, stage_widths=(8,))
+    wide: Any = dict(dtype="float64", param_dtype="float64", image=small, num_decoder_layers=1)
+    config = SlamV3Config.preset("tiny", VOCAB, **wide)
+    model = jax.jit(lambda: SlamV3(config, rngs=nnx.Rngs(0)))()
+    graphdef, params = split_model(model)
+
+    def loss(params: Any, batch: Batch) -> jax.Array:
+        return slam_v3_loss(merge_model(graphdef, params), batch, LossConfig()).total
+
+    return loss, params, make_batch(np.float64)
+
+
+def make_batch(dtype: Any) -> Batch:
+    rng, size = np.random.default_rng(0), 8
+    prompt = rng.integers(2, 4, (size, 2), np.int32)
+    inputs = Inputs(
+        text=rng.integers(0, VOCAB, (size, 6), np.int32),
+        text_mask=np.arange(6) < rng.integers(1, 7, (size, 1)),
+        image=rng.integers(0, 256, (size, 12, 12, 3), np.uint8),
+        aux=rng.normal(size=(size, 3, 5)).astype(dtype),
+    )
+    return Batch(inputs, rng.integers(3, VOCAB, (size, 2, 7), np.int32), prompt, prompt + 2)
+
+
+@functools.cache
+def v3_alone() -> tuple[Any, Any]:
+    return first_step(*v3(), None)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "sizes", [{axis: size} for axis, size in SIZES.items()] + [{"process": 2}], ids=str
+)
+def test_an_axis_alone_changes_no_loss_and_no_gradient(sizes):
+    assert_close(first_step(*v3(), mesh_of(**sizes)), v3_alone())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("pair", list(itertools.combinations(SIZES, 2)), ids="-".join)
+def test_two_axes_change_no_loss_and_no_gradient(pair):
+    sizes = {axis: min(SIZES[axis], 2) for axis in pair}
+    assert_close(first_step(*v3(), mesh_of(**sizes)), v3_alone())
+
+
+# --- Language models
+
+
+@functools.cache
+def language_model(name: str) -> tuple[Any, Any, Any]:
+    config = make_config(name, "tiny", vocab_size=VOCAB, dtype="float64", param_dtype="float64")
+    graphdef, params = split_model(jax.jit(lambda: make_model(config, rngs=nnx.Rngs(0)))())
+
+    def loss(params: Any, tokens: Any) -> jax.Array:
+        return language_model_loss(merge_model(graphdef, params), tokens).total
+
+    return loss, params, np.random.default_rng(0).integers(0, VOCAB, (8, 17), np.int32)
+
+
+@functools.cache
+def language_model_alone(name: str) -> tuple[Any, Any]:
+    return first_step(*language_model(name), None)
+
+
+def cases() -> Any:
+    for name in SYSTEMS:
+        # `process` divides what is stacked.
+        stacked = name in ("slam_v4", "slam_v4_champion", "slam_v5", "slam_v3_text")
+        for axis in SIZES if stacked else ("data", "fsdp", "tensor"):
+            quick = (name, axis) == ("moe", "tensor")
+            yield pytest.param(name, axis, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("name", "axis"), list(cases()))
+def test_an_axis_changes_nothing_of_a_language_model(name, axis):
+    sharded = first_step(*language_model(name), mesh_of(**{axis: SIZES[axis]}))
+    assert_close(sharded, language_model_alone(name))
+
+
+# --- Where arrays stand
+
+# Axis -> parameter -> what one device holds of it.
+HELD = {
+    "data": {"head/kernel": (32, 16), "processes/stack/instruction": (4, 32)},
+    "fsdp": {
+        "embedding/embedding": (16, 8),
+        "head/kernel": (8, 16),
+        "streams/image/stem/kernel": (5, 5, 3, 2),
+        "level_one/block/attention/query/kernel": (8, 2, 16),
+        "level_one/norm/scale": (32,),
+        "processes/stack/layers/0/mlp/down/kernel": (4, 48, 8),
+        "fusion/concat/kernel": (128, 8),
+        "decoder/layers/0/attention/kv_down/kernel": (8, 12),
+        "decoder/layers/0/attention/out/kernel": (2, 16, 8),
+    },
+    "process": {
+        "processes/stack/instruction": (1, 32),
+        "processes/stack/norm/scale": (1, 32),
+        "processes/stack/layers/0/isolated/out/kernel": (1, 2, 16, 32),
+        "fusion/concat/kernel": (32, 32),
+        "level_one/key/kernel": (32, 2, 16),
+    },
+    "tensor": {
+        "embedding/embedding": (8, 32),
+        "head/kernel": (32, 8),
+        "processes/stack/layers/0/query_bias": (4, 1, 16),
+        "processes/stack/layers/0/mlp/up/kernel": (4, 32, 24),
+        "decoder/layers/0/attention/q_nope/kernel": (20, 1, 16),
+        "decoder/layers/0/attention/out/kernel": (1, 16, 32),
+        "decoder/layers/0/mlp/down/kernel": (24, 32),
+    },
+}
+
+
+def held(array: jax.Array) -> tuple[int, ...]:
+    [shape] = {shard.data.shape for shard in array.addressable_shards}
+    return shape
+
+
+def experiment_of(sizes: dict[str, int], **changes: Any) -> Experiment:
+    config: Any = default_config("tiny")
+    config.model.image.size, config.model.image.stage_widths = 12, (8,)
+    config.model.num_decoder_layers = 1
+    config.model.dropout = 0.1
+    config.data.batch_size = 8
+    config.optimizer.ema_decay = 0.9
+    config.optimizer.warmup_steps = 2
+    config.optimizer.learning_rate = 1e-2
+    arguments = {**{f"mesh.{axis}": size for axis, size in sizes.items()}, **changes}
+    arguments = [f"--config.{name}={value}" for name, value in arguments.items()]
+    return Experiment.from_config(override(as_json(config), arguments))
+
+
+@functools.cache
+def first_state() -> Any:
+    return loop.initial_state(experiment_of({}), VOCAB)[1]
+
+
+@pytest.mark.parametrize("axis", list(HELD))
+def test_each_device_holds_its_part(axis):
+    mesh = mesh_of(**{axis: SIZES[axis]})
+    state = jax.device_put(first_state(), layout(first_state(), mesh))
+    moments = state.opt_state[1][0]
+    for part in (state.params, state.ema, moments.mu, moments.nu):
+        arrays = by_name(part)
+        assert {name: held(arrays[name]) for name in HELD[axis]} == HELD[axis]
+    assert held(state.step) == held(state.key) == ()
+
+
+def test_a_state_starts_as_on_one_device_and_is_restored_onto_others(tmp_path):
+    alone = first_state()
+    _, state = loop.initial_state(experiment_of({}), VOCAB, mesh_of(process=4))
+    assert held(state.params["processes"]["stack"]["instruction"]) == (1, 32)
+    assert_same(jax.device_get(state), jax.device_get(alone))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, config={}, tokenizer="", metrics={})
+    checkpoints.wait()
+    for like in (jax.device_put(alone, layout(alone, mesh_of(fsdp=4))), alone):
+        restored = checkpoints.restore(1, like)
+        assert_same(jax.device_get(restored), jax.device_get(alone))
+        pairs = zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True)
+        assert all(x.sharding == y.sharding for x, y in pairs)
+
+
+# --- Training
+
+
+def steps(experiment: Experiment, mesh: Any, count: int) -> tuple[list[float], Any]:
+    """The loss of each of the first steps, and the state after them."""
+    batch = make_batch(np.float32)
+    batch = dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, image=None))
+    with in_force(mesh):
+        graphdef, state = loop.initial_state(experiment, VOCAB, mesh)
+        step_fn, losses = loop.jit_step(experiment, graphdef, state), []
+        for _ in range(count):
+            state, metrics = step_fn(state, place(batch, mesh))
+            losses.append(float(metrics.loss.total))
+    return losses, state
+
+
+@functools.cache
+def steps_alone(**changes: Any) -> list[float]:
+    return steps(experiment_of({}, **changes), None, 20)[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [
+        ({"data": 2, "process": 4}, {}),
+        pytest.param(
+            {"data": 2, "process": 4}, {"optimizer.accumulate_steps": 2}, marks=pytest.mark.slow
+        ),
+        pytest.param({"fsdp": 2, "process": 2, "tensor": 2}, {}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_twenty_steps_end_at_the_same_loss(sizes, changes):
+    experiment = experiment_of({"data": 1, **sizes, "zero": True}, **changes)
+    losses, state = steps(experiment, make_mesh(experiment.mesh), 20)
+    np.testing.assert_allclose(losses, steps_alone(**changes), rtol=1e-3)
+    assert losses[-1] < 0.7 * losses[0]
+    shardings = layout(state, make_mesh(experiment.mesh), zero=True)
+    jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y, x.ndim) or 1 / 0, state, shardings)
+    if sizes.get("data") == 2:  # of the moments and the average each half of the devices has half
+        name = "head/kernel"
+        assert held(by_name(state.params)[name]) == (32, 16)
+        assert held(by_name(state.ema)[name]) == (16, 16)
+        assert held(by_name(state.opt_state[1][0].mu)[name]) == (16, 16)
+
+
+# --- What devices send each other
+
+
+def test_process_weights_never_move():
+    """What a step sends, to the byte. Forward the mean over processes and the sum of W_cat; then
+    back what comes to the tokens, and to the keys and values of the bank: five times [B, S, D].
+    Beside it a few numbers of each array that stands apart: its squared norm, for clipping and for
+    the metrics, and whether any of its gradient is not 0."""
+    mesh, experiment, batch = mesh_of(process=4), experiment_of({}), make_batch(np.float32)
+    with in_force(mesh):
+        graphdef, state = loop.initial_state(experiment, VOCAB, mesh)
+        step = loop.jit_step(experiment, graphdef, state)
+        compiled = step.lower(state, place(batch, mesh)).compile()
+    found = collectives(str(compiled.as_text()), mesh.shape)
+    for each in found:
+        print(*each)
+    assert {(each.op, each.axes) for each in found} == {("all-reduce", ("process",))}
+    tokens = 8 * (6 + 16 + 3) * 32 * 4
+    apart = sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params))
+    assert apart == 16
+    forward = [each for each in found if "transpose" not in each.name and each.num_bytes > 100]
+    assert sum(each.num_bytes for each in forward) == 2 * tokens
+    assert sum(each.num_bytes for each in found) == 5 * tokens + apart * (2 * 4 + 1)
+
+
+# --- A run
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(run_config, tmp_path):
+    for changes, message in (
+        ([], "data.batch_size is 4; expected a multiple of 8, optimizer.accumulate_steps times"),
+        (["process=8"], "mesh.process is 8; expected a divisor of model.num_processes=4"),
+    ):
+        config = override(run_config, [f"--config.mesh.{change}" for change in changes])
+        with pytest.raises(ConfigError, match=message):
+            train(config, tmp_path)
+
+
+@pytest.fixture
+def run_config(tmp_path):
+    config = read_config(Path(__file__).parent / "configs" / "small_run.py")
+    changes = {"data.data_dir": str(tmp_path / "data"), "run.num_steps": 6, "run.evaluate_every": 3}
+    return override(config, [f"--config.{name}={value}" for name, value in changes.items()])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_other_devices(run_config, tmp_path, monkeypatch, capsys):
+    def on(**sizes: int) -> Any:
+        return override(run_config, [f"--config.mesh.{a}={size}" for a, size in sizes.items()])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda config: None)
+        train(run_config, tmp_path / "alone")
+    validate = loop.validate
+
+    def killed_at_the_second(experiment, graphdef, state, *more):
+        if int(state.step) == 6:
+            raise KeyboardInterrupt
+        return validate(experiment, graphdef, state, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "validate", killed_at_the_second)
+        train(on(process=4), tmp_path / "moved")
+    assert Checkpoints(tmp_path / "moved").steps() == [3]
+    state = train(on(fsdp=2, tensor=2), tmp_path / "moved")
+    assert held(state.params["head"]["kernel"])[0] == 16
+    shown = capsys.readouterr().out
+    assert "parameters on data 2 x process 4, in" in shown
+    assert "parameters on data 2 x fsdp 2 x tensor 2, from step 3 of" in shown
+
+    def losses(name: str) -> list[float]:
+        records = read_metrics(tmp_path / name)
+        assert [r["step"] for r in records if r["split"] == "validation"] == [3, 6]
+        return [r["total"] for r in records if r["split"] == "train"]
+
+    assert load(tmp_path / "moved", "latest").step == 6
+    assert len(losses("moved")) == 6
+    np.testing.assert_allclose(losses("moved"), losses("alone"), rtol=1e-3)

@@ -1,0 +1,55 @@
+"""What is made anew is what it was, and takes less room."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from slam_jax.slam_v3 import Inputs
+from slam_jax.slam_v3.config import ImageConfig
+from slam_jax.training import merge_model, split_model
+
+VIT = ImageConfig("vit", size=6, num_layers=2)
+CHANGES = dict(num_process_layers=2, dropout=0.1, image=VIT)
+TOKENS = np.arange(2 * 3 * 5).reshape(2, 3, 5) % 13
+
+
+@pytest.fixture(scope="module")
+def make_loss(build, make_inputs):
+    """`make_loss(policy)`: a loss of the parameters, and the parameters."""
+    inputs = make_inputs(2, size=6)
+    inputs = Inputs(text=inputs.text, text_mask=inputs.text_mask, image=inputs.image)
+
+    @functools.cache
+    def make(policy):
+        graphdef, params = split_model(build(remat=policy, **CHANGES))
+
+        def loss(params):
+            model = merge_model(graphdef, params)
+            logits = model(TOKENS, inputs, key=jax.random.key(1)).logits
+            return (logits**2).mean()
+
+        return loss, params
+
+    return make
+
+
+@pytest.mark.parametrize("policy", ["maps", "layers"])
+def test_gradients_are_the_same_whatever_is_kept(make_loss, policy):
+    given = make_loss(None), make_loss(policy)
+    expected, actual = (jax.jit(jax.grad(loss))(params) for loss, params in given)
+    most = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6 * most), actual, expected)
+
+
+def test_each_policy_keeps_less(make_loss):
+    def kept(policy):
+        """Numbers that stand between the way there and the way back, the parameters aside."""
+        loss, params = make_loss(policy)
+        back = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
+        own = sum(x.size for x in jax.tree.leaves(params))
+        return sum(x.size for x in jax.tree.leaves(back)) - own
+
+    everything, maps, layers = kept(None), kept("maps"), kept("layers")
+    assert 0 < layers < 0.6 * maps < 0.3 * everything
