@@ -2,7 +2,13 @@
 
 The same command again goes on where the run was. SIGTERM, SIGINT (Ctrl-C) and SIGHUP end it early:
 with exit code 75 the last step is saved, with 76 the run goes on from the checkpoint before.
+
+    python train.py --config=configs/NAME.py --plan --devices=8 [--config.mesh.process=4]
+
+says what such a run would take of each of 8 devices, and what they would send each other.
 """
+
+import os
 
 from absl import flags
 
@@ -10,19 +16,35 @@ from slam_jax import command_line
 from slam_jax.stop import Stop
 
 CONFIG = flags.DEFINE_string("config", None, "A file of configs/; it is run.", required=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
 GRACE = flags.DEFINE_float(
     "grace_seconds", 10.0, "How long the save may take when the run is asked to stop.", 0.0
+)
+PLAN = flags.DEFINE_bool("plan", False, "Only tells what the run would take of each device.")
+DEVICES = flags.DEFINE_integer("devices", 1, "Of how many devices the plan is.", 1, 1_024)
+flags.register_multi_flags_validator(
+    ["workdir", "plan"],
+    lambda given: given["workdir"] or given["plan"],
+    message="give flag --workdir, or --plan",
 )
 
 
 def main(arguments: list[str]) -> None:
+    if PLAN.value:
+        # Read when JAX is imported. The CPU stands for as many devices of any kind.
+        count = f"--xla_force_host_platform_device_count={DEVICES.value}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        from slam_jax.training import override, plan, read_config
+
+        print(plan(override(read_config(CONFIG.value), arguments)))
+        return
     stop = Stop(GRACE.value)
     stop.listen()
     # Not before: importing JAX takes seconds, in which a signal can come.
     from slam_jax.training import override, read_config, train
 
-    train(override(read_config(CONFIG.value), arguments), WORKDIR.value, stop)
+    train(override(read_config(CONFIG.value), arguments), str(WORKDIR.value), stop)
 
 
 if __name__ == "__main__":
