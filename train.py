@@ -6,8 +6,13 @@ with exit code 75 the last step is saved, with 76 the run goes on from the check
 One process of several is told where the others are by --coordinator=HOST:PORT --num_processes=N
 --process_id=I, or finds them in the environment with --distributed; docs/distributed.md has the
 commands.
+
+    python train.py --config=configs/NAME.py --plan --devices=8 [--config.mesh.process=4]
+
+says what such a run would take of each of 8 devices, and what they would send each other.
 """
 
+import os
 import sys
 
 from absl import flags
@@ -16,12 +21,17 @@ from slam_jax import command_line
 from slam_jax.stop import Stop
 
 CONFIG = flags.DEFINE_string("config", None, "A file of configs/; it is run.", required=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
 GRACE = flags.DEFINE_float(
     "grace_seconds", 10.0, "How long the save may take when the run is asked to stop.", 0.0
 )
-
-
+PLAN = flags.DEFINE_bool("plan", False, "Only tells what the run would take of each device.")
+DEVICES = flags.DEFINE_integer("devices", 1, "Of how many devices the plan is.", 1, 1_024)
+flags.register_multi_flags_validator(
+    ["workdir", "plan"],
+    lambda given: given["workdir"] or given["plan"],
+    message="give flag --workdir, or --plan",
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Be one process of several, as Slurm, Kubernetes or a TPU slice says."
 )
@@ -31,6 +41,15 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0
 
 
 def main(arguments: list[str]) -> None:
+    if PLAN.value:
+        # Read when JAX is imported. The CPU stands for as many devices of any kind.
+        count = f"--xla_force_host_platform_device_count={DEVICES.value}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        from slam_jax.training import override, plan, read_config
+
+        print(plan(override(read_config(CONFIG.value), arguments)))
+        return
     together = DISTRIBUTED.value or COORDINATOR.value is not None
     stop = Stop(GRACE.value)
     if not together:
@@ -44,7 +63,7 @@ def main(arguments: list[str]) -> None:
             sys.exit(hosts.watch())
         hosts.connect(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         stop.listen(together=True)
-    train(override(read_config(CONFIG.value), arguments), WORKDIR.value, stop)
+    train(override(read_config(CONFIG.value), arguments), str(WORKDIR.value), stop)
 
 
 if __name__ == "__main__":

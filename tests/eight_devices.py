@@ -36,6 +36,7 @@ from slam_jax.training.collectives import collectives
 from slam_jax.training.experiment import as_json
 from slam_jax.training.mesh import MeshConfig, make_mesh
 from slam_jax.training.metrics import read_metrics
+from slam_jax.training.planning import plan_step
 from slam_jax.training.sharding import in_force, layout, place
 
 VOCAB = 16
@@ -313,6 +314,34 @@ def test_process_weights_never_move():
     forward = [each for each in found if "transpose" not in each.name and each.num_bytes > 100]
     assert sum(each.num_bytes for each in forward) == 2 * tokens
     assert sum(each.num_bytes for each in found) == 5 * tokens + apart * (2 * 4 + 1)
+
+
+def test_a_plan_is_what_a_run_takes():
+    experiment, batch = experiment_of({"zero": True}), make_batch(np.float32)
+    mesh = mesh_of(data=2, process=4)
+    told = plan_step(experiment, VOCAB, batch, mesh)
+    state = jax.device_put(first_state(), layout(first_state(), mesh, zero=True))
+
+    def on_one_device(tree: Any) -> int:
+        return sum(x.addressable_shards[-1].data.nbytes for x in jax.tree.leaves(tree))
+
+    assert told.params == on_one_device(state.params)
+    assert told.opt_state == on_one_device(state.opt_state)
+    assert told.ema == on_one_device(state.ema)
+    assert told.ema < told.params < told.opt_state < 2 * told.params
+    # Half of the examples on each side; the few numbers as in the test above.
+    tokens = 4 * (6 + 16 + 3) * 32 * 4
+    assert 0 <= told.sent[("process",), "all-reduce"] - 5 * tokens <= 16 * (2 * 4 + 1)
+    # Every device updates its half of a weight and is sent the other.
+    halves = [
+        x.addressable_shards[0].data.nbytes
+        for x, y in zip(*map(jax.tree.leaves, (state.params, state.ema)), strict=True)
+        if held(x) != held(y)
+    ]
+    assert told.sent[("data",), "all-gather"] == sum(halves)
+    shown = str(told).splitlines()
+    assert shown[0] == "data 2 x fsdp 1 x process 4 x tensor 1: on each of 8 devices"
+    assert shown[1].split() == ["parameters,", "exact", f"{told.params / 2**20:.3f}", "MiB"]
 
 
 # --- A run

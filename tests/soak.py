@@ -332,15 +332,7 @@ class Soak:
         experiment = Experiment.from_config(self.config)
         data = prepare(experiment.data)
         graphdef, state = loop.initial_state(experiment, data.tokenizer.vocab_size)
-        step_fn = jax.jit(
-            loop.make_train_step(
-                graphdef,
-                lambda *args, **more: loop.slam_v3_loss(*args, config=experiment.loss, **more),
-                loop.make_optimizer(experiment.optimizer, experiment.run.num_steps),
-                ema_decay=experiment.optimizer.ema_decay,
-            ),
-            donate_argnums=0,
-        )
+        step_fn = loop.jit_step(experiment, graphdef, state)
         batches = training_batches(data.train, data.tokenizer, experiment.data)
         for step in range(1, experiment.run.num_steps + 1):
             _, batch = next(batches)

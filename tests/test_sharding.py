@@ -49,6 +49,24 @@ def test_several_devices_do_what_one_does_for_every_model_and_pair_of_axes():
     on_eight_devices("-m", "slow")
 
 
+@pytest.mark.slow
+def test_a_plan_is_told_in_a_few_lines(tmp_path):
+    def plan(*changes: str) -> subprocess.CompletedProcess:
+        config = FILE.parent / "configs" / "small_run.py"
+        given = [f"--config.{change}" for change in (f"data.data_dir={tmp_path}", *changes)]
+        command = [sys.executable, "train.py", "--plan", "--devices=8", f"--config={config}"]
+        root = FILE.parents[1]
+        return subprocess.run([*command, *given], cwd=root, capture_output=True, text=True)
+
+    done = plan("mesh.process=4")
+    assert done.returncode == 0, done.stderr
+    assert "on each of 8 devices\nparameters, exact" in done.stdout
+    assert "\nall-reduce along process, as compiled for CPUs" in done.stdout
+    refused = plan()
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: data.batch_size is 4; expected a multiple of 8")
+
+
 # --- The table
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
 from ml_collections import ConfigDict
 
 from slam_jax import hosts
@@ -27,21 +25,20 @@ from slam_jax.data import (
     prepare,
     training_batches,
 )
-from slam_jax.errors import ConfigError, UserError, require
+from slam_jax.errors import ConfigError, UserError
 from slam_jax.evaluation import evaluate
-from slam_jax.slam_v3 import SlamV3
 from slam_jax.stop import Stop, Stopped
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.experiment import Experiment, as_json, flatten
-from slam_jax.training.host import require_room, tune_host
+from slam_jax.training.host import tune_host
 from slam_jax.training.lock import only_run_in
-from slam_jax.training.losses import slam_v3_loss
 from slam_jax.training.mesh import make_mesh
 from slam_jax.training.metrics import MetricsWriter, NoMetrics
-from slam_jax.training.optimizer import make_optimizer, make_schedule
+from slam_jax.training.optimizer import make_schedule
 from slam_jax.training.progress import Progress
-from slam_jax.training.sharding import bytes_per_device, in_force, layout, local_rows, place
-from slam_jax.training.state import TrainState, init_state, make_train_step, split_model
+from slam_jax.training.sharding import in_force, local_rows, place
+from slam_jax.training.start import initial_state, jit_step, require_even
+from slam_jax.training.state import TrainState
 
 
 class TrainingDiverged(UserError):
@@ -76,7 +73,7 @@ def train(
     config = as_json(config)
     experiment = Experiment.from_config(config)
     run, mesh = experiment.run, make_mesh(experiment.mesh)
-    _require_even(experiment, mesh)
+    require_even(experiment, mesh)
     with (
         only_run_in(workdir) if hosts.is_first() else contextlib.nullcontext(),
         Checkpoints(workdir, keep_every=run.keep_every) as checkpoints,
@@ -122,48 +119,6 @@ def train(
             )
             with _memory_named(), hosts.losses_named():
                 return trainer(state, owed)
-
-
-def initial_state(
-    experiment: Experiment, vocab_size: int, mesh: Mesh | None = None
-) -> tuple[nnx.GraphDef, TrainState]:
-    """The structure of the model and the state before the first step, laid out over the mesh.
-
-    Raises ConfigError, before anything is allocated, where it has no room.
-    """
-    model_config = experiment.with_vocabulary(vocab_size)
-    optimizer = make_optimizer(experiment.optimizer, experiment.run.num_steps)
-    ema = experiment.optimizer.ema_decay is not None
-
-    def model(key: PRNGKeyArray) -> SlamV3:
-        return SlamV3(model_config, rngs=nnx.Rngs(key))
-
-    def state() -> TrainState:
-        init_key, run_key = jax.random.split(jax.random.key(experiment.seed))
-        return init_state(split_model(model(init_key))[1], optimizer, run_key, ema=ema)
-
-    shapes = jax.eval_shape(state)
-    shardings = layout(shapes, mesh, zero=experiment.mesh.zero)
-    num_devices = 1 if mesh is None else mesh.size
-    require_room(num_devices * bytes_per_device(shapes, shardings), "the training state")
-    # Compiled as one program: each of a hundred small initialisers costs more alone, and no device
-    # ever has more than its part. A restored state is placed alike, and takes the same steps.
-    made = jax.jit(state, out_shardings=shardings)()
-    return split_model(nnx.eval_shape(model, jax.random.key(0)))[0], made
-
-
-def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) -> Any:
-    """`make_train_step` of a run, jitted; it takes `state` and gives it back laid out as it is."""
-    options = experiment.optimizer
-    step_fn = make_train_step(
-        graphdef,
-        functools.partial(slam_v3_loss, config=experiment.loss),
-        make_optimizer(options, experiment.run.num_steps),
-        ema_decay=options.ema_decay,
-        accumulate_steps=options.accumulate_steps,
-    )
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,19 +305,6 @@ def _require_views(views: Sequence[str], dataset: Dataset) -> None:
         if view not in dataset.validation.views:
             known = ", ".join(dataset.validation.views)
             raise ConfigError(f"run.evaluate_views has {view!r}, and the data set has {known}")
-
-
-def _require_even(experiment: Experiment, mesh: Mesh | None) -> None:
-    """Each device takes as many examples, and runs as many processes, as any other."""
-    if mesh is None:
-        return
-    size, batch = mesh.shape, experiment.data.batch_size
-    parts = experiment.optimizer.accumulate_steps * size["data"] * size["fsdp"]
-    even = f"a multiple of {parts}, optimizer.accumulate_steps times mesh.data times mesh.fsdp"
-    require(batch % parts == 0, "data.batch_size", batch, even)
-    processes = experiment.model.num_processes
-    even = f"a divisor of model.num_processes={processes}"
-    require(processes % size["process"] == 0, "mesh.process", size["process"], even)
 
 
 def _where(mesh: Mesh | None) -> str:

@@ -94,13 +94,13 @@ def _axes(name: str, ndim: int, zero: bool) -> list[tuple[str, ...]]:
     return [*stacked, *named]
 
 
-def bytes_per_device(tree: PyTree[Any], shardings: PyTree[Sharding]) -> int:
-    """What the arrays of a tree, or their shapes, take on each device."""
+def bytes_per_device(tree: PyTree[Any]) -> int:
+    """What arrays that are laid out, or their shapes, take on each device."""
 
-    def part(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype)
+    def part(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
 
-    return num_bytes(jax.tree.map(part, tree, shardings))
+    return num_bytes(jax.tree.map(part, tree))
 
 
 def local_rows(batch_size: int, mesh: Mesh | None) -> range:

@@ -1,0 +1,92 @@
+"""What a run begins with: its first state, or the shapes of it, and the step that it repeats."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from slam_jax.errors import require
+from slam_jax.slam_v3 import SlamV3
+from slam_jax.training.experiment import Experiment
+from slam_jax.training.host import require_room
+from slam_jax.training.losses import slam_v3_loss
+from slam_jax.training.optimizer import make_optimizer
+from slam_jax.training.sharding import bytes_per_device, layout
+from slam_jax.training.state import TrainState, init_state, make_train_step, split_model
+
+
+def initial_state(
+    experiment: Experiment, vocab_size: int, mesh: Mesh | None = None
+) -> tuple[nnx.GraphDef, TrainState]:
+    """The structure of the model and the state before the first step, laid out over the mesh.
+
+    Raises ConfigError, before anything is allocated, where it has no room.
+    """
+    graphdef, like = state_shapes(experiment, vocab_size, mesh)
+    num_devices = 1 if mesh is None else mesh.size
+    require_room(num_devices * bytes_per_device(like), "the training state")
+    # Compiled as one program: each of a hundred small initialisers costs more alone, and no device
+    # ever has more than its part. A restored state is placed alike, and takes the same steps.
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    return graphdef, jax.jit(_maker(experiment, vocab_size), out_shardings=shardings)()
+
+
+def state_shapes(
+    experiment: Experiment, vocab_size: int, mesh: Mesh | None = None
+) -> tuple[nnx.GraphDef, TrainState]:
+    """`initial_state` with shapes, dtypes and shardings for arrays; nothing is allocated."""
+    config = experiment.with_vocabulary(vocab_size)
+    model = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
+    shapes = jax.eval_shape(_maker(experiment, vocab_size))
+    shardings = layout(shapes, mesh, zero=experiment.mesh.zero)
+    like = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+    return split_model(model)[0], like
+
+
+def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) -> Any:
+    """`make_train_step` of a run, jitted; it takes `state` and gives it back laid out as it is."""
+    options = experiment.optimizer
+    step_fn = make_train_step(
+        graphdef,
+        functools.partial(slam_v3_loss, config=experiment.loss),
+        make_optimizer(options, experiment.run.num_steps),
+        ema_decay=options.ema_decay,
+        accumulate_steps=options.accumulate_steps,
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def require_even(experiment: Experiment, mesh: Mesh | None) -> None:
+    """Raises ConfigError unless each device takes as many examples, and runs as many processes, as
+    any other."""
+    if mesh is None:
+        return
+    size, batch = mesh.shape, experiment.data.batch_size
+    parts = experiment.optimizer.accumulate_steps * size["data"] * size["fsdp"]
+    even = f"a multiple of {parts}, optimizer.accumulate_steps times mesh.data times mesh.fsdp"
+    require(batch % parts == 0, "data.batch_size", batch, even)
+    processes = experiment.model.num_processes
+    even = f"a divisor of model.num_processes={processes}"
+    require(processes % size["process"] == 0, "mesh.process", size["process"], even)
+
+
+def _maker(experiment: Experiment, vocab_size: int) -> Callable[[], TrainState]:
+    """What makes the first state; its keys too, so that every process of several has them."""
+    config = experiment.with_vocabulary(vocab_size)
+    optimizer = make_optimizer(experiment.optimizer, experiment.run.num_steps)
+    ema = experiment.optimizer.ema_decay is not None
+
+    def make() -> TrainState:
+        init_key, run_key = jax.random.split(jax.random.key(experiment.seed))
+        params = split_model(SlamV3(config, rngs=nnx.Rngs(init_key)))[1]
+        return init_state(params, optimizer, run_key, ema=ema)
+
+    return make

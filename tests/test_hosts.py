@@ -1,0 +1,205 @@
+"""Several processes that are one run: the same run as one alone, and what ends it ends them all."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slam_jax import hosts
+from slam_jax.errors import UserError
+from slam_jax.training import Checkpoints
+from slam_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "tests" / "configs" / "small_run.py"
+
+
+def command(workdir: Path, changes: dict[str, object]) -> list[str]:
+    arguments = [f"--config.{field}={value}" for field, value in changes.items()]
+    start = [sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}"]
+    return [*start, *arguments]
+
+
+@contextlib.contextmanager
+def processes(
+    count: int, workdir: Path, changes: dict[str, object]
+) -> Iterator[list[subprocess.Popen]]:
+    """So many processes of one run on this machine; killed at the end if they still run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
+    started = [
+        subprocess.Popen(
+            [*command(workdir, changes), *together, f"--process_id={i}"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(count)
+    ]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def run(count: int, workdir: Path, changes: dict[str, object]) -> None:
+    with processes(count, workdir, changes) as started:
+        said = [process.communicate(timeout=540)[0] for process in started]
+        assert [process.returncode for process in started] == [0] * count, "\n".join(said)
+
+
+def losses(workdir: Path) -> list[tuple[int, float]]:
+    return [(r["step"], r["total"]) for r in read_metrics(workdir) if r["split"] == "train"]
+
+
+def wait_for(step: int, workdir: Path) -> None:
+    end = time.monotonic() + 240
+    while not (steps := Checkpoints(workdir).steps()) or steps[-1] < step:
+        assert time.monotonic() < end, "no checkpoint came"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def changes(tmp_path_factory) -> dict[str, object]:
+    return {
+        "data.data_dir": tmp_path_factory.mktemp("data"),
+        "run.num_steps": 9,
+        "run.evaluate_every": 9,
+        "run.save_every": 3,
+        "run.keep_every": 3,
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(changes, tmp_path_factory) -> Path:
+    """The run of one process, unbroken."""
+    workdir = tmp_path_factory.mktemp("alone")
+    subprocess.run(command(workdir, changes), cwd=ROOT, check=True, capture_output=True)
+    return workdir
+
+
+def long(changes: dict[str, object]) -> dict[str, object]:
+    return {**changes, "run.num_steps": 100_000, "run.evaluate_every": 100_000}
+
+
+@pytest.mark.slow
+def test_two_processes_are_the_run_of_one(changes, alone, tmp_path):
+    run(2, tmp_path, changes)
+    ours, theirs = losses(tmp_path), losses(alone)
+    assert [step for step, _ in ours] == list(range(1, 10))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert Checkpoints(tmp_path).steps() == [3, 6, 9]
+    scores, whole = (Checkpoints(path).read_metrics(9) for path in (tmp_path, alone))
+    assert scores == pytest.approx(whole, abs=0.05) and scores.keys() == whole.keys()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_numbers_of_processes(changes, alone, tmp_path):
+    # 2, then 4 of which each two run two of the four parallel processes, then 1.
+    run(2, tmp_path, changes)
+    for count, kept, more in ((4, 3, {"mesh.process": 2}), (1, 6, {})):
+        checkpoints = Checkpoints(tmp_path)
+        for step in checkpoints.steps():
+            if step > kept:
+                shutil.rmtree(checkpoints.directory / str(step))
+        if count > 1:
+            run(count, tmp_path, {**changes, **more})
+        else:
+            subprocess.run(command(tmp_path, changes), cwd=ROOT, check=True, capture_output=True)
+    # The same examples in the same order, or the losses would be others.
+    np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_others_end_and_the_run_goes_on(changes, tmp_path, victim):
+    with processes(2, tmp_path, long(changes)) as started:
+        wait_for(3, tmp_path)
+        started[victim].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        other = started[1 - victim]
+        said = other.communicate(timeout=60)[0]
+        assert time.monotonic() - killed < 15 and other.returncode == 76
+    assert "is gone" in said and "the same command on all of them goes on" in said
+    saved = Checkpoints(tmp_path).recover(print)
+    assert saved is not None
+    with processes(2, tmp_path, long(changes)):
+        wait_for(saved + 3, tmp_path)
+    steps = [step for step, _ in losses(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_makes_all_save_the_same_step(changes, tmp_path):
+    with processes(2, tmp_path, {**long(changes), "run.save_every": 10_000}) as started:
+        end = time.monotonic() + 240
+        while not losses(tmp_path):
+            assert time.monotonic() < end, "no step was taken"
+            time.sleep(0.2)
+        started[1].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=60)[0] for process in started]
+        assert [process.returncode for process in started] == [75, 75], "\n".join(said)
+    [step] = Checkpoints(tmp_path).steps()
+    assert all(f"stopped: step {step:,} is saved" in text for text in said)
+
+
+def test_one_process_alone_decides_by_itself():
+    assert hosts.is_first() and hosts.by_first(lambda: [1, "a"]) == [1, "a"]
+    with pytest.raises(UserError, match="no"):
+        hosts.by_first(lambda: (_ for _ in ()).throw(UserError("no")))
+    with pytest.raises(ValueError, match="Connection"), hosts.losses_named():
+        raise ValueError("Connection closed")  # there is nobody to lose
+    assert hosts.to_host({"x": np.arange(3)})["x"].tolist() == [0, 1, 2]
+    assert not hosts.watched()
+
+
+WATCHED = """
+import os, sys
+from slam_jax import hosts
+if not hosts.watched():
+    sys.exit(hosts.watch())
+{body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("sys.exit(3)", 3, ""),
+        ("os.abort()", 76, "another one of the run, or its host, is gone"),
+        ("os.kill(os.getpid(), 9)", 76, "this process was ended by SIGKILL"),
+    ],
+)
+def test_the_one_above_says_how_it_ended(body, code, said, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(WATCHED.format(body=body))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == code
+    assert said in done.stderr and (not said or done.stderr.startswith("stopped: "))
+
+
+def test_what_cannot_be_joined_is_told_in_a_line(tmp_path):
+    asked = [*command(tmp_path, {}), "--distributed"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "JAX_", "K"))}
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "error: could not join the other processes" in done.stderr
+    assert done.stderr.count("\n") == 1
