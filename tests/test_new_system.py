@@ -23,7 +23,7 @@ FILE, LINE = "bag.py", "registry.py"
 def shown(name: str) -> str:
     """The code that stands in the docs under a file's name."""
     text = DOCS.read_text()
-    found = re.search(rf"`slam_jax/language_models/{name}`.*?```python\n(.*?)```", text, re.S)
+    found = re.search(rf"`slam_jax/language_models/{name}`.*?```(?:python)?\n(.*?)```", text, re.S)
     assert found, name
     return found.group(1)
 

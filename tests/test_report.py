@@ -53,7 +53,7 @@ def test_attention_is_that_of_the_forward_pass(loaded):
     process = jax.tree.map(lambda x: x[1], model.processes.stack)
     h = process._instructed(streams)
     layer = process.layers[0]
-    h = h + layer._isolated(layer.norms[0](h), streams)
+    h = h + layer._isolated(h, streams)
     read = jnp.einsum("bnts,bsnv->btnv", found.processes[1][:, 0], bank.v)
     expected = attend(layer._queries(h), bank.k, bank.v, bank.mask)
     np.testing.assert_allclose(read, expected, atol=1e-4)
