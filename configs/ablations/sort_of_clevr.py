@@ -5,9 +5,9 @@
 
 Fourteen models, three seeds each, trained alike: first on tables, then on scenes of which three
 objects stand in a text and three in a table, so that two streams have to be brought together. Small
-and without images, so that all of it fits into an hour of two CPU cores: with
+and without images, for two CPU cores: with
 `--config.base.data.stages=..` the same is measured on any other mix. It has not been run
-as a whole yet: no score stands here.
+as a whole yet: no duration or score stands here.
 
 One and two processes are widened, in their MLPs alone, to the parameters or to the forward
 operations of four (tests/test_ablation.py holds them to 1%); `one_process_deep` has the four layers
