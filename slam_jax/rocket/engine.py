@@ -1,10 +1,11 @@
 """Measures systems task by task, each in its own process, and goes on where it was."""
 
 import json
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from slam_jax.rocket.page import html, markdown
 from slam_jax.rocket.tasks import Comparison, Impossible, Json, Task, failure
 
 _KEPT = "results.json"
+
+# A task, its figures, and the seconds that they took.
+Measured = tuple[Task, Json, float]
 
 
 def run(
@@ -33,7 +37,7 @@ def run(
 
     Args:
       memory_gib, seconds: limits of each process; one that is ended at them is a row that says so.
-      jobs: processes at once, where nothing is timed.
+      jobs: processes at once, where nothing is timed, each on its share of the cores.
 
     Raises:
       InputError: the workdir is of other settings. WriteError: it cannot be written.
@@ -49,7 +53,7 @@ def run(
         results.setdefault(name, {})
     own = {name: [task for task in tasks if task.system == name] for name in models}
 
-    def still_open(tasks: Sequence[Task]) -> list[Task]:
+    def still_open() -> list[Task]:
         return [
             task
             for task in tasks
@@ -57,7 +61,7 @@ def run(
             and failure(own[task.system], results[task.system]) is None
         ]
 
-    def measure(task: Task, stop: threading.Event) -> tuple[Task, Json, float]:
+    def measure(task: Task, cores: Sequence[int], stop: threading.Event) -> Measured:
         start = time.monotonic()
         try:
             arguments = comparison.arguments(task, results[task.system])
@@ -71,20 +75,18 @@ def run(
             arguments=arguments,
             memory_gib=memory_gib,
             seconds=seconds,
+            cores=cores,
             progress=lambda share, text: table.update(task, share, text),
             stop=stop,
         )
         return task, figures, time.monotonic() - start
 
-    left = still_open(tasks)
     with LiveTable(models, console) as table:
-        while left:
-            for task, figures, took in _at_once(measure, _together(left, jobs)):
-                results[task.system][task.label] = figures
-                kept = {**_identity(comparison), "results": results}
-                write_whole(workdir / _KEPT, json.dumps(kept, indent=1, allow_nan=False))
-                left = still_open(left)
-                table.finished(task, figures.get("reason"), took, left)
+        for task, figures, took in _side_by_side(measure, still_open, jobs):
+            results[task.system][task.label] = figures
+            kept = {**_identity(comparison), "results": results}
+            write_whole(workdir / _KEPT, json.dumps(kept, indent=1, allow_nan=False))
+            table.finished(task, figures.get("reason"), took, still_open())
     limits = {"memory_gib": memory_gib, "seconds": seconds, "jobs": jobs}
     about = {**_identity(comparison), "limits": limits, "machine": describe_machine()}
     board = comparison.board(about, {name: results[name] for name in models})
@@ -98,28 +100,59 @@ def run(
     return board
 
 
-def _together(left: Sequence[Task], jobs: int) -> list[Task]:
-    """The first task, and those right after it that may run beside it: of other systems, since
-    what a system's task is told may depend on the one before."""
-    together = [left[0]]
-    for task in left[1:jobs]:
-        if task.timed or left[0].timed or task.system in {each.system for each in together}:
-            break
-        together.append(task)
-    return together
+def _side_by_side(
+    measure: Callable[[Task, Sequence[int], threading.Event], Measured],
+    still_open: Callable[[], Sequence[Task]],
+    jobs: int,
+) -> Iterator[Measured]:
+    """What each task gives, as it comes, until none is open. Whatever ends this ends all of them.
 
-
-def _at_once(
-    measure: Callable[[Task, threading.Event], tuple[Task, Json, float]], tasks: Sequence[Task]
-) -> Iterator[tuple[Task, Json, float]]:
-    """What each gives, as it comes. Whatever ends this ends all of them."""
-    stop = threading.Event()
-    with ThreadPoolExecutor(len(tasks)) as pool:
+    What is timed has all cores to itself; what is not has its share of them, also where nothing
+    runs beside it: sums come in another order on other numbers of cores.
+    """
+    stop, shares = threading.Event(), _shares(jobs)
+    running: dict[Future[Measured], tuple[Task, Sequence[int]]] = {}
+    with ThreadPoolExecutor(jobs) as pool:
         try:
-            for future in as_completed([pool.submit(measure, task, stop) for task in tasks]):
-                yield future.result()
+            while True:
+                while len(running) < jobs:
+                    task = _next(still_open(), [task for task, _ in running.values()])
+                    if task is None:
+                        break
+                    cores = () if task.timed else shares.pop()
+                    running[pool.submit(measure, task, cores, stop)] = task, cores
+                if not running:
+                    return
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    task, cores = running.pop(future)
+                    if not task.timed:
+                        shares.append(cores)
+                    yield future.result()
         finally:
             stop.set()
+
+
+def _next(left: Sequence[Task], running: Collection[Task]) -> Task | None:
+    """The first of these that may run beside those: of a system of which none is running, since
+    what its task is told may depend on the one before; and alone where it or another is timed."""
+    if any(task.timed for task in running):
+        return None
+    busy = {task.system for task in running}
+    for task in left:
+        if task.timed:
+            return None if running else task
+        if task.system not in busy:
+            return task
+    return None
+
+
+def _shares(jobs: int) -> list[Sequence[int]]:
+    """The cores of each of so many processes; none = all of them."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if jobs == 1 or len(cores) < jobs:
+        return [()] * jobs
+    return [cores[i::jobs] for i in range(jobs)]
 
 
 def _identity(comparison: Comparison) -> Json:

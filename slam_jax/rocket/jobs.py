@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ def run_job(
     seconds: float,
     progress: Callable[[float, str], None],
     stop: threading.Event,
+    cores: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Waits for one task of `slam_jax.rocket.worker`; ends it at its limit of memory or time, and
-    where `stop` is set.
+    where `stop` is set. cores: on which it runs, where the system can say so; none = all.
 
     Returns its figures, as far as it came, and under "reason" why it did not come further.
     """
@@ -49,6 +50,8 @@ def run_job(
         errors="replace",
         env={**os.environ, "PYTHONUTF8": "1"},
     )
+    if cores:  # long before it starts threads, which then keep to them
+        os.sched_setaffinity(process.pid, cores)
     readers = [
         threading.Thread(target=_read_progress, args=(process.stdout, progress), daemon=True),
         threading.Thread(target=last_words.extend, args=(process.stderr,), daemon=True),
