@@ -25,6 +25,7 @@ from slam_jax.layers.dropout import split
 from slam_jax.layers.linear import Initializer, Linear
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.precision import wide
+from slam_jax.layers.remat import POLICIES, remat
 from slam_jax.layers.router import Routing
 from slam_jax.protocol import Output
 
@@ -37,6 +38,7 @@ class LanguageModelConfig:
 
     vocab_size: V. embed_dim: D. context_length: the most tokens, of a prompt with its answer.
     norm_epsilon: of the norms. tie_embeddings: logits are made with the table of the embeddings.
+    remat: what a block keeps for its gradient, of `slam_jax.layers.remat.POLICIES`; None = all.
     dtype, param_dtype: of the computation and of the parameters.
     """
 
@@ -45,6 +47,7 @@ class LanguageModelConfig:
     context_length: int = 2_048
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = False
+    remat: str | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -52,6 +55,8 @@ class LanguageModelConfig:
         for field in ("vocab_size", "embed_dim", "context_length"):
             require_count(field, getattr(self, field))
         require(self.norm_epsilon > 0, "norm_epsilon", self.norm_epsilon, "a number above 0")
+        policies = (None, *POLICIES)
+        require(self.remat in policies, "remat", self.remat, f"one of {policies}")
         for field in ("dtype", "param_dtype"):
             dtype = getattr(self, field)
             require(dtype in DTYPES, field, dtype, f"one of {DTYPES}")
@@ -235,7 +240,11 @@ class Transformer(nnx.Module):
         h = self.embed(jnp.asarray(tokens), to.positions, keys[-1])
         new, routings = [], []
         for block, cache, block_key in zip(self.blocks, caches, keys, strict=False):
-            h, cache, routed = block(constrain(h, ("batch",)), to, cache, block_key)
+
+            def call(h, cache, key, block=block):
+                return block(constrain(h, ("batch",)), to, cache, key)
+
+            h, cache, routed = remat(call, self.config.remat)(h, cache, block_key)
             new.append(cache)
             routings += routed
         return self.norm(h), tuple(new), routings

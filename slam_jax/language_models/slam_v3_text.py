@@ -64,6 +64,7 @@ class SlamV3TextConfig(LanguageModelConfig):
             kv_lora_rank=self.kv_lora_rank,
             context_length=self.context_length,
             dropout=self.dropout,
+            remat=self.remat,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )

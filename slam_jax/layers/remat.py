@@ -17,15 +17,13 @@ POLICIES: Mapping[str, Any] = {
 
 
 def remat(layer: Callable[..., Any], policy: str | None) -> Callable[..., Any]:
-    """`layer`, a module that is called alike and gives the same; None = all of it is kept.
+    """`layer`, that is called alike and gives the same; None = all of it is kept.
 
     Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 3.
     """
     if policy is None:
         return layer
-
-    def call(layer, args, kwargs):
-        return layer(*args, **kwargs)
-
-    run = jax.checkpoint(call, policy=POLICIES[policy])
-    return lambda *args, **kwargs: run(layer, args, kwargs)
+    kept = POLICIES[policy]
+    return lambda *args, **kwargs: jax.checkpoint(
+        lambda args, kwargs: layer(*args, **kwargs), policy=kept
+    )(args, kwargs)
