@@ -316,6 +316,22 @@ def test_process_weights_never_move():
     assert sum(each.num_bytes for each in found) == 5 * tokens + apart * (2 * 4 + 1)
 
 
+@pytest.mark.usefixtures("float64")
+def test_expert_kernels_never_move():
+    """Each device runs its experts on the tokens that chose them: what is sent are tokens."""
+    loss, params, tokens = language_model("moe")
+    mesh = mesh_of(tensor=2)
+    shardings = layout(params, mesh)
+    with in_force(mesh):
+        gradient = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
+        compiled = gradient.lower(jax.device_put(params, shardings), place(tokens, mesh)).compile()
+    found = [each for each in collectives(str(compiled.as_text()), mesh.shape) if each.axes]
+    assert {(each.op, each.axes) for each in found} == {("all-reduce", ("tensor",))}
+    kernels = [x.nbytes for name, x in by_name(params).items() if "/experts/" in name]
+    whole_and_halves = {size // n for size in kernels for n in (1, 2)}
+    assert kernels and not whole_and_halves & {each.num_bytes for each in found}
+
+
 def test_a_plan_is_what_a_run_takes():
     experiment, batch = experiment_of({"zero": True}), make_batch(np.float32)
     mesh = mesh_of(data=2, process=4)

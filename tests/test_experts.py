@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from slam_jax.layers.expert_blocks import looped_gated_mlp
+from slam_jax.layers.expert_blocks import cut, looped_gated_mlp
 from slam_jax.layers.experts import Experts, MixtureOfExperts
 from slam_jax.layers.router import (
     Router,
@@ -148,8 +148,8 @@ def test_bfloat16_kernels_sum_the_gradients_of_their_blocks_in_float32():
     kernels = tuple(normal(i, *shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes))
 
     def gradient(x):
-        owners = jnp.zeros(len(x), int)
-        return jax.grad(lambda kernels: looped_gated_mlp(x, owners, kernels).mean())(kernels)
+        blocks = cut(jnp.zeros(2 * len(x), int), 1, 2)
+        return jax.grad(lambda kernels: looped_gated_mlp(x, blocks, kernels).mean())(kernels)
 
     for all_, one in zip(gradient(x), gradient(x[:1]), strict=True):
         assert all_.dtype == jnp.bfloat16

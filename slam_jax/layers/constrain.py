@@ -1,10 +1,11 @@
 """All that a layer knows of devices: what the dimensions of an array are called."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, PyTree, Shaped
 
 # Name of a dimension -> the mesh axes that divide it.
 AXES: Mapping[str, tuple[str, ...]] = {
@@ -25,6 +26,35 @@ def constrain(x: Shaped[Array, "..."], names: Sequence[str | None]) -> Shaped[Ar
         return x
     axes = [() if name is None else AXES[name] for name in names]
     return jax.lax.with_sharding_constraint(x, fit(x.shape, axes, mesh.shape))
+
+
+def sum_over(
+    name: str,
+    f: Callable[..., Shaped[Array, "N ..."]],
+    parts: PyTree[Shaped[Array, "_ ..."]],
+    batch: Sequence[Shaped[Array, "N ..."]],
+) -> Shaped[Array, "N ..."]:
+    """The sum of f(first, part, *rows) over the devices of the mesh in force that each have a part
+    of dimension `name`, the first one of the arrays in `parts`; f(0, parts, *batch) without one.
+
+    first: where the part begins. rows: the device's part of `batch`, the same for all that are
+    summed; so it is with what f gives.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return f(0, parts, *batch)
+    leaf, *_ = jax.tree.leaves(parts)
+    divided, rows = (
+        fit(x.shape[:1], [AXES[of]], mesh.shape) for x, of in ((leaf, name), (batch[0], "batch"))
+    )
+    axes = divided[0] or ()
+
+    def here(part: Any, *rows: jax.Array) -> jax.Array:
+        first = jax.lax.axis_index(axes) * len(jax.tree.leaves(part)[0])
+        return jax.lax.psum(f(first, part, *rows), axes)
+
+    specs = (divided, *(rows for _ in batch))
+    return jax.shard_map(here, in_specs=specs, out_specs=rows, check_vma=False)(parts, *batch)
 
 
 def fit(

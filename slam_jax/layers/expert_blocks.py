@@ -14,11 +14,13 @@ Kernels = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F 
 class Blocks(NamedTuple):
     """G blocks of S places.
 
-    owners: the expert of each block. places: of each choice, among all G S; beyond them for one
-    that goes nowhere. choices: in each place, beyond the last where it is empty.
+    owners: the expert of each block. used: how many of the blocks, from the first on, have choices.
+    places: of each choice, among all G S; beyond them for one that goes nowhere. choices: in each
+    place, beyond the last where it is empty.
     """
 
     owners: Int[Array, "G"]
+    used: Int[Array, ""]
     places: Int[Array, "R"]
     choices: Int[Array, "G S"]
 
@@ -34,7 +36,8 @@ def cut(experts: Int[Array, "R"], num_experts: int, size: int) -> Blocks:
     nowhere = num_blocks * size
     places = starts.at[experts].get(mode="fill", fill_value=nowhere) + before
     choices = jnp.full(nowhere, experts.size).at[places].set(jnp.arange(experts.size), mode="drop")
-    return Blocks(jnp.minimum(owners, num_experts - 1), places, choices.reshape(-1, size))
+    owners = jnp.minimum(owners, num_experts - 1)
+    return Blocks(owners, ends[-1], places, choices.reshape(-1, size))
 
 
 def ranks(experts: Int[Array, "R"], num_experts: int) -> tuple[Int[Array, "R"], Int[Array, "E"]]:
@@ -68,56 +71,58 @@ def _take_backward(back, gradient):
 take.defvjp(_take_forward, _take_backward)
 
 
-def gated_mlp(
-    x: Float[Array, "G S D"], owners: Int[Array, "G"], kernels: Kernels
-) -> Float[Array, "G S D"]:
+def gated_mlp(x: Float[Array, "G S D"], blocks: Blocks, kernels: Kernels) -> Float[Array, "G S D"]:
     """What the SwiGLU MLP of its owner makes of each block, all at once."""
-    gate, up, down = (kernel[owners] for kernel in kernels)
-    h = _swiglu(jnp.einsum("gsd,gdf->gsf", x, gate), jnp.einsum("gsd,gdf->gsf", x, up))
+    gate, up, down = (kernel[blocks.owners] for kernel in kernels)
+    h = swiglu(jnp.einsum("gsd,gdf->gsf", x, gate), jnp.einsum("gsd,gdf->gsf", x, up))
     return jnp.einsum("gsf,gfd->gsd", h, down)
 
 
 @jax.custom_vjp
 def looped_gated_mlp(
-    x: Float[Array, "G S D"], owners: Int[Array, "G"], kernels: Kernels
+    x: Float[Array, "G S D"], blocks: Blocks, kernels: Kernels
 ) -> Float[Array, "G S D"]:
-    """`gated_mlp`, block after block: none has a copy of its owner's kernels, nor a gradient."""
-    return _looped_forward(x, owners, kernels)[0]
+    """`gated_mlp`, block after block as far as they are used: none has a copy of its owner's
+    kernels, nor a gradient."""
+    return _looped_forward(x, blocks, kernels)[0]
 
 
-def _looped_forward(x, owners, kernels):
-    def block(_, inputs):
-        x, owner = inputs
-        gate, up, down = (kernel[owner] for kernel in kernels)
-        gate, up = x @ gate, x @ up
-        return None, (_swiglu(gate, up) @ down, gate, up)
+def _looped_forward(x, blocks, kernels):
+    def block(i, results):
+        gate, up, down = (kernel[blocks.owners[i]] for kernel in kernels)
+        gate, up = x[i] @ gate, x[i] @ up
+        new = (swiglu(gate, up) @ down, gate, up)
+        return tuple(result.at[i].set(each) for result, each in zip(results, new, strict=True))
 
-    _, (y, *inner) = jax.lax.scan(block, None, (x, owners))
-    return y, (x, owners, kernels, *inner)
+    hidden = jnp.zeros((*x.shape[:2], kernels[0].shape[-1]), x.dtype)
+    y, *inner = jax.lax.fori_loop(0, blocks.used, block, (jnp.zeros_like(x), hidden, hidden))
+    return y, (x, blocks, kernels, *inner)
 
 
 def _looped_backward(kept, dy):
-    x, owners, kernels, *inner = kept
+    x, blocks, kernels, *inner = kept
 
-    def block(totals, inputs):
-        x, owner, gate, up, dy = inputs
+    def block(i, results):
+        dx, *totals = results
+        owner, (gate, up) = blocks.owners[i], (each[i] for each in inner)
         to_gate, to_up, to_down = (kernel[owner].T for kernel in kernels)
-        h, pull = jax.vjp(_swiglu, gate, up)
-        dgate, dup = pull(dy @ to_down)
-        products = ((x, dgate), (x, dup), (h, dy))
-        totals = tuple(
+        h, pull = jax.vjp(swiglu, gate, up)
+        dgate, dup = pull(dy[i] @ to_down)
+        products = ((x[i], dgate), (x[i], dup), (h, dy[i]))
+        totals = (
             total.at[owner].add(jnp.dot(one.T, other, preferred_element_type=wide(x.dtype)))
             for total, (one, other) in zip(totals, products, strict=True)
         )
-        return totals, dgate @ to_gate + dup @ to_up
+        return dx.at[i].set(dgate @ to_gate + dup @ to_up), *totals
 
-    zeros = tuple(jnp.zeros(kernel.shape, wide(kernel.dtype)) for kernel in kernels)
-    totals, dx = jax.lax.scan(block, zeros, (x, owners, *inner, dy))
-    return dx, None, jax.tree.map(lambda d, kernel: d.astype(kernel.dtype), totals, kernels)
+    zeros = (jnp.zeros(kernel.shape, wide(kernel.dtype)) for kernel in kernels)
+    dx, *totals = jax.lax.fori_loop(0, blocks.used, block, (jnp.zeros_like(x), *zeros))
+    like = tuple(total.astype(kernel.dtype) for total, kernel in zip(totals, kernels, strict=True))
+    return dx, None, like
 
 
 looped_gated_mlp.defvjp(_looped_forward, _looped_backward)
 
 
-def _swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
     return jax.nn.silu(gate) * up

@@ -6,9 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from slam_jax.layers.expert_blocks import cut, gated_mlp, looped_gated_mlp, ranks, take
+from slam_jax.layers.constrain import sum_over
+from slam_jax.layers.expert_blocks import (
+    Kernels,
+    cut,
+    gated_mlp,
+    looped_gated_mlp,
+    ranks,
+    swiglu,
+    take,
+)
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer
 from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.precision import wide
@@ -28,7 +37,7 @@ def _loops() -> bool:
 
 
 class ExpertLinear(nnx.Module):
-    """E linear maps: [E, .., I] -> [E, .., O]; each starts like a `Linear` of its size."""
+    """The kernels [E, I, O] of E linear maps; each starts like a `Linear` of its size."""
 
     def __init__(
         self,
@@ -37,27 +46,19 @@ class ExpertLinear(nnx.Module):
         out_features: int,
         *,
         kernel_init: Initializer = LECUN_NORMAL,
-        dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.dtype = dtype
         keys = jax.random.split(rngs.params(), num_experts)
         shape = (in_features, out_features)
         self.kernel = nnx.Param(jax.vmap(lambda key: kernel_init(key, shape, param_dtype))(keys))
-
-    def __call__(self, x: Float[Array, "E C I"]) -> Float[Array, "E C O"]:
-        return jnp.einsum("eci,eio->eco", x, self.kernel[...].astype(self.dtype))
-
-    def of(self, experts: Int[Array, "*R"]) -> Float[Array, "*R I O"]:
-        """The kernels of some experts."""
-        return self.kernel[...][experts].astype(self.dtype)
 
 
 class Experts(nnx.Module):
     """E SwiGLU MLPs; a token's output is the weighted sum of the outputs of its chosen ones.
 
-    Exact whatever the loads ("dropless"), unless a capacity is asked for.
+    Exact whatever the loads ("dropless"), unless a capacity is asked for. On many devices each runs
+    its own experts on the tokens that chose them, and outputs are summed: no kernel moves.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Experts(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw: Any = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kw: Any = dict(kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs)
         self.num_experts, self.dtype = num_experts, dtype
         self.gate = ExpertLinear(num_experts, embed_dim, mlp_dim, **kw)
         self.up = ExpertLinear(num_experts, embed_dim, mlp_dim, **kw)
@@ -98,14 +99,21 @@ class Experts(nnx.Module):
             experts = jnp.where(mask.reshape(-1, 1), experts, self.num_experts)
         if capacity is not None:
             experts = self._within(capacity, experts, weights)
-        weights = jnp.where(experts < self.num_experts, weights, 0.0)
-        if experts.size <= self.num_experts:
-            y = self._by_choice(rows, experts, weights)
-        elif len(rows) <= _FEW:
-            y = self._by_token(rows, experts, weights)
-        else:
-            y = self._by_block(rows, experts, weights)
+        maps = (self.gate, self.up, self.down)
+        kernels = tuple(m.kernel[...].astype(self.dtype) for m in maps)
+        y = sum_over("expert", self._some, kernels, (rows, experts, weights))
         return y.reshape(x.shape).astype(x.dtype)
+
+    def _some(self, first, kernels: Kernels, rows, experts, weights):
+        """What the experts from `first` on, whose kernels these are, add to the rows."""
+        here, experts = len(kernels[0]), experts - first
+        experts = jnp.where((experts >= 0) & (experts < here), experts, here)
+        weights = jnp.where(experts < here, weights, 0.0)
+        if experts.size <= here:
+            return self._by_choice(kernels, rows, experts, weights)
+        if len(rows) <= _FEW:
+            return self._by_token(kernels, rows, experts, weights)
+        return self._by_block(kernels, rows, experts, weights)
 
     def _within(self, capacity: int, experts, weights):
         """The choices; those beyond an expert's capacity go nowhere."""
@@ -114,33 +122,34 @@ class Experts(nnx.Module):
         kept = (before < capacity)[jnp.argsort(order)].reshape(experts.shape)
         return jnp.where(kept, experts, self.num_experts)
 
-    def _by_choice(self, rows, experts, weights):
+    def _by_choice(self, kernels: Kernels, rows, experts, weights):
         """For a few tokens: reads the kernels of their experts only."""
-        experts = jnp.minimum(experts, self.num_experts - 1)
+        experts = jnp.minimum(experts, len(kernels[0]) - 1)
+        gate, up, down = (kernel[experts] for kernel in kernels)
         x = rows.astype(self.dtype)
-        gate = jnp.einsum("rd,rkdf->rkf", x, self.gate.of(experts))
-        up = jnp.einsum("rd,rkdf->rkf", x, self.up.of(experts))
-        y = jnp.einsum("rkf,rkfd->rkd", jax.nn.silu(gate) * up, self.down.of(experts))
+        h = swiglu(jnp.einsum("rd,rkdf->rkf", x, gate), jnp.einsum("rd,rkdf->rkf", x, up))
+        y = jnp.einsum("rkf,rkfd->rkd", h, down)
         return jnp.einsum("rk,rkd->rd", weights, y.astype(wide(y.dtype)))
 
-    def _by_token(self, rows, experts, weights):
+    def _by_token(self, kernels: Kernels, rows, experts, weights):
         """Every expert on every token."""
-        chosen = jax.nn.one_hot(experts, self.num_experts, dtype=weights.dtype)
-        x = jnp.broadcast_to(rows.astype(self.dtype), (self.num_experts, *rows.shape))
-        y = self.down(jax.nn.silu(self.gate(x)) * self.up(x)).astype(wide(self.dtype))
+        count = len(kernels[0])
+        chosen = jax.nn.one_hot(experts, count, dtype=weights.dtype)
+        x = jnp.broadcast_to(rows.astype(self.dtype), (count, *rows.shape))
+        gate, up = (jnp.einsum("erd,edf->erf", x, kernel) for kernel in kernels[:2])
+        y = jnp.einsum("erf,efd->erd", swiglu(gate, up), kernels[2]).astype(wide(self.dtype))
         return jnp.sum(jnp.einsum("rk,rke->er", weights, chosen)[..., None] * y, axis=0)
 
-    def _by_block(self, rows, experts, weights):
+    def _by_block(self, kernels: Kernels, rows, experts, weights):
         """Each expert on its tokens, which are sorted by expert and cut into blocks."""
         num_tokens, k = experts.shape
         # A fourth of an expert's share leaves an eighth of the rows empty; less is slower again.
         share = math.ceil(experts.size / self.num_experts)
         mlp, size = (looped_gated_mlp, math.ceil(share / 4)) if _loops() else (gated_mlp, share)
-        blocks = cut(experts.reshape(-1), self.num_experts, max(size, _FEW))
+        blocks = cut(experts.reshape(-1), len(kernels[0]), max(size, _FEW))
         places = blocks.places.reshape(num_tokens, k)
-        gate, up, down = (m.kernel[...].astype(self.dtype) for m in (self.gate, self.up, self.down))
         x = take(rows.astype(self.dtype), blocks.choices // k, places)
-        y = mlp(x, blocks.owners, (gate, up, down))
+        y = mlp(x, blocks, kernels)
         y = take(y.reshape(-1, y.shape[-1]), places, blocks.choices.reshape(-1, 1))
         return jnp.einsum("rk,rkd->rd", weights, y.astype(wide(y.dtype)))
 
