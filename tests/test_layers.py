@@ -311,6 +311,24 @@ def test_linear_contracts_all_its_input_features(inputs, outputs):
     close(layer(x), jnp.tensordot(x, layer.kernel[...], axes) + 1.0)
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_bfloat16_products_and_their_gradients_are_summed_in_float32(monkeypatch, on_cpu):
+    """A sum of 1,000 ones in bfloat16 stops at 256."""
+    monkeypatch.setattr("slam_jax.layers.linear._on_cpu", lambda: on_cpu)
+    layer = Linear(1_000, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x = jnp.ones((1_000, 1_000), jnp.bfloat16)
+
+    def total(layer, x):
+        return (layer(x) * jnp.arange(1, 4, dtype=jnp.bfloat16)).sum(dtype=jnp.float32)
+
+    y, (layer_gradient, x_gradient) = layer(x), jax.grad(total, (0, 1))(layer, x)
+    kernel = layer.kernel[...].astype(jnp.bfloat16).astype(jnp.float32)
+    assert y.dtype == x_gradient.dtype == jnp.bfloat16
+    close(y[0], kernel.sum(axis=0), 1e-2)
+    close(x_gradient[0], kernel @ jnp.arange(1.0, 4.0), 2e-2)
+    close(layer_gradient.kernel[0], 1_000 * jnp.arange(1.0, 4.0), 1e-2)
+
+
 def test_linear_starts_as_lecun_normal_times_its_scale():
     layer = Linear((8, 50), (20, 30), init_scale=0.5, rngs=nnx.Rngs(0))
     assert layer.bias is None

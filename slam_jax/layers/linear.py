@@ -25,8 +25,40 @@ def project(
     """
     lead, out = x.shape[: x.ndim - in_axes], kernel.shape[in_axes:]
     width = math.prod(kernel.shape[:in_axes])
-    y = x.reshape(-1, width) @ kernel.reshape(width, -1)
+    y = _matmul(x.reshape(-1, width), kernel.reshape(width, -1))
     return checkpoint_name(y.reshape(*lead, *out), MAP)
+
+
+def _matmul(x: Float[Array, "R I"], kernel: Float[Array, "I O"]) -> Float[Array, "R O"]:
+    # XLA:CPU widens bfloat16 before it multiplies, but for products that are asked for in float32.
+    narrow = x.dtype == kernel.dtype == jnp.bfloat16
+    return _narrow_matmul(x, kernel) if narrow and _on_cpu() else x @ kernel
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+@jax.custom_vjp
+def _narrow_matmul(x, kernel):
+    return _dot(x, kernel)
+
+
+def _dot(x, y):
+    return jnp.dot(x, y, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _narrow_forward(x, kernel):
+    return _dot(x, kernel), (x, kernel)
+
+
+def _narrow_backward(kept, dy):
+    # The gradient of a product asked for in float32 would mix it with bfloat16.
+    x, kernel = kept
+    return _dot(dy, kernel.T), _dot(x.T, dy)
+
+
+_narrow_matmul.defvjp(_narrow_forward, _narrow_backward)
 
 
 class Linear(nnx.Module):
