@@ -5,4 +5,16 @@ measured; the other scripts here are run one by one.
 """
 
 # In the order of the table.
-BENCHMARKS = ("standard", "jamba", "mixtures", "deepseek", "generating")
+BENCHMARKS = (
+    "standard",
+    "bfloat16",
+    "jamba",
+    "mixtures",
+    "deepseek",
+    "latent_cache",
+    "generating",
+    "processes",
+    "chunked_loss",
+    "first_step",
+    "input_pipeline",
+)

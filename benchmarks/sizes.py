@@ -1,6 +1,5 @@
 """How large the models of the benchmarks are, and their weights, once for all arms."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ def weights(folder: str, system: str, preset: str, **changes: Any) -> tuple[Any,
     """The configuration of a system, and the folder where its new weights are."""
     saved = Path(folder) / system
     if not saved.exists():
-        given = {"folder": str(saved), "system": system, "preset": preset}
-        in_process(functools.partial(ours.save_weights, **given, **changes))
+        in_process(ours.save_weights, folder=str(saved), system=system, preset=preset, **changes)
     return make_config(system, preset, **changes), str(saved)
 
 

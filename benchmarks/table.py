@@ -1,4 +1,9 @@
-"""The table and the plot of docs/speed.md, from the figures that are kept: python -m benchmarks.table"""
+"""The table and the plot of docs/speed.md, from the figures that are kept.
+
+    python -m benchmarks.table
+
+A row is written as it was measured; one that falls short of its aim is in bold.
+"""
 
 from pathlib import Path
 from typing import Any
