@@ -39,7 +39,7 @@ def describe(row: Json) -> list[str]:
 def make_table(kept: Json) -> str:
     """The figures of a machine in Markdown, benchmark after benchmark."""
     entries = {name: kept["benchmarks"][name] for name in BENCHMARKS if name in kept["benchmarks"]}
-    lines = list(_HEAD)
+    lines: list[str] = [*_HEAD]
     for name, entry in entries.items():
         for row in entry["rows"]:
             lines += _table_rows(row)
@@ -76,6 +76,7 @@ def draw(machines: dict[str, Json], file: Path) -> None:
     """A bar for each ratio, on a logarithmic scale, with a stroke where its aim is."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter
 
     bars = [
         (f"{row['title']} / {arm_name}", arm["ratio"])
@@ -99,7 +100,7 @@ def draw(machines: dict[str, Json], file: Path) -> None:
         axes.set_xscale("log")
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_xlabel("theirs / ours; the stroke is the aim, red falls short of it")
-        axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         figure.savefig(file, dpi=110)
 
 
