@@ -7,7 +7,7 @@ PROTOCOL ?= seed
 ROCKET ?= runs/rocket-$(PROTOCOL)
 ABLATIONS ?= runs/ablations
 
-.PHONY: help setup train eval demo rocket ablations test test-all lint format clean
+.PHONY: help setup train eval demo rocket ablations bench test test-all lint format clean
 
 help:
 	@echo "make train     set up, train the quickstart, evaluate it, print the table"
@@ -16,6 +16,7 @@ help:
 	@echo "make rocket    measure the language models against each other, PROTOCOL=$(PROTOCOL) (or"
 	@echo "               heldout), into ROCKET=$(ROCKET)"
 	@echo "make ablations what each part of SLAM v3 is worth, into ABLATIONS=$(ABLATIONS)"
+	@echo "make bench     measure against torch and transformers (docs/speed.md); ONLY=a,b for some"
 	@echo "make test      set up, lint, type-check and run the tests"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make format    sort imports and format"
@@ -45,6 +46,10 @@ rocket: setup
 ablations: setup
 	$(RUN) -m slam_jax.rocket --protocol=ablation --config=configs/ablations/sort_of_clevr.py \
 		--workdir=$(ABLATIONS) --jobs=2
+
+bench: setup
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
+	$(RUN) -m benchmarks $(if $(ONLY),--only=$(ONLY))
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -20,6 +20,14 @@ class Output:
     aux_loss: Float[Array, ""] | float = 0.0
 
 
+@struct.dataclass
+class Hidden:
+    """The same before the head: `model.logits(states)` are the logits."""
+
+    states: Float[Array, "*B T D"]
+    aux_loss: Float[Array, ""] | float = 0.0
+
+
 @runtime_checkable
 class Decodable(Protocol):
     """A model that continues token sequences with a cache passed in and out.
@@ -60,3 +68,16 @@ class LanguageModel(Decodable, Protocol):
         *,
         key: PRNGKeyArray | None = None,
     ) -> Output: ...
+
+
+@runtime_checkable
+class Headed(Protocol):
+    """A model whose full forward pass can be had in two parts, so that a loss may ask for the
+    logits of a few tokens at a time.
+
+    hidden: takes what the forward pass takes. logits: float32 or wider, of any number of tokens.
+    """
+
+    def hidden(self, tokens: Int[AnyArray, "*B T"], *inputs: Any, key: Any = None) -> Hidden: ...
+
+    def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]: ...

@@ -101,7 +101,7 @@ def test_no_logit_depends_on_a_later_token(model, inputs):
     memory = encode(model, without(inputs, "text", "image"))
     memory = jax.tree.map(lambda x: x[:1], memory)
     h = jax.random.normal(jax.random.key(0), (1, 1, LENGTH, model.config.embed_dim))
-    jacobian = jax.jit(jax.jacrev(lambda h: model._logits(model.decoder(h, memory))[0, 0, :, 0]))(h)
+    jacobian = jax.jit(jax.jacrev(lambda h: model.logits(model.decoder(h, memory))[0, 0, :, 0]))(h)
     depends = np.abs(jacobian[:, 0, 0]).max(axis=-1) > 0
     np.testing.assert_array_equal(depends, np.tri(LENGTH, dtype=bool))
 

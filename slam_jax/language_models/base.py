@@ -27,7 +27,7 @@ from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.precision import wide
 from slam_jax.layers.remat import POLICIES, remat
 from slam_jax.layers.router import Routing
-from slam_jax.protocol import Output
+from slam_jax.protocol import Hidden, Output
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -168,6 +168,17 @@ class Transformer(nnx.Module):
 
         Raises InputError for more tokens than the context has.
         """
+        hidden = self.hidden(tokens, mask, key=key)
+        return Output(self.logits(hidden.states), hidden.aux_loss)
+
+    def hidden(
+        self,
+        tokens: Int[AnyArray, "*B T"],
+        mask: Bool[AnyArray, "*B T"] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Hidden:
+        """What the head makes logits of, for the same arguments as a forward pass."""
         mask = None if mask is None else jnp.asarray(mask)
         if mask is None and tokens.shape[-1] > self.config.context_length:
             raise InputError(
@@ -180,7 +191,7 @@ class Transformer(nnx.Module):
 
         to = Pass(mix, layout.positions, mask, training=key is not None)
         h, _, routings = self._through(tokens, to, (None,) * len(self.blocks), key)
-        return Output(self._logits(h), self.balance(routings, mask))
+        return Hidden(h, self.balance(routings, mask))
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> Cache:
         """An empty cache for rows of `batch_shape`, each of at most `max_length` tokens."""
@@ -207,7 +218,7 @@ class Transformer(nnx.Module):
         to = Pass(mix, jnp.arange(num_tokens), mask, training=False)
         h, blocks, _ = self._through(tokens, to, cache.blocks, None)
         length = jnp.full_like(cache.length, num_tokens) if lengths is None else lengths
-        return self._logits(h), Cache(blocks, length)
+        return self.logits(h), Cache(blocks, length)
 
     def decode_step(
         self, tokens: Int[AnyArray, "*B"], cache: Cache, memory: None = None
@@ -219,7 +230,17 @@ class Transformer(nnx.Module):
 
         to = Pass(mix, cache.length[..., None], None, training=False)
         h, blocks, _ = self._through(jnp.asarray(tokens)[..., None], to, cache.blocks, None)
-        return self._logits(h)[..., 0, :], Cache(blocks, cache.length + 1)
+        return self.logits(h)[..., 0, :], Cache(blocks, cache.length + 1)
+
+    def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """The head: logits (float32 or wider) of hidden states."""
+        # Summed in float32 or wider: in bfloat16 a logit of 16 would be off by 0.06.
+        sums = dict(preferred_element_type=wide(states.dtype))
+        if self.head is None:
+            table = self.embedding.embedding[...].astype(states.dtype)
+            return jnp.einsum("...d,vd->...v", states, table, **sums)
+        kernel = self.head.kernel[...].astype(states.dtype)
+        return jnp.einsum("...d,dv->...v", states, kernel, **sums)
 
     def embed(
         self,
@@ -248,11 +269,3 @@ class Transformer(nnx.Module):
             new.append(cache)
             routings += routed
         return self.norm(h), tuple(new), routings
-
-    def _logits(self, h: Float[Array, "*B T D"]) -> Float[Array, "*B T V"]:
-        # Summed in float32 or wider: in bfloat16 a logit of 16 would be off by 0.06.
-        if self.head is None:
-            table = self.embedding.embedding[...].astype(h.dtype)
-            return jnp.einsum("...d,vd->...v", h, table, preferred_element_type=wide(h.dtype))
-        kernel = self.head.kernel[...].astype(h.dtype)
-        return jnp.einsum("...d,dv->...v", h, kernel, preferred_element_type=wide(h.dtype))

@@ -23,7 +23,7 @@ from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.precision import wide
-from slam_jax.protocol import Output
+from slam_jax.protocol import Hidden, Output
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryBank
 from slam_jax.slam_v3.flops import decode_flops, encode_flops
@@ -121,6 +121,16 @@ class SlamV3Text(nnx.Module):
         key: PRNGKeyArray | None = None,
     ) -> Output:
         """Logits (float32 or wider) at every position; see `slam_jax.protocol.LanguageModel`."""
+        return Output(self.logits(self.hidden(tokens, mask, key=key).states))
+
+    def hidden(
+        self,
+        tokens: Int[AnyArray, "*B T"],
+        mask: Bool[AnyArray, "*B T"] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Hidden:
+        """What the head makes logits of, for the same arguments as a forward pass."""
         rows, back = jnp.asarray(tokens).reshape(-1, tokens.shape[-1]), None
         if mask is not None:
             # Windows are counted from the first real token: pads go to the right, and back.
@@ -131,11 +141,14 @@ class SlamV3Text(nnx.Module):
         c_mem = self._encode(windows[:, :-1].reshape(-1, self.config.text_window), keys[0])
         memory = self._memory(c_mem.reshape(len(rows), -1, *c_mem.shape[1:]))
         h = self.decoder(self._embed(windows), memory, key=keys[1])
-        logits = self.head(h).astype(wide(h.dtype))
-        logits = logits.reshape(len(rows), -1, logits.shape[-1])[:, : rows.shape[1]]
+        h = h.reshape(len(rows), -1, h.shape[-1])[:, : rows.shape[1]]
         if back is not None:
-            logits = jnp.take_along_axis(logits, back[..., None], axis=1)
-        return Output(logits.reshape(*tokens.shape, -1))
+            h = jnp.take_along_axis(h, back[..., None], axis=1)
+        return Hidden(h.reshape(*tokens.shape, -1))
+
+    def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """The head: logits (float32 or wider) of hidden states."""
+        return self.head(states).astype(wide(states.dtype))
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> TextCache:
         """An empty cache; it takes any number of tokens, whatever `max_length`."""
@@ -184,7 +197,7 @@ class SlamV3Text(nnx.Module):
             decoder=tuple(dataclasses.replace(layer, length=known) for layer in decoder),
             length=length,
         )
-        logits = self.head(h).astype(wide(h.dtype))
+        logits = self.logits(h)
         logits = logits.reshape(len(rows), -1, logits.shape[-1])[:, : rows.shape[1]]
         return logits.reshape(*tokens.shape, -1), cache
 
@@ -218,7 +231,7 @@ class SlamV3Text(nnx.Module):
             ),
             length=cache.length + 1,
         )
-        logits = self.head(h).astype(wide(h.dtype))
+        logits = self.logits(h)
         return logits.reshape(*tokens.shape, -1), cache
 
     def _windows(self, rows: Int[Array, "R T"]) -> Int[Array, "R n W"]:

@@ -86,7 +86,8 @@ def attend(
 
 def _by_group(x: Float[Array, "*B N T C"], num_groups: int) -> Float[Array, "*B K GT C"]:
     """The rows of all heads of a group, one after the other; heads of a group are neighbours."""
-    return x.reshape(*x.shape[:-3], num_groups, -1, x.shape[-1])
+    rows = x.shape[-3] * x.shape[-2] // num_groups  # -1 is not known of a batch of none
+    return x.reshape(*x.shape[:-3], num_groups, rows, x.shape[-1])
 
 
 class SelfAttention(nnx.Module):

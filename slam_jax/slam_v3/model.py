@@ -12,7 +12,7 @@ from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.precision import wide
-from slam_jax.protocol import Output
+from slam_jax.protocol import Hidden, Output
 from slam_jax.slam_v3.alignment import AlignmentHead
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryBank
@@ -91,8 +91,7 @@ class SlamV3(nnx.Module):
         self, tokens: Int[AnyArray, "B *Q T"], memory: Memory, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "B *Q T V"]:
         """Next-token logits (float32 or wider) at every position; right pads change no others."""
-        h = self.decoder(self._embed(tokens), memory, key=key)
-        return self._logits(h).reshape(*tokens.shape, -1)
+        return self.logits(self._decode(tokens, memory, key))
 
     def __call__(
         self,
@@ -102,9 +101,23 @@ class SlamV3(nnx.Module):
         key: PRNGKeyArray | None = None,
     ) -> Output:
         """Encode, then decode."""
+        return Output(self.logits(self.hidden(tokens, inputs, key=key).states))
+
+    def hidden(
+        self,
+        tokens: Int[AnyArray, "B *Q T"],
+        inputs: Inputs,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Hidden:
+        """What the head makes logits of, for the same arguments as a forward pass."""
         key_encode, key_decode = split(key, 2)
         memory = self.encode(inputs, key=key_encode)
-        return Output(self.decode(tokens, memory, key=key_decode))
+        return Hidden(self._decode(tokens, memory, key_decode))
+
+    def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """The head: logits (float32 or wider) of hidden states."""
+        return self.head(states).astype(wide(states.dtype))
 
     def embed(self, inputs: Inputs, *, key: PRNGKeyArray | None = None) -> Float[Array, "B E"]:
         """A unit vector for retrieval; give one input alone (see `AlignmentHead`)."""
@@ -126,14 +139,14 @@ class SlamV3(nnx.Module):
         if lengths is not None:
             lengths = jnp.asarray(lengths).reshape(_rows(lengths.shape))
         h, cache = self.decoder.prefill(self._embed(tokens), cache, memory, lengths)
-        return self._logits(h).reshape(*tokens.shape, -1), cache
+        return self.logits(h).reshape(*tokens.shape, -1), cache
 
     def decode_step(
         self, tokens: Int[AnyArray, "B *Q"], cache: DecoderCache, memory: Memory
     ) -> tuple[Float[Array, "B *Q V"], DecoderCache]:
         """The logits after one more token per row, straight on the latents (absorbed form)."""
         h, cache = self.decoder.decode_step(self._embed(tokens[..., None]), cache, memory)
-        return self._logits(h).reshape(*tokens.shape, -1), cache
+        return self.logits(h).reshape(*tokens.shape, -1), cache
 
     def _streams(self, inputs: Inputs, key: PRNGKeyArray | None) -> list[Stream]:
         check_inputs(inputs)
@@ -145,12 +158,14 @@ class SlamV3(nnx.Module):
             streams.append(stream._replace(tokens=tokens))
         return streams
 
+    def _decode(
+        self, tokens: Int[AnyArray, "B *Q T"], memory: Memory, key: PRNGKeyArray | None
+    ) -> Float[Array, "B *Q T D"]:
+        return self.decoder(self._embed(tokens), memory, key=key).reshape(*tokens.shape, -1)
+
     def _embed(self, tokens: Int[AnyArray, "B *Q T"]) -> Float[Array, "B R T D"]:
         rows = jnp.asarray(tokens).reshape(*_rows(tokens.shape[:-1]), tokens.shape[-1])
         return self.embedding(rows)
-
-    def _logits(self, h: Float[Array, "B R T D"]) -> Float[Array, "B R T V"]:
-        return self.head(h).astype(wide(h.dtype))
 
 
 def _rows(batch_shape: tuple[int, ...]) -> tuple[int, int]:

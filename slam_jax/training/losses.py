@@ -1,18 +1,18 @@
 """What training minimises."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slam_jax.array_typing import AnyArray
 from slam_jax.data import Batch
-from slam_jax.errors import require
+from slam_jax.errors import require, require_count
 from slam_jax.protocol import LanguageModel
 from slam_jax.slam_v3 import Inputs, SlamV3
+from slam_jax.training.token_losses import TokenLosses, token_losses, token_losses_in_chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +21,20 @@ class LossConfig:
 
     z_loss: of the squared log-normaliser of the logits. alignment: of the sigmoid loss between
     text and image of a scene, on batches that show both in full.
+    chunk_tokens: logits are made for so many tokens at a time, and made again for the gradient,
+    which saves memory where the vocabulary is large; None = for all at once, which is faster.
     """
 
     z_loss: float = 0.0
     alignment: float = 0.0
+    chunk_tokens: int | None = None
 
     def __post_init__(self):
         for field in ("z_loss", "alignment"):
             value = getattr(self, field)
             require(value >= 0, f"loss.{field}", value, "0 (off) or more")
+        if self.chunk_tokens is not None:
+            require_count("loss.chunk_tokens", self.chunk_tokens)
 
 
 class LossParts(NamedTuple):
@@ -49,12 +54,16 @@ def answer_mask(batch: Batch) -> Bool[Array, "B Q _"]:
     return (t >= first) & (t < end)
 
 
-def token_losses(
-    logits: Float[Array, "*B V"], targets: Int[AnyArray, "*B"]
-) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
-    """Cross-entropy in nats and squared log-normaliser of each token."""
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets), normaliser**2
+def _token_losses(
+    model: Any, targets: Int[AnyArray, "*B"], chunk_tokens: int | None, *given: Any, key: Any
+) -> tuple[TokenLosses, Float[Array, ""] | float]:
+    """Of the forward pass of `given`, and what the model adds to its loss."""
+    if chunk_tokens is None:
+        output = model(*given, key=key)
+        return token_losses(output.logits, targets), output.aux_loss
+    hidden = model.hidden(*given, key=key)
+    losses = token_losses_in_chunks(model.logits, hidden.states, targets, chunk_tokens)
+    return losses, hidden.aux_loss
 
 
 def slam_v3_loss(
@@ -65,15 +74,15 @@ def slam_v3_loss(
     The alignment loss takes two more encodes, of the text alone and of the image alone: fused
     tokens would have seen each other.
     """
-    logits = model(batch.tokens[..., :-1], batch.inputs, key=key).logits
-    targets, mask = batch.tokens[..., 1:], answer_mask(batch)
-    cross_entropy, z = token_losses(logits, targets)
+    given, targets = (batch.tokens[..., :-1], batch.inputs), batch.tokens[..., 1:]
+    losses, _ = _token_losses(model, targets, config.chunk_tokens, *given, key=key)
+    mask = answer_mask(batch)
     count = jnp.maximum(mask.sum(), 1)
 
     def mean(x: jax.Array) -> jax.Array:
         return jnp.where(mask, x, 0.0).sum() / count
 
-    cross_entropy, z = mean(cross_entropy), mean(z)
+    cross_entropy, z = mean(losses.cross_entropy), mean(losses.z)
     alignment = jnp.zeros(())
     if config.alignment and batch.paired:
         inputs = batch.inputs
@@ -85,7 +94,7 @@ def slam_v3_loss(
         cross_entropy=cross_entropy,
         z_loss=z,
         alignment=alignment,
-        accuracy=mean(jnp.float32(logits.argmax(-1) == targets)),
+        accuracy=mean(losses.right),
     )
 
 
@@ -104,21 +113,22 @@ def language_model_loss(
     mask: Bool[AnyArray, "*B T_1"] | None = None,
     *,
     key: PRNGKeyArray | None = None,
+    chunk_tokens: int | None = None,
 ) -> LanguageLossParts:
     """Mean cross-entropy of each token after the first given those before it, and what the model
-    adds. mask: True = a real token, None = all are."""
-    output = model(tokens[..., :-1], None if mask is None else mask[..., :-1], key=key)
+    adds. mask: True = a real token, None = all are. chunk_tokens: see `LossConfig`; the model has
+    to be `slam_jax.protocol.Headed`."""
     targets = tokens[..., 1:]
-    cross_entropy, _ = token_losses(output.logits, targets)
-    right = jnp.float32(output.logits.argmax(-1) == targets)
+    given = (tokens[..., :-1], None if mask is None else mask[..., :-1])
+    losses, aux_loss = _token_losses(model, targets, chunk_tokens, *given, key=key)
     both = True if mask is None else mask[..., :-1] & mask[..., 1:]
     real = jnp.broadcast_to(jnp.float32(both), targets.shape)
     count = jnp.maximum(real.sum(), 1.0)
-    cross_entropy = jnp.sum(cross_entropy * real) / count
-    aux_loss = jnp.asarray(output.aux_loss, cross_entropy.dtype)
+    cross_entropy = jnp.sum(losses.cross_entropy * real) / count
+    aux_loss = jnp.asarray(aux_loss, cross_entropy.dtype)
     return LanguageLossParts(
         total=cross_entropy + aux_loss,
         cross_entropy=cross_entropy,
         aux_loss=aux_loss,
-        accuracy=jnp.sum(right * real) / count,
+        accuracy=jnp.sum(losses.right * real) / count,
     )

@@ -25,9 +25,10 @@ from slam_jax.language_models.flops import training_flops
 from slam_jax.rocket.heldout.budgets import BUDGETS, Budget, fit
 from slam_jax.rocket.heldout.corpus import STDLIB, Rows, load_corpus
 from slam_jax.rocket.timing import compiled, peak_memory, timed
-from slam_jax.training.losses import language_model_loss, token_losses
+from slam_jax.training.losses import language_model_loss
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
 from slam_jax.training.state import init_state, make_train_step, merge_model, split_model
+from slam_jax.training.token_losses import token_losses
 
 Json = dict[str, Any]
 Tell = Callable[[float, str], None]
@@ -223,7 +224,7 @@ def _windows(
 def _predict(model: Any, tokens: Int[Array, "B T_1"]) -> Float[Array, "B 3 T"]:
     """Of each token after the first: its nats, whether it was the first choice, one of five."""
     logits, targets = model(tokens[:, :-1]).logits, tokens[:, 1:]
-    nats, _ = token_losses(logits, targets)
+    nats = token_losses(logits, targets).cross_entropy
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
     better = jnp.sum(logits > chosen, axis=-1)
     return jnp.stack([nats, jnp.float32(better < 1), jnp.float32(better < 5)], axis=1)

@@ -1,0 +1,88 @@
+"""Measures, keeps the figures and writes the table: python -m benchmarks [--only=name,name]
+
+--only=a,b    these benchmarks; the others keep the figures that they have
+--rounds=5    rounds of each comparison; figures of fewer than 5 are shown and not kept
+--quick       one round at tiny sizes, to see that it works; nothing is kept
+"""
+
+import importlib
+import tempfile
+from typing import Any
+
+from absl import flags
+
+from slam_jax import command_line
+from slam_jax.errors import InputError, UserError, require_count
+
+ONLY = flags.DEFINE_list("only", [], "Benchmarks to run, by name.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each comparison.")
+QUICK = flags.DEFINE_bool("quick", False, "One round at tiny sizes; nothing is kept.")
+LEAST_ROUNDS = 5
+
+
+class BenchmarkFailed(UserError):
+    """A benchmark whose arms disagree, or where ours fails."""
+
+
+def main(arguments: list[str]) -> None:
+    if arguments:
+        raise InputError(f"argument {arguments[0]!r}; expected --only, --rounds or --quick")
+    from benchmarks import BENCHMARKS, results, table
+    from benchmarks.ceilings import measure_ceilings
+
+    names = ONLY.value or list(BENCHMARKS)
+    for name in names:
+        if name not in BENCHMARKS:
+            raise InputError(f"--only has {name!r}; there are {', '.join(BENCHMARKS)}")
+    require_count("--rounds", ROUNDS.value)
+    rounds = 1 if QUICK.value else ROUNDS.value
+    kept = not QUICK.value and rounds >= LEAST_ROUNDS
+    ceilings = measure_ceilings(QUICK.value)
+    print(
+        f"ceilings: {ceilings['matmul_flops'] / 1e9:,.0f} GFLOP/s by {ceilings['matmul_by']}, "
+        f"{ceilings['copy_bytes'] / 1e9:,.1f} GB/s by {ceilings['copy_by']}"
+    )
+    failed = []
+    for name in names:
+        entry, reason = run(name, rounds, QUICK.value, ceilings)
+        if reason:
+            failed.append(name)
+        elif entry["rows"] and kept:
+            results.keep(results.machine_file(), name, entry)
+    if kept:
+        table.write()
+    else:
+        print(f"not kept: that takes {LEAST_ROUNDS} rounds, and no --quick")
+    if failed:
+        raise BenchmarkFailed(f"{', '.join(failed)}: see above; the figures before were kept")
+
+
+def run(name: str, rounds: int, quick: bool, ceilings: Any) -> tuple[Any, str | None]:
+    """The entry of a benchmark, and in a line why it failed, if it did."""
+    from benchmarks.harness import Disagreement, Skipped, measure
+    from benchmarks.results import make_entry
+    from benchmarks.table import describe
+    from benchmarks.worker import ArmFailed
+
+    module, rows, reason = importlib.import_module(f"benchmarks.{name}"), [], None
+    title = (module.__doc__ or name).splitlines()[0].rstrip(".")
+    print(f"{name}: {title}")
+    with tempfile.TemporaryDirectory() as folder:
+        for comparison in module.comparisons(quick, folder):
+            try:
+                rows.append(measure(comparison, rounds, ceilings))
+            except Skipped as skipped:
+                print(f"  {comparison.title}: skipped: {skipped}")
+                continue
+            except (Disagreement, ArmFailed) as error:
+                reason = f"{comparison.title}: {error}"
+                print(f"  FAILED {reason}", flush=True)
+                continue
+            for line in describe(rows[-1]):
+                print(f"  {line}", flush=True)
+    middle_aim = getattr(module, "MIDDLE_AIM", None)
+    return make_entry(title, rows, ceilings, middle_aim), reason
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,88 @@
+"""What the machine can do: float32 matrix products and copies, the best that any library gets.
+
+Shares of them are a distance, not a bound: a benchmark that does little but reads what is in the
+cache may pass the copy.
+"""
+
+import statistics
+from typing import Any
+
+import numpy as np
+
+from benchmarks.comparison import Arm
+from benchmarks.worker import Worker
+
+_LIBRARIES = {"xla": "jax", "torch": "torch"}
+_REPEATS = 5
+
+
+def measure_ceilings(quick: bool) -> dict[str, Any]:
+    """Operations a second of [n, n] @ [n, n], bytes a second read and written by a copy, and whose
+    they are."""
+    size, count = (256, 1 << 20) if quick else (3_072, 1 << 26)
+    builders = {
+        ("matmul", "xla"): (_xla_matmul, 2.0 * size**3, size),
+        ("matmul", "torch"): (_torch_matmul, 2.0 * size**3, size),
+        ("copy", "xla"): (_xla_copy, 8.0 * count, count),
+        ("copy", "torch"): (_torch_copy, 8.0 * count, count),
+    }
+    rates: dict[str, dict[str, float]] = {"matmul": {}, "copy": {}}
+    for (what, library), (build, amount, n) in builders.items():
+        arm = Arm(library, build, {"n": n}, needs=[_LIBRARIES[library]])
+        if arm.missing():
+            continue
+        worker = Worker(arm, fresh=False)
+        try:
+            worker.receive()
+            rates[what][library] = amount / statistics.median(worker.seconds(_REPEATS))
+        finally:
+            worker.end()
+    best = {what: max(found, key=lambda name: found[name]) for what, found in rates.items()}
+    return {
+        "matmul_flops": rates["matmul"][best["matmul"]],
+        "matmul_by": best["matmul"],
+        "matmul_size": size,
+        "copy_bytes": rates["copy"][best["copy"]],
+        "copy_by": best["copy"],
+        "copy_array_bytes": 4 * count,
+    }
+
+
+def _xla_matmul(n: int) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.asarray(_matrix(n))
+    product = jax.jit(jnp.matmul)
+    return lambda: product(x, x)
+
+
+def _torch_matmul(n: int) -> Any:
+    from benchmarks.theirs import torch
+
+    x = torch().from_numpy(_matrix(n))
+    y = x.clone()
+    return lambda: torch().mm(x, x, out=y)
+
+
+def _xla_copy(n: int) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    from slam_jax.training.host import tune_host
+
+    tune_host()
+    x = jnp.ones(n, jnp.float32)
+    copy = jax.jit(lambda x, i: x + i)  # what returns its argument would copy nothing
+    return lambda: copy(x, jnp.float32(1))
+
+
+def _torch_copy(n: int) -> Any:
+    from benchmarks.theirs import torch
+
+    x, y = torch().ones(n), torch().zeros(n)
+    return lambda: y.copy_(x)
+
+
+def _matrix(n: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((n, n), np.float32)

@@ -1,0 +1,145 @@
+"""Decoding of one attention layer on its latents against plain keys and values, 64 rows of 4,096.
+
+The layer is that of `deepseek_v2` at its seed size. Plain: each head's keys and values, made once
+from the same weights and kept, as transformers keeps them; both give the same outputs.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.comparison import Arm, Comparison, Measured
+
+DIM, HEADS, RANK, NOPE, ROPE, VALUE = 512, 16, 128, 32, 16, 32
+ROOM = 64
+
+
+def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
+    rows, context = (2, 32) if quick else (64, 4_096)
+    given = {"rows": rows, "context": context}
+    numbers = RANK + ROPE
+    yield Comparison(
+        f"latent attention, one token, {rows} rows of {context:,}",
+        [Arm("latents", latents, given), Arm("keys and values", plain, given, aim=3.5)],
+        tolerance=1e-4,
+        checked=2,
+        repeats=5,
+        bytes_moved=4.0 * rows * context * numbers,
+    )
+    yield Comparison(
+        f"its cache, {rows} rows of {context:,}",
+        [
+            Arm("latents", cache_size, {**given, "of": "latents"}),
+            Arm("keys and values", cache_size, {**given, "of": "plain"}, aim=5.0),
+        ],
+        tolerance=None,
+        unchecked="the caches of the row above",
+        fresh=True,
+        unit="MiB",
+    )
+
+
+def latents(rows: int, context: int) -> Any:
+    """Outputs [rows, 1, D] of one token, the first after `context` of them."""
+    layer, cache, x = _start(rows, context)
+    return _steps(lambda layer, x, cache: layer.decode_step(x, cache), layer, x, cache)
+
+
+def plain(rows: int, context: int) -> Any:
+    layer, cache, x = _start(rows, context)
+    import jax
+
+    return _steps(_plain_step, layer, x, jax.jit(_expand)(layer, cache))
+
+
+def cache_size(rows: int, context: int, of: str) -> Measured:
+    """MiB, counted from the shapes."""
+    import jax
+    from flax import nnx
+
+    def cache():
+        latent = _layer().init_cache((rows,), context)
+        return latent if of == "latents" else _expand(_layer(), latent)
+
+    shapes = jax.tree.leaves(nnx.eval_shape(cache))
+    return Measured(None, sum(x.size * x.dtype.itemsize for x in shapes) / 2**20)
+
+
+def _layer() -> Any:
+    from flax import nnx
+
+    from slam_jax.layers.latent_attention import MultiHeadLatentAttention
+
+    return MultiHeadLatentAttention(
+        DIM,
+        HEADS,
+        kv_lora_rank=RANK,
+        qk_nope_head_dim=NOPE,
+        qk_rope_head_dim=ROPE,
+        v_head_dim=VALUE,
+        rngs=nnx.Rngs(0),
+    )
+
+
+def _start(rows: int, context: int) -> tuple[Any, Any, Any]:
+    """The layer, its cache with random latents in it, and a token a row."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+
+    from slam_jax.training.host import tune_host
+
+    tune_host()
+    layer = jax.jit(_layer)()
+    empty = layer.init_cache((rows,), context + ROOM)
+    keys = jax.random.split(jax.random.key(0), 3)
+    cache = dataclasses.replace(
+        empty,
+        c_kv=jax.random.normal(keys[0], empty.c_kv.shape),
+        k_rope=jax.random.normal(keys[1], empty.k_rope.shape),
+        length=jnp.full(rows, context),
+    )
+    return layer, cache, jax.random.normal(keys[2], (rows, 1, DIM))
+
+
+def _steps(step: Any, layer: Any, x: Any, cache: Any) -> Any:
+    import jax
+
+    run = jax.jit(step, donate_argnums=2)
+
+    def call():
+        nonlocal cache
+        y, cache = run(layer, x, cache)
+        return y
+
+    return call
+
+
+def _expand(layer: Any, cache: Any) -> Any:
+    """The keys [rows, T, N, H + H_r] and values [rows, T, N, V] of all heads."""
+    from slam_jax.layers.kv_cache import KVCache
+
+    return KVCache(*_heads(layer, cache.c_kv, cache.k_rope), cache.length)
+
+
+def _heads(layer: Any, c_kv: Any, k_rope: Any) -> tuple[Any, Any]:
+    import jax.numpy as jnp
+
+    shared = jnp.broadcast_to(k_rope[..., None, :], (*k_rope.shape[:-1], HEADS, ROPE))
+    return jnp.concatenate([layer.k_up(c_kv), shared], axis=-1), layer.v_up(c_kv)
+
+
+def _plain_step(layer: Any, x: Any, cache: Any) -> Any:
+    import jax.numpy as jnp
+
+    from slam_jax.layers.attention import attend
+    from slam_jax.layers.rotary import rotary
+
+    positions = cache.length[..., None]
+    turn = functools.partial(rotary, positions=positions, rope=layer.rope)
+    q = jnp.concatenate([layer.q_nope(x), turn(layer.q_rope(x))], axis=-1)
+    k_rope = turn(layer.k_rope(x)[..., None, :])[..., 0, :]
+    cache = cache.extended(*_heads(layer, layer.kv_norm(layer.kv_down(x)), k_rope))
+    mask = jnp.arange(cache.k.shape[1]) <= positions[..., None]
+    return layer.out(attend(q, cache.k, cache.v, mask)), cache

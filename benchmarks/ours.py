@@ -1,0 +1,115 @@
+"""Our arms: what is timed of a model here, as a user of this library would run it.
+
+Libraries are imported where they are used, so that each process has only those of its arm.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Call = Callable[[], Any]
+LEARNING_RATE, WEIGHT_DECAY = 5e-5, 0.01  # of AdamW, everywhere; the rest is at its defaults
+
+
+def save_weights(folder: str, system: str, preset: str, **changes: Any) -> None:
+    """A new model in its publisher's form, for both sides to load."""
+    import jax
+    from flax import nnx
+
+    from slam_jax.interop import save_pretrained
+    from slam_jax.language_models import make_config, make_model
+
+    config = make_config(system, preset, **changes)
+    save_pretrained(jax.jit(lambda: make_model(config, rngs=nnx.Rngs(0)))(), folder)
+
+
+def tokens(vocab_size: int, *shape: int) -> np.ndarray:
+    """The same for all arms."""
+    return np.random.default_rng(0).integers(0, vocab_size, shape, np.int32)
+
+
+def forward(folder: str, rows: int, length: int, **dtypes: Any) -> Call:
+    """Logits [rows, length, V]."""
+    import jax
+
+    graphdef, params, config = _load(folder, **dtypes)
+    given = tokens(config.vocab_size, rows, length)
+    run = jax.jit(lambda params, given: _merge(graphdef, params)(given).logits)
+    return lambda: run(params, given)
+
+
+def training_step(folder: str, rows: int, length: int, **dtypes: Any) -> Call:
+    """Forward, backward and AdamW; the cross-entropy before the update."""
+    graphdef, params, config = _load(folder, **dtypes)
+    step, state = make_step(graphdef, params)
+    given = tokens(config.vocab_size, rows, length + 1)
+
+    def call():
+        nonlocal state
+        state, metrics = step(state, given)
+        return metrics.loss.total
+
+    return call
+
+
+def make_step(graphdef: Any, params: Any) -> tuple[Any, Any]:
+    """The jitted step of a language model, and its first state."""
+    import jax
+    import optax
+
+    from slam_jax.training.losses import language_model_loss
+    from slam_jax.training.state import init_state, make_train_step
+
+    def loss(model, given, key):
+        # Without the load balance of experts, which the peers leave out unless they are asked.
+        parts = language_model_loss(model, given)
+        return parts._replace(total=parts.cross_entropy)
+
+    optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    step = jax.jit(make_train_step(graphdef, loss, optimizer), donate_argnums=0)
+    return step, init_state(params, optimizer, jax.random.key(0), ema=False)
+
+
+def decoding(folder: str, context: int, room: int) -> Call:
+    """Logits [1, V] after one more token, the first after `context` of them; `room` calls at most
+    remember theirs."""
+    import jax
+
+    graphdef, params, config = _load(folder)
+    given = tokens(config.vocab_size, 1, context + 1)
+
+    def prefill(params, given):
+        model = _merge(graphdef, params)
+        _, cache = model.prefill(given, model.init_cache((1,), context + room))
+        return cache
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def step(params, token, cache):
+        return _merge(graphdef, params).decode_step(token, cache)
+
+    cache = jax.jit(prefill)(params, given[:, :-1])
+
+    def call():
+        nonlocal cache
+        logits, cache = step(params, given[:, -1], cache)
+        return logits
+
+    return call
+
+
+def _load(folder: str, **dtypes: Any) -> tuple[Any, Any, Any]:
+    from slam_jax.interop import load_pretrained
+    from slam_jax.training.host import tune_host
+    from slam_jax.training.state import split_model
+
+    tune_host()
+    model, config = load_pretrained(folder, **dtypes)
+    return *split_model(model), config
+
+
+def _merge(graphdef: Any, params: Any) -> Any:
+    from slam_jax.training.state import merge_model
+
+    return merge_model(graphdef, params)

@@ -1,0 +1,94 @@
+"""SLAM v3's four processes: one vmap against one after the other, one device against two.
+
+Forward and gradient of the processes on image tokens, at the widths of the quickstart.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.comparison import Arm, Comparison
+
+_TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+
+
+def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
+    rows, length = (2, 8) if quick else (64, 100)
+    given = {"preset": "tiny" if quick else "small", "rows": rows, "length": length}
+    shown = f"{rows} x {length} tokens, gradient"
+    yield Comparison(
+        f"four processes, {shown}",
+        [
+            Arm("one vmap", gradient, {**given, "in_turn": False}),
+            Arm("one after the other", gradient, {**given, "in_turn": True}, aim=1.2),
+        ],
+        tolerance=1e-4,
+    )
+    yield Comparison(
+        f"four processes, {shown}, two virtual devices",
+        [
+            Arm("mesh.process=2", gradient, {**given, "devices": 2}, _TWO_DEVICES),
+            Arm("one device", gradient, given, aim=1.0),
+        ],
+        tolerance=1e-4,
+    )
+
+
+def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices: int = 1) -> Any:
+    """Of the mean square of what the processes add, with respect to the tokens [rows, length, D],
+    over its own largest number; those to the parameters are made too."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from slam_jax.slam_v3 import SlamV3Config
+    from slam_jax.slam_v3.processes import LevelOne, ParallelProcesses
+    from slam_jax.slam_v3.streams import Stream
+    from slam_jax.training.host import tune_host
+    from slam_jax.training.mesh import MeshConfig, make_mesh
+    from slam_jax.training.sharding import in_force, layout
+    from slam_jax.training.state import merge_model, split_model
+
+    tune_host()
+    config = SlamV3Config.preset(preset, 1)
+
+    class Part(nnx.Module):
+        """Named as in the whole model, for the table of shardings."""
+
+        def __init__(self):
+            self.level_one = LevelOne(config, rngs=nnx.Rngs(0))
+            self.processes = ParallelProcesses(config, rngs=nnx.Rngs(1))
+
+    graphdef, params = split_model(jax.jit(Part)())
+    mesh = make_mesh(MeshConfig(data=1, process=devices), jax.devices()[:devices])
+    params = jax.device_put(params, layout(params, mesh))
+    x = jax.random.normal(jax.random.key(2), (rows, length, config.embed_dim))
+
+    def loss(params, x):
+        part = merge_model(graphdef, params)
+        streams, bank = part.level_one([Stream(x, None, None)])
+        run = functools.partial(_in_turn, part.processes) if in_turn else part.processes
+        return jnp.mean(run(streams, bank) ** 2)
+
+    def both(params, x):
+        gradients, of_x = jax.grad(loss, (0, 1))(params, x)
+        return of_x / jnp.max(jnp.abs(of_x)), gradients
+
+    program = jax.jit(both)
+
+    def call():
+        with in_force(mesh):
+            return jax.block_until_ready(program(params, x))[0]
+
+    return call
+
+
+def _in_turn(processes: Any, streams: Any, bank: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    every = [
+        jax.tree.map(lambda leaf, p=p: leaf[p], processes.stack)
+        for p in range(processes.num_processes)
+    ]
+    return jnp.stack([process(streams, bank) for process in every])

@@ -1,0 +1,113 @@
+"""Arms of torch and transformers: the same weights and tokens, as their users would run them."""
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.ours import LEARNING_RATE, WEIGHT_DECAY, tokens
+
+Call = Callable[[], Any]
+NEEDS = ("torch", "transformers")
+COMPILED_NEEDS = (*NEEDS, "g++")  # with which torch.compile builds what it writes
+
+
+def torch() -> Any:
+    """The library, on as many threads as XLA takes."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(cores or 1)
+    return torch
+
+
+def forward(
+    folder: str, rows: int, length: int, *, compiled: bool = False, dtype: str = "float32"
+) -> Call:
+    """Logits [rows, length, V]."""
+    model = load(folder, dtype).eval()
+    run = torch().compile(model) if compiled else model
+    given = _tokens(model, rows, length)
+
+    @torch().inference_mode()
+    def call():
+        return run(given, use_cache=False).logits
+
+    return call
+
+
+def training_step(
+    folder: str, rows: int, length: int, *, compiled: bool = False, autocast: bool = False
+) -> Call:
+    """Forward, backward and AdamW, in its fastest form; the cross-entropy before the update.
+
+    autocast: products in bfloat16, parameters in float32.
+    """
+    model = load(folder, "float32").train()
+    run = torch().compile(model) if compiled else model
+    optimizer = torch().optim.AdamW(
+        model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    given = _tokens(model, rows, length + 1)
+
+    def call():
+        optimizer.zero_grad(set_to_none=True)
+        with torch().autocast("cpu", torch().bfloat16, enabled=autocast):
+            logits = run(given[:, :-1], use_cache=False).logits
+        loss = torch().nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), given[:, 1:].flatten()
+        )
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return call
+
+
+def decoding(folder: str, context: int) -> Call:
+    """Logits [1, V] after one more token, the first after `context` of them."""
+    model = load(folder, "float32").eval()
+    given = _tokens(model, 1, context + 1)
+    with torch().inference_mode():
+        past = model(given[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+
+    @torch().inference_mode()
+    def call():
+        nonlocal past
+        output = model(given[:, -1:], past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        return output.logits[:, -1]
+
+    return call
+
+
+def generation(folder: str, prompt: list[int], new_tokens: int) -> Call:
+    """The greedy continuation [new_tokens] of one prompt."""
+    model = load(folder, "float32").eval()
+    given = torch().tensor([prompt])
+
+    def call():
+        all_tokens = model.generate(
+            given,
+            attention_mask=torch().ones_like(given),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+        )
+        return all_tokens[0, len(prompt) :]
+
+    return call
+
+
+def load(folder: str, dtype: str) -> Any:
+    import transformers
+
+    # Of arguments that they renamed after the oldest version that will do.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch(), dtype))
+
+
+def _tokens(model: Any, rows: int, length: int) -> Any:
+    return torch().from_numpy(tokens(model.config.vocab_size, rows, length)).long()

@@ -1,0 +1,148 @@
+"""The process of one arm: it builds what is asked for, then waits for its turns."""
+
+import contextlib
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from benchmarks.comparison import Arm, Measured
+
+# A new interpreter: nothing of the other arms' libraries, threads and memory settings is in it.
+_SPAWN = multiprocessing.get_context("spawn")
+_PATIENCE = 10.0  # seconds that a process has to end by itself
+
+
+class ArmFailed(Exception):
+    """What an arm raised, in one line."""
+
+
+class Worker:
+    """An arm's process, driven from here."""
+
+    def __init__(self, arm: Arm, *, fresh: bool):
+        self._here, there = _SPAWN.Pipe()
+        with _with_environment(arm.environment):
+            started = time.time()
+            serve = _serve_once if fresh else _serve
+            self._process = _SPAWN.Process(target=serve, args=(there, arm, started))
+            self._process.start()
+        there.close()
+
+    def receive(self) -> Any:
+        """What the process sends next; raises ArmFailed where it failed or is gone."""
+        try:
+            ok, value = self._here.recv()
+        except EOFError:
+            self._process.join(_PATIENCE)
+            raise ArmFailed(f"its process ended, exit code {self._process.exitcode}") from None
+        if not ok:
+            raise ArmFailed(value)
+        return value
+
+    def first_outputs(self, count: int) -> list[np.ndarray]:
+        """Of its first calls."""
+        self._here.send(("outputs", count))
+        return self.receive()
+
+    def seconds(self, repeats: int) -> list[float]:
+        """Of so many calls; one goes before them and is not counted."""
+        self._here.send(("seconds", repeats))
+        return self.receive()
+
+    def end(self) -> None:
+        self._here.close()
+        self._process.join(_PATIENCE)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def in_process(function: Callable[..., Any], **given: Any) -> Any:
+    """What the function returns, run in a process of its own; the caller stays small and idle."""
+    worker = Worker(Arm("", _Returning(function), given), fresh=True)
+    try:
+        _, value = worker.receive()
+        return value
+    finally:
+        worker.end()
+
+
+class _Returning:
+    """A function as the builder of a fresh arm."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def __call__(self, **given: Any) -> Measured:
+        return Measured(None, self._function(**given))
+
+
+def as_numpy(output: Any) -> np.ndarray:
+    """Whatever a library calls an array, in float32."""
+    if hasattr(output, "detach"):
+        output = output.detach().float().numpy()
+    return np.asarray(output, np.float32)
+
+
+def _wait(output: Any) -> Any:
+    return output.block_until_ready() if hasattr(output, "block_until_ready") else output
+
+
+def _serve(pipe: Connection, arm: Arm, started: float) -> None:
+    with _telling(pipe):
+        call = arm.build(**arm.given)
+        pipe.send((True, None))
+        while True:
+            try:
+                asked, count = pipe.recv()
+            except EOFError:
+                return
+            if asked == "outputs":
+                pipe.send((True, [as_numpy(_wait(call())) for _ in range(count)]))
+            else:
+                pipe.send((True, _timed(call, count)))
+
+
+def _serve_once(pipe: Connection, arm: Arm, started: float) -> None:
+    with _telling(pipe):
+        measured = arm.build(**arm.given)
+        value = time.time() - started if measured.value is None else measured.value
+        output = None if measured.output is None else as_numpy(measured.output)
+        pipe.send((True, (output, value)))
+
+
+def _timed(call: Callable[[], Any], repeats: int) -> list[float]:
+    _wait(call())
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        _wait(call())
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+@contextlib.contextmanager
+def _telling(pipe: Connection) -> Iterator[None]:
+    """Whatever an arm's libraries raise is told, and ends that arm alone."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        pipe.send((False, f"{type(error).__name__}: {reason[:300]}"))
+
+
+@contextlib.contextmanager
+def _with_environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """A process started within it has these variables."""
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

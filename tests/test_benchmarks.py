@@ -1,0 +1,180 @@
+"""The harness of the benchmarks, on arms that cost nothing; and what each benchmark is made of."""
+
+import importlib
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import arms
+import pytest
+
+from benchmarks import BENCHMARKS, results, table
+from benchmarks.comparison import Arm, Comparison
+from benchmarks.harness import Disagreement, Skipped, measure
+from benchmarks.worker import ArmFailed
+from slam_jax.errors import InputError
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def compare(*given: Arm, **changes: Any) -> Comparison:
+    return Comparison("a row", given, **{"tolerance": 0.1, **changes})
+
+
+def fresh(ours: float, theirs: float, **changes: Any) -> Comparison:
+    aim = changes.pop("aim", 1.0)
+    return compare(
+        Arm("ours", arms.figure, {"value": ours}),
+        Arm("theirs", arms.figure, {"value": theirs}, aim=aim),
+        fresh=True,
+        **changes,
+    )
+
+
+def test_a_ratio_is_theirs_over_ours_with_its_aim_and_every_round():
+    row = measure(fresh(2.0, 5.0, aim=3.0, unit="MiB"), rounds=2)
+    assert row["arms"]["ours"] == {"median": 2, "least": 2, "most": 2, "n": 2, "shares": {}}
+    ratio = row["arms"]["theirs"]["ratio"]
+    assert ratio == {"aim": 3, "median": 2.5, "least": 2.5, "most": 2.5, "n": 2}
+    assert row["difference"] == 0 and "ratio" not in row["arms"]["ours"]
+
+
+def test_arms_that_stay_are_timed_in_every_round_and_told_as_shares_of_the_ceilings():
+    same = {"values": [1.0, 2.0]}
+    given = compare(
+        Arm("ours", arms.numbers, same),
+        Arm("theirs", arms.numbers, {"values": [1.0, 2.05]}),
+        flops=6.0,
+        bytes_moved=8.0,
+    )
+    row = measure(given, 3, {"matmul_flops": 2.0, "copy_bytes": 4.0})
+    assert row["difference"] == pytest.approx(0.05)
+    for arm in row["arms"].values():
+        assert arm["n"] == 3 and 0 < arm["least"] <= arm["median"] <= arm["most"]
+        assert arm["shares"]["matmul"] == pytest.approx(3 / arm["median"])
+        assert arm["shares"]["copy"] == pytest.approx(2 / arm["median"])
+
+
+@pytest.mark.parametrize("theirs", [[1.0, 2.2], [1.0, float("nan")], [1.0]])
+def test_outputs_that_differ_are_told_and_nothing_is_timed(theirs):
+    pair = [Arm("ours", arms.numbers, {"values": [1.0, 2.0]})]
+    pair.append(Arm("theirs", arms.numbers, {"values": theirs}))
+    with pytest.raises(Disagreement, match="theirs"):
+        measure(compare(*pair), 1)
+
+
+def test_calls_that_go_apart_after_the_first_are_told():
+    pair = [Arm("ours", arms.counting, {"start": 1}), Arm("theirs", arms.numbers, {"values": 1.0})]
+    assert measure(compare(*pair), 1)["difference"] == 0
+    with pytest.raises(Disagreement, match="theirs, call 2: .* differ by up to 1, tolerance 0.1"):
+        measure(compare(*pair, checked=2), 1)
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"), [("failing", "RuntimeError: no compiler"), ("dying", "exit code 3")]
+)
+def test_a_peer_that_fails_is_left_out_with_its_reason_and_ours_is_not(build, reason):
+    broken, whole = getattr(arms, build), Arm("ours", arms.numbers, {"values": [1.0]})
+    row = measure(compare(whole, Arm("theirs", broken)), 1)
+    assert list(row["arms"]) == ["ours"] and reason in row["left_out"]["theirs"]
+    assert row["difference"] is None
+    with pytest.raises(ArmFailed, match=reason):
+        measure(compare(Arm("ours", broken), whole), 1)
+
+
+def test_a_comparison_without_its_peer_is_skipped_with_what_is_missing():
+    pair = [Arm("ours", arms.dying), Arm("theirs", arms.dying, needs=["no_such_library"])]
+    with pytest.raises(Skipped, match="theirs needs no_such_library"):
+        measure(compare(*pair), 1)
+
+
+def test_every_arm_has_a_process_and_an_environment_of_its_own():
+    pair = [
+        Arm(name, arms.surroundings, environment={"MEANT_FOR_ONE_ARM": value})
+        for name, value in (("ours", "1"), ("theirs", "1.05"))
+    ]
+    row = measure(compare(*pair, fresh=True), 1)
+    processes = {arm["median"] for arm in row["arms"].values()} | {os.getpid()}
+    assert len(processes) == 3 and row["difference"] == pytest.approx(0.05)
+    assert "MEANT_FOR_ONE_ARM" not in os.environ
+
+
+# --- Figures and table
+
+
+@pytest.fixture(scope="module")
+def entry() -> Any:
+    rows = [measure(fresh(2.0, theirs), 1) for theirs in (1.0, 8.0)]
+    ceilings = {"matmul_flops": 1e11, "matmul_by": "xla", "copy_bytes": 1e10, "copy_by": "torch"}
+    return results.make_entry("a title", rows, ceilings, middle_aim=2.5)
+
+
+def test_new_figures_replace_those_of_their_benchmark_alone(entry, tmp_path):
+    file = tmp_path / "machine.json"
+    for name, title in (("standard", "first"), ("jamba", "other"), ("standard", "second")):
+        results.keep(file, name, {**entry, "title": title})
+    kept = json.loads(file.read_text())["benchmarks"]
+    assert {name: each["title"] for name, each in kept.items()} == {
+        "standard": "second",
+        "jamba": "other",
+    }
+    file.write_text("[]")
+    with pytest.raises(InputError, match=r"machine\.json: expected the figures"):
+        results.read(file)
+
+
+def test_the_table_has_every_row_and_marks_those_that_fall_short(entry):
+    made = table.make_table({"benchmarks": {"standard": entry}})
+    assert "| a row | theirs | 1x | **0.50x** (0.50 to 0.50) | 2 s | 1 s |" in made
+    assert "| a row | theirs | 1x | 4.00x (4.00 to 4.00) | 2 s | 8 s |" in made
+    assert "| standard, the median of its 2 ratios | | 2.5x | **2.25x** |" in made
+    assert entry["date"] in made and entry["commit"] in made
+
+
+def test_writing_changes_what_is_between_the_markers_and_nothing_else(entry, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(table, "DOCS", tmp_path)
+    page = tmp_path / "speed.md"
+    page.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
+    with pytest.raises(InputError, match="no figures"):
+        table.write()
+    results.keep(tmp_path / "results" / "machine.json", "standard", entry)
+    table.write()
+    once = page.read_text()
+    assert once.startswith("before\n") and once.endswith("after\n") and "old" not in once
+    assert "4.00x" in once and (tmp_path / "speed.png").stat().st_size > 0
+    table.write()
+    assert page.read_text() == once
+    page.write_text("no markers")
+    with pytest.raises(InputError, match="speed.md: expected"):
+        table.write()
+
+
+# --- The benchmarks themselves
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_arm_of_every_benchmark_can_be_called_as_it_will_be(
+    name, quick, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("benchmarks.sizes.in_process", lambda *_, **__: None)  # no weights
+    monkeypatch.setattr("benchmarks.worker.in_process", lambda *_, **__: None)
+    module = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(module, "in_process", lambda *_, **__: None, raising=False)
+    made = list(module.comparisons(quick, str(tmp_path)))
+    assert made and len({comparison.title for comparison in made}) == len(made)
+    for comparison in made:
+        assert comparison.tolerance is not None or comparison.unchecked
+        assert comparison.arms[0].aim is None
+        for arm in comparison.arms:
+            inspect.signature(arm.build).bind(**arm.given)
+            assert getattr(importlib.import_module(arm.build.__module__), arm.build.__name__)
+
+
+def test_the_page_says_what_each_benchmark_is():
+    page = (DOCS / "speed.md").read_text()
+    assert [name for name in BENCHMARKS if f"| `{name}` |" not in page] == []
+    assert page.count(table.START) == page.count(table.END) == 1
