@@ -35,8 +35,8 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
 
 
 def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices: int = 1) -> Any:
-    """Of the mean square of what the processes add, with respect to the tokens [rows, length, D],
-    over its own largest number; those to the parameters are made too."""
+    """Of a random sum of what the processes add, with respect to the tokens [rows, length, D], over
+    its own largest number; those to the parameters are made too."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -63,12 +63,15 @@ def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices
     mesh = make_mesh(MeshConfig(data=1, process=devices), jax.devices()[:devices])
     params = jax.device_put(params, layout(params, mesh))
     x = jax.random.normal(jax.random.key(2), (rows, length, config.embed_dim))
+    # Not their mean square: normed as they are, it hardly depends on anything.
+    weights = jax.random.normal(jax.random.key(3), (config.num_processes, *x.shape))
 
     def loss(params, x):
         part = merge_model(graphdef, params)
         streams, bank = part.level_one([Stream(x, None, None)])
         run = functools.partial(_in_turn, part.processes) if in_turn else part.processes
-        return jnp.mean(run(streams, bank) ** 2)
+        y = run(streams, bank)
+        return jnp.vdot(weights, y)
 
     def both(params, x):
         gradients, of_x = jax.grad(loss, (0, 1))(params, x)
