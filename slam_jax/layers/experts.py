@@ -1,6 +1,9 @@
 """Many gated MLPs side by side, of which each token uses a few."""
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,13 +21,26 @@ from slam_jax.layers.router import Router, Routing
 _FEW = 32
 
 
+_FOR_ACCELERATORS = contextvars.ContextVar("_FOR_ACCELERATORS", default=False)
+
+
+@contextlib.contextmanager
+def for_accelerators() -> Iterator[None]:
+    """Within it a program is traced as for an accelerator, also on a CPU that stands for one."""
+    token = _FOR_ACCELERATORS.set(True)
+    try:
+        yield
+    finally:
+        _FOR_ACCELERATORS.reset(token)
+
+
 def _loops() -> bool:
     """Whether small products one after the other beat one batched product of copied kernels.
 
     There a gradient took 2.4 times as long (2 cores of an Intel Xeon, 2026-11-26: python
     benchmarks/experts.py); an accelerator would wait between small ones.
     """
-    return jax.default_backend() == "cpu"
+    return jax.default_backend() == "cpu" and not _FOR_ACCELERATORS.get()
 
 
 class ExpertLinear(nnx.Module):

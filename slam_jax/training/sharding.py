@@ -78,6 +78,15 @@ def layout(state: PyTree[Any], mesh: Mesh | None, *, zero: bool = False) -> PyTr
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
+def laid_out(shapes: PyTree[Any], mesh: Mesh | None, *, zero: bool = False) -> PyTree[Any]:
+    """The shapes of a state, each with its sharding; see `layout`."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        layout(shapes, mesh, zero=zero),
+    )
+
+
 def _axes(name: str, ndim: int, zero: bool) -> list[tuple[str, ...]]:
     """The mesh axes of each dimension."""
     if ndim == 0:  # counters, keys and temperatures
