@@ -404,7 +404,7 @@ def test_a_search_plans_the_cheapest_mesh_that_fits(monkeypatch):
 
 def test_a_search_without_room_for_the_state_says_so():
     with pytest.raises(ConfigError, match="no mesh of 8 devices holds the state in 1e-06 GiB"):
-        search(LanguageRun("standard", "tiny", 8, 16), Machine(memory_gib=1e-6), 1)
+        search(LanguageRun("standard", "tiny", 8, 16), Machine(device_memory_gib=1e-6), 1)
 
 
 # --- A run

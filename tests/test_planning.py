@@ -22,7 +22,7 @@ from slam_jax.training.planning.search import factors
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"data": 4, "fsdp": 2, "process": 1, "tensor": 8}
-MACHINE = Machine(memory_gib=1.0, tflops=1.0, link_gb_s=100.0, network_gb_s=10.0)
+MACHINE = Machine(device_memory_gib=1.0, device_tflops=1.0, link_gb_s=100.0, network_gb_s=10.0)
 
 
 def run_of(**changes: Any) -> SlamV3Run:
@@ -88,7 +88,7 @@ def test_a_plan_says_whether_it_fits_and_what_is_exact():
     assert not plan.fits and plan.share == 7.0
     text = describe(plan)
     assert "does not fit: 700.0% of 1 GiB, 600.0% of it by the state, which is exact" in text
-    large = plan._replace(machine=dataclasses.replace(MACHINE, memory_gib=14.0))
+    large = plan._replace(machine=dataclasses.replace(MACHINE, device_memory_gib=14.0))
     assert large.fits and "fits: 50.0% of 14 GiB" in describe(large)
     rows = {line.split()[0]: line.split()[-1] for line in text.splitlines()[1:5]}
     assert rows["parameters"] == rows["optimizer"] == rows["average"] == "exact"
@@ -147,8 +147,8 @@ def test_factors_are_all_products():
 
 
 def test_what_is_no_machine_or_no_language_model_is_named():
-    with pytest.raises(ConfigError, match="tflops is 0; expected a number above 0"):
-        Machine(tflops=0)
+    with pytest.raises(ConfigError, match="device_tflops is 0.0; expected a number above 0"):
+        Machine(device_tflops=0.0)
     with pytest.raises(ConfigError, match="devices_per_host is 0; expected at least 1"):
         Machine(devices_per_host=0)
     config = read_config(ROOT / "configs" / "deepseek_v2_plan.py")

@@ -28,28 +28,28 @@ class Machine:
     """Devices, all alike; nothing of it is measured. The defaults are what NVIDIA states of an H100
     SXM in a host of eight.
 
-    memory_gib: of a device, in GiB. tflops: 1e12 floating-point operations a second, a device.
+    device_memory_gib: 2**30 bytes. device_tflops: 1e12 floating-point operations a second.
     link_gb_s: 1e9 bytes a second that a device sends to others of its host; network_gb_s: the same
     to other hosts, through a card of its own. devices_per_host: neighbours in the mesh share one.
     """
 
-    memory_gib: float = 80.0
-    tflops: float = 989.0
+    device_memory_gib: float = 80.0
+    device_tflops: float = 989.0
     link_gb_s: float = 450.0
     network_gb_s: float = 50.0
     devices_per_host: int = 8
 
     def __post_init__(self):
-        for field in ("memory_gib", "tflops", "link_gb_s", "network_gb_s"):
+        for field in ("device_memory_gib", "device_tflops", "link_gb_s", "network_gb_s"):
             value = getattr(self, field)
             require(0 < value < math.inf, field, value, "a number above 0")
         require_count("devices_per_host", self.devices_per_host)
 
     def __str__(self) -> str:
         return (
-            f"{self.memory_gib:g} GiB and {self.tflops:g} TFLOP/s a device, {self.link_gb_s:g} "
-            f"GB/s to others of its host of {self.devices_per_host}, {self.network_gb_s:g} GB/s "
-            "to other hosts"
+            f"{self.device_memory_gib:g} GiB and {self.device_tflops:g} TFLOP/s a device, "
+            f"{self.link_gb_s:g} GB/s to others of its host of {self.devices_per_host}, "
+            f"{self.network_gb_s:g} GB/s to other hosts"
         )
 
     def bandwidth(self, axes: tuple[str, ...], sizes: Mapping[str, int]) -> float:

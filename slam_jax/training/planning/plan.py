@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     @property
     def share(self) -> float:
         """Of the memory of a device."""
-        return self.total / (self.machine.memory_gib * 2**30)
+        return self.total / (self.machine.device_memory_gib * 2**30)
 
     @property
     def fits(self) -> bool:
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     @property
     def seconds(self) -> dict[str, float]:
         """What a step is made of, if nothing overlaps."""
-        told = {"compute": self.flops / (self.machine.tflops * 1e12)}
+        told = {"compute": self.flops / (self.machine.device_tflops * 1e12)}
         for (axes, op), time in self.machine.seconds(self.step.sent, self.sizes).items():
             name = f"{op} along {', '.join(axes)}" if axes else op
             told[name] = told.get(name, 0.0) + time

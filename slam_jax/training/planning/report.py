@@ -15,7 +15,7 @@ compiled: read from the step as XLA compiles it for {count} virtual CPU devices{
 
 def describe(plan: Plan) -> str:
     """A line for each figure, and what was taken for granted."""
-    count, room = math.prod(plan.sizes.values()), plan.machine.memory_gib
+    count, room = math.prod(plan.sizes.values()), plan.machine.device_memory_gib
     lines = [
         f"{mesh_name(plan.sizes)}: on each of {count:,} devices",
         _row("parameters", _mib(plan.state.params), "exact"),
@@ -65,7 +65,7 @@ def _row(name: str, value: str, how: str) -> str:
     return f"{name:<56}{value:>20}  {how}"
 
 
-def _mib(num_bytes: float) -> str:
+def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.3f} MiB"
 
 
@@ -78,7 +78,7 @@ def _fitting(plan: Plan) -> str:
 
 
 def _state_share(plan: Plan) -> float:
-    return sum(plan.state) / (plan.machine.memory_gib * 2**30)
+    return sum(plan.state) / (plan.machine.device_memory_gib * 2**30)
 
 
 def _depth(plan: Plan) -> str:

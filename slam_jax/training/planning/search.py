@@ -34,7 +34,7 @@ def search(subject: Subject, machine: Machine, compile_at_most: int) -> Found:
     num_devices = len(jax.devices())
     _, state = subject.state()
     meshes = list(_even(subject, num_devices))
-    room = machine.memory_gib * 2**30
+    room = machine.device_memory_gib * 2**30
     guesses = []
     for mesh in meshes:
         held = state_bytes(state, mesh, subject.mesh.zero)
@@ -42,8 +42,9 @@ def search(subject: Subject, machine: Machine, compile_at_most: int) -> Found:
             guesses.append((_guessed_seconds(subject, mesh, held, machine), mesh))
     if not guesses:
         raise ConfigError(
-            f"no mesh of {num_devices} devices holds the state in {machine.memory_gib:g} GiB each; "
-            "give more --devices or --device_memory_gib, or mesh.zero=True"
+            f"no mesh of {num_devices} devices holds the state in "
+            f"{machine.device_memory_gib:g} GiB each; give more --devices or --device_memory_gib, "
+            "or mesh.zero=True"
         )
     guesses.sort(key=lambda guess: guess[0])
     plans = [plan_step(subject, mesh, machine, state) for _, mesh in guesses[:compile_at_most]]
@@ -94,4 +95,4 @@ def _guessed_seconds(subject: Subject, mesh: Mesh | None, held: StateBytes, mach
     sizes = {"data": 1, "fsdp": 1, "process": 1, "tensor": 1} if mesh is None else dict(mesh.shape)
     sent = {key: num for key, num in guessed(subject, sizes, held).items() if sizes[key[0][0]] > 1}
     flops = subject.flops.of_device(sizes, subject.num_heads)
-    return flops / (machine.tflops * 1e12) + sum(machine.seconds(sent, sizes).values())
+    return flops / (machine.device_tflops * 1e12) + sum(machine.seconds(sent, sizes).values())
