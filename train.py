@@ -56,8 +56,8 @@ def main(arguments: list[str]) -> None:
         count = f"--xla_force_host_platform_device_count={DEVICES.value}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
         os.environ["JAX_PLATFORMS"] = "cpu"
-        # XLA tells of every array that it moves in a roundabout way; the plan has their bytes.
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        # XLA tells of what it moves in a roundabout way, which the plan has, and of its own pace.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         from slam_jax.training import override, planning, read_config
 
         machine = planning.Machine(

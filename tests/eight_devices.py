@@ -38,7 +38,7 @@ from slam_jax.training.mesh import MeshConfig, make_mesh
 from slam_jax.training.metrics import read_metrics
 from slam_jax.training.planning import LanguageRun, Machine, SlamV3Run, plan_step, search
 from slam_jax.training.planning.compiled import compiled_step, extrapolated
-from slam_jax.training.planning.search import factors
+from slam_jax.training.planning.meshes import factors
 from slam_jax.training.sharding import in_force, layout, place
 
 VOCAB = 16
@@ -387,7 +387,7 @@ def test_a_search_plans_the_cheapest_mesh_that_fits(monkeypatch):
             flops=1e12 * (1 + mesh.shape["fsdp"] + 2 * mesh.shape["tensor"]),
         )
 
-    monkeypatch.setattr("slam_jax.training.planning.search.plan_step", planned)
+    monkeypatch.setattr("slam_jax.training.planning.meshes.plan_step", planned)
     found = search(run, Machine(), 100)
     assert sorted(asked) == sorted(s for s in factors(8, 4) if s[2] == 1 and s[3] <= 4)
     assert found.tried == found.holding == len(asked) == 9

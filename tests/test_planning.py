@@ -17,8 +17,8 @@ from slam_jax.slam_v3.flops import decode_flops, encode_flops
 from slam_jax.training import Experiment, default_config, read_config
 from slam_jax.training.planning import LanguageRun, Machine, Plan, SlamV3Run, describe, subject_of
 from slam_jax.training.planning.compiled import Step, extrapolated
-from slam_jax.training.planning.plan import StateBytes
-from slam_jax.training.planning.search import factors
+from slam_jax.training.planning.meshes import factors
+from slam_jax.training.planning.plans import StateBytes
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"data": 4, "fsdp": 2, "process": 1, "tensor": 8}

@@ -1,9 +1,9 @@
 """What a run would take of each device and of the wires, told before there are any."""
 
 from slam_jax.training.planning.machine import Machine
-from slam_jax.training.planning.plan import Plan, plan, plan_step, subject_of
+from slam_jax.training.planning.meshes import Found, search
+from slam_jax.training.planning.plans import Plan, plan, plan_step, subject_of
 from slam_jax.training.planning.report import describe, describe_search
-from slam_jax.training.planning.search import Found, search
 from slam_jax.training.planning.subjects import LanguageRun, SlamV3Run
 
 __all__ = [

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Mapping
 
-from slam_jax.training.planning.plan import Plan
-from slam_jax.training.planning.search import Found
+from slam_jax.training.planning.meshes import Found
+from slam_jax.training.planning.plans import Plan
 
 _LEGEND = """\
 exact: from shapes and shardings. formula: matrix products and convolutions of each device.
-compiled: read from the step as XLA compiles it for {count} virtual CPU devices{depth}; other
-  compilers may merge or move some of it. estimated: memory as XLA:CPU would take it; times at the
-  assumed speeds, collectives as rings, none of it beside another and none waiting."""
+compiled: read from the step as XLA compiles it for {count} virtual CPU devices{depth};
+  other compilers may merge or move some of it.
+estimated: memory as XLA:CPU would take it; times at the assumed speeds, collectives as rings, one
+  after the other and after the operations."""
 
 
 def describe(plan: Plan) -> str:
@@ -35,7 +36,7 @@ def describe(plan: Plan) -> str:
     for name, seconds in plan.seconds.items():
         share = f"{seconds / whole:.1%}" if whole else "0%"
         lines.append(_row(f"  of it {name}", share, "estimated"))
-    depth = f", {_depth(plan)}" if any(plan.layers) else ""
+    depth = _depth(plan) if any(plan.layers) else ""
     return "\n".join(
         [*lines, f"assumed: {plan.machine}", _LEGEND.format(count=f"all {count:,}", depth=depth)]
     )
@@ -85,4 +86,4 @@ def _depth(plan: Plan) -> str:
     """The depths that were compiled, in words."""
     names = list(plan.layers[0])
     shown = ["/".join(str(each[name]) for name in names) for each in plan.layers]
-    return f"at the depths {', '.join(shown)} of {'/'.join(names)}, and extrapolated"
+    return f"\n  with {', '.join(shown)} {'/'.join(names)}, extrapolated"
