@@ -2,9 +2,9 @@
 
     python train.py --config=configs/deepseek_v2_plan.py --plan --devices=1024
 
-The published sizes with float32 parameters and optimizer, computed in bfloat16, on rows of 4,096
-tokens (DeepSeek-AI 2024, section 3.1.2: 9,216 rows a step; here the nearest that 1,024 devices
-share). docs/planning.md has the plan.
+The published sizes with float32 parameters and optimizer, computed in bfloat16, on 8,192 rows of
+4,096 tokens a step (DeepSeek-AI 2024, section 3.1.2, has 9,216), which are taken in 64 parts: of
+each a device has one row. docs/planning.md has the plan.
 """
 
 from typing import Any
@@ -27,6 +27,7 @@ def get_config() -> Any:
             "mesh": usual.mesh,
         }
     )
+    config.optimizer.accumulate_steps = 64
     config.mesh.data = 1
     config.mesh.fsdp = -1
     config.mesh.tensor = 8
