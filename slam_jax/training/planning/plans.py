@@ -59,7 +59,8 @@ class Plan(NamedTuple):
     def seconds(self) -> dict[str, float]:
         """What a step is made of, if nothing overlaps."""
         told = {"compute": self.flops / (self.machine.device_tflops * 1e12)}
-        for (axes, op), time in self.machine.seconds(self.step.sent, self.sizes).items():
+        times = self.machine.seconds(self.step.sent, self.sizes)
+        for (axes, op), time in sorted(times.items()):
             name = f"{op} along {', '.join(axes)}" if axes else op
             told[name] = told.get(name, 0.0) + time
         return told
