@@ -7,9 +7,11 @@ One process of several is told where the others are by --coordinator=HOST:PORT -
 --process_id=I, or finds them in the environment with --distributed; docs/distributed.md has the
 commands.
 
-    python train.py --config=configs/NAME.py --plan --devices=8 [--config.mesh.process=4]
+    python train.py --config=configs/NAME.py --plan --devices=256 [--config.mesh.process=4]
 
-says what such a run would take of each of 8 devices, and what they would send each other.
+says what such a run would take of each of 256 devices, what they would send each other, and how
+long a step is at stated speeds; with --search=4 on which mesh it is shortest. docs/planning.md has
+two such plans.
 """
 
 import os
@@ -26,7 +28,15 @@ GRACE = flags.DEFINE_float(
     "grace_seconds", 10.0, "How long the save may take when the run is asked to stop.", 0.0
 )
 PLAN = flags.DEFINE_bool("plan", False, "Only tells what the run would take of each device.")
-DEVICES = flags.DEFINE_integer("devices", 1, "Of how many devices the plan is.", 1, 1_024)
+DEVICES = flags.DEFINE_integer("devices", 1, "Of how many devices the plan is.", 1, 4_096)
+SEARCH = flags.DEFINE_integer(
+    "search", 0, "Plans the best mesh; so many, the fastest by a formula, are compiled.", 0, 1_000
+)
+MEMORY = flags.DEFINE_float("device_memory_gib", 80.0, "Of one device, in GiB (2**30 bytes).")
+TFLOPS = flags.DEFINE_float("device_tflops", 989.0, "1e12 operations a second, of one device.")
+LINK = flags.DEFINE_float("link_gb_s", 450.0, "1e9 bytes a second, a device to others of its host.")
+NETWORK = flags.DEFINE_float("network_gb_s", 50.0, "The same, a device to other hosts.")
+PER_HOST = flags.DEFINE_integer("devices_per_host", 8, "Devices of one host.")
 flags.register_multi_flags_validator(
     ["workdir", "plan"],
     lambda given: given["workdir"] or given["plan"],
@@ -46,9 +56,20 @@ def main(arguments: list[str]) -> None:
         count = f"--xla_force_host_platform_device_count={DEVICES.value}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
         os.environ["JAX_PLATFORMS"] = "cpu"
-        from slam_jax.training import override, plan, read_config
+        # XLA tells of what it moves in a roundabout way, which the plan has, and of its own pace.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        from slam_jax.training import override, planning, read_config
 
-        print(plan(override(read_config(CONFIG.value), arguments)))
+        machine = planning.Machine(
+            MEMORY.value, TFLOPS.value, LINK.value, NETWORK.value, PER_HOST.value
+        )
+        config = override(read_config(CONFIG.value), arguments)
+        if SEARCH.value:
+            subject = planning.subject_of(config)
+            found = planning.search(subject, machine, SEARCH.value)
+            print(planning.describe_search(found))
+        else:
+            print(planning.describe(planning.plan(config, machine)))
         return
     together = DISTRIBUTED.value or COORDINATOR.value is not None
     stop = Stop(GRACE.value)

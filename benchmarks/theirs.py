@@ -14,7 +14,7 @@ COMPILED_NEEDS = (*NEEDS, "g++")  # with which torch.compile builds what it writ
 
 def torch() -> Any:
     """The library, on as many threads as XLA takes."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(cores or 1)
@@ -100,7 +100,7 @@ def generation(folder: str, prompt: list[int], new_tokens: int) -> Call:
 
 
 def load(folder: str, dtype: str) -> Any:
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]
 
     # Of arguments that they renamed after the oldest version that will do.
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -36,7 +36,9 @@ from slam_jax.training.collectives import collectives
 from slam_jax.training.experiment import as_json
 from slam_jax.training.mesh import MeshConfig, make_mesh
 from slam_jax.training.metrics import read_metrics
-from slam_jax.training.planning import plan_step
+from slam_jax.training.planning import LanguageRun, Machine, SlamV3Run, plan_step, search
+from slam_jax.training.planning.compiled import compiled_step, extrapolated
+from slam_jax.training.planning.meshes import factors
 from slam_jax.training.sharding import in_force, layout, place
 
 VOCAB = 16
@@ -332,32 +334,93 @@ def test_expert_kernels_never_move():
     assert kernels and not whole_and_halves & {each.num_bytes for each in found}
 
 
+def shaped(batch: Batch) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+
+
 def test_a_plan_is_what_a_run_takes():
     experiment, batch = experiment_of({"zero": True}), make_batch(np.float32)
     mesh = mesh_of(data=2, process=4)
-    told = plan_step(experiment, VOCAB, batch, mesh)
+    told = plan_step(SlamV3Run(experiment, VOCAB, shaped(batch)), mesh)
     state = jax.device_put(first_state(), layout(first_state(), mesh, zero=True))
 
     def on_one_device(tree: Any) -> int:
         return sum(x.addressable_shards[-1].data.nbytes for x in jax.tree.leaves(tree))
 
-    assert told.params == on_one_device(state.params)
-    assert told.opt_state == on_one_device(state.opt_state)
-    assert told.ema == on_one_device(state.ema)
-    assert told.ema < told.params < told.opt_state < 2 * told.params
+    assert told.state.params == on_one_device(state.params)
+    assert told.state.opt_state == on_one_device(state.opt_state)
+    assert told.state.ema == on_one_device(state.ema)
+    assert told.state.ema < told.state.params < told.state.opt_state < 2 * told.state.params
     # Half of the examples on each side; the few numbers as in the test above.
     tokens = 4 * (6 + 16 + 3) * 32 * 4
-    assert 0 <= told.sent[("process",), "all-reduce"] - 5 * tokens <= 16 * (2 * 4 + 1)
+    assert 0 <= told.step.sent[("process",), "all-reduce"] - 5 * tokens <= 16 * (2 * 4 + 1)
     # Every device updates its half of a weight and is sent the other.
     halves = [
         x.addressable_shards[0].data.nbytes
         for x, y in zip(*map(jax.tree.leaves, (state.params, state.ema)), strict=True)
         if held(x) != held(y)
     ]
-    assert told.sent[("data",), "all-gather"] == sum(halves)
-    shown = str(told).splitlines()
-    assert shown[0] == "data 2 x fsdp 1 x process 4 x tensor 1: on each of 8 devices"
-    assert shown[1].split() == ["parameters,", "exact", f"{told.params / 2**20:.3f}", "MiB"]
+    assert told.step.sent[("data",), "all-gather"] == sum(halves)
+
+
+LAYERS = {"model.num_process_layers": 4, "model.num_decoder_layers": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", list(SIZES))
+def test_what_many_layers_send_is_told_from_one_and_two(axis):
+    """Of all axes the bytes are those of the whole program; what it keeps is near."""
+    experiment = experiment_of({"data": 1}, **LAYERS)
+    mesh = mesh_of(**{axis: SIZES[axis]})
+    run = SlamV3Run(experiment, VOCAB, shaped(make_batch(np.float32)))
+    told, layers = extrapolated(run, functools.partial(compiled_step, mesh=mesh))
+    assert [tuple(each.values()) for each in layers] == [(1, 1), (2, 1), (1, 2)]
+    whole = compiled_step(run, mesh)
+    assert whole.sent == told.sent
+    assert whole.kept == pytest.approx(told.kept, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["standard", "moe", "deepseek_v2"])
+def test_what_many_layers_of_a_language_model_send_is_told_from_two(name):
+    mesh = mesh_of(fsdp=2, tensor=2)
+    run = LanguageRun(name, "tiny", 4, 16, {"num_layers": 5})
+    told, _ = extrapolated(run, functools.partial(compiled_step, mesh=mesh))
+    assert told.sent == compiled_step(run, mesh).sent
+
+
+def test_a_search_plans_the_cheapest_mesh_that_fits(monkeypatch):
+    """Every mesh of 8 that shares the heads is asked for; the fastest of all has no room."""
+    run = LanguageRun("standard", "tiny", 8, 16)
+    real, asked = plan_step(run, None), []
+
+    def planned(subject: Any, mesh: Any, machine: Machine, state: Any) -> Any:
+        asked.append(tuple(mesh.shape.values()))
+        kept = 2**40 if mesh.shape["data"] == 8 else 0
+        return real._replace(
+            sizes=dict(mesh.shape),
+            step=real.step._replace(kept=kept),
+            flops=1e12 * (1 + mesh.shape["fsdp"] + 2 * mesh.shape["tensor"]),
+        )
+
+    monkeypatch.setattr("slam_jax.training.planning.meshes.plan_step", planned)
+    found = search(run, Machine(), 100)
+    assert sorted(asked) == sorted(s for s in factors(8, 4) if s[2] == 1 and s[3] <= 4)
+    assert found.tried == found.holding == len(asked) == 9
+    assert found.plans[0].sizes == {"data": 4, "fsdp": 1, "process": 1, "tensor": 2} or (
+        found.plans[0].sizes == {"data": 4, "fsdp": 2, "process": 1, "tensor": 1}
+    )
+    assert not found.plans[-1].fits and found.plans[-1].sizes["data"] == 8
+    seconds = [plan.step_seconds for plan in found.plans[:-1]]
+    assert seconds == sorted(seconds)
+    asked.clear()
+    search(run, Machine(), 2)
+    assert len(asked) == 2
+
+
+def test_a_search_without_room_for_the_state_says_so():
+    with pytest.raises(ConfigError, match="no mesh of 8 devices holds the state in 1e-06 GiB"):
+        search(LanguageRun("standard", "tiny", 8, 16), Machine(device_memory_gib=1e-6), 1)
 
 
 # --- A run

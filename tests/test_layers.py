@@ -314,7 +314,7 @@ def test_linear_contracts_all_its_input_features(inputs, outputs):
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_bfloat16_products_and_their_gradients_are_summed_in_float32(monkeypatch, on_cpu):
     """A sum of 1,000 ones in bfloat16 stops at 256."""
-    monkeypatch.setattr("slam_jax.layers.linear._on_cpu", lambda: on_cpu)
+    monkeypatch.setattr("slam_jax.layers.linear.on_cpu", lambda: on_cpu)
     layer = Linear(1_000, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     x = jnp.ones((1_000, 1_000), jnp.bfloat16)
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ from slam_jax.training.checkpoint.trees import by_name
 from slam_jax.training.collectives import Collective, collectives
 from slam_jax.training.experiment import Experiment, as_json
 from slam_jax.training.mesh import MeshConfig, make_mesh, resolve
+from slam_jax.training.optimizer import OPTIMIZERS
 from slam_jax.training.sharding import RULES, place, rules_of
+from slam_jax.training.start import state_shapes
 
 FILE = Path(__file__).with_name("eight_devices.py")
 
@@ -60,8 +63,10 @@ def test_a_plan_is_told_in_a_few_lines(tmp_path):
 
     done = plan("mesh.process=4")
     assert done.returncode == 0, done.stderr
-    assert "on each of 8 devices\nparameters, exact" in done.stdout
-    assert "\nall-reduce along process, as compiled for CPUs" in done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[0].endswith("on each of 8 devices")
+    for start, end in (("parameters", "exact"), ("all-reduce along process", "compiled")):
+        assert any(line.startswith(start) and line.endswith(end) for line in lines)
     refused = plan()
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: data.batch_size is 4; expected a multiple of 8")
@@ -111,6 +116,14 @@ def test_every_rule_is_of_some_parameter_and_names_no_more_than_its_dimensions(s
         ndims = [n for path, n in paths.items() if re.search(rf"(^|/){pattern}$", path)]
         assert ndims, pattern
         assert len(axes) - (... in axes) <= min(ndims), pattern
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_every_optimizer_has_its_place(name):
+    config: Any = default_config("tiny")
+    config.optimizer.name = name
+    _, state = state_shapes(Experiment.from_config(config), 13, jax.make_mesh((1,), ("fsdp",)))
+    assert all(x.sharding.mesh.size == 1 for x in jax.tree.leaves(state))
 
 
 # --- The mesh

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from slam_jax.layers.backend import on_cpu
 from slam_jax.layers.constrain import sum_over
 from slam_jax.layers.expert_blocks import (
     Kernels,
@@ -33,7 +34,7 @@ def _loops() -> bool:
     There a gradient took 2.4 times as long (2 cores of an Intel Xeon, 2026-11-26: python
     benchmarks/experts.py); an accelerator would wait between small ones.
     """
-    return jax.default_backend() == "cpu"
+    return on_cpu()
 
 
 class ExpertLinear(nnx.Module):

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from slam_jax.layers.backend import on_cpu
 from slam_jax.layers.remat import MAP
 
 Shape = int | tuple[int, ...]
@@ -32,11 +33,7 @@ def project(
 def _matmul(x: Float[Array, "R I"], kernel: Float[Array, "I O"]) -> Float[Array, "R O"]:
     # XLA:CPU widens bfloat16 before it multiplies, but for products that are asked for in float32.
     narrow = x.dtype == kernel.dtype == jnp.bfloat16
-    return _narrow_matmul(x, kernel) if narrow and _on_cpu() else x @ kernel
-
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+    return _narrow_matmul(x, kernel) if narrow and on_cpu() else x @ kernel
 
 
 @jax.custom_vjp

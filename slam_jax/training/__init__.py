@@ -12,7 +12,6 @@ from slam_jax.training.loading import Loaded, load
 from slam_jax.training.loop import train
 from slam_jax.training.losses import LossConfig, language_model_loss, slam_v3_loss
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
-from slam_jax.training.planning import Plan, plan
 from slam_jax.training.state import TrainState, make_train_step, merge_model, split_model
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "Loaded",
     "LossConfig",
     "OptimizerConfig",
-    "Plan",
     "RunConfig",
     "TrainState",
     "default_config",
@@ -32,7 +30,6 @@ __all__ = [
     "make_train_step",
     "merge_model",
     "override",
-    "plan",
     "read_config",
     "slam_v3_loss",
     "split_model",

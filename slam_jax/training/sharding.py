@@ -78,9 +78,18 @@ def layout(state: PyTree[Any], mesh: Mesh | None, *, zero: bool = False) -> PyTr
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
+def laid_out(shapes: PyTree[Any], mesh: Mesh | None, *, zero: bool = False) -> PyTree[Any]:
+    """The shapes of a state, each with its sharding; see `layout`."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        layout(shapes, mesh, zero=zero),
+    )
+
+
 def _axes(name: str, ndim: int, zero: bool) -> list[tuple[str, ...]]:
     """The mesh axes of each dimension."""
-    if ndim == 0:  # counters, keys and temperatures
+    if ndim == 0 or name.endswith("/ns_coeffs"):  # counters, keys, temperatures; three of Muon
         return []
     [axes] = rules_of(name)
     # What is stacked is run side by side: the processes, and the blocks of a level of SLAM v4, v5.

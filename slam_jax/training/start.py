@@ -14,7 +14,7 @@ from slam_jax.training.experiment import Experiment
 from slam_jax.training.host import require_room
 from slam_jax.training.losses import slam_v3_loss
 from slam_jax.training.optimizer import make_optimizer
-from slam_jax.training.sharding import bytes_per_device, layout
+from slam_jax.training.sharding import bytes_per_device, laid_out
 from slam_jax.training.state import TrainState, init_state, make_train_step, split_model
 
 
@@ -41,13 +41,7 @@ def state_shapes(
     config = experiment.with_vocabulary(vocab_size)
     model = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
     shapes = jax.eval_shape(_maker(experiment, vocab_size))
-    shardings = layout(shapes, mesh, zero=experiment.mesh.zero)
-    like = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
-    return split_model(model)[0], like
+    return split_model(model)[0], laid_out(shapes, mesh, zero=experiment.mesh.zero)
 
 
 def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) -> Any:

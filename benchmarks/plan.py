@@ -1,0 +1,55 @@
+"""A plan beside the run that it is of: bytes of one of eight virtual devices.
+
+    python benchmarks/plan.py
+
+The run is the quickstart's, on data 2 x process 4: its state is made, one step is taken, and the
+arrays that then stand on a device are counted; the step is compiled as a run compiles it.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from slam_jax.training import override, planning, read_config
+from slam_jax.training.mesh import make_mesh
+from slam_jax.training.sharding import in_force, place
+from slam_jax.training.start import initial_state, jit_step
+
+CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
+
+
+def main() -> None:
+    config = override(read_config(CONFIG), ["--config.mesh.process=4"])
+    subject: Any = planning.subject_of(config)
+    told = planning.plan(config)
+    mesh = make_mesh(subject.mesh)
+    batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), subject.batch)
+    with in_force(mesh):
+        graphdef, state = initial_state(subject.experiment, subject.vocab_size, mesh)
+        batch = place(batch, mesh)
+        compiled = jit_step(subject.experiment, graphdef, state).lower(state, batch).compile()
+        state, _ = compiled(state, batch)
+    rows = {
+        "parameters": (told.state.params, on_one_device(state.params)),
+        "optimizer": (told.state.opt_state, on_one_device(state.opt_state)),
+        "average": (told.state.ema, on_one_device(state.ema)),
+        "beside, in a step": (told.step.kept, compiled.memory_analysis().temp_size_in_bytes),
+    }
+    print(f"{'':<20}{'the plan':>14}{'the run':>14}  plan / run")
+    for name, (planned, real) in rows.items():
+        print(f"{name:<20}{planned:>14,}{real:>14,}  {planned / real if real else 1:.4f}")
+
+
+def on_one_device(tree: Any) -> int:
+    return sum(x.addressable_shards[-1].data.nbytes for x in jax.tree.leaves(tree))
+
+
+if __name__ == "__main__":
+    main()

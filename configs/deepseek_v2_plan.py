@@ -1,0 +1,34 @@
+"""DeepSeek V2, 236 billion parameters, to be planned: language models have no data set here.
+
+    python train.py --config=configs/deepseek_v2_plan.py --plan --devices=1024
+
+The published sizes with float32 parameters and optimizer, computed in bfloat16, on 8,192 rows of
+4,096 tokens a step (DeepSeek-AI 2024, section 3.1.2, has 9,216), which are taken in 64 parts: of
+each a device has one row. docs/planning.md has the plan.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from slam_jax.training import default_config
+
+
+def get_config() -> Any:
+    usual: Any = default_config()
+    config: Any = ConfigDict(
+        {
+            "language_model": "deepseek_v2",
+            "preset": "v2",
+            "model": {"param_dtype": "float32"},
+            "batch_size": 8_192,
+            "num_tokens": 4_096,
+            "optimizer": usual.optimizer,
+            "mesh": usual.mesh,
+        }
+    )
+    config.optimizer.accumulate_steps = 64
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.mesh.tensor = 8
+    return config

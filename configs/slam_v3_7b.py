@@ -1,0 +1,40 @@
+"""A SLAM v3 of seven billion parameters, to be planned; nobody has trained it.
+
+    python train.py --config=configs/slam_v3_7b.py --plan --devices=256 --device_memory_gib=80
+
+2,048 wide, four processes of sixteen layers, a ViT of 24 and a decoder of 32, computed in bfloat16
+on float32 parameters. It reads Sort-of-CLEVR, image and text together, so that the command runs as
+it stands: change `data` and `model.image` to yours. docs/planning.md has the plan.
+"""
+
+from typing import Any
+
+from slam_jax.training import default_config
+
+
+def get_config() -> Any:
+    config: Any = default_config("base")
+    config.model.embed_dim = 2_048
+    config.model.num_heads = 16
+    config.model.mlp_dim = 5_632
+    config.model.num_process_layers = 16
+    config.model.num_decoder_layers = 32
+    config.model.num_memory_tokens = 128
+    config.model.kv_lora_rank = 512
+    config.model.q_lora_rank = 1_024
+    config.model.aux_dim = 10
+    config.model.remat = "layers"
+    config.model.image.size = 75
+    config.model.image.patch_size = 15
+    config.model.image.num_layers = 24
+    config.data.batch_size = 1_024
+    config.data.stages = ((0, {"image_text": 1.0}),)
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.warmup_steps = 2_000
+    config.optimizer.weight_decay = 0.1
+    config.run.num_steps = 100_000
+    config.run.evaluate_every = 5_000
+    config.mesh.data = 8
+    config.mesh.fsdp = -1
+    config.mesh.process = 4
+    return config

@@ -1,0 +1,23 @@
+"""For what kind of device a program is traced, where the best form depends on it."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+
+_FOR_ACCELERATORS = contextvars.ContextVar("_FOR_ACCELERATORS", default=False)
+
+
+def on_cpu() -> bool:
+    return jax.default_backend() == "cpu" and not _FOR_ACCELERATORS.get()
+
+
+@contextlib.contextmanager
+def for_accelerators() -> Iterator[None]:
+    """Within it a program is traced as for an accelerator, also on a CPU that stands for one."""
+    token = _FOR_ACCELERATORS.set(True)
+    try:
+        yield
+    finally:
+        _FOR_ACCELERATORS.reset(token)

@@ -1,0 +1,125 @@
+"""What a run would take of each device, told without allocating any of it."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from slam_jax.data import prepare, training_batches
+from slam_jax.training.experiment import Experiment, as_json, build
+from slam_jax.training.mesh import make_mesh
+from slam_jax.training.planning.compiled import Step, compiled_step, extrapolated
+from slam_jax.training.planning.machine import Machine
+from slam_jax.training.planning.subjects import LanguageRun, SlamV3Run, Subject
+from slam_jax.training.sharding import bytes_per_device, laid_out
+
+
+class StateBytes(NamedTuple):
+    """On each device."""
+
+    params: int
+    opt_state: int
+    ema: int
+
+
+class Plan(NamedTuple):
+    """Of one device; bytes and floating-point operations of a step.
+
+    sizes: axis -> devices along it. state: exact, from the shardings. step: what XLA:CPU takes
+    beside, activations and gradients most of all, and what a step sends, in the program as it is
+    compiled for as many CPU devices; other compilers may merge or move some of it.
+    layers: with how many layers of which kind the programs were, from which it is extrapolated;
+    one empty entry where the whole model was compiled.
+    """
+
+    sizes: Mapping[str, int]
+    state: StateBytes
+    step: Step
+    flops: float
+    machine: Machine
+    layers: Sequence[Mapping[str, int]]
+
+    @property
+    def total(self) -> int:
+        return sum(self.state) + self.step.kept
+
+    @property
+    def share(self) -> float:
+        """Of the memory of a device."""
+        return self.total / (self.machine.device_memory_gib * 2**30)
+
+    @property
+    def fits(self) -> bool:
+        return self.share <= 1
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What a step is made of, if nothing overlaps."""
+        told = {"compute": self.flops / (self.machine.device_tflops * 1e12)}
+        times = self.machine.seconds(self.step.sent, self.sizes)
+        for (axes, op), time in sorted(times.items()):
+            name = f"{op} along {', '.join(axes)}" if axes else op
+            told[name] = told.get(name, 0.0) + time
+        return told
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+def state_bytes(state: Any, mesh: Mesh | None, zero: bool) -> StateBytes:
+    """Of a `TrainState` of shapes."""
+    state = laid_out(state, mesh, zero=zero)
+    parts = (state.params, state.opt_state, state.ema)
+    return StateBytes(*map(bytes_per_device, parts))
+
+
+def plan_step(
+    subject: Subject, mesh: Mesh | None, machine: Machine = Machine(), state: Any = None
+) -> Plan:
+    """The plan of a subject on a mesh; its step is compiled, and not run.
+
+    state: the shapes of `subject.state()`, if somebody has them.
+
+    Raises ConfigError where the devices cannot share the batch evenly.
+    """
+    subject.require_even(mesh)
+    sizes = {"data": 1} if mesh is None else dict(mesh.shape)
+    step, layers = extrapolated(subject, functools.partial(compiled_step, mesh=mesh))
+    return Plan(
+        sizes=sizes,
+        state=state_bytes(state or subject.state()[1], mesh, subject.mesh.zero),
+        step=step,
+        flops=subject.flops.of_device(sizes, subject.num_heads),
+        machine=machine,
+        layers=layers,
+    )
+
+
+def plan(config: ConfigDict | Mapping[str, Any], machine: Machine = Machine()) -> Plan:
+    """The plan of a run on the devices that JAX has, with the config's own mesh; they may be
+    virtual ones. Raises ConfigError as `train` does."""
+    subject = subject_of(config)
+    return plan_step(subject, make_mesh(subject.mesh), machine)
+
+
+def subject_of(config: ConfigDict | Mapping[str, Any]) -> Subject:
+    """What a config is of: with `language_model` in it a `LanguageRun`, else a run of `train`.
+
+    The data set of a run is built where it is not there yet: shapes of a batch depend on it. The
+    batch is the first one.
+    """
+    values = as_json(config)
+    if "language_model" in values:
+        return build(LanguageRun, values, "")
+    experiment = Experiment.from_config(values)
+    dataset = prepare(experiment.data, model=experiment.model)
+    rows = range(1)  # all are of one shape
+    batches = training_batches(dataset.train, dataset.tokenizer, experiment.data, rows=rows)
+    _, one = next(batches)
+    size = experiment.data.batch_size
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), one)
+    return SlamV3Run(experiment, dataset.tokenizer.vocab_size, batch)
