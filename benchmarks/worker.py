@@ -133,7 +133,8 @@ def _telling(pipe: Connection) -> Iterator[None]:
         yield
     except Exception as error:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
-        pipe.send((False, f"{type(error).__name__}: {reason[:300]}"))
+        with contextlib.suppress(BrokenPipeError):  # nobody is there any more to be told
+            pipe.send((False, f"{type(error).__name__}: {reason[:300]}"))
 
 
 @contextlib.contextmanager
