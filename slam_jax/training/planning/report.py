@@ -24,7 +24,7 @@ def describe(plan: Plan) -> str:
         _row("average", _mib(plan.state.ema), "exact"),
         _row("activations, gradients and the rest of a step", _mib(plan.step.kept), _how(plan)),
         _row("in all", _mib(plan.total), "estimated"),
-        f"{_fitting(plan)} {plan.share:.1%} of {room:g} GiB, {_state_share(plan):.1%} of it by the "
+        f"{_fitting(plan)}: {plan.share:.1%} of {room:g} GiB, {_state_share(plan):.1%} of it by the "
         "state, which is exact",
         _row("operations of a step", f"{plan.flops / 1e12:,.3f} TFLOP", "formula"),
     ]
@@ -46,7 +46,7 @@ def describe_search(found: Found) -> str:
     """The best mesh in full, after a line for each of those that were compiled."""
     lines = [
         f"{found.tried} meshes share batch, heads and processes evenly, {found.holding} of them "
-        f"hold the state (exact); compiled were the {len(found.plans)} fastest by a rough formula:"
+        f"hold the state (exact);\ncompiled were the {len(found.plans)} fastest by a rough formula:"
     ]
     for plan in found.plans:
         lines.append(
@@ -75,7 +75,7 @@ def _how(plan: Plan) -> str:
 
 
 def _fitting(plan: Plan) -> str:
-    return "fits:" if plan.fits else "does not fit:"
+    return "fits" if plan.fits else "does not fit"
 
 
 def _state_share(plan: Plan) -> float:
