@@ -20,7 +20,7 @@ def get_config() -> Any:
         {
             "language_model": "deepseek_v2",
             "preset": "v2",
-            "model": {"param_dtype": "float32"},
+            "model": {"param_dtype": "float32", "remat": "layers"},
             "batch_size": 8_192,
             "num_tokens": 4_096,
             "optimizer": usual.optimizer,

@@ -24,8 +24,8 @@ def describe(plan: Plan) -> str:
         _row("average", _mib(plan.state.ema), "exact"),
         _row("activations, gradients and the rest of a step", _mib(plan.step.kept), _how(plan)),
         _row("in all", _mib(plan.total), "estimated"),
-        f"{_fitting(plan)}: {plan.share:.1%} of {room:g} GiB, {_state_share(plan):.1%} of it by the "
-        "state, which is exact",
+        f"{_fitting(plan)}: {plan.share:.1%} of {room:g} GiB, {_state_share(plan):.1%} of it by "
+        "the state, which is exact",
         _row("operations of a step", f"{plan.flops / 1e12:,.3f} TFLOP", "formula"),
     ]
     for (axes, op), num_bytes in sorted(plan.step.sent.items()):
