@@ -109,6 +109,9 @@ def test_operations_are_those_of_the_formula():
     assert fewer.process == run.flops.process * 3 // 4
     language = LanguageRun("moe", "tiny", 4, 9)
     assert language.flops.total == 4 * training_flops(make_config("moe", "tiny"), 9)
+    config = make_config("moe", "tiny")
+    again = dataclasses.replace(language, model={"remat": "layers"}).flops
+    assert again.total == 4 * (training_flops(config, 9) + config.body_flops(9))
 
 
 def test_an_axis_divides_no_more_than_it_can():

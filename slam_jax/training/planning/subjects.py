@@ -206,7 +206,11 @@ class LanguageRun:
 
     @property
     def flops(self) -> Flops:
-        return Flops(self.batch_size * training_flops(self.config, self.num_tokens), 0)
+        """Three forward passes; with remat "layers" a fourth of all but the head."""
+        a_row = training_flops(self.config, self.num_tokens)
+        if self.config.remat == "layers":
+            a_row += self.config.body_flops(self.num_tokens)
+        return Flops(self.batch_size * a_row, 0)
 
     def with_layers(self, layers: Mapping[str, int]) -> "LanguageRun":
         return dataclasses.replace(self, model={**(self.model or {}), **layers})
