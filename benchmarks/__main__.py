@@ -28,7 +28,6 @@ def main(arguments: list[str]) -> None:
     if arguments:
         raise InputError(f"argument {arguments[0]!r}; expected --only, --rounds or --quick")
     from benchmarks import BENCHMARKS, results, table
-    from benchmarks.ceilings import measure_ceilings
 
     names = ONLY.value or list(BENCHMARKS)
     for name in names:
@@ -37,14 +36,9 @@ def main(arguments: list[str]) -> None:
     require_count("--rounds", ROUNDS.value)
     rounds = 1 if QUICK.value else ROUNDS.value
     kept = not QUICK.value and rounds >= LEAST_ROUNDS
-    ceilings = measure_ceilings(QUICK.value)
-    print(
-        f"ceilings: {ceilings['matmul_flops'] / 1e9:,.0f} GFLOP/s by {ceilings['matmul_by']}, "
-        f"{ceilings['copy_bytes'] / 1e9:,.1f} GB/s by {ceilings['copy_by']}"
-    )
     failed = []
     for name in names:
-        entry, reason = run(name, rounds, QUICK.value, ceilings)
+        entry, reason = run(name, rounds, QUICK.value)
         if reason:
             failed.append(name)
         elif entry["rows"] and kept:
@@ -57,8 +51,9 @@ def main(arguments: list[str]) -> None:
         raise BenchmarkFailed(f"{', '.join(failed)}: see above; the figures before were kept")
 
 
-def run(name: str, rounds: int, quick: bool, ceilings: Any) -> tuple[Any, str | None]:
+def run(name: str, rounds: int, quick: bool) -> tuple[Any, str | None]:
     """The entry of a benchmark, and in a line why it failed, if it did."""
+    from benchmarks.ceilings import measure_ceilings
     from benchmarks.harness import Disagreement, Skipped, measure
     from benchmarks.results import make_entry
     from benchmarks.table import describe
@@ -66,7 +61,13 @@ def run(name: str, rounds: int, quick: bool, ceilings: Any) -> tuple[Any, str | 
 
     module, rows, reason = importlib.import_module(f"benchmarks.{name}"), [], None
     title = (module.__doc__ or name).splitlines()[0].rstrip(".")
-    print(f"{name}: {title}")
+    # Anew for each: an hour later the machine may be another.
+    ceilings = measure_ceilings(quick)
+    print(
+        f"{name}: {title}\n  ceilings: {ceilings['matmul_flops'] / 1e9:,.0f} GFLOP/s by "
+        f"{ceilings['matmul_by']}, {ceilings['copy_bytes'] / 1e9:,.1f} GB/s by "
+        f"{ceilings['copy_by']}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for comparison in module.comparisons(quick, folder):
             try:
