@@ -22,16 +22,14 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
         given = {"folder": saved, "rows": rows, "length": length}
         yield Comparison(
             f"standard in bfloat16, forward {rows} x {length}",
-            [
-                Arm("slam_jax", ours.forward, {**given, **_NARROW}),
-                Arm(
-                    "transformers",
-                    theirs.forward,
-                    {**given, "dtype": "bfloat16"},
-                    needs=theirs.NEEDS,
-                    aim=0.7,
-                ),
-            ],
+            theirs.beside(
+                ours.forward,
+                theirs.forward,
+                given,
+                0.7,
+                mine=_NARROW,
+                other={"dtype": "bfloat16"},
+            ),
             tolerance=0.1,
             repeats=3 if rows > 1 else 10,
             flops=forward_flops(config, rows, length),
@@ -39,16 +37,14 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
     given = {"folder": saved, "rows": 8, "length": length}
     yield Comparison(
         f"standard in bfloat16, training step 8 x {length}",
-        [
-            Arm("slam_jax", ours.training_step, {**given, "dtype": "bfloat16"}),
-            Arm(
-                "transformers",
-                theirs.training_step,
-                {**given, "autocast": True},
-                needs=theirs.NEEDS,
-                aim=0.7,
-            ),
-        ],
+        theirs.beside(
+            ours.training_step,
+            theirs.training_step,
+            given,
+            0.7,
+            mine={"dtype": "bfloat16"},
+            other={"autocast": True},
+        ),
         tolerance=0.02,
         checked=3,
         flops=training_flops(config, 8, length),

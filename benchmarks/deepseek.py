@@ -6,7 +6,7 @@ They keep the keys and values of every head; ours keeps the latents and works on
 from collections.abc import Iterator
 
 from benchmarks import ours, theirs
-from benchmarks.comparison import Arm, Comparison
+from benchmarks.comparison import Comparison
 from benchmarks.sizes import decoding_bytes, weights
 
 REPEATS, ROOM = 8, 128
@@ -19,10 +19,7 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
         given = {"folder": saved, "context": context}
         yield Comparison(
             f"deepseek_v2, one token after {context:,}",
-            [
-                Arm("slam_jax", ours.decoding, {**given, "room": ROOM}),
-                Arm("transformers", theirs.decoding, given, needs=theirs.NEEDS, aim=aim),
-            ],
+            theirs.beside(ours.decoding, theirs.decoding, given, aim, mine={"room": ROOM}),
             tolerance=1e-3,
             checked=3,
             repeats=REPEATS,

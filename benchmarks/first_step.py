@@ -4,6 +4,7 @@
 that a process before it has filled.
 """
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -60,6 +61,4 @@ def first_of_theirs(folder: str, rows: int, length: int, cache: str) -> Measured
 
 def _folder(cache: str) -> Any:
     """The one that is given, or a new one."""
-    import contextlib
-
     return contextlib.nullcontext(cache) if cache else tempfile.TemporaryDirectory()

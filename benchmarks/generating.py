@@ -76,10 +76,7 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
         here = {"folder": saved, **given}
         yield Comparison(
             title,
-            [
-                Arm("slam_jax", ours, here),
-                Arm("transformers", theirs.generation, here, needs=theirs.NEEDS, aim=2.0),
-            ],
+            theirs.beside(ours, theirs.generation, here, 2.0),
             tolerance=0.0,
             bytes_moved=new_tokens * decoding_bytes(config, length + new_tokens // 2),
         )

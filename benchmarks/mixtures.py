@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import ours, theirs
-from benchmarks.comparison import Arm, Comparison
+from benchmarks.comparison import Comparison
 from benchmarks.sizes import forward_flops, training_flops, weights
 
 # Of the seed size, which the registry has for the nine systems alone.
@@ -32,19 +32,13 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
         given = {"folder": saved, "rows": 8, "length": length}
         yield Comparison(
             f"{system}, forward 8 x {length}",
-            [
-                Arm("slam_jax", ours.forward, given),
-                Arm("transformers", theirs.forward, given, needs=theirs.NEEDS, aim=1.3),
-            ],
+            theirs.beside(ours.forward, theirs.forward, given, 1.3),
             tolerance=1e-3,
             flops=forward_flops(config, 8, length),
         )
         yield Comparison(
             f"{system}, training step 8 x {length}",
-            [
-                Arm("slam_jax", ours.training_step, given),
-                Arm("transformers", theirs.training_step, given, needs=theirs.NEEDS, aim=1.3),
-            ],
+            theirs.beside(ours.training_step, theirs.training_step, given, 1.3),
             tolerance=2e-3,
             checked=3,
             repeats=2,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from benchmarks import ours, theirs
-from benchmarks.comparison import Arm, Comparison
+from benchmarks.comparison import Comparison
 from benchmarks.sizes import forward_flops, training_flops, weights
 
 # Of all ratios; each by itself is to be 1.
@@ -17,17 +17,7 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
         given = {"folder": saved, "rows": rows, "length": length}
         yield Comparison(
             f"standard, forward {rows} x {length}",
-            [
-                Arm("slam_jax", ours.forward, given),
-                Arm("transformers", theirs.forward, given, needs=theirs.NEEDS, aim=1.0),
-                Arm(
-                    "torch.compile",
-                    theirs.forward,
-                    {**given, "compiled": True},
-                    needs=theirs.COMPILED_NEEDS,
-                    aim=1.0,
-                ),
-            ],
+            theirs.beside(ours.forward, theirs.forward, given, 1.0, compiled=True),
             tolerance=1e-3,
             repeats=3 if rows > 1 else 10,
             flops=forward_flops(config, rows, length),
@@ -35,17 +25,7 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
     given = {"folder": saved, "rows": 8, "length": length}
     yield Comparison(
         f"standard, training step 8 x {length}",
-        [
-            Arm("slam_jax", ours.training_step, given),
-            Arm("transformers", theirs.training_step, given, needs=theirs.NEEDS, aim=1.0),
-            Arm(
-                "torch.compile",
-                theirs.training_step,
-                {**given, "compiled": True},
-                needs=theirs.COMPILED_NEEDS,
-                aim=1.0,
-            ),
-        ],
+        theirs.beside(ours.training_step, theirs.training_step, given, 1.0, compiled=True),
         tolerance=1e-3,
         checked=3,
         flops=training_flops(config, 8, length),

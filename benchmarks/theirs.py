@@ -2,14 +2,39 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from benchmarks.comparison import Arm
 from benchmarks.ours import LEARNING_RATE, WEIGHT_DECAY, tokens
 
 Call = Callable[[], Any]
 NEEDS = ("torch", "transformers")
 COMPILED_NEEDS = (*NEEDS, "g++")  # with which torch.compile builds what it writes
+
+
+def beside(
+    ours: Callable[..., Call],
+    build: Callable[..., Call],
+    given: Mapping[str, Any],
+    aim: float,
+    *,
+    mine: Mapping[str, Any] = {},
+    other: Mapping[str, Any] = {},
+    compiled: bool = False,
+) -> list[Arm]:
+    """Our arm and the one of transformers; `mine` and `other` are what only one of them is given.
+
+    compiled: a third is the second by torch.compile.
+    """
+    arms = [
+        Arm("slam_jax", ours, {**given, **mine}),
+        Arm("transformers", build, {**given, **other}, needs=NEEDS, aim=aim),
+    ]
+    if compiled:
+        given = {**given, **other, "compiled": True}
+        arms.append(Arm("torch.compile", build, given, needs=COMPILED_NEEDS, aim=aim))
+    return arms
 
 
 def torch() -> Any:

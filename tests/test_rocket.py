@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -179,6 +180,65 @@ def test_what_is_not_timed_may_run_side_by_side(tmp_path, monkeypatch):
         "second",
         "extra",
     }
+
+
+def test_the_next_task_starts_when_one_ends(tmp_path, monkeypatch):
+    """The first of `a` takes until both of `b` are done."""
+    over = threading.Event()
+
+    def run_job(what, system, settings, folder, *, arguments, **others):
+        if (system, arguments["label"]) == ("a", "first"):
+            assert over.wait(30)
+        if (system, arguments["label"]) == ("b", "second"):
+            over.set()
+        return {}
+
+    monkeypatch.setattr("slam_jax.rocket.engine.run_job", run_job)
+    run(Pretended(("a", "b"), timed=False), tmp_path, jobs=2)
+
+
+@pytest.mark.parametrize(
+    ("timed", "jobs", "expected"),
+    [
+        (False, 2, {(0, 2), (1, 3)}),  # of four cores
+        (True, 2, {()}),
+        (False, 1, {()}),
+        (False, 5, {()}),
+    ],
+)
+def test_what_is_not_timed_has_its_share_of_the_cores(tmp_path, monkeypatch, timed, jobs, expected):
+    shares = set()
+
+    def run_job(what, system, settings, folder, *, cores, **others):
+        shares.add(tuple(cores))
+        return {}
+
+    monkeypatch.setattr("slam_jax.rocket.engine.run_job", run_job)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    run(Pretended(("a", "b"), timed=timed), tmp_path, jobs=jobs)
+    assert shares == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no cores can be chosen here")
+def test_a_process_runs_on_its_cores_alone(tmp_path, monkeypatch):
+    import slam_jax.rocket.jobs as jobs
+
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, os, pathlib, sys, time\n"
+        "time.sleep(0.5)\n"
+        "cores = sorted(os.sched_getaffinity(0))\n"
+        "pathlib.Path(sys.argv[2]).write_text(json.dumps({'cores': cores}))\n"
+    )
+    started = jobs.subprocess.Popen
+    monkeypatch.setattr(
+        jobs.subprocess,
+        "Popen",
+        lambda command, **kw: started([command[0], str(worker), *command[3:]], **kw),
+    )
+    last = max(os.sched_getaffinity(0))
+    assert job(tmp_path, cores=[last]) == {"cores": [last]}
+    assert job(tmp_path) == {"cores": sorted(os.sched_getaffinity(0))}
 
 
 @pytest.mark.parametrize(("models", "timed"), [(("a", "b"), True), (("a",), False)])

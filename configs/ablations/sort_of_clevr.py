@@ -5,9 +5,9 @@
 
 Fourteen models, three seeds each, trained alike: first on tables, then on scenes of which three
 objects stand in a text and three in a table, so that two streams have to be brought together. Small
-and without images, for two CPU cores: with
-`--config.base.data.stages=..` the same is measured on any other mix. It has not been run
-as a whole yet: no duration or score stands here.
+and without images, for two CPU cores, where a run takes minutes; with
+`--config.base.data.stages=..` the same is measured on any other mix. docs/ablations.md has what
+came out: with four processes 84.4% of all questions right, with one or two 84.4 to 85.2%.
 
 One and two processes are widened, in their MLPs alone, to the parameters or to the forward
 operations of four (tests/test_ablation.py holds them to 1%); `one_process_deep` has the four layers
