@@ -329,6 +329,20 @@ def test_bfloat16_products_and_their_gradients_are_summed_in_float32(monkeypatch
     close(layer_gradient.kernel[0], 1_000 * jnp.arange(1.0, 4.0), 1e-2)
 
 
+def test_on_a_cpu_bfloat16_products_are_asked_for_in_float32(monkeypatch):
+    """One on the way there and two on the way back; in any other form they are slower there."""
+    monkeypatch.setattr("slam_jax.layers.linear.on_cpu", lambda: True)
+    layer = Linear(5, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+
+    def total(layer, x):
+        return layer(x).sum(dtype=jnp.float32)
+
+    traced = jax.make_jaxpr(jax.grad(total, (0, 1)))(layer, jnp.ones((2, 5), jnp.bfloat16))
+    products = [each for each in traced.eqns if each.primitive.name == "dot_general"]
+    dtypes = [[v.aval.dtype for v in (*each.invars, *each.outvars)] for each in products]
+    assert dtypes == 3 * [[jnp.bfloat16, jnp.bfloat16, jnp.float32]]
+
+
 def test_linear_starts_as_lecun_normal_times_its_scale():
     layer = Linear((8, 50), (20, 30), init_scale=0.5, rngs=nnx.Rngs(0))
     assert layer.bias is None
