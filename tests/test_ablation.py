@@ -92,7 +92,12 @@ SETTINGS = AblationSettings(
         "run": {"num_steps": 3},
         "model": {"num_processes": 4},
     },
-    variants={"whole": {}, "worse": {"model.num_processes": 1}, "same": {}, "broken": {}},
+    variants={
+        "whole": {},
+        "worse": {"model.num_processes": 1},
+        "same": {"model.without": ["mean", "concat"]},
+        "broken": {},
+    },
     seeds=(0, 1),
 )
 
@@ -155,6 +160,7 @@ def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
     page = make_page(board)
     text, whole = markdown(page), html(page)
     assert "| worse | num_processes 1 | 100 | 5.00 | 12.00 |" in text
+    assert "| same | without mean, concat |" in text
     assert "- broken: took more than 9 s" in text and "(-11" in text and " * |" in text
     assert "<svg" in whole and "made up, 3 steps of 2 examples (from step 0 on aux 1)" in whole
     del board["rows"][1]["difference"]

@@ -86,7 +86,10 @@ _COLUMNS = (
 
 def _cells(row: Json) -> tuple[str, ...]:
     difference, flops = row["difference"], list(row["flops"].values())
-    changes = ", ".join(f"{name.split('.')[-1]} {to}" for name, to in row["changes"].items())
+    changes = ", ".join(
+        f"{name.split('.')[-1]} {', '.join(to) if isinstance(to, list) else to}"
+        for name, to in row["changes"].items()
+    )
     seconds = [run["train_seconds"] for run in row["runs"]]
     return (
         row["system"],
