@@ -40,7 +40,7 @@ def main() -> None:
         "parameters": (told.state.params, on_one_device(state.params)),
         "optimizer": (told.state.opt_state, on_one_device(state.opt_state)),
         "average": (told.state.ema, on_one_device(state.ema)),
-        "beside, in a step": (told.step.kept, compiled.memory_analysis().temp_size_in_bytes),
+        "beside, in a step": (told.step.taken, compiled.memory_analysis().temp_size_in_bytes),
     }
     print(f"{'':<20}{'the plan':>14}{'the run':>14}  plan / run")
     for name, (planned, real) in rows.items():

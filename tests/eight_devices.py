@@ -369,15 +369,15 @@ LAYERS = {"model.num_process_layers": 4, "model.num_decoder_layers": 3}
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", list(SIZES))
 def test_what_many_layers_send_is_told_from_one_and_two(axis):
-    """Of all axes the bytes are those of the whole program; what it keeps is near."""
+    """Bytes sent and kept are those of the whole program; what it takes is near."""
     experiment = experiment_of({"data": 1}, **LAYERS)
     mesh = mesh_of(**{axis: SIZES[axis]})
     run = SlamV3Run(experiment, VOCAB, shaped(make_batch(np.float32)))
     told, layers = extrapolated(run, functools.partial(compiled_step, mesh=mesh))
     assert [tuple(each.values()) for each in layers] == [(1, 1), (2, 1), (1, 2)]
     whole = compiled_step(run, mesh)
-    assert whole.sent == told.sent
-    assert whole.kept == pytest.approx(told.kept, rel=0.1)
+    assert whole.sent == told.sent and whole.activations == told.activations
+    assert whole.taken == pytest.approx(told.taken, rel=0.1)
 
 
 @pytest.mark.slow
@@ -386,7 +386,20 @@ def test_what_many_layers_of_a_language_model_send_is_told_from_two(name):
     mesh = mesh_of(fsdp=2, tensor=2)
     run = LanguageRun(name, "tiny", 4, 16, {"num_layers": 5})
     told, _ = extrapolated(run, functools.partial(compiled_step, mesh=mesh))
-    assert told.sent == compiled_step(run, mesh).sent
+    whole = compiled_step(run, mesh)
+    assert whole.sent == told.sent and whole.activations == told.activations
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_devices_share_the_activations_of_a_batch(axis):
+    """The less of them is kept, the more is made anew; what a device keeps is its rows' alone."""
+    told = []
+    for remat in (None, "maps", "layers"):
+        run = LanguageRun("standard", "tiny", 8, 16, {"remat": remat})
+        whole = compiled_step(run, None).activations
+        assert compiled_step(run, mesh_of(**{axis: 4})).activations * 4 == whole
+        told.append(whole)
+    assert told == sorted(told, reverse=True)
 
 
 def test_a_search_plans_the_cheapest_mesh_that_fits(monkeypatch):
@@ -396,10 +409,10 @@ def test_a_search_plans_the_cheapest_mesh_that_fits(monkeypatch):
 
     def planned(subject: Any, mesh: Any, machine: Machine, state: Any) -> Any:
         asked.append(tuple(mesh.shape.values()))
-        kept = 2**40 if mesh.shape["data"] == 8 else 0
+        many = 2**40 if mesh.shape["data"] == 8 else 0
         return real._replace(
             sizes=dict(mesh.shape),
-            step=real.step._replace(kept=kept),
+            step=real.step._replace(taken=many, activations=many),
             flops=1e12 * (1 + mesh.shape["fsdp"] + 2 * mesh.shape["tensor"]),
         )
 
@@ -410,7 +423,7 @@ def test_a_search_plans_the_cheapest_mesh_that_fits(monkeypatch):
     assert found.plans[0].sizes == {"data": 4, "fsdp": 1, "process": 1, "tensor": 2} or (
         found.plans[0].sizes == {"data": 4, "fsdp": 2, "process": 1, "tensor": 1}
     )
-    assert not found.plans[-1].fits and found.plans[-1].sizes["data"] == 8
+    assert found.plans[-1].fits is False and found.plans[-1].sizes["data"] == 8
     seconds = [plan.step_seconds for plan in found.plans[:-1]]
     assert seconds == sorted(seconds)
     asked.clear()

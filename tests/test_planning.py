@@ -5,18 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from slam_jax.data import Batch
 from slam_jax.errors import ConfigError
 from slam_jax.language_models import make_config
 from slam_jax.language_models.flops import training_flops
+from slam_jax.layers.linear import Linear
 from slam_jax.slam_v3 import Inputs
 from slam_jax.slam_v3.flops import decode_flops, encode_flops
-from slam_jax.training import Experiment, default_config, read_config
+from slam_jax.training import Experiment, default_config, merge_model, read_config, split_model
 from slam_jax.training.planning import LanguageRun, Machine, Plan, SlamV3Run, describe, subject_of
-from slam_jax.training.planning.compiled import Step, extrapolated
+from slam_jax.training.planning.compiled import Step, extrapolated, kept_for_gradients
 from slam_jax.training.planning.meshes import factors
 from slam_jax.training.planning.plans import StateBytes
 
@@ -40,10 +43,11 @@ def run_of(**changes: Any) -> SlamV3Run:
     return SlamV3Run(Experiment.from_config(config), 13, batch)
 
 
-def plan_of(kept: int = 0, **sent: int) -> Plan:
+def plan_of(taken: int = 0, activations: int = 0, **sent: int) -> Plan:
     """2 GiB of parameters and 4 of optimizer on devices of 1 GiB."""
     told = {((name,), "all-reduce"): num_bytes for name, num_bytes in sent.items()}
-    return Plan(SIZES, StateBytes(2**31, 2**32, 0), Step(kept, told), 2e12, MACHINE, [{}])
+    step = Step(taken, activations, told)
+    return Plan(SIZES, StateBytes(2**31, 2**32, 0), step, 2e12, MACHINE, [{}])
 
 
 def test_a_ring_within_a_host_has_its_links_and_one_beyond_it_the_cards():
@@ -84,15 +88,39 @@ def test_a_step_is_its_operations_and_what_it_sends():
 
 
 def test_a_plan_says_whether_it_fits_and_what_is_exact():
-    plan = plan_of(kept=2**30)
-    assert not plan.fits and plan.share == 7.0
-    text = describe(plan)
-    assert "does not fit: 700.0% of 1 GiB, 600.0% of it by the state, which is exact" in text
-    large = plan._replace(machine=dataclasses.replace(MACHINE, device_memory_gib=14.0))
-    assert large.fits and "fits: 50.0% of 14 GiB" in describe(large)
-    rows = {line.split()[0]: line.split()[-1] for line in text.splitlines()[1:5]}
-    assert rows["parameters"] == rows["optimizer"] == rows["average"] == "exact"
+    """Needed are 9 GiB: the state, gradients of 2 and activations of 1; taken are 26."""
+    plan = plan_of(taken=20 * 2**30, activations=2**30)
+
+    def of_memory(gib: float) -> Plan:
+        return plan._replace(machine=dataclasses.replace(MACHINE, device_memory_gib=gib))
+
+    told = {gib: of_memory(gib).fits for gib in (8.9, 9.0, 25.9, 26.0)}
+    assert told == {8.9: False, 9.0: None, 25.9: None, 26.0: True}
+    assert "may fit: 90.0% of 10 GiB are needed, 260.0% are taken here" in describe(of_memory(10.0))
+    assert "does not fit: 900.0% of 1 GiB are needed" in describe(plan)
+    text = describe(of_memory(52.0))
+    assert "\nfits: 17.3% of 52 GiB" in text
+    rows = {line.split()[0]: line.split()[-1] for line in text.splitlines()[1:8]}
+    for name in ("parameters", "optimizer", "average", "gradients"):
+        assert rows[name] == "exact"
+    assert rows["activations"] == rows["needed"] == "counted" and rows["taken"] == "estimated"
     assert "1,024 virtual" not in text and "for all 64 virtual CPU devices" in text
+
+
+def test_activations_are_what_differentiation_keeps_of_the_examples():
+    """Of exp(x W) masked: x for the gradient of W, the exponential for its own, and no mask."""
+
+    graphdef, params = split_model(Linear(3, 5, rngs=nnx.Rngs(0)))
+
+    def loss(params: Any, x: Any) -> Any:
+        y = jnp.exp(merge_model(graphdef, params)(x))
+        return jnp.sum(jnp.where(jnp.arange(5) < 3, y, 0.0))
+
+    kept = kept_for_gradients(loss, params, jax.ShapeDtypeStruct((4, 3), jnp.float32))
+    assert sorted((x.shape, str(x.dtype)) for x in kept) == [
+        ((4, 3), "float32"),
+        ((4, 5), "float32"),
+    ]
 
 
 def test_operations_are_those_of_the_formula():
@@ -129,7 +157,7 @@ def test_layers_are_added_from_the_first_two():
         model = run.experiment.model
         deep, wide = model.num_process_layers, model.num_decoder_layers
         sent = {(("data",), "all-reduce"): 7 + 3 * deep, (("fsdp",), "all-gather"): 11 * wide - 11}
-        return Step(100 + 10 * deep + wide, sent)
+        return Step(100 + 10 * deep + wide, 7 * deep + 13 * wide, sent)
 
     told, layers = extrapolated(run, measure)
     assert told == measure(run)

@@ -28,9 +28,9 @@ class StateBytes(NamedTuple):
 class Plan(NamedTuple):
     """Of one device; bytes and floating-point operations of a step.
 
-    sizes: axis -> devices along it. state: exact, from the shardings. step: what XLA:CPU takes
-    beside, activations and gradients most of all, and what a step sends, in the program as it is
-    compiled for as many CPU devices; other compilers may merge or move some of it.
+    sizes: axis -> devices along it. state: exact, from the shardings. step: from the program as it
+    is compiled for as many CPU devices; other compilers may merge or move some of what it sends,
+    and mind memory more than this one does.
     layers: with how many layers of which kind the programs were, from which it is extrapolated;
     one empty entry where the whole model was compiled.
     """
@@ -43,17 +43,25 @@ class Plan(NamedTuple):
     layers: Sequence[Mapping[str, int]]
 
     @property
-    def total(self) -> int:
-        return sum(self.state) + self.step.kept
+    def needed(self) -> int:
+        """What stands at the end of a forward pass, and the gradients; the weights that layers
+        gather, and what they make anew, come on top of it."""
+        return sum(self.state) + self.state.params + self.step.activations
 
     @property
-    def share(self) -> float:
+    def taken(self) -> int:
+        """The same with all that XLA:CPU has at once, which does not put off what takes memory."""
+        return sum(self.state) + self.step.taken
+
+    def share(self, num_bytes: int) -> float:
         """Of the memory of a device."""
-        return self.total / (self.machine.device_memory_gib * 2**30)
+        return num_bytes / (self.machine.device_memory_gib * 2**30)
 
     @property
-    def fits(self) -> bool:
-        return self.share <= 1
+    def fits(self) -> bool | None:
+        """None where it depends on the compiler."""
+        by_each = {self.share(num_bytes) <= 1 for num_bytes in (self.needed, self.taken)}
+        return by_each.pop() if len(by_each) == 1 else None
 
     @property
     def seconds(self) -> dict[str, float]:

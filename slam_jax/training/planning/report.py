@@ -7,11 +7,14 @@ from slam_jax.training.planning.meshes import Found
 from slam_jax.training.planning.plans import Plan
 
 _LEGEND = """\
-exact: from shapes and shardings. formula: matrix products and convolutions of each device.
+exact: from shapes and shardings; gradients stand as parameters do. formula: matrix products and
+  convolutions of each device.
+counted: the arrays that differentiation keeps, each where XLA has it stand; what is
+  made anew is not among them, nor are weights that were gathered.
 compiled: read from the step as XLA compiles it for {count} virtual CPU devices{depth};
   other compilers may merge or move some of it.
-estimated: memory as XLA:CPU would take it; times at the assumed speeds, collectives as rings, one
-  after the other and after the operations."""
+estimated: all that XLA:CPU's program has at once; times at the assumed speeds, collectives as
+  rings, one after the other and after the operations."""
 
 
 def describe(plan: Plan) -> str:
@@ -22,10 +25,12 @@ def describe(plan: Plan) -> str:
         _row("parameters", _mib(plan.state.params), "exact"),
         _row("optimizer", _mib(plan.state.opt_state), "exact"),
         _row("average", _mib(plan.state.ema), "exact"),
-        _row("activations, gradients and the rest of a step", _mib(plan.step.kept), _how(plan)),
-        _row("in all", _mib(plan.total), "estimated"),
-        f"{_fitting(plan)}: {plan.share:.1%} of {room:g} GiB, {_state_share(plan):.1%} of it by "
-        "the state, which is exact",
+        _row("gradients", _mib(plan.state.params), "exact"),
+        _row("activations kept for the backward pass", _mib(plan.step.activations), "counted"),
+        _row("needed for all these", _mib(plan.needed), "counted"),
+        _row("taken by the program as it is compiled here", _mib(plan.taken), "estimated"),
+        f"{_fitting(plan)}: {plan.share(plan.needed):.1%} of {room:g} GiB are needed, "
+        f"{plan.share(plan.taken):.1%} are taken here",
         _row("operations of a step", f"{plan.flops / 1e12:,.3f} TFLOP", "formula"),
     ]
     for (axes, op), num_bytes in sorted(plan.step.sent.items()):
@@ -51,10 +56,11 @@ def describe_search(found: Found) -> str:
     for plan in found.plans:
         lines.append(
             f"  {mesh_name(plan.sizes):<52}{1e3 * plan.step_seconds:>14,.3f} ms"
-            f"{plan.total / 2**30:>10,.1f} GiB  {_fitting(plan)}"
+            f"{plan.needed / 2**30:>10,.1f} GiB needed{plan.taken / 2**30:>10,.1f} GiB taken  "
+            f"{_fitting(plan)}"
         )
     best = found.plans[0]
-    none = "none of these fits; the fastest:" if not best.fits else "the best of these:"
+    none = "none of these fits; the fastest:" if best.fits is False else "the best of these:"
     return "\n".join([*lines, none, describe(best)])
 
 
@@ -70,16 +76,8 @@ def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.3f} MiB"
 
 
-def _how(plan: Plan) -> str:
-    return "estimated, from two depths" if any(plan.layers) else "estimated, compiled"
-
-
 def _fitting(plan: Plan) -> str:
-    return "fits" if plan.fits else "does not fit"
-
-
-def _state_share(plan: Plan) -> float:
-    return sum(plan.state) / (plan.machine.device_memory_gib * 2**30)
+    return {True: "fits", None: "may fit", False: "does not fit"}[plan.fits]
 
 
 def _depth(plan: Plan) -> str:

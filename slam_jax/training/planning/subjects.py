@@ -1,8 +1,9 @@
 """What can be planned: a run of SLAM v3, or the training of a language model."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from slam_jax.language_models.flops import training_flops
 from slam_jax.language_models.registry import make_config, make_model
 from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
 from slam_jax.training.experiment import Experiment
-from slam_jax.training.losses import language_model_loss
+from slam_jax.training.losses import language_model_loss, slam_v3_loss
 from slam_jax.training.mesh import MeshConfig
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
 from slam_jax.training.start import jit_step, require_even, state_shapes
@@ -107,6 +108,15 @@ class SlamV3Run:
         processes = model.num_process_layers * layer
         passes = 4 if model.remat == "layers" else 3
         return Flops(passes * rows * total, passes * rows * processes)
+
+    @property
+    def part(self) -> Batch:
+        """What of the batch is taken at once."""
+        return _first_part(self.batch, self.experiment.optimizer.accumulate_steps)
+
+    @property
+    def loss(self) -> Callable[..., Any]:
+        return functools.partial(slam_v3_loss, config=self.experiment.loss)
 
     def with_layers(self, layers: Mapping[str, int]) -> "SlamV3Run":
         own = {name: count for name, count in layers.items() if name in _LAYERS}
@@ -212,6 +222,15 @@ class LanguageRun:
             a_row += self.config.body_flops(self.num_tokens)
         return Flops(self.batch_size * a_row, 0)
 
+    @property
+    def part(self) -> jax.ShapeDtypeStruct:
+        """What of the batch is taken at once."""
+        return _first_part(self.batch, self.optimizer.accumulate_steps)
+
+    @property
+    def loss(self) -> Callable[..., Any]:
+        return language_model_loss
+
     def with_layers(self, layers: Mapping[str, int]) -> "LanguageRun":
         return dataclasses.replace(self, model={**(self.model or {}), **layers})
 
@@ -230,7 +249,7 @@ class LanguageRun:
         options = self.optimizer
         step_fn = make_train_step(
             graphdef,
-            language_model_loss,
+            self.loss,
             make_optimizer(options, _STEPS),
             ema_decay=options.ema_decay,
             accumulate_steps=options.accumulate_steps,
@@ -244,6 +263,12 @@ class LanguageRun:
         parts = self.optimizer.accumulate_steps * mesh.shape["data"] * mesh.shape["fsdp"]
         even = f"a multiple of {parts}, optimizer.accumulate_steps times mesh.data times mesh.fsdp"
         require(self.batch_size % parts == 0, "batch_size", self.batch_size, even)
+
+
+def _first_part(batch: Any, parts: int) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype), batch
+    )
 
 
 _STEPS = 1_000  # of the schedule, whose shapes do not depend on it
