@@ -1,5 +1,6 @@
 """Rows sorted by expert, in blocks of one size, each for one expert: exact whatever the loads."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,13 +15,14 @@ Kernels = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F 
 class Blocks(NamedTuple):
     """G blocks of S places.
 
-    owners: the expert of each block. used: how many of the blocks, from the first on, have choices.
+    owners: the expert of each block. ends: the block after the last one of each expert; those from
+    the last of them on have no choices.
     places: of each choice, among all G S; beyond them for one that goes nowhere. choices: in each
     place, beyond the last where it is empty.
     """
 
     owners: Int[Array, "G"]
-    used: Int[Array, ""]
+    ends: Int[Array, "E"]
     places: Int[Array, "R"]
     choices: Int[Array, "G S"]
 
@@ -37,7 +39,7 @@ def cut(experts: Int[Array, "R"], num_experts: int, size: int) -> Blocks:
     places = starts.at[experts].get(mode="fill", fill_value=nowhere) + before
     choices = jnp.full(nowhere, experts.size).at[places].set(jnp.arange(experts.size), mode="drop")
     owners = jnp.minimum(owners, num_experts - 1)
-    return Blocks(owners, ends[-1], places, choices.reshape(-1, size))
+    return Blocks(owners, ends, places, choices.reshape(-1, size))
 
 
 def ranks(experts: Int[Array, "R"], num_experts: int) -> tuple[Int[Array, "R"], Int[Array, "E"]]:
@@ -82,43 +84,58 @@ def gated_mlp(x: Float[Array, "G S D"], blocks: Blocks, kernels: Kernels) -> Flo
 def looped_gated_mlp(
     x: Float[Array, "G S D"], blocks: Blocks, kernels: Kernels
 ) -> Float[Array, "G S D"]:
-    """`gated_mlp`, block after block as far as they are used: none has a copy of its owner's
-    kernels, nor a gradient."""
+    """`gated_mlp`, block after block as far as they are used, one expert after the other: none has
+    a copy of its owner's kernels, nor a gradient."""
     return _looped_forward(x, blocks, kernels)[0]
 
 
 def _looped_forward(x, blocks, kernels):
-    def block(i, results):
-        gate, up, down = (kernel[blocks.owners[i]] for kernel in kernels)
-        gate, up = x[i] @ gate, x[i] @ up
-        new = (swiglu(gate, up) @ down, gate, up)
-        return tuple(result.at[i].set(each) for result, each in zip(results, new, strict=True))
+    def expert(results, own):
+        start, end, (gate, up, down) = own
+
+        def block(i, results):
+            into = (x[i] @ gate, x[i] @ up)
+            new = (swiglu(*into) @ down, *into)
+            return tuple(result.at[i].set(each) for result, each in zip(results, new, strict=True))
+
+        return jax.lax.fori_loop(start, end, block, results), None
 
     hidden = jnp.zeros((*x.shape[:2], kernels[0].shape[-1]), x.dtype)
-    y, *inner = jax.lax.fori_loop(0, blocks.used, block, (jnp.zeros_like(x), hidden, hidden))
+    first = (jnp.zeros_like(x), hidden, hidden)
+    (y, *inner), _ = jax.lax.scan(expert, first, (*_bounds(blocks), kernels))
     return y, (x, blocks, kernels, *inner)
 
 
 def _looped_backward(kept, dy):
     x, blocks, kernels, *inner = kept
+    back = functools.partial(jnp.einsum, "so,io->si")  # a transpose would be copied
 
-    def block(i, results):
-        dx, *totals = results
-        owner, (gate, up) = blocks.owners[i], (each[i] for each in inner)
-        to_gate, to_up, to_down = (kernel[owner].T for kernel in kernels)
-        h, pull = jax.vjp(swiglu, gate, up)
-        dgate, dup = pull(dy[i] @ to_down)
-        products = ((x[i], dgate), (x[i], dup), (h, dy[i]))
-        totals = (
-            total.at[owner].add(jnp.dot(one.T, other, preferred_element_type=wide(x.dtype)))
-            for total, (one, other) in zip(totals, products, strict=True)
-        )
-        return dx.at[i].set(dgate @ to_gate + dup @ to_up), *totals
+    def expert(dx, own):
+        start, end, each = own
+        gate, up, down = each
 
-    zeros = (jnp.zeros(kernel.shape, wide(kernel.dtype)) for kernel in kernels)
-    dx, *totals = jax.lax.fori_loop(0, blocks.used, block, (jnp.zeros_like(x), *zeros))
-    like = tuple(total.astype(kernel.dtype) for total, kernel in zip(totals, kernels, strict=True))
-    return dx, None, like
+        def block(i, results):
+            dx, *totals = results
+            h, pull = jax.vjp(swiglu, *(one[i] for one in inner))
+            dgate, dup = pull(back(dy[i], down))
+            products = ((x[i], dgate), (x[i], dup), (h, dy[i]))
+            totals = (
+                total + jnp.dot(one.T, other, preferred_element_type=total.dtype)
+                for total, (one, other) in zip(totals, products, strict=True)
+            )
+            return dx.at[i].set(back(dgate, gate) + back(dup, up)), *totals
+
+        zeros = (jnp.zeros(kernel.shape, wide(kernel.dtype)) for kernel in each)
+        dx, *totals = jax.lax.fori_loop(start, end, block, (dx, *zeros))
+        return dx, [total.astype(kernel.dtype) for total, kernel in zip(totals, each, strict=True)]
+
+    dx, totals = jax.lax.scan(expert, jnp.zeros_like(x), (*_bounds(blocks), kernels))
+    return dx, None, tuple(totals)
+
+
+def _bounds(blocks: Blocks) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
+    """The first block of each expert, and the one after its last."""
+    return jnp.append(0, blocks.ends[:-1]), blocks.ends
 
 
 looped_gated_mlp.defvjp(_looped_forward, _looped_backward)

@@ -114,20 +114,24 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         take = gradients if accumulate_steps == 1 else accumulated
         grads, loss = take(state.params, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema_decay is not None:
-            # The average forgets its random start first, then settles.
-            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-            ema = optax.incremental_update(params, ema, 1.0 - decay)
         grad_norm = optax.tree.norm(grads)
         bad = ~(jnp.isfinite(loss.total) & jnp.isfinite(grad_norm))
-        params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(bad, old, new),
-            (params, opt_state, ema),
-            (state.params, state.opt_state, state.ema),
-        )
+
+        def update(i, old):
+            params, opt_state, ema = old
+            # Or XLA would take what is made of gradients alone out of the loop, into memory.
+            varying = jax.tree.map(lambda x: jnp.where(i == 0, x, 0), grads)
+            updates, opt_state = optimizer.update(varying, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            if ema_decay is not None:
+                # The average forgets its random start first, then settles.
+                decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+                ema = optax.incremental_update(params, ema, 1.0 - decay)
+            return params, opt_state, ema
+
+        # Once or not at all, in place: a choice between old and new would copy the optimizer state.
+        old = (state.params, state.opt_state, state.ema)
+        params, opt_state, ema = jax.lax.fori_loop(0, jnp.where(bad, 0, 1), update, old)
         bad_steps = jnp.where(bad, state.bad_steps + 1, 0)
         state = TrainState(
             step=state.step + 1,
