@@ -127,8 +127,9 @@ class Experts(nnx.Module):
         """For a few tokens: reads the kernels of their experts only."""
         experts = jnp.minimum(experts, len(kernels[0]) - 1)
         gate, up, down = (kernel[experts] for kernel in kernels)
-        x = rows.astype(self.dtype)
-        h = swiglu(jnp.einsum("rd,rkdf->rkf", x, gate), jnp.einsum("rd,rkdf->rkf", x, up))
+        # A row for each choice: one row for all its choices would have their kernels transposed.
+        x = jnp.broadcast_to(rows.astype(self.dtype)[:, None], (*experts.shape, rows.shape[-1]))
+        h = swiglu(jnp.einsum("rkd,rkdf->rkf", x, gate), jnp.einsum("rkd,rkdf->rkf", x, up))
         y = jnp.einsum("rkf,rkfd->rkd", h, down)
         return jnp.einsum("rk,rkd->rd", weights, y.astype(wide(y.dtype)))
 
