@@ -49,7 +49,9 @@ def latent_attention_weights(
     # Heads first throughout, as in `attend`.
     if absorbed:
         q = jnp.einsum("...tnh,rnh->...ntr", q, w_uk)
-        logits = jnp.einsum("...ntr,...sr->...nts", q, latents, **sums)
+        # Latents first: the few queries are then laid out anew for the product, not the latents.
+        logits = jnp.einsum("...sr,...ntr->...snt", latents, q, **sums)
+        logits = jnp.moveaxis(logits, -3, -1)
     else:
         q, k = jnp.swapaxes(q, -2, -3), jnp.swapaxes(project(latents, w_uk), -2, -3)
         logits = jnp.einsum("...nth,...nsh->...nts", q, k, **sums)
