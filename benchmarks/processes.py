@@ -15,9 +15,8 @@ _TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 
 def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
     many, length = (2, 8) if quick else (64, 100)
-    preset = "tiny" if quick else "small"
-    for rows in (many, 1):
-        given = {"preset": preset, "rows": rows, "length": length}
+    for rows in (1, many):
+        given = {"preset": "tiny" if quick else "small", "rows": rows, "length": length}
         yield Comparison(
             f"four processes, {rows} x {length} tokens, gradient",
             [
@@ -27,9 +26,8 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
             tolerance=1e-4,
             repeats=3 if rows == many else 20,
         )
-    given, shown = {**given, "rows": many}, f"{many} x {length} tokens, gradient"
     yield Comparison(
-        f"four processes, {shown}, two virtual devices",
+        f"four processes, {many} x {length} tokens, gradient, two virtual devices",
         [
             Arm("mesh.process=2", gradient, {**given, "devices": 2}, _TWO_DEVICES),
             Arm("one device", gradient, given, aim=1.0),

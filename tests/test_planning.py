@@ -94,8 +94,8 @@ def test_a_plan_says_whether_it_fits_and_what_is_exact():
     def of_memory(gib: float) -> Plan:
         return plan._replace(machine=dataclasses.replace(MACHINE, device_memory_gib=gib))
 
-    told = {gib: of_memory(gib).fits for gib in (8.9, 9.0, 25.9, 26.0)}
-    assert told == {8.9: False, 9.0: None, 25.9: None, 26.0: True}
+    told = {gib: of_memory(gib).exceeding for gib in (8.9, 9.0, 25.9, 26.0)}
+    assert told == {8.9: 2, 9.0: 1, 25.9: 1, 26.0: 0}
     assert "may fit: 90.0% of 10 GiB are needed, 260.0% are taken here" in describe(of_memory(10.0))
     assert "does not fit: 900.0% of 1 GiB are needed" in describe(plan)
     text = describe(of_memory(52.0))
@@ -108,13 +108,14 @@ def test_a_plan_says_whether_it_fits_and_what_is_exact():
 
 
 def test_activations_are_what_differentiation_keeps_of_the_examples():
-    """Of exp(x W) masked: x for the gradient of W, the exponential for its own, and no mask."""
-
+    """Of exp(x W) masked: x for the gradient of W, the exponential for its own; no mask, and not
+    what the square of W keeps."""
     graphdef, params = split_model(Linear(3, 5, rngs=nnx.Rngs(0)))
 
     def loss(params: Any, x: Any) -> Any:
         y = jnp.exp(merge_model(graphdef, params)(x))
-        return jnp.sum(jnp.where(jnp.arange(5) < 3, y, 0.0))
+        decay = jnp.sum(jnp.square(params["kernel"]))
+        return decay + jnp.sum(jnp.where(jnp.arange(5) < 3, y, 0.0))
 
     kept = kept_for_gradients(loss, params, jax.ShapeDtypeStruct((4, 3), jnp.float32))
     assert sorted((x.shape, str(x.dtype)) for x in kept) == [

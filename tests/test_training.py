@@ -167,8 +167,12 @@ def nan_gradient(parts, model):
     return parts.total + jnp.sqrt(bias - bias)
 
 
+@pytest.mark.parametrize("cpu", [True, False])
 @pytest.mark.parametrize("poison", [nan_loss, nan_gradient])
-def test_a_step_that_is_not_finite_is_one_that_never_was(build, batch, loss, poison):
+def test_a_step_that_is_not_finite_is_one_that_never_was(
+    build, batch, loss, poison, cpu, monkeypatch
+):
+    monkeypatch.setattr("slam_jax.training.state.on_cpu", lambda: cpu)
     graphdef, params = split_model(build(dropout=0.1))
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=2), 10)
     bad = dataclasses.replace(batch, length=-batch.length)  # how the loss below tells them apart

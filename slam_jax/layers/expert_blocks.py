@@ -84,8 +84,8 @@ def gated_mlp(x: Float[Array, "G S D"], blocks: Blocks, kernels: Kernels) -> Flo
 def looped_gated_mlp(
     x: Float[Array, "G S D"], blocks: Blocks, kernels: Kernels
 ) -> Float[Array, "G S D"]:
-    """`gated_mlp`, block after block as far as they are used, one expert after the other: none has
-    a copy of its owner's kernels, nor a gradient."""
+    """`gated_mlp`, block after block as far as they are used, one expert after the other: no
+    block has a copy of its owner's kernels, nor a gradient."""
     return _looped_forward(x, blocks, kernels)[0]
 
 

@@ -49,13 +49,18 @@ def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) 
     options = experiment.optimizer
     step_fn = make_train_step(
         graphdef,
-        functools.partial(slam_v3_loss, config=experiment.loss),
+        loss_of(experiment),
         make_optimizer(options, experiment.run.num_steps),
         ema_decay=options.ema_decay,
         accumulate_steps=options.accumulate_steps,
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def loss_of(experiment: Experiment) -> Callable[..., Any]:
+    """(model, batch, key=) -> LossParts."""
+    return functools.partial(slam_v3_loss, config=experiment.loss)
 
 
 def require_even(experiment: Experiment, mesh: Mesh | None) -> None:

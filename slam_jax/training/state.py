@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from slam_jax.layers.backend import on_cpu
 from slam_jax.layers.constrain import constrain
 
 
@@ -117,11 +118,9 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         bad = ~(jnp.isfinite(loss.total) & jnp.isfinite(grad_norm))
 
-        def update(i, old):
+        def update(grads, old):
             params, opt_state, ema = old
-            # Or XLA would take what is made of gradients alone out of the loop, into memory.
-            varying = jax.tree.map(lambda x: jnp.where(i == 0, x, 0), grads)
-            updates, opt_state = optimizer.update(varying, opt_state, params)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
             if ema_decay is not None:
                 # The average forgets its random start first, then settles.
@@ -129,9 +128,8 @@ def make_train_step(
                 ema = optax.incremental_update(params, ema, 1.0 - decay)
             return params, opt_state, ema
 
-        # Once or not at all, in place: a choice between old and new would copy the optimizer state.
         old = (state.params, state.opt_state, state.ema)
-        params, opt_state, ema = jax.lax.fori_loop(0, jnp.where(bad, 0, 1), update, old)
+        params, opt_state, ema = _unless(bad, update, grads, old)
         bad_steps = jnp.where(bad, state.bad_steps + 1, 0)
         state = TrainState(
             step=state.step + 1,
@@ -145,3 +143,18 @@ def make_train_step(
         return state, StepMetrics(loss, grad_norm, bad_steps)
 
     return step
+
+
+def _unless(bad: Bool[Array, ""], update: Callable[[Any, Any], Any], grads: Any, old: Any) -> Any:
+    """update(grads, old), or old."""
+    if not on_cpu():  # where the host would have to wait for the number of rounds
+        new = update(grads, old)
+        return jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, old)
+
+    def once(i, old):
+        # Or XLA would take what is made of gradients alone out of the loop, into memory.
+        varying = jax.tree.map(lambda x: jnp.where(i == 0, x, 0), grads)
+        return update(varying, old)
+
+    # In place: the choice above copies the optimizer state there.
+    return jax.lax.fori_loop(0, jnp.where(bad, 0, 1), once, old)

@@ -48,19 +48,17 @@ def compiled_step(subject: Subject, mesh: Mesh | None) -> Step:
         sharding = NamedSharding(mesh, fit(x.shape, [AXES["batch"]], sizes))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
+    def loss(params: Any, given: Any) -> Any:
+        part, key = given
+        return subject.loss(merge_model(graphdef, params), part, key=key).total
+
     graphdef, shapes = subject.state()
     state = laid_out(shapes, mesh, zero=subject.mesh.zero)
     with in_force(mesh), for_accelerators():
         lowered = subject.step(graphdef, state).lower(state, jax.tree.map(like, subject.batch))
         compiled = lowered.compile(compiler_options=_QUICK)
         given = (jax.tree.map(like, subject.part), state.key)
-        activations = kept_for_gradients(
-            lambda params, given: (
-                subject.loss(merge_model(graphdef, params), given[0], key=given[1]).total
-            ),
-            state.params,
-            given,
-        )
+        activations = kept_for_gradients(loss, state.params, given)
     sent: Counter = Counter()
     for each in collectives(compiled.as_text(), sizes):
         sent[each.axes, each.op] += each.count * each.num_bytes

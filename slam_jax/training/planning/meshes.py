@@ -13,8 +13,6 @@ from slam_jax.training.planning.machine import Exchange, Machine
 from slam_jax.training.planning.plans import Plan, StateBytes, plan_step, state_bytes
 from slam_jax.training.planning.subjects import Subject
 
-_FITTING = (True, None, False)
-
 
 class Found(NamedTuple):
     """plans: of the meshes that were compiled, those that fit first and the fastest first among
@@ -50,7 +48,7 @@ def search(subject: Subject, machine: Machine, compile_at_most: int) -> Found:
         )
     guesses.sort(key=lambda guess: guess[0])
     plans = [plan_step(subject, mesh, machine, state) for _, mesh in guesses[:compile_at_most]]
-    plans.sort(key=lambda plan: (_FITTING.index(plan.fits), plan.step_seconds))
+    plans.sort(key=lambda plan: (plan.exceeding, plan.step_seconds))
     return Found(plans, len(meshes), len(guesses))
 
 

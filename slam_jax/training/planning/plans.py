@@ -58,10 +58,9 @@ class Plan(NamedTuple):
         return num_bytes / (self.machine.device_memory_gib * 2**30)
 
     @property
-    def fits(self) -> bool | None:
-        """None where it depends on the compiler."""
-        by_each = {self.share(num_bytes) <= 1 for num_bytes in (self.needed, self.taken)}
-        return by_each.pop() if len(by_each) == 1 else None
+    def exceeding(self) -> int:
+        """How many of these two are more than a device has; with one it depends on the compiler."""
+        return sum(self.share(num_bytes) > 1 for num_bytes in (self.needed, self.taken))
 
     @property
     def seconds(self) -> dict[str, float]:

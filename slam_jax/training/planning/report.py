@@ -60,7 +60,7 @@ def describe_search(found: Found) -> str:
             f"{_fitting(plan)}"
         )
     best = found.plans[0]
-    none = "none of these fits; the fastest:" if best.fits is False else "the best of these:"
+    none = "none of these fits; the fastest:" if best.exceeding == 2 else "the best of these:"
     return "\n".join([*lines, none, describe(best)])
 
 
@@ -77,7 +77,7 @@ def _mib(num_bytes: int) -> str:
 
 
 def _fitting(plan: Plan) -> str:
-    return {True: "fits", None: "may fit", False: "does not fit"}[plan.fits]
+    return ("fits", "may fit", "does not fit")[plan.exceeding]
 
 
 def _depth(plan: Plan) -> str:

@@ -1,7 +1,6 @@
 """What can be planned: a run of SLAM v3, or the training of a language model."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,10 +16,10 @@ from slam_jax.language_models.flops import training_flops
 from slam_jax.language_models.registry import make_config, make_model
 from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
 from slam_jax.training.experiment import Experiment
-from slam_jax.training.losses import language_model_loss, slam_v3_loss
+from slam_jax.training.losses import language_model_loss
 from slam_jax.training.mesh import MeshConfig
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
-from slam_jax.training.start import jit_step, require_even, state_shapes
+from slam_jax.training.start import jit_step, loss_of, require_even, state_shapes
 from slam_jax.training.state import TrainState, init_state, make_train_step, split_model
 
 
@@ -116,7 +115,7 @@ class SlamV3Run:
 
     @property
     def loss(self) -> Callable[..., Any]:
-        return functools.partial(slam_v3_loss, config=self.experiment.loss)
+        return loss_of(self.experiment)
 
     def with_layers(self, layers: Mapping[str, int]) -> "SlamV3Run":
         own = {name: count for name, count in layers.items() if name in _LAYERS}
