@@ -31,7 +31,7 @@ _FEW = 32
 def _loops() -> bool:
     """Whether small products one after the other beat one batched product of copied kernels.
 
-    There a gradient took 2.4 times as long (2 cores of an Intel Xeon, 2026-11-26: python
+    There a gradient took 1.5 times as long (2 cores of an AMD EPYC, 2026-11-27: python
     benchmarks/experts.py); an accelerator would wait between small ones.
     """
     return on_cpu()

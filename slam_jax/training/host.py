@@ -22,7 +22,7 @@ def tune_host() -> None:
     another place. XLA:CPU allocates its temporaries anew at every execution, and glibc gives large
     ones back to the system at once, which then clears the same pages again, step after step. Here
     they are kept, in huge pages where Linux has them: a training step of `standard` at the size of
-    the `heldout` comparison took 0.79 times as long (2 cores of an AMD EPYC, 2026-11-26:
+    the `heldout` comparison took 0.76 times as long (2 cores of an AMD EPYC, 2026-11-27:
     python benchmarks/host_memory.py).
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
