@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from slam_jax.interop import load_pretrained, save_pretrained
+from slam_jax.language_models import make_config, make_model
 from slam_jax.training.losses import language_model_loss
 
 torch = pytest.importorskip("torch")
@@ -238,3 +239,11 @@ def test_they_open_what_we_save(pair, tmp_path):
     with torch.no_grad():
         expected, found = theirs(text).logits, again.eval()(text).logits
     close(found.numpy(), expected, 1e-5)
+
+
+def test_they_open_a_model_whose_head_width_follows_from_its_heads(tmp_path):
+    """Their code for it takes a missing width for a number."""
+    config = make_config("hunyuan_v1_moe", "tiny", head_dim=None)
+    save_pretrained(make_model(config, rngs=nnx.Rngs(0)), tmp_path)
+    theirs = transformers.HunYuanMoEV1ForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config.head_dim == config.embed_dim // config.num_heads

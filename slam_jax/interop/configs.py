@@ -348,6 +348,8 @@ def _write_hunyuan_v1_moe(config: HunyuanV1MoEConfig) -> Json:
     return {
         **_write_common(config),
         **_write_heads(config),
+        # Their code takes this width as it stands, and null for a number.
+        "head_dim": config.head_dim or config.embed_dim // config.num_heads,
         **_write_rope(config.rope),
         "num_experts": config.num_experts,
         "moe_topk": config.num_experts_per_token,
