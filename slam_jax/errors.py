@@ -2,9 +2,11 @@
 
 import contextlib
 import difflib
+import numbers
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -29,9 +31,11 @@ def require(ok: bool, field: str, value: object, expected: str) -> None:
         raise ConfigError(f"{field} is {shorten(repr(value))}; expected {expected}")
 
 
-def require_count(field: str, value: int, least: int = 1, most: int = 1 << 20) -> None:
-    """Raises ConfigError unless `least` <= value <= `most`. Without a bound a mistyped number would
-    build for hours, or end in a message about overflows."""
+def require_count(field: str, value: Any, least: int = 1, most: int = 1 << 20) -> None:
+    """Raises ConfigError unless value is a whole number from `least` to `most`. Without a bound a
+    mistyped number would build for hours, or end in a message about overflows."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    require(whole, field, value, "a whole number")
     require(value >= least, field, value, f"at least {least:,}")
     require(value <= most, field, value, f"at most {most:,}")
 

@@ -15,6 +15,7 @@ from flax import nnx
 from PIL import Image
 
 from slam_jax.data import AuxFormat, Tokenizer
+from slam_jax.errors import InputError
 from slam_jax.generation import (
     Request,
     Sampling,
@@ -232,6 +233,7 @@ def png(image: Image.Image) -> bytes:
         ),
         ([Request("red", text="a", seed=-1)], "seed is -1; expected a whole number from 0 to"),
         ([Request("red", text="a", seed="1")], "seed is '1'; expected a whole number"),  # type: ignore[arg-type]
+        ([Request("red", text="a", seed=True)], "seed is True; expected a whole number"),
         ([Request(3, text="a")], "prompt is a int; expected a text"),  # type: ignore[arg-type]
     ],
 )
@@ -239,6 +241,20 @@ def test_what_cannot_be_answered_is_said_in_one_line(loaded, requests, message):
     with pytest.raises(ValueError, match=message) as error:
         generate(loaded, requests, Sampling(max_new_tokens=4))
     assert "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_are_numbers(loaded):
+    sampling = Sampling(max_new_tokens=np.int64(4), temperature=1.0, top_p=np.float32(0.5))  # type: ignore[arg-type]
+    same = Sampling(max_new_tokens=4, temperature=1.0, top_p=0.5)
+    one = generate(loaded, [Request("red", text="a", seed=np.int64(3))], sampling)  # type: ignore[arg-type]
+    assert one == generate(loaded, [Request("red", text="a", seed=3)], same)
+
+
+def test_texts_that_are_none_are_refused(loaded):
+    with pytest.raises(InputError, match="stop has half a letter in it"):
+        Sampling(stop="\udcff")
+    with pytest.raises(InputError, match="answer holds '<eos>'"):
+        score(loaded, UNEQUAL[0], ["red<eos>"])
 
 
 def test_inputs_beside_a_memory_are_refused(loaded):

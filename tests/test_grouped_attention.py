@@ -64,6 +64,13 @@ def test_queries_and_keys_are_turned_and_then_normed(attention):
     close(attention(x), attention.out(read))
 
 
+def test_heads_that_do_not_divide_into_groups_are_refused():
+    """Four heads over three of keys would be cut in the middle of a head's tokens."""
+    attention = GroupedQueryAttention(8, 4, num_kv_heads=3, rngs=nnx.Rngs(0))
+    with pytest.raises(InputError, match="4 heads of queries and 3 of keys; expected a multiple"):
+        attention(jnp.ones((1, 6, 8)))
+
+
 def test_a_cache_that_is_too_small_is_said(attention):
     with pytest.raises(InputError, match=r"7 tokens into a cache of 4.*max_length=7"):
         attention.prefill(normal(4, 1, LENGTH, DIM), attention.init_cache((1,), 4))

@@ -250,6 +250,8 @@ def test_pads_beyond_the_last_position_are_no_matter(name):
     close(logits[:, :20], forward(model, text).logits)
     with pytest.raises(InputError, match="25 tokens; the context is 24"):
         model(tokens(1, 25))
+    with pytest.raises(InputError, match="25 tokens; the context is 24"):
+        model.prefill(tokens(1, 25), model.init_cache((1,), 25))
 
 
 # --- Sizes
@@ -486,6 +488,10 @@ def test_the_registry_has_the_nine_systems_and_builds_each():
         (("slam_v6",), {"num_heads": 1}, "num_heads is 1; expected an even number"),
         (("slam_v6",), {"dropout": 1.0}, "dropout is 1.0; expected a rate in"),
         (("slam_v3_text",), {"text_window": 0}, "text_window is 0; expected at least 1"),
+        (("slam_v3_text",), {"tie_embeddings": True}, "tie_embeddings is True; expected False"),
+        (("slam_v3_text",), {"norm_epsilon": 1e-5}, "norm_epsilon is 1e-05; expected 1e-06"),
+        (("deepseek_v2",), {"q_lora_rank": 0}, "q_lora_rank is 0; expected at least 1"),
+        (("jamba",), {"dt_rank": 0}, "dt_rank is 0; expected at least 1"),
     ],
 )
 def test_what_cannot_be_built_is_named(arguments, changes, message):

@@ -38,8 +38,10 @@ def added(tmp_path, monkeypatch):
     module: Any = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
-    names: dict[str, Any] = {**vars(registry), **vars(module)}
-    lines = eval(f"{{{shown(LINE)}}}", names)  # our own docs
+    names: dict[str, Any] = dict(vars(registry))
+    imported, line = shown(LINE).split("\n\n")
+    exec(imported, names)  # our own docs
+    lines = eval(f"{{{line}}}", names)
     assert len(lines) == 1
     for key, system in lines.items():
         monkeypatch.setitem(SYSTEMS, key, system)

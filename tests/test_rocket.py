@@ -3,15 +3,16 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 from rich.console import Console
 
@@ -19,12 +20,14 @@ from slam_jax.errors import ConfigError, UserError
 from slam_jax.rocket.engine import run
 from slam_jax.rocket.jobs import run_job
 from slam_jax.rocket.live import LiveTable
+from slam_jax.rocket.machine import code_version
 from slam_jax.rocket.page import Bullets, Page, Plots, Table, html, markdown, print_page
 from slam_jax.rocket.protocols import make_comparison
 from slam_jax.rocket.seed.measure import SeedSettings
 from slam_jax.rocket.seed.protocol import Seed
 from slam_jax.rocket.tasks import Impossible, Json, Task, failure, plain
-from slam_jax.rocket.timing import compiled, timed
+from slam_jax.rocket.timing import timed
+from slam_jax.training.lock import only_run_in
 
 TINY = SeedSettings(
     preset="tiny",
@@ -105,7 +108,7 @@ class Pretended:
         self.models, self._timed = models, timed
         self.settings: Json = settings or {"width": 1}
 
-    def tasks(self) -> list[Task]:
+    def tasks(self, results: Mapping[str, Mapping[str, Json]]) -> list[Task]:
         labels = (("first", False), ("second", False), ("extra", True))
         return [
             Task(name, label, "what", optional=optional, timed=self._timed)
@@ -119,7 +122,14 @@ class Pretended:
         return {"label": task.label, "before": list(done)}
 
     def board(self, about: Json, results: Mapping[str, Mapping[str, Json]]) -> Json:
-        return {**about, "results": {name: dict(done) for name, done in results.items()}}
+        plain = {
+            name: {
+                label: {key: value for key, value in figures.items() if key != "measured"}
+                for label, figures in done.items()
+            }
+            for name, done in results.items()
+        }
+        return {**about, "results": plain}
 
     def page(self, board: Json) -> Page:
         return Page("Pretended", [], [])
@@ -156,7 +166,7 @@ def test_one_that_fails_costs_its_own_row(tmp_path, pretend, capsys):
     assert board["results"]["a"] == {"first": {"reason": "it failed"}}
     assert board["results"]["b"]["extra"] == {"reason": "it failed"}
     assert board["results"]["c"]["second"] == {"reason": "nothing to go on"}
-    tasks = [task for task in Pretended(("a", "b", "c")).tasks() if task.system == "b"]
+    tasks = [task for task in Pretended(("a", "b", "c")).tasks({}) if task.system == "b"]
     assert failure(tasks, board["results"]["b"]) is None
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("1/7 a, first: it failed · ETA 0:00") and len(told) == 6
@@ -279,20 +289,61 @@ def test_a_run_goes_on_with_what_is_missing(tmp_path, pretend):
     del kept["results"]["b"]["second"], kept["results"]["a"]
     (tmp_path / "results.json").write_text(json.dumps(kept))
     asked.clear()
-    assert run(Pretended(("a", "b")), tmp_path) == whole
+    again = run(Pretended(("a", "b")), tmp_path)
+    assert again["results"] == whole["results"]
     assert [each[:2] for each in asked] == [
         ("a", "first"),
         ("a", "second"),
         ("b", "second"),
         ("a", "extra"),
     ]
+    stamps = [each["measured"] for done in kept["results"].values() for each in done.values()]
+    assert {stamp["code"] for stamp in stamps} == {code_version()} == {*again["measured"]["code"]}
+    assert again["measured"]["first"] == min(stamp["at"] for stamp in stamps)
     names = {path.name for path in tmp_path.iterdir()}
     pages = {"leaderboard.json", "leaderboard.md", "leaderboard.html"}
-    assert names == pages | {"comprehensive_model_results.json", "results.json"}
+    assert names == pages | {"comprehensive_model_results.json", "results.json", "lock"}
     for name in ("leaderboard.json", "comprehensive_model_results.json"):
-        assert json.loads((tmp_path / name).read_text()) == whole
+        assert json.loads((tmp_path / name).read_text()) == again
     # Systems that were measured before and are not asked for stay out of the board.
     assert set(run(Pretended(("b",)), tmp_path)["results"]) == {"b"}
+
+
+def test_what_failed_is_tried_again(tmp_path, pretend):
+    asked, fails = pretend
+    fails |= {("a", "first"), ("b", "extra")}
+    run(Pretended(("a", "b")), tmp_path)
+    fails.clear()
+    asked.clear()
+    board = run(Pretended(("a", "b")), tmp_path)
+    labels = [("a", "first"), ("a", "second"), ("a", "extra"), ("b", "extra")]
+    assert [each[:2] for each in asked] == labels
+    assert board["results"]["b"]["extra"] == {"value": "b extra"}
+
+
+def test_two_do_not_measure_into_one_workdir(tmp_path, pretend):
+    with only_run_in(tmp_path), pytest.raises(UserError, match="another run is going on in it"):
+        run(Pretended(("a",)), tmp_path)
+
+
+def test_a_process_ends_with_the_engine_that_was_killed(tmp_path):
+    """The engine is a shell here, killed as soon as its worker has a process number."""
+    job = {"what": "seed", "system": "standard", "settings": {}, "arguments": {}}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    command = f"{sys.executable} -m slam_jax.rocket.worker job.json out.json >/dev/null 2>&1 &"
+    engine = subprocess.Popen(
+        ["sh", "-c", f"{command} echo $!; wait"], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    assert engine.stdout is not None
+    worker = psutil.Process(int(engine.stdout.readline()))
+    time.sleep(1.0)  # it looks for its parent first
+    engine.kill()
+    engine.wait()
+    engine.stdout.close()
+    end = time.monotonic() + 60
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_other_settings_want_another_workdir(tmp_path, pretend):
@@ -388,8 +439,24 @@ def test_timings_are_of_what_is_waited_for():
     assert len(calls) == 4 and len(seconds) == 3 and min(seconds) >= 0
 
 
-def test_compiling_is_timed_without_a_cache_of_programs():
-    before = jax.config.values["jax_enable_compilation_cache"]
-    program, seconds = compiled(jax.jit(lambda x: 2 * x), jnp.ones(3))
-    assert program(jnp.ones(3)).tolist() == [2.0, 2.0, 2.0] and seconds > 0
-    assert jax.config.values["jax_enable_compilation_cache"] == before
+def test_compiling_is_timed_without_a_cache_of_programs(tmp_path):
+    """In a process of its own, whose cache is used before and after."""
+    script = (
+        "import jax, jax.numpy as jnp\n"
+        "from jax._src import monitoring\n"
+        "from slam_jax.rocket.timing import compiled\n"
+        f"jax.config.update('jax_compilation_cache_dir', {str(tmp_path)!r})\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
+        "told = []\n"
+        "monitoring.register_event_listener(lambda event, **_: told.append(event))\n"
+        "hit = '/jax/compilation_cache/cache_hits'\n"
+        "def new(): return jax.jit(lambda x: 2 * x)\n"
+        "new()(jnp.ones(3))\n"
+        "jax.clear_caches(); told.clear(); new()(jnp.ones(3)); assert hit in told\n"
+        "jax.clear_caches(); x = jnp.ones(3); told.clear()\n"
+        "program, seconds = compiled(new(), x)\n"
+        "assert hit not in told and seconds > 0 and program(x).tolist() == [2, 2, 2]\n"
+        "jax.clear_caches(); told.clear(); new()(x); assert hit in told\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

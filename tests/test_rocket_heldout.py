@@ -1,5 +1,6 @@
 """The held-out comparison: its text, its budgets, what a run measures, intervals and ranks."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ from slam_jax.data.records import DataError
 from slam_jax.errors import ConfigError, InputError
 from slam_jax.language_models import measure
 from slam_jax.language_models.flops import training_flops
+from slam_jax.rocket.board import interval
 from slam_jax.rocket.engine import run
 from slam_jax.rocket.heldout import measure as heldout
 from slam_jax.rocket.heldout.board import make_board
@@ -69,6 +71,7 @@ def settings(folder) -> HeldoutSettings:
         num_tokens=2_560,
         sweep_tokens=640,
         learning_rates=(1e-3, 4e-3),
+        more_learning_rates=1,
         seeds=(0, 1),
         document_tokens=40,
         curve_points=2,
@@ -310,6 +313,8 @@ def test_times_are_of_training_prompts_and_generation(settings, corpus):
 # Intervals and ranks.
 
 TITLES = ("standard", "moe", "slam_v4")
+WORST = "learning rate 0.016"
+MEASURED = {"code": ["abc"], "cores": [2], "first": "2026-01-02T03:04", "last": "2026-01-03T03:04"}
 
 
 def _done(settings: HeldoutSettings, level: float, noise: float, seed: int) -> dict[str, Any]:
@@ -334,6 +339,7 @@ def _done(settings: HeldoutSettings, level: float, noise: float, seed: int) -> d
     return {
         "learning rate 0.001": {"validation_loss": 4.5},
         "learning rate 0.004": {"validation_loss": 4.4},
+        "learning rate 0.016": {"validation_loss": 4.3},
         "seed 0": run(0.001),
         "seed 1": run(-0.001),
         **{
@@ -369,6 +375,7 @@ def board(settings, results) -> dict[str, Any]:
         },
         "limits": {"memory_gib": 16.0, "seconds": 60.0, "jobs": 1},
         "machine": describe_machine(),
+        "measured": MEASURED,
     }
     sizes: Any = dict.fromkeys(TITLES, heldout.size("standard", settings, 300))
     return make_board(about, settings, sizes, results)
@@ -409,6 +416,32 @@ def test_ranks_are_shared_where_the_paired_difference_is_not_clear_of_0(board):
     }
 
 
+def test_intervals_are_of_both_causes_of_chance():
+    rng = np.random.default_rng(0)
+    units = rng.normal(0, 1, 400)
+    seeds = np.array([0.1, -0.1, 0.3])
+    values = units + seeds[:, None]
+
+    def mean(weights):
+        return (weights * values).sum((1, 2)) / weights.sum((1, 2))
+
+    found = interval((3, 400), mean)
+    assert found["mean"] == pytest.approx(values.mean())
+    of_units, of_seeds = 1.96 * np.std(units) / 20, 4.303 * np.std(seeds, ddof=1) / math.sqrt(3)
+    reach = (found["high"] - found["low"]) / 2
+    assert reach == pytest.approx(math.hypot(of_units, of_seeds), rel=0.03)
+    # As often as it says: of 400 comparisons of what is equal, about one in twenty is clear of 0.
+    clear = 0
+    for _ in range(400):
+        values = rng.normal(0, 1, (3, 1)) + rng.normal(0, 0.1, (3, 50))
+        told = interval((3, 50), mean)
+        clear += not told["low"] <= 0 <= told["high"]
+    assert clear < 35
+    values = units[None]
+    alone = interval((1, 400), mean)
+    assert (alone["high"] - alone["low"]) / 2 == pytest.approx(of_units, rel=0.05)
+
+
 def test_seeds_that_differ_widen_the_interval(settings, results):
     for shift, label in ((-6, "seed 0"), (6, "seed 1")):
         test = results["moe"][label]["test"]
@@ -439,8 +472,8 @@ def test_the_score_is_its_parts(board):
 
 def test_the_learning_rate_is_the_one_that_the_validation_split_chose(board):
     row = board["rows"][0]
-    assert row["learning_rate"] == 4e-3 and row["learning_rate_is_at_edge"]
-    assert [each["validation_loss"] for each in row["tried"]] == [4.5, 4.4]
+    assert row["learning_rate"] == 0.016 and row["learning_rate_is_at_edge"]
+    assert [each["validation_loss"] for each in row["tried"]] == [4.5, 4.4, 4.3]
     assert heldout.choose_learning_rate({1.0: None, 2.0: 4.0, 3.0: 3.9}) == 3.0
     assert heldout.choose_learning_rate({1.0: None}) is None
 
@@ -449,8 +482,9 @@ def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
     assert schema_errors(board) == []
     page = make_page(board)
     text, whole = markdown(page), html(page)
-    assert "| 1 | standard |" in text and "| 2 | moe |" in text and "| 2= | slam_v4 |" in text
-    assert "- jamba: no rate" in text and "0.004*" in text
+    assert "| 1 | standard |" in text and "| 2= | moe |" in text and "| 2= | slam_v4 |" in text
+    assert "- jamba: no rate" in text and "0.016*" in text and "code abc; 2026-01-02 to" in text
+    assert "| slam_v4 | +0." in text and "| moe | +0.2164 * |" in text
     assert whole.count("<svg") == 10 and "jamba: no rate" in whole
     del board["rows"][0]["runs"][0]["curve"]
     assert len(schema_errors(board)) == 1
@@ -459,7 +493,7 @@ def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
 
 def test_tasks_choose_the_rate_before_they_use_it(settings, tmp_path):
     comparison = Heldout(settings, ("standard",), tmp_path)
-    tasks = comparison.tasks()
+    tasks = comparison.tasks({})
     assert [task.label for task in tasks] == [
         "learning rate 0.001",
         "learning rate 0.004",
@@ -472,12 +506,32 @@ def test_tasks_choose_the_rate_before_they_use_it(settings, tmp_path):
     tried = comparison.arguments(tasks[1], {})
     assert (tried["learning_rate"], tried["seed"], tried["num_tokens"]) == (4e-3, 0, 640)
     done = {tasks[0].label: {"validation_loss": 4.0}, tasks[1].label: {"reason": "diverged"}}
+    done["learning rate 0.00025"] = {"validation_loss": 4.1}
     used = comparison.arguments(tasks[3], done)
     assert (used["learning_rate"], used["seed"], used["num_tokens"]) == (1e-3, 1, 2_560)
     assert used["test"] and not tried["test"]
-    done[tasks[0].label] = {"reason": "took more than 3 s"}
+    # While the best is at an end of those tried, there is one more.
+    del done["learning rate 0.00025"]
+    done[tasks[1].label] = {"validation_loss": 3.9}
+    more = comparison.tasks({"standard": done})
+    assert [task.label for task in more][:4] == [*(t.label for t in tasks[:2]), WORST, "seed 0"]
+    assert comparison.arguments(more[2], done)["learning_rate"] == 0.016
+    done[WORST] = {"validation_loss": 4.1}
+    assert comparison.tasks({"standard": done}) == more
+    assert comparison.arguments(more[3], done)["learning_rate"] == 4e-3
+    done |= {tasks[1].label: {"validation_loss": 4.1}, "learning rate 0.00025": {}}
+    assert heldout.rates_to_try(done, settings) == [1e-3, 4e-3, 0.00025]
+    for label in (tasks[0].label, tasks[1].label):
+        done[label] = {"reason": "took more than 3 s"}
     with pytest.raises(Impossible, match="no learning rate could be tried: took more than 3 s"):
         comparison.arguments(tasks[2], done)
+
+
+def test_a_kept_text_is_not_taken_for_another(settings, tmp_path):
+    Heldout(settings, ("standard",), tmp_path)
+    other = dataclasses.replace(settings, vocab_size=320)
+    with pytest.raises(InputError, match="320.* is asked for; give another --workdir"):
+        Heldout(other, ("standard",), tmp_path)
 
 
 @pytest.mark.slow

@@ -118,6 +118,7 @@ def board(results) -> dict[str, Any]:
         "data": {},
         "limits": {"memory_gib": 16.0, "seconds": 60.0, "jobs": 1},
         "machine": describe_machine(),
+        "measured": {"code": ["abc"], "cores": [2], "first": "2026-01-02", "last": "2026-01-03"},
     }
     return make_board(about, TINY, results)
 
@@ -209,7 +210,7 @@ def test_a_board_that_lacks_something_does_not_follow_the_schema(board):
 
 
 def test_tasks_come_in_turns_and_the_stress_test_last():
-    tasks = Seed(TINY, ("standard", "moe")).tasks()
+    tasks = Seed(TINY, ("standard", "moe")).tasks({})
     assert [(task.system, task.label) for task in tasks] == [
         (name, label)
         for label in ("updates", "timing 1", "timing 2", "stress test")

@@ -154,6 +154,8 @@ def test_a_row_without_any_input_is_finite_and_leaves_the_others_alone(model, in
     assert jnp.isfinite(logits[0]).all()
     close(logits[1], forward(model, TOKENS, inputs)[1])
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients(model, TOKENS, empty)))
+    nearness = jax.jit(jax.grad(lambda model: model.embed(empty).sum()))
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(nearness(model)))
 
 
 def test_padded_text_is_the_shorter_text(model, inputs):
@@ -200,6 +202,9 @@ def test_wrong_inputs_are_refused_in_words(build, model, inputs):
         ("aux", np.zeros((3, 5), np.float32), "aux is float32[3, 5]; expected floats [B, "),
         ("aux_mask", np.ones((2, 3), np.int32), "aux_mask is int32[2, 3]; expected True and"),
         ("aux", np.zeros((1, 3, 5), np.float32), "batch sizes: text 2, text_mask 2, image 2, ima"),
+        ("text_mask", np.ones((2, 1), bool), "text_mask is [2, 1]; expected [2, 6]"),
+        ("aux_mask", np.ones((2, 4), bool), "aux_mask is [2, 4]; expected [2, 3]"),
+        ("image", None, "image_mask without image; give both, or neither"),
     ],
 )
 def test_an_input_that_would_be_misread_is_named(model, inputs, part, value, message):
@@ -365,6 +370,8 @@ def test_resnet_takes_any_size(model, make_inputs):
     for size, tokens in ((24, 16), (25, 25)):
         memory = jax.eval_shape(model.encode, Inputs(image=make_inputs(size=size).image))
         assert memory.c_mem.shape[1] == tokens
+    with pytest.raises(ValueError, match="image of 6 x 5 pixels: expected more than 6 a side"):
+        jax.eval_shape(model.encode, Inputs(image=jnp.zeros((1, 6, 5, 3), jnp.uint8)))
 
 
 # --- Alignment
@@ -418,6 +425,25 @@ def test_computing_in_bfloat16_keeps_parameters_and_logits_float32(build, model,
     assert logits.dtype == jnp.float32
     assert encode(half, inputs).c_mem.dtype == jnp.bfloat16
     close(logits, forward(model, TOKENS, inputs), 0.15)
+    # Sums are not rounded to bfloat16 on their way.
+    states = 8 * jax.random.normal(jax.random.key(0), (5, 32), jnp.bfloat16)
+    kernel = jnp.float32(half.head.kernel[...].astype(jnp.bfloat16))
+    close(half.logits(states), jnp.float32(states) @ kernel, 1e-4)
+
+
+def test_numbers_are_read_as_they_are_in_bfloat16(build):
+    half = build(dtype="bfloat16", aux_slots=True)
+    one, other = (jnp.full((1, 3, 5), x) for x in (1_000.0, 1_001.0))
+    with jax.numpy_dtype_promotion("standard"):
+        tokens = [half.streams._aux(x) for x in (one, other)]
+    assert np.abs(tokens[1] - tokens[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [(0, 3, LENGTH), (2, 0, LENGTH)])
+def test_a_batch_of_none_has_no_logits(model, shape):
+    inputs = Inputs(aux=jnp.zeros((shape[0], 3, 5)))
+    found = jax.eval_shape(model, jnp.zeros(shape, jnp.int32), inputs)
+    assert found.logits.shape == (*shape, VOCAB)
 
 
 # --- Configuration
@@ -439,6 +465,9 @@ def test_computing_in_bfloat16_keeps_parameters_and_logits_float32(build, model,
         ("param_dtype", "float", "one of"),
         ("image.encoder", "cnn", "one of"),
         ("image.size", 0, "at least 1"),
+        ("image.size", 12, "more than 12, or fewer stages"),
+        ("mlp_dim", 48.0, "a whole number"),
+        ("num_heads", True, "a whole number"),
         ("image.patch_size", 0, "at least 1"),
         ("image.num_layers", -1, "at least 0"),
         ("image.stage_widths", (), "at least one width"),
@@ -461,9 +490,9 @@ def test_vit_size_is_checked_where_it_is_configured():
 
 def test_derived_widths_follow_the_head_width_and_can_be_set():
     config = SlamV3Config(VOCAB, embed_dim=96, num_heads=4)
-    assert config.head_dim == 24
-    assert (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim) == (24, 12, 24)
-    assert SlamV3Config(VOCAB, v_head_dim=7).v_head_dim == 7
+    assert config.head_dim == 24 and [*config.latent_widths.values()] == [24, 12, 24]
+    wider = dataclasses.replace(config, embed_dim=192, v_head_dim=7)
+    assert [*wider.latent_widths.values()] == [48, 24, 7]
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -16,6 +16,7 @@ from slam_jax.generation.requests import (
     Request,
     Trained,
     bucket,
+    checked,
     read_inputs,
     read_prompts,
 )
@@ -155,7 +156,8 @@ def score(
     if isinstance(answers, str) or not answers:
         raise InputError("answers: give a list of at least one text")
     tokenizer = loaded.tokenizer
-    rows = [[*tokenizer.encode(answer), tokenizer.eos_id] for answer in answers]
+    texts = [checked(answer, "answer") for answer in answers]
+    rows = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
     prompts, inputs = _read(loaded, [request], memory, max(map(len, rows)))
     start = prompts.tokens[0, : prompts.lengths[0]].tolist()
     longest = bucket(len(start) + max(map(len, rows)), _LEAST_NEW_TOKENS)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,7 +21,11 @@ _LEAST_LENGTH = 16
 
 @runtime_checkable
 class Trained(Protocol):
-    """A model with what it takes to talk to it; `slam_jax.load` returns one."""
+    """A model with what it takes to talk to it; `slam_jax.load` returns one.
+
+    The model has a `config` with `context_length`, and with `image` and `aux_dim` (see
+    `SlamV3Config`) where it reads more than prompts.
+    """
 
     @property
     def model(self) -> Decodable: ...
@@ -85,10 +90,11 @@ def read_prompts(loaded: Trained, requests: Sequence[Request], max_new_tokens: i
     for i, request in enumerate(requests):
         with naming(i, len(requests)):
             seed = request.seed
-            if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            whole = isinstance(seed, Integral) and not isinstance(seed, bool)
+            if not whole or not 0 <= seed < 2**32:
                 expected = f"a whole number from 0 to {2**32 - 1}"
                 raise InputError(f"seed is {shorten(repr(seed))}; expected {expected}")
-            row = [tokenizer.bos_id, *tokenizer.encode(_checked(request.prompt, "prompt"))]
+            row = [tokenizer.bos_id, *tokenizer.encode(checked(request.prompt, "prompt"))]
             if len(row) + max_new_tokens > context:
                 raise InputError(
                     f"prompt of {len(row):,} tokens and {max_new_tokens:,} new ones; the context "
@@ -134,7 +140,7 @@ def _texts(loaded: Any, texts: list[Any], count: int) -> dict[str, Any]:
     context, rows = _context_length(loaded.model), []
     for i, text in enumerate(texts):
         with naming(i, len(texts)):
-            row = [] if text is None else loaded.tokenizer.encode(_checked(text, "text"))
+            row = [] if text is None else loaded.tokenizer.encode(checked(text, "text"))
             if len(row) > context:
                 raise InputError(
                     f"text of {len(row):,} tokens; the context is {context:,}: shorten it"
@@ -144,7 +150,7 @@ def _texts(loaded: Any, texts: list[Any], count: int) -> dict[str, Any]:
     return {"text": tokens, "text_mask": np.arange(tokens.shape[1]) < lengths[:, None]}
 
 
-def _checked(value: Any, name: str) -> str:
+def checked(value: Any, name: str) -> str:
     """The text, or an InputError for what is none or has special tokens written out."""
     if not isinstance(value, str):
         raise InputError(f"{name} is a {type(value).__name__}; expected a text")

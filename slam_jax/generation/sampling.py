@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from slam_jax.data.tokenizer import check_text
 from slam_jax.errors import InputError
 
 _MOST_SAMPLES, _MOST_NEW_TOKENS = 1024, 1 << 16
@@ -49,19 +51,23 @@ class Sampling:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
-        _check("max_new_tokens", self.max_new_tokens, 1, _MOST_NEW_TOKENS, int)
-        _check("num_samples", self.num_samples, 1, _MOST_SAMPLES, int)
+        _check("max_new_tokens", self.max_new_tokens, 1, _MOST_NEW_TOKENS, Integral)
+        _check("num_samples", self.num_samples, 1, _MOST_SAMPLES, Integral)
+        for field in ("max_new_tokens", "num_samples"):  # NumPy's as Python's
+            object.__setattr__(self, field, int(getattr(self, field)))
         # Below the least, differences of logits would no longer be finite numbers.
         if self.temperature != 0:
-            _check("temperature", self.temperature, 1e-3, 1e3, float, "0 (greedy) or ")
+            _check("temperature", self.temperature, 1e-3, 1e3, Real, "0 (greedy) or ")
         if self.top_k is not None:
-            _check("top_k", self.top_k, 1, _EVERYTHING, int, "None or ")
+            _check("top_k", self.top_k, 1, _EVERYTHING, Integral, "None or ")
         for field in ("top_p", "min_p"):
             if getattr(self, field) is not None:
-                _check(field, getattr(self, field), 0, 1, float, "None or ")
-        _check("repetition_penalty", self.repetition_penalty, 1e-3, 1e3, float)
+                _check(field, getattr(self, field), 0, 1, Real, "None or ")
+        _check("repetition_penalty", self.repetition_penalty, 1e-3, 1e3, Real)
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop is {list(self.stop)!r}; expected texts that are not empty")
+        for text in self.stop:
+            check_text(text, "stop")
 
     @property
     def rules(self) -> "Rules":
@@ -133,6 +139,6 @@ def keep_allowed(ranked: Float[Array, "*R V"], rules: Rules) -> Float[Array, "*R
 def _check(
     field: str, value: Any, least: int | float, most: int | float, kind: type, before: str = ""
 ) -> None:
-    number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    number = isinstance(value, kind) and not isinstance(value, bool)
     if not (number and least <= value <= most):
         raise InputError(f"{field} is {value!r}; expected {before}{least:g} to {most:g}")

@@ -47,7 +47,8 @@ def load_pretrained(
     stacked experts of one layer, whose tensors are being read.
 
     Args:
-      dtype: of the computation. param_dtype: of the parameters, None = as config.json says.
+      dtype: of the computation. param_dtype: of the parameters, None = as config.json says, float32
+        for float16.
 
     Raises:
       InputError, ConfigError: what in the folder is missing, left over, of another shape or not
@@ -72,7 +73,7 @@ def load_pretrained(
     shapes: Params = flatten_dict(nnx.to_pure_dict(state))
     layout = LAYOUTS[kind](config, fused=fused)
     _check_keys(layout, stored, folder)
-    _check_tensors(layout, shapes, stored, widens=param_dtype is not None)
+    _check_tensors(layout, shapes, stored, named=param_dtype is not None)
     params = _assemble(layout, shapes, files)
     return nnx.merge(graphdef, nnx.State(unflatten_dict(params))), config
 
@@ -188,9 +189,9 @@ def _check_keys(layout: Layout, stored: Mapping[str, _Stored], folder: Path) -> 
 
 
 def _check_tensors(
-    layout: Layout, shapes: Params, stored: Mapping[str, _Stored], *, widens: bool
+    layout: Layout, shapes: Params, stored: Mapping[str, _Stored], *, named: bool
 ) -> None:
-    """Shapes and dtypes; `widens`: the caller named the dtype of the parameters."""
+    """Shapes and dtypes; `named`: the caller chose the dtype of the parameters."""
     for key, tensor in layout.items():
         (file, found, dtype), expected = stored[key], tensor.shape(shapes)
         if found != expected:
@@ -200,7 +201,7 @@ def _check_tensors(
         if dtype not in _DTYPES:
             raise InputError(f"{file}: {key} is {dtype}; expected one of {', '.join(_DTYPES)}")
         narrow = any(shapes[piece.path].dtype == jnp.bfloat16 for piece in tensor.pieces)
-        if narrow and dtype != "BF16" and not widens:
+        if narrow and dtype != "BF16" and not named:
             raise InputError(
                 f"{file}: {key} is {dtype}, and config.json makes it BF16: bits would be lost; "
                 "say which with param_dtype"

@@ -22,9 +22,8 @@ from slam_jax.errors import InputError, require, require_count
 from slam_jax.layers.attention import causal_layout
 from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import split
-from slam_jax.layers.linear import Initializer, Linear
+from slam_jax.layers.linear import Initializer, Linear, project_wide
 from slam_jax.layers.norms import RMSNorm
-from slam_jax.layers.precision import wide
 from slam_jax.layers.remat import POLICIES, remat
 from slam_jax.layers.router import Routing
 from slam_jax.protocol import Hidden, Output
@@ -166,7 +165,8 @@ class Transformer(nnx.Module):
     ) -> Output:
         """Logits (float32 or wider) at every position; see `slam_jax.protocol.LanguageModel`.
 
-        Raises InputError for more tokens than the context has.
+        Raises InputError for more tokens than the context has, unless a mask says which are real:
+        pads need no room in it.
         """
         hidden = self.hidden(tokens, mask, key=key)
         return Output(self.logits(hidden.states), hidden.aux_loss)
@@ -180,10 +180,8 @@ class Transformer(nnx.Module):
     ) -> Hidden:
         """What the head makes logits of, for the same arguments as a forward pass."""
         mask = None if mask is None else jnp.asarray(mask)
-        if mask is None and tokens.shape[-1] > self.config.context_length:
-            raise InputError(
-                f"{tokens.shape[-1]:,} tokens; the context is {self.config.context_length:,}"
-            )
+        if mask is None:
+            self._check_length(tokens)
         layout = causal_layout(tokens.shape[-1], mask)
 
         def mix(mixer, x, cache):
@@ -206,9 +204,15 @@ class Transformer(nnx.Module):
         *,
         lengths: Int[AnyArray, "*B"] | None = None,
     ) -> tuple[Float[Array, "*B T V"], Cache]:
-        """The logits of right-padded prompts, and an empty cache filled with them."""
+        """The logits of right-padded prompts, and an empty cache filled with them.
+
+        Raises InputError for more tokens than the context has, unless `lengths` says which are
+        real.
+        """
         num_tokens, mask = tokens.shape[-1], None
-        if lengths is not None:
+        if lengths is None:
+            self._check_length(tokens)
+        else:
             lengths = jnp.asarray(lengths, jnp.int32)
             mask = jnp.arange(num_tokens) < lengths[..., None]
 
@@ -223,7 +227,10 @@ class Transformer(nnx.Module):
     def decode_step(
         self, tokens: Int[AnyArray, "*B"], cache: Cache, memory: None = None
     ) -> tuple[Float[Array, "*B V"], Cache]:
-        """The logits after one more token per row, and the cache that remembers it."""
+        """The logits after one more token per row, and the cache that remembers it.
+
+        Rows do not grow beyond the context or the cache: learned positions end with the context.
+        """
 
         def mix(mixer, x, cache):
             return mixer.decode_step(x, cache)
@@ -234,13 +241,9 @@ class Transformer(nnx.Module):
 
     def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head: logits (float32 or wider) of hidden states."""
-        # Summed in float32 or wider: in bfloat16 a logit of 16 would be off by 0.06.
-        sums = dict(preferred_element_type=wide(states.dtype))
         if self.head is None:
-            table = self.embedding.embedding[...].astype(states.dtype)
-            return jnp.einsum("...d,vd->...v", states, table, **sums)
-        kernel = self.head.kernel[...].astype(states.dtype)
-        return jnp.einsum("...d,dv->...v", states, kernel, **sums)
+            return project_wide(states, self.embedding.embedding[...].T)
+        return project_wide(states, self.head.kernel[...])
 
     def embed(
         self,
@@ -255,6 +258,12 @@ class Transformer(nnx.Module):
     ) -> Float[Array, ""] | float:
         """The auxiliary loss, from how each layer with experts routed its tokens."""
         return 0.0
+
+    def _check_length(self, tokens):
+        if tokens.shape[-1] > self.config.context_length:
+            raise InputError(
+                f"{tokens.shape[-1]:,} tokens; the context is {self.config.context_length:,}"
+            )
 
     def _through(self, tokens, to: Pass, caches, key):
         keys = split(key, len(self.blocks) + 1)

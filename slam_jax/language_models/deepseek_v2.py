@@ -69,7 +69,8 @@ class DeepseekV2Config(LanguageModelConfig):
         super().__post_init__()
         for field in ("mlp_dim", "expert_dim", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
             require_count(field, getattr(self, field))
-        require_count("q_lora_rank", self.q_lora_rank or 1)
+        if self.q_lora_rank is not None:
+            require_count("q_lora_rank", self.q_lora_rank)
         require_count("num_layers", self.num_layers, most=512)
         require_count("num_heads", self.num_heads, most=4_096)
         require_count("num_dense_layers", self.num_dense_layers, least=0, most=512)

@@ -64,7 +64,8 @@ class JambaConfig(LanguageModelConfig):
             require(0 <= offset < period, f"{kind}_offset", offset, expected)
         for field in ("state_dim", "conv_width", "expand"):
             require_count(field, getattr(self, field), most=4_096)
-        require_count("dt_rank", self.dt_rank or 1)
+        if self.dt_rank is not None:
+            require_count("dt_rank", self.dt_rank)
         require(self.balance_loss >= 0, "balance_loss", self.balance_loss, "0 (off) or more")
 
     def has_attention(self, layer: int) -> bool:

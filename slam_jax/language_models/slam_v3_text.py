@@ -17,12 +17,11 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slam_jax.array_typing import AnyArray
-from slam_jax.errors import require_count
+from slam_jax.errors import require, require_count
 from slam_jax.language_models.base import LanguageModelConfig
 from slam_jax.layers.dropout import dropout, split
-from slam_jax.layers.linear import Linear
+from slam_jax.layers.linear import Linear, project_wide
 from slam_jax.layers.norms import RMSNorm
-from slam_jax.layers.precision import wide
 from slam_jax.protocol import Hidden, Output
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryBank
@@ -47,6 +46,9 @@ class SlamV3TextConfig(LanguageModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        require(not self.tie_embeddings, "tie_embeddings", True, "False: the head is its own")
+        fixed = "1e-06, that of SLAM v3's norms"
+        require(self.norm_epsilon == 1e-6, "norm_epsilon", self.norm_epsilon, fixed)
         require_count("text_window", self.text_window)
         _ = self.slam_v3  # checks the rest
 
@@ -148,7 +150,7 @@ class SlamV3Text(nnx.Module):
 
     def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head: logits (float32 or wider) of hidden states."""
-        return self.head(states).astype(wide(states.dtype))
+        return project_wide(states, self.head.kernel[...])
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> TextCache:
         """An empty cache; it takes any number of tokens, whatever `max_length`."""

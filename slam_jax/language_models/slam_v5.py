@@ -17,7 +17,6 @@ from slam_jax.errors import require, require_count
 from slam_jax.language_models import flops
 from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
 from slam_jax.layers.attention import Layout, causal_layout
-from slam_jax.layers.kv_cache import write_prompt, write_token
 from slam_jax.layers.latent_attention import LatentCache, MultiHeadLatentAttention, latent_attend
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
@@ -73,11 +72,7 @@ class Latents(nnx.Module):
         self.v_up = Linear(rank, (heads, config.v_head_dim), **kw)
 
     def init_cache(self, batch_shape, max_length) -> LatentCache:
-        return LatentCache(
-            c_kv=jnp.zeros((*batch_shape, max_length, self.rank), self.dtype),
-            k_rope=jnp.zeros((*batch_shape, max_length, self.rope_dim), self.dtype),
-            length=jnp.zeros(batch_shape, jnp.int32),
-        )
+        return LatentCache.empty(batch_shape, max_length, self.rank, self.rope_dim, self.dtype)
 
     def __call__(self, x, layout: Layout):
         return self._bank(*self._latents(x, layout.positions), layout.visible, absorbed=False)
@@ -85,14 +80,12 @@ class Latents(nnx.Module):
     def prefill(self, x, cache: LatentCache, lengths):
         layout = causal_layout(x.shape[-2])
         made = self._latents(x, layout.positions)
-        buffers = (cache.c_kv, cache.k_rope)
-        cache = LatentCache(*write_prompt(buffers, made, cache.length, lengths))
+        cache = cache.filled(*made, lengths)
         return self._bank(*made, layout.visible, absorbed=False), cache
 
     def decode_step(self, x, cache: LatentCache):
         positions = cache.length[..., None]
-        buffers = (cache.c_kv, cache.k_rope)
-        cache = LatentCache(*write_token(buffers, self._latents(x, positions), cache.length))
+        cache = cache.extended(*self._latents(x, positions))
         visible = jnp.arange(cache.c_kv.shape[-2]) <= positions[..., None]
         return self._bank(cache.c_kv, cache.k_rope, visible, absorbed=True), cache
 

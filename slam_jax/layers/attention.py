@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from slam_jax.errors import InputError
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.precision import wide
 from slam_jax.layers.rotary import rotary
@@ -30,7 +31,7 @@ class Layout(NamedTuple):
     """How the tokens of a batch stand in their rows.
 
     positions: of each token in its row. mask: True = a real token, None = all are.
-    visible: which tokens each may attend to: itself and the real ones before it.
+    visible: which tokens each may attend to: the real ones up to itself.
     """
 
     positions: Int[Array, "*#B T"]
@@ -74,7 +75,8 @@ def attend(
 ) -> Float[Array, "*B T N V"]:
     """Scaled dot-product attention; `mask` True = attend, None = everything.
 
-    N is a multiple of K: each N / K heads of queries in a row share one of keys and values.
+    Each N / K heads of queries in a row share one of keys and values. Raises InputError where N is
+    no multiple of K.
     Scores and softmax are float32 or wider. Sources: Vaswani et al. 2017, section 3.2.1; Ainslie
     et al. 2023, "GQA", section 2.2.
     """
@@ -86,6 +88,10 @@ def attend(
 
 def _by_group(x: Float[Array, "*B N T C"], num_groups: int) -> Float[Array, "*B K GT C"]:
     """The rows of all heads of a group, one after the other; heads of a group are neighbours."""
+    if x.shape[-3] % num_groups:
+        raise InputError(
+            f"{x.shape[-3]} heads of queries and {num_groups} of keys; expected a multiple of these"
+        )
     rows = x.shape[-3] * x.shape[-2] // num_groups  # -1 is not known of a batch of none
     return x.reshape(*x.shape[:-3], num_groups, rows, x.shape[-1])
 
@@ -93,7 +99,8 @@ def _by_group(x: Float[Array, "*B N T C"], num_groups: int) -> Float[Array, "*B 
 class SelfAttention(nnx.Module):
     """Multi-head self-attention without biases; rotary positions where they are given.
 
-    out_scale: of the initial output map, as in `GatedMLP`.
+    embed_dim: D. num_heads: N. head_dim: H of queries, keys and values. out_scale: of the initial
+    output map, as in `GatedMLP`.
     """
 
     def __init__(

@@ -28,7 +28,8 @@ class KeyValues(NamedTuple):
 class SharedKeyValues(nnx.Module):
     """Makes what several layers read, and keeps the one cache of it.
 
-    Called, prefilled and stepped like an attention, but it returns `KeyValues`.
+    Called, prefilled and stepped like an attention, but it returns `KeyValues`. embed_dim: D.
+    num_kv_heads: K. head_dim: H.
 
     Source: Brandon et al. 2024, "Reducing Transformer Key-Value Cache Size with Cross-Layer
     Attention" (arXiv 2405.12981), section 2.2.

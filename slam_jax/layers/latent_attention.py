@@ -31,6 +31,25 @@ class LatentCache:
     k_rope: Float[Array, "*B T H_r"]
     length: Int[Array, "*B"]
 
+    @classmethod
+    def empty(
+        cls, batch_shape: tuple[int, ...], max_length: int, rank: int, rope_dim: int, dtype
+    ) -> "LatentCache":
+        return cls(
+            c_kv=jnp.zeros((*batch_shape, max_length, rank), dtype),
+            k_rope=jnp.zeros((*batch_shape, max_length, rope_dim), dtype),
+            length=jnp.zeros(batch_shape, jnp.int32),
+        )
+
+    def filled(self, c_kv, k_rope, lengths: Int[Array, "*B"] | None) -> "LatentCache":
+        """An empty cache with a right-padded prompt in it; `lengths`: of its rows, None = all."""
+        buffers, prompts = (self.c_kv, self.k_rope), (c_kv, k_rope)
+        return LatentCache(*write_prompt(buffers, prompts, self.length, lengths))
+
+    def extended(self, c_kv, k_rope) -> "LatentCache":
+        """With one more token a row; a full row keeps what it has."""
+        return LatentCache(*write_token((self.c_kv, self.k_rope), (c_kv, k_rope), self.length))
+
 
 def latent_attention_weights(
     q: Float[Array, "*B T N H"],
@@ -109,7 +128,7 @@ class MultiHeadLatentAttention(nnx.Module):
       kv_lora_rank: R, the latent width. q_lora_rank: rank of the queries, None = full.
       qk_nope_head_dim: H, key width a head without positions. qk_rope_head_dim: H_r, the rotary
         part (even). v_head_dim: V, value width a head.
-      rope: how the rotary part turns; None = the plain one.
+      rope: how the rotary part turns.
       window: a token attends to itself and the window - 1 tokens before it; None = all.
       out_scale: of the initial output map, as in `GatedMLP`.
     """
@@ -124,7 +143,7 @@ class MultiHeadLatentAttention(nnx.Module):
         qk_nope_head_dim: int,
         qk_rope_head_dim: int,
         v_head_dim: int,
-        rope: Rope | None = None,
+        rope: Rope = Rope(),
         window: int | None = None,
         out_scale: float = 1.0,
         kernel_init: Initializer = LECUN_NORMAL,
@@ -135,7 +154,7 @@ class MultiHeadLatentAttention(nnx.Module):
         kw: Any = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.q_lora_rank = q_lora_rank
-        self.window, self.rope, self.dtype = window, rope or Rope(), dtype
+        self.window, self.rope, self.dtype = window, rope, dtype
         q_width = embed_dim
         if q_lora_rank is not None:
             self.q_down = Linear(embed_dim, q_lora_rank, **kw)
@@ -153,11 +172,8 @@ class MultiHeadLatentAttention(nnx.Module):
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> LatentCache:
         """An empty cache for rows of `batch_shape`, each of at most `max_length` tokens."""
-        return LatentCache(
-            c_kv=jnp.zeros((*batch_shape, max_length, self.kv_lora_rank), self.dtype),
-            k_rope=jnp.zeros((*batch_shape, max_length, self.qk_rope_head_dim), self.dtype),
-            length=jnp.zeros(batch_shape, jnp.int32),
-        )
+        widths = (self.kv_lora_rank, self.qk_rope_head_dim)
+        return LatentCache.empty(batch_shape, max_length, *widths, self.dtype)
 
     def __call__(
         self, x: Float[Array, "*B T D"], layout: Layout | None = None
@@ -177,8 +193,7 @@ class MultiHeadLatentAttention(nnx.Module):
         exceeds the capacity of the cache.
         """
         y, c_kv, k_rope = self._full(x, causal_layout(x.shape[-2]))
-        buffers = (cache.c_kv, cache.k_rope)
-        return y, LatentCache(*write_prompt(buffers, (c_kv, k_rope), cache.length, lengths))
+        return y, cache.filled(c_kv, k_rope, lengths)
 
     def decode_step(
         self, x: Float[Array, "*B 1 D"], cache: LatentCache, *, absorbed: bool = True
@@ -190,8 +205,7 @@ class MultiHeadLatentAttention(nnx.Module):
         """
         positions = cache.length[..., None]
         q, q_rope, c_kv, k_rope = self._project(x, positions)
-        buffers = (cache.c_kv, cache.k_rope)
-        cache = LatentCache(*write_token(buffers, (c_kv, k_rope), cache.length))
+        cache = cache.extended(c_kv, k_rope)
         distance = positions[..., None] - jnp.arange(cache.c_kv.shape[-2])
         mask = self._in_window(distance >= 0, distance)
         y = self._attend(q, q_rope, cache.c_kv, cache.k_rope, mask, absorbed)
@@ -231,6 +245,14 @@ class LatentCrossAttention(nnx.Module):
     """Attention to a bank of latents that others made: its own up-projections, no positions.
 
     The same compression as above, for tokens that do not change while text is generated.
+
+    Args:
+      embed_dim: D of x. num_heads: N.
+      kv_lora_rank: R of the bank. qk_head_dim: H of queries and keys. v_head_dim: V of values.
+      out_scale: of the initial output map, as in `GatedMLP`.
+
+    Source: DeepSeek-AI 2024, "DeepSeek-V2", section 2.1.2, read across as in Vaswani et al. 2017,
+    section 3.2.3.
     """
 
     def __init__(

@@ -153,8 +153,8 @@ class Mamba(nnx.Module):
       conv_bias, proj_bias: of the convolution, and of the maps in and out.
       chunk_size: tokens between two kept states.
 
-    The recurrence, A, D and dt are float32 or wider, their parameters too: in bfloat16 they
-    overflow, and what dt learns is rounded away.
+    The recurrence, A, D and dt are float32 or wider, and so are the parameters A, D and the bias of
+    dt: in bfloat16 they overflow, and what dt learns is rounded away.
     """
 
     def __init__(

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from scipy.special import stdtrit
 
 from slam_jax.language_models import SYSTEMS
 from slam_jax.rocket.page import Bullets, Table
 from slam_jax.rocket.tasks import Json
 
-SCHEMA_VERSION = 1  # of leaderboard.schema.json
+SCHEMA_VERSION = 2  # of leaderboard.schema.json
 RESAMPLES = 2_000
 
 
@@ -29,21 +30,34 @@ def row_head(name: str, done: Mapping[str, Json], needed: Iterable[str]) -> Json
     return {**row, "status": "ok"}
 
 
-def resamplings(seeds: int, units: int) -> Float[np.ndarray, "R seeds units"]:
-    """How often each seed and each unit, a document or a scene, is drawn: a bootstrap over both,
-    the same for all systems, so that differences are paired.
+Weights = Float[np.ndarray, "_ seeds units"]
+
+
+def interval(shape: tuple[int, int], figure: Callable[[Weights], Float[np.ndarray, "_"]]) -> Json:
+    """A figure with its 95% interval, of `shape`: seeds and units, which are documents or scenes.
+
+    figure: of how often each unit counts with each seed. A difference is paired, since both sides
+    are given the same weights.
+
+    Seeds and units are two causes of chance, and the distances that they reach from the mean add up
+    as the sides of a right angle do: over units a bootstrap of 2,000 resamplings; over seeds, too
+    few for one, t s / sqrt(S), with s the standard deviation of the S seeds' figures and t that of
+    Student for S - 1 degrees of freedom. Of a single seed, what others would have given is not
+    known, and not in it.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13.
     """
-    rng = np.random.default_rng(0)
-    drawn = [rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) for n in (seeds, units)]
-    return np.einsum("rs,ru->rsu", *drawn).astype(np.float64)
-
-
-def interval(mean: float, resampled: Float[np.ndarray, "R"]) -> Json:
-    """A figure with its 95% interval."""
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return {"mean": float(mean), "low": float(low), "high": float(high)}
+    seeds, units = shape
+    mean = float(figure(np.ones((1, seeds, units)))[0])
+    drawn = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=RESAMPLES)
+    every = figure(np.repeat(drawn[:, None], seeds, axis=1).astype(np.float64))
+    reach = np.quantile(every, [0.025, 0.975]) - mean
+    if seeds > 1:
+        own = figure(np.repeat(np.eye(seeds)[..., None], units, axis=-1))
+        reach = np.hypot(reach, stdtrit(seeds - 1, 0.975) * np.std(own, ddof=1) / np.sqrt(seeds))
+    else:
+        reach = np.abs(reach)
+    return {"mean": mean, "low": float(mean - reach[0]), "high": float(mean + reach[1])}
 
 
 def winner(rows: Sequence[Json], value: Callable[[Json], float], sign: int) -> Json:
@@ -56,10 +70,13 @@ def winner(rows: Sequence[Json], value: Callable[[Json], float], sign: int) -> J
 def describe_machine_of(board: Json) -> str:
     """The machine in half a sentence."""
     machine: dict[str, Any] = board["machine"]
+    measured: dict[str, Any] = board["measured"]
+    codes = measured["code"]
+    by = f"code {codes[0]}" if len(codes) == 1 else f"{len(codes)} codes ({', '.join(codes)})"
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, device "
         f"{machine['device']}; Python {machine['python']}, jax {machine['jax']}, slam_jax "
-        f"{machine['slam_jax']}."
+        f"{machine['slam_jax']}, {by}; {measured['first'][:10]} to {measured['last'][:10]}."
     )
 
 

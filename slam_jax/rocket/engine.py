@@ -4,17 +4,19 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from slam_jax.errors import InputError, require_count, write_whole, writing
+from slam_jax.errors import InputError, require_count, write_whole
 from slam_jax.rocket.jobs import run_job
 from slam_jax.rocket.live import LiveTable
-from slam_jax.rocket.machine import describe_machine
+from slam_jax.rocket.machine import code_version, describe_machine
 from slam_jax.rocket.page import html, markdown
 from slam_jax.rocket.tasks import Comparison, Impossible, Json, Task, failure
+from slam_jax.training.lock import only_run_in
 
 _KEPT = "results.json"
 
@@ -33,27 +35,45 @@ def run(
 ) -> Json:
     """Compares systems; returns and writes the board and its pages.
 
-    What is finished is kept in `workdir` at once, and not measured again by the same call.
+    What is finished is kept in `workdir` at once, with when and by which code it was measured, and
+    not measured again by the same call. What failed is tried again.
 
     Args:
       memory_gib, seconds: limits of each process; one that is ended at them is a row that says so.
       jobs: processes at once, where nothing is timed, each on its share of the cores.
 
     Raises:
-      InputError: the workdir is of other settings. WriteError: it cannot be written.
+      InputError: the workdir is of other settings. WorkdirError: another run is in it, or it cannot
+      be written. WriteError: no more.
     """
-    workdir, models = Path(workdir), comparison.models
-    require_count("number of models", len(models))
+    require_count("number of models", len(comparison.models))
     require_count("jobs", jobs, most=1_024)
-    tasks = comparison.tasks()
-    with writing(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-    results = _read_results(workdir / _KEPT, comparison)
+    limits = {"memory_gib": memory_gib, "seconds": seconds, "jobs": jobs}
+    with only_run_in(workdir):
+        results = _measure(comparison, Path(workdir), limits, console)
+        about = {**_identity(comparison), "limits": limits, "machine": describe_machine()}
+        about["measured"] = _measured(results[name] for name in comparison.models)
+        board = comparison.board(about, {name: results[name] for name in comparison.models})
+        page = comparison.page(board)
+        text = json.dumps(board, indent=2, allow_nan=False) + "\n"
+        # The second name is that of the published file.
+        for name in ("leaderboard.json", "comprehensive_model_results.json"):
+            write_whole(Path(workdir, name), text)
+        write_whole(Path(workdir, "leaderboard.md"), markdown(page))
+        write_whole(Path(workdir, "leaderboard.html"), html(page))
+    return board
+
+
+def _measure(comparison: Comparison, workdir: Path, limits: Json, console: Any) -> dict[str, Any]:
+    """All figures by system and task, those that were there already among them."""
+    models, results = comparison.models, _read_results(workdir / _KEPT, comparison)
+    machine = describe_machine()
     for name in models:
         results.setdefault(name, {})
-    own = {name: [task for task in tasks if task.system == name] for name in models}
 
     def still_open() -> list[Task]:
+        tasks = comparison.tasks(results)
+        own = {name: [task for task in tasks if task.system == name] for name in models}
         return [
             task
             for task in tasks
@@ -62,42 +82,33 @@ def run(
         ]
 
     def measure(task: Task, cores: Sequence[int], stop: threading.Event) -> Measured:
-        start = time.monotonic()
+        start, measured = time.monotonic(), {"code": code_version(), "at": _now()}
+        measured["cores"] = len(cores) or machine["cores"]
         try:
             arguments = comparison.arguments(task, results[task.system])
         except Impossible as error:
-            return task, {"reason": str(error)}, 0.0
+            return task, {"reason": str(error), "measured": measured}, 0.0
         figures = run_job(
             task.what,
             task.system,
             comparison.settings,
             workdir,
             arguments=arguments,
-            memory_gib=memory_gib,
-            seconds=seconds,
+            memory_gib=limits["memory_gib"],
+            seconds=limits["seconds"],
             cores=cores,
             progress=lambda share, text: table.update(task, share, text),
             stop=stop,
         )
-        return task, figures, time.monotonic() - start
+        return task, {**figures, "measured": measured}, time.monotonic() - start
 
     with LiveTable(models, console) as table:
-        for task, figures, took in _side_by_side(measure, still_open, jobs):
+        for task, figures, took in _side_by_side(measure, still_open, limits["jobs"]):
             results[task.system][task.label] = figures
             kept = {**_identity(comparison), "results": results}
             write_whole(workdir / _KEPT, json.dumps(kept, indent=1, allow_nan=False))
             table.finished(task, figures.get("reason"), took, still_open())
-    limits = {"memory_gib": memory_gib, "seconds": seconds, "jobs": jobs}
-    about = {**_identity(comparison), "limits": limits, "machine": describe_machine()}
-    board = comparison.board(about, {name: results[name] for name in models})
-    page = comparison.page(board)
-    text = json.dumps(board, indent=2, allow_nan=False) + "\n"
-    # The second name is that of the published file.
-    for name in ("leaderboard.json", "comprehensive_model_results.json"):
-        write_whole(workdir / name, text)
-    write_whole(workdir / "leaderboard.md", markdown(page))
-    write_whole(workdir / "leaderboard.html", html(page))
-    return board
+    return results
 
 
 def _side_by_side(
@@ -155,20 +166,45 @@ def _shares(jobs: int) -> list[Sequence[int]]:
     return [cores[i::jobs] for i in range(jobs)]
 
 
+def _measured(results: Iterable[Mapping[str, Json]]) -> Json:
+    """By which versions of the code, on how many cores, and when."""
+    stamps = [figures["measured"] for done in results for figures in done.values()]
+    times = [stamp["at"] for stamp in stamps]
+    return {
+        "code": sorted({stamp["code"] for stamp in stamps}),
+        "cores": sorted({stamp["cores"] for stamp in stamps}),
+        "first": min(times),
+        "last": max(times),
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def _identity(comparison: Comparison) -> Json:
     """What makes figures comparable."""
     return {"protocol": comparison.name, "settings": comparison.settings, "data": comparison.data}
 
 
 def _read_results(path: Path, comparison: Comparison) -> dict[str, Any]:
-    """What an earlier run of the same settings has measured already, none where there was none."""
+    """What an earlier run of the same settings has measured already, none where there was none; not
+    what failed, which may have been for another limit, or a neighbour's memory."""
     if not path.exists():
         return {}
     try:
         kept = json.loads(path.read_text())
-        results = {name: dict(done) for name, done in kept["results"].items()}
+        results = {
+            name: {label: figures for label, figures in done.items() if "reason" not in figures}
+            for name, done in kept["results"].items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not what a leaderboard keeps ({error}); delete it") from None
+        raise InputError(
+            f"{path}: not what a leaderboard keeps ({error}); give another --workdir, or delete "
+            "this one"
+        ) from None
     if {name: kept.get(name) for name in _identity(comparison)} != _identity(comparison):
-        raise InputError(f"{path}: is of other settings; give another --workdir, or delete it")
+        raise InputError(
+            f"{path}: is of other settings; give another --workdir, or delete this one"
+        )
     return results

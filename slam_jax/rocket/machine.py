@@ -1,5 +1,6 @@
 """What figures depend on besides the code."""
 
+import hashlib
 import os
 import platform
 from importlib.metadata import version
@@ -10,6 +11,14 @@ import jax
 import psutil
 
 from slam_jax.version import __version__
+
+
+def code_version() -> str:
+    """Of the code as it stands on the disk: the first digits of a hash of all its sources."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def describe_machine() -> dict[str, Any]:

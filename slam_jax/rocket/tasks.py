@@ -35,7 +35,8 @@ class Comparison(Protocol):
     """One protocol, with its settings.
 
     models: the systems compared. settings: as workers are given them. data: what figures depend on
-    besides. tasks: in the order in which they are done. arguments: of a task, given the figures of
+    besides. tasks: in the order in which they are done, as far as they follow from the figures so
+    far, by system and label. arguments: of a task, given the figures of
     its system so far by label; raises Impossible. board: of figures by system and label.
     """
 
@@ -44,7 +45,7 @@ class Comparison(Protocol):
     settings: Json
     data: Json
 
-    def tasks(self) -> list[Task]: ...
+    def tasks(self, results: Mapping[str, Mapping[str, Json]]) -> list[Task]: ...
 
     def arguments(self, task: Task, done: Mapping[str, Json]) -> Json: ...
 

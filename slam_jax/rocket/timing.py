@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 
 class Timing(NamedTuple):
@@ -41,12 +42,18 @@ def compiled(function: Any, *args: Any) -> tuple[Any, float]:
     """A jitted function compiled for such arguments, and the seconds it took, traces and all; no
     cache of programs is asked or filled."""
     before = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
+    _use_cache(False)
     try:
         start = time.perf_counter()
         return function.lower(*args).compile(), time.perf_counter() - start
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        _use_cache(before)
+
+
+def _use_cache(used: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", used)
+    # JAX looks at it once.
+    compilation_cache.reset_cache()
 
 
 def peak_memory() -> int:

@@ -5,7 +5,10 @@ goes to standard output, a JSON list of share and text a line.
 """
 
 import json
+import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ TASKS = {
 
 
 def main() -> None:
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     job, out = map(Path, sys.argv[1:])
     given: dict[str, Any] = json.loads(job.read_text())
     tune_host()
@@ -39,6 +43,13 @@ def main() -> None:
     figures = task(given["system"], settings(**given["settings"]), tell, **given["arguments"])
     for each in figures if isinstance(figures, Iterator) else [figures]:
         write_whole(out, json.dumps(each, allow_nan=False))
+
+
+def _end_with(parent: int) -> None:
+    """An engine that was killed could not end its workers."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from slam_jax.layers.linear import Linear
+from slam_jax.layers.linear import Linear, project_wide
 from slam_jax.layers.precision import wide
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.decoder import Memory
@@ -30,8 +30,9 @@ class AlignmentHead(nnx.Module):
         weights = jnp.broadcast_to(present, (*memory.c_mem.shape[:2], 1))
         total = jnp.sum(memory.c_mem * weights, axis=1)
         mean = total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
-        e = self.project(mean.astype(memory.c_mem.dtype)).astype(mean.dtype)
-        return e / jnp.maximum(jnp.linalg.norm(e, axis=-1, keepdims=True), 1e-6)
+        e = project_wide(mean.astype(memory.c_mem.dtype), self.project.kernel[...])
+        # Cut before the root, which has no gradient at 0: a row that shows nothing.
+        return e / jnp.sqrt(jnp.maximum(jnp.sum(e * e, axis=-1, keepdims=True), 1e-12))
 
     def loss(self, a: Float[Array, "B E"], b: Float[Array, "B E"]) -> Float[Array, ""]:
         """Sigmoid loss of all B x B pairs, of which the diagonal belongs together.

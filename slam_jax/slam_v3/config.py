@@ -25,7 +25,8 @@ class ImageConfig:
     encoder: "resnet" halves the image once a stage, from `patch_size` on; "vit" projects patches
       and runs `num_layers` transformer blocks over them.
     size: height and width in pixels the model is trained on; the "vit" and its positions take any
-      multiple of the patch, the "resnet" any size.
+      multiple of the patch, the "resnet" any size that leaves more than one position: what is the
+      same all over a picture is taken out of it.
     patch_size: pixels a side of one patch ("vit") or of one step of the stem ("resnet").
     stage_widths: channels of each residual stage of the "resnet".
     blocks_per_stage: residual blocks a stage.
@@ -56,6 +57,14 @@ class ImageConfig:
         )
         bad = [w for w in widths if not 8 <= w <= 1 << 20 or w % 8]
         require(not bad, "image.stage_widths", widths, "multiples of 8 (the width of a norm group)")
+        if self.encoder == "resnet":
+            more = f"more than {self.reach}, or fewer stages, or a smaller patch_size"
+            require(self.size > self.reach, "image.size", self.size, more)
+
+    @property
+    def reach(self) -> int:
+        """Pixels a side of one position of the last stage of the "resnet"."""
+        return self.patch_size * 2 ** (len(self.stage_widths) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,14 +145,13 @@ class SlamV3Config:
             "a multiple of 4, for the 2-D positions",
         )
         for field, width in self.latent_widths.items():
-            object.__setattr__(self, field, width)
             require_count(field, width)
         rope = self.latent_widths["qk_rope_head_dim"]
         require(rope % 2 == 0, "qk_rope_head_dim", rope, f"an even number, such as {rope + 1}")
         for field in ("q_lora_rank", "window", "process_mlp_dim"):
             value = getattr(self, field)
             require(value is None or value >= 1, field, value, "None or at least 1")
-            require_count(field, value or 1)
+            require_count(field, 1 if value is None else value)
         memory = self.num_memory_tokens
         require(memory >= 0, "num_memory_tokens", memory, "0 (no bottleneck) or more")
         require_count("num_memory_tokens", memory, least=0)

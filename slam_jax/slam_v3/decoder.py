@@ -119,7 +119,8 @@ class DecoderLayer(nnx.Module):
     def _queries(self, h):
         """Every position of every question of an example, one after the other."""
         queries = self.norms[1](h)
-        return queries.reshape(queries.shape[0], -1, queries.shape[-1])
+        batch, prompts, length, dim = queries.shape
+        return queries.reshape(batch, prompts * length, dim)
 
     def _rest(self, h, memory, key, *, absorbed):
         keys = split(key, 2)

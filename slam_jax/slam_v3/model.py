@@ -10,8 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from slam_jax.array_typing import AnyArray
 from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import dropout, split
-from slam_jax.layers.linear import Linear
-from slam_jax.layers.precision import wide
+from slam_jax.layers.linear import Linear, project_wide
 from slam_jax.protocol import Hidden, Output
 from slam_jax.slam_v3.alignment import AlignmentHead
 from slam_jax.slam_v3.config import SlamV3Config
@@ -48,7 +47,8 @@ class SlamV3(nnx.Module):
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         kw = dict(**config.dtypes, rngs=rngs)
         self.config = config
-        # Text is read and written with one table: the "red" of a question finds that of a scene.
+        # Of the text that is read and the tokens written so far: the "red" of a question finds that
+        # of a scene. The head, which says what comes next, is its own.
         self.embedding = nnx.Embed(
             config.vocab_size,
             config.embed_dim,
@@ -117,7 +117,7 @@ class SlamV3(nnx.Module):
 
     def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head: logits (float32 or wider) of hidden states."""
-        return self.head(states).astype(wide(states.dtype))
+        return project_wide(states, self.head.kernel[...])
 
     def embed(self, inputs: Inputs, *, key: PRNGKeyArray | None = None) -> Float[Array, "B E"]:
         """A unit vector for retrieval; give one input alone (see `AlignmentHead`)."""
@@ -139,14 +139,14 @@ class SlamV3(nnx.Module):
         if lengths is not None:
             lengths = jnp.asarray(lengths).reshape(_rows(lengths.shape))
         h, cache = self.decoder.prefill(self._embed(tokens), cache, memory, lengths)
-        return self.logits(h).reshape(*tokens.shape, -1), cache
+        return self.logits(h).reshape(*tokens.shape, self.config.vocab_size), cache
 
     def decode_step(
         self, tokens: Int[AnyArray, "B *Q"], cache: DecoderCache, memory: Memory
     ) -> tuple[Float[Array, "B *Q V"], DecoderCache]:
         """The logits after one more token per row, straight on the latents (absorbed form)."""
         h, cache = self.decoder.decode_step(self._embed(tokens[..., None]), cache, memory)
-        return self.logits(h).reshape(*tokens.shape, -1), cache
+        return self.logits(h).reshape(*tokens.shape, self.config.vocab_size), cache
 
     def _streams(self, inputs: Inputs, key: PRNGKeyArray | None) -> list[Stream]:
         check_inputs(inputs)
@@ -161,7 +161,8 @@ class SlamV3(nnx.Module):
     def _decode(
         self, tokens: Int[AnyArray, "B *Q T"], memory: Memory, key: PRNGKeyArray | None
     ) -> Float[Array, "B *Q T D"]:
-        return self.decoder(self._embed(tokens), memory, key=key).reshape(*tokens.shape, -1)
+        h = self.decoder(self._embed(tokens), memory, key=key)
+        return h.reshape(*tokens.shape, self.config.embed_dim)
 
     def _embed(self, tokens: Int[AnyArray, "B *Q T"]) -> Float[Array, "B R T D"]:
         rows = jnp.asarray(tokens).reshape(*_rows(tokens.shape[:-1]), tokens.shape[-1])

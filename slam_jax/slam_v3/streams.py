@@ -11,6 +11,7 @@ from slam_jax.array_typing import AnyArray
 from slam_jax.errors import InputError
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.precision import wide
 from slam_jax.layers.remat import remat
 from slam_jax.slam_v3.block import TransformerBlock
 from slam_jax.slam_v3.config import SlamV3Config
@@ -45,7 +46,8 @@ _EXPECTED: dict[str, tuple[Any, int, str]] = {
 
 def check_inputs(inputs: Inputs) -> None:
     """Raises InputError, naming the part, for what would fail later or be misread silently: pixels
-    that are no bytes, whole numbers for vectors, a missing batch axis, different batch sizes."""
+    that are no bytes, whole numbers for vectors, a missing batch axis, different batch sizes, a
+    mask of another shape than what it masks."""
     sizes = {}
     for name, (kind, ndim, expected) in _EXPECTED.items():
         value = getattr(inputs, name)
@@ -62,6 +64,14 @@ def check_inputs(inputs: Inputs) -> None:
     if len(set(sizes.values())) > 1:
         shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise InputError(f"inputs of different batch sizes: {shown}; expected one for all")
+    for name in ("text", "image", "aux"):
+        value, mask = getattr(inputs, name), getattr(inputs, f"{name}_mask")
+        if mask is None:
+            continue
+        if value is None:
+            raise InputError(f"{name}_mask without {name}; give both, or neither")
+        if mask.shape != (shape := value.shape[: mask.ndim]):
+            raise InputError(f"{name}_mask is {list(mask.shape)}; expected {list(shape)}")
 
 
 class Stream(NamedTuple):
@@ -138,9 +148,15 @@ class ResNet(nnx.Module):
         # A group a channel: what a channel shows everywhere, the background, is taken out, and what
         # is left of a token is what it alone shows.
         self.norm = nnx.GroupNorm(width, num_groups=width, **kw)
+        self.reach = image.reach
         self.project = Linear(width, config.embed_dim, use_bias=True, **kw)
 
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
+        if max(pixels.shape[1:3]) <= self.reach:
+            raise InputError(
+                f"image of {pixels.shape[1]} x {pixels.shape[2]} pixels: expected more than "
+                f"{self.reach} a side; enlarge it, or take fewer stages or a smaller patch_size"
+            )
         x = self.stem(pixels)
         for block in self.blocks:
             x = block(x)
@@ -195,7 +211,9 @@ class Streams(nnx.Module):
         self.text_norm, self.image_norm, self.aux_norm = norms
         encoder = ResNet if config.image.encoder == "resnet" else ViT
         self.image = encoder(config, rngs=rngs)
-        self.aux = Linear(config.aux_dim, config.embed_dim, use_bias=True, **kw)
+        # Numbers are read as they are: 1,001 would be 1,000 in bfloat16.
+        exact = {**kw, "dtype": wide(kw["dtype"])}
+        self.aux = Linear(config.aux_dim, config.embed_dim, use_bias=True, **exact)
         embedding = nnx.initializers.normal(0.02)
         if config.aux_slots:
             slots = (config.max_aux, config.embed_dim)
@@ -203,8 +221,8 @@ class Streams(nnx.Module):
         types = (3, config.embed_dim)
         # As large as half a token: attention by place alone, such as to the token before, starts
         # from what all tokens of a stream have in common.
-        wide = nnx.initializers.normal(0.5)
-        self.type = nnx.Param(wide(rngs.params(), types, kw["param_dtype"]))
+        normal = nnx.initializers.normal(0.5)
+        self.type = nnx.Param(normal(rngs.params(), types, kw["param_dtype"]))
 
     def __call__(
         self, inputs: Inputs, text_embeddings: Float[Array, "B S_t D"] | None
@@ -223,14 +241,14 @@ class Streams(nnx.Module):
                 Stream(self.text_norm(text_embeddings) + types[0], inputs.text_mask, positions)
             )
         if inputs.image is not None:
-            pixels = jnp.asarray(inputs.image, dtype) / 127.5 - 1.0
-            tokens = self.image_norm(self.image(pixels)) + types[1]
+            pixels = jnp.asarray(inputs.image, wide(dtype)) / 127.5 - 1.0
+            tokens = self.image_norm(self.image(pixels.astype(dtype))) + types[1]
             mask = inputs.image_mask
             if mask is not None:
                 mask = jnp.broadcast_to(mask[:, None], tokens.shape[:2])
             streams.append(Stream(tokens, mask, None))
         if inputs.aux is not None:
-            tokens = self.aux_norm(self._aux(jnp.asarray(inputs.aux, dtype))) + types[2]
+            tokens = self.aux_norm(self._aux(jnp.asarray(inputs.aux)).astype(dtype)) + types[2]
             streams.append(Stream(tokens, inputs.aux_mask, None))
         return streams
 

@@ -12,7 +12,13 @@ from slam_jax.training.loading import Loaded, load
 from slam_jax.training.loop import train
 from slam_jax.training.losses import LossConfig, language_model_loss, slam_v3_loss
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
-from slam_jax.training.state import TrainState, make_train_step, merge_model, split_model
+from slam_jax.training.state import (
+    TrainState,
+    init_state,
+    make_train_step,
+    merge_model,
+    split_model,
+)
 
 __all__ = [
     "CheckpointError",
@@ -24,6 +30,7 @@ __all__ = [
     "RunConfig",
     "TrainState",
     "default_config",
+    "init_state",
     "language_model_loss",
     "load",
     "make_optimizer",

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from slam_jax.rocket.ablation.measure import AblationSettings
-from slam_jax.rocket.board import head, interval, resamplings, row_head, winner
+from slam_jax.rocket.board import Weights, head, interval, row_head, winner
 from slam_jax.rocket.tasks import Json
 
 # Of each seed (rows) and each scene (columns), by entry: how many were asked, how many were right.
@@ -19,9 +19,7 @@ def make_board(
     about: Json, settings: AblationSettings, results: Mapping[str, Mapping[str, Json]]
 ) -> Json:
     """about: the head of the board, as the engine gives it. results: figures by variant and task;
-    the first variant is what the others are compared with.
-
-    Intervals are of 95%, from a bootstrap over scenes and seeds; differences are paired.
+    the first variant of the settings is what the others are compared with, if it was measured.
     """
     rows, first = [], None
     for name, done in results.items():
@@ -29,14 +27,16 @@ def make_board(
         if row["status"] == "ok":
             runs = [done[f"seed {seed}"] for seed in settings.seeds]
             counts = _counts(runs)
-            first = counts if first is None else first
+            is_first = name == next(iter(settings.variants))
+            first = counts if is_first else first
             row |= {
                 "changes": dict(settings.variants[name]),
                 "parameters": runs[0]["parameters"],
                 "flops": runs[0]["flops"],
-                "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
+                # Of the process for which another had compiled the programs.
+                "peak_memory_bytes": min(run["peak_memory_bytes"] for run in runs),
                 "accuracy": _accuracies(counts),
-                "difference": None if counts is first else _differences(counts, first),
+                "difference": None if is_first or first is None else _differences(counts, first),
                 "runs": [
                     {"seed": seed, **run, "accuracy": _of_seed(counts, i)}
                     for i, (seed, run) in enumerate(zip(settings.seeds, runs, strict=True))
@@ -66,29 +66,27 @@ def _counts(runs: list[Json]) -> _Counts:
     return {OVERALL: (right, asked), **found}
 
 
-def _shares(counts: _Counts, entry: str, weights: Float[np.ndarray, "R seeds scenes"]) -> Any:
+def _shares(counts: _Counts, entry: str, weights: Weights) -> Float[np.ndarray, "_"]:
     right, asked = counts[entry]
     return (weights * right).sum((1, 2)) / (weights * asked).sum((1, 2))
 
 
 def _accuracies(counts: _Counts) -> Json:
-    weights = resamplings(*counts[OVERALL][0].shape)
-    whole = np.ones_like(weights[:1])
     return {
-        entry: interval(_shares(counts, entry, whole)[0], _shares(counts, entry, weights))
-        for entry in counts
+        entry: interval(right.shape, lambda weights, entry=entry: _shares(counts, entry, weights))
+        for entry, (right, _) in counts.items()
     }
 
 
 def _differences(counts: _Counts, first: _Counts) -> Json:
-    weights = resamplings(*counts[OVERALL][0].shape)
-    whole = np.ones_like(weights[:1])
-
-    def difference(entry: str, weights: Any) -> Any:
-        return _shares(counts, entry, weights) - _shares(first, entry, weights)
-
     return {
-        entry: interval(difference(entry, whole)[0], difference(entry, weights)) for entry in counts
+        entry: interval(
+            right.shape,
+            lambda weights, entry=entry: (
+                _shares(counts, entry, weights) - _shares(first, entry, weights)
+            ),
+        )
+        for entry, (right, _) in counts.items()
     }
 
 

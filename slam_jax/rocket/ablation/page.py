@@ -11,8 +11,9 @@ _WHAT = (
     "differs is named; everything else is as in the first."
 )
 _DIFFERENCES = (
-    "Percentage points from the first variant, with intervals of 95% from 2,000 resamplings of "
-    "scenes and seeds, paired; * marks those that are clear of 0."
+    "Percentage points from the first variant, paired, with intervals of 95% over scenes (2,000 "
+    "resamplings) and seeds (Student's t); * marks those that are clear of 0, as by chance one in "
+    "twenty is."
 )
 _SHORT = ("variant", "parameters", "all questions, %", "from the first, points")
 
@@ -80,7 +81,6 @@ _COLUMNS = (
     "all, MFLOP a scene",
     "all questions, %",
     "from the first, points",
-    "training, s",
 )
 
 
@@ -90,7 +90,6 @@ def _cells(row: Json) -> tuple[str, ...]:
         f"{name.split('.')[-1]} {', '.join(to) if isinstance(to, list) else to}"
         for name, to in row["changes"].items()
     )
-    seconds = [run["train_seconds"] for run in row["runs"]]
     return (
         row["system"],
         changes or "none",
@@ -99,7 +98,6 @@ def _cells(row: Json) -> tuple[str, ...]:
         " / ".join(f"{sum(each.values()) / 1e6:.2f}" for each in flops),
         _share(row["accuracy"][OVERALL]),
         "" if difference is None else _points(difference[OVERALL]),
-        f"{min(seconds):.0f} to {max(seconds):.0f}",
     )
 
 

@@ -34,7 +34,7 @@ class Ablation:
         # Whatever is asked for is compared with the first.
         self.models = tuple(dict.fromkeys((first, *models)))
 
-    def tasks(self) -> list[Task]:
+    def tasks(self, results: Mapping[str, Mapping[str, Json]]) -> list[Task]:
         return [
             Task(name, f"seed {seed}", "ablation", timed=False)
             for seed in self._settings.seeds

@@ -1,5 +1,6 @@
 """The leaderboard of the held-out comparison: intervals over documents, ranks with ties."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from slam_jax.rocket.board import head, interval, resamplings, row_head, winner
+from slam_jax.rocket.board import Weights, head, interval, row_head, winner
 from slam_jax.rocket.heldout.measure import (
     HeldoutSettings,
     choose_learning_rate,
@@ -37,8 +38,8 @@ class _Scores(NamedTuple):
     tokens: Float[np.ndarray, "seeds documents"]
     bytes: Float[np.ndarray, "seeds documents"]
 
-    def metric(self, name: str, weights: Float[np.ndarray, "R seeds documents"]) -> np.ndarray:
-        """One of METRICS, of every resampling."""
+    def metric(self, name: str, weights: Weights) -> Float[np.ndarray, "_"]:
+        """One of METRICS, by each of the weights."""
         above, below = {
             "loss": (self.nats, self.tokens),
             "bits_per_byte": (self.nats / math.log(2), self.bytes),
@@ -73,9 +74,9 @@ def make_board(
         rows.append(row)
     measured = [row for row in rows if row["status"] == "ok"]
     if measured:
-        _judge(measured, scores, len(settings.seeds))
+        _judge(measured, scores)
         measured.sort(key=lambda row: row["bits_per_byte"]["mean"])
-        _rank(measured, scores, len(settings.seeds))
+        _rank(measured, scores)
     for row in measured:
         row["score_parts"] = _score_parts(row, measured)
         row["score"] = sum(row["score_parts"].values())
@@ -93,35 +94,39 @@ def _summary(scores: _Scores, seed: int) -> Json:
     return {name: float(scores.metric(name, weights)[0]) for name in METRICS}
 
 
-def _judge(rows: list[Json], scores: Mapping[str, _Scores], seeds: int) -> None:
+def _judge(rows: list[Json], scores: Mapping[str, _Scores]) -> None:
     """Every metric with its 95% interval."""
-    for row in rows:
+    for row, name in itertools.product(rows, METRICS):
         own = scores[row["system"]]
-        weights = resamplings(seeds, own.nats.shape[1])
-        for name in METRICS:
-            mean = float(own.metric(name, np.ones((1, *own.nats.shape)))[0])
-            row[name] = interval(mean, own.metric(name, weights))
+        row[name] = interval(own.nats.shape, lambda weights, o=own, n=name: o.metric(n, weights))
 
 
-def _rank(rows: list[Json], scores: Mapping[str, _Scores], seeds: int) -> None:
+def _rank(rows: list[Json], scores: Mapping[str, _Scores]) -> None:
     """rows: the best first. One whose difference from the row above is not clear of 0 has its
-    rank."""
+    rank. Each has its differences from all above it."""
     for place, row in enumerate(rows):
+        own = scores[row["system"]]
+        row["differences"] = {
+            better["system"]: interval(
+                own.nats.shape,
+                lambda weights, a=own, b=scores[better["system"]]: (
+                    a.metric("bits_per_byte", weights) - b.metric("bits_per_byte", weights)
+                ),
+            )
+            for better in rows[:place]
+        }
         row["rank"], row["difference_from_above"] = place + 1, None
-        if not place:
-            continue
-        above, own = scores[rows[place - 1]["system"]], scores[row["system"]]
-        weights = resamplings(seeds, own.nats.shape[1])
-        differences = own.metric("bits_per_byte", weights) - above.metric("bits_per_byte", weights)
-        mean = row["bits_per_byte"]["mean"] - rows[place - 1]["bits_per_byte"]["mean"]
-        row["difference_from_above"] = interval(mean, differences)
-        if row["difference_from_above"]["low"] <= 0:
-            row["rank"] = rows[place - 1]["rank"]
+        if place:
+            above = rows[place - 1]
+            row["difference_from_above"] = row["differences"][above["system"]]
+            if row["difference_from_above"]["low"] <= 0:
+                row["rank"] = above["rank"]
 
 
 def _tuning(done: Mapping[str, Json], settings: HeldoutSettings) -> Json:
     """The rate that was used, what each led to, and whether a rate beyond might be better."""
     losses = validation_losses(done, settings)
+    edges = (min(losses), max(losses))
     rate = choose_learning_rate(losses)
     assert rate is not None  # or there would be no run
     tried = [
@@ -132,12 +137,12 @@ def _tuning(done: Mapping[str, Json], settings: HeldoutSettings) -> Json:
         }
         for each, loss in losses.items()
     ]
-    edges = (min(settings.learning_rates), max(settings.learning_rates))
     return {"learning_rate": rate, "learning_rate_is_at_edge": rate in edges, "tried": tried}
 
 
 def _cost(done: Mapping[str, Json], settings: HeldoutSettings) -> Json:
-    """Times of all visits, in turns; memory and compiling of the process that took most."""
+    """Times of all visits, in turns; memory of the process that took least, for which another had
+    compiled the programs."""
     visits = [done[f"timing {visit}"] for visit in range(1, settings.rounds + 1)]
 
     def seconds(what: str) -> list[float]:
@@ -150,7 +155,8 @@ def _cost(done: Mapping[str, Json], settings: HeldoutSettings) -> Json:
         pairs = zip(
             seconds(f"generation_{batch_size}"), seconds(f"first_token_{batch_size}"), strict=True
         )
-        return [whole - first for whole, first in pairs]
+        # Where the machine was held up in the shorter one, nothing is known of the difference.
+        return [whole - first for whole, first in pairs if whole > first]
 
     runs = [done[seed_label(seed)] for seed in settings.seeds]
     return {
@@ -162,12 +168,12 @@ def _cost(done: Mapping[str, Json], settings: HeldoutSettings) -> Json:
             str(n): Timing.of(seconds(f"first_token_{n}")).as_json() for n in (1, 8)
         },
         "compile_seconds": Timing.of([visit["compile_seconds"] for visit in visits]).as_json(),
-        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
+        "peak_memory_bytes": min(run["peak_memory_bytes"] for run in runs),
     }
 
 
 def _rates(amount: int, seconds: list[float]) -> Json:
-    return Timing.of([amount / max(each, 1e-9) for each in seconds]).as_json()
+    return Timing.of([amount / each for each in seconds]).as_json()
 
 
 def _score_parts(row: Json, measured: list[Json]) -> dict[str, float]:
@@ -189,7 +195,11 @@ def _winners(measured: list[Json]) -> Json:
         return {}
     speed = "generation_tokens_per_second"
     return {
-        "bits per byte": winner(measured, lambda row: row["bits_per_byte"]["mean"], -1),
+        # All of the first rank: which of them is best, the intervals cannot tell.
+        "bits per byte": {
+            "system": ", ".join(row["system"] for row in measured if row["rank"] == 1),
+            "value": measured[0]["bits_per_byte"]["mean"],
+        },
         "top-1": winner(measured, lambda row: row["top1"]["mean"], 1),
         "training, tokens/s": winner(
             measured, lambda row: row["training_tokens_per_second"]["median"], 1

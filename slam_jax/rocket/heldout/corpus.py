@@ -130,6 +130,7 @@ def make_corpus(text: str, vocab_size: int) -> Corpus:
         for name in ("validation", "test")
     }
     about: dict[str, Any] = {"text": text, "vocab_size": tokenizer.vocab_size}
+    about["asked"] = {"text": text, "vocab_size": vocab_size}
     if text == STDLIB:
         name = platform.python_implementation()
         about["version"] = f"{name} {platform.python_version()} ({sys.platform})"

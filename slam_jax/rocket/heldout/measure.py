@@ -43,7 +43,8 @@ class HeldoutSettings:
     budget: of "parameters" (active, without tables and head) or training "flops" a token.
     length, batch_size: of a batch, in tokens and rows. num_tokens: that a run reads.
     learning_rates: each is tried with the first of `seeds` over `sweep_tokens`, as a run of that
-      length; the one with the lowest validation loss is used.
+      length; the one with the lowest validation loss is used. While that is the lowest or the
+      highest tried, the next one beyond is tried, too: at most `more_learning_rates`.
     seeds: of runs, each its own parameters, order of rows and dropout.
     weight_decay, warmup: of AdamW with a cosine; warmup is a share of the run.
     document_tokens: so many of each held-out document are predicted, in rows of `length`.
@@ -61,6 +62,7 @@ class HeldoutSettings:
     batch_size: int = 16
     num_tokens: int = 1 << 20
     learning_rates: Sequence[float] = (7e-4, 2e-3, 6e-3)
+    more_learning_rates: int = 2
     sweep_tokens: int = 1 << 18
     seeds: Sequence[int] = (0, 1, 2)
     weight_decay: float = 0.1
@@ -84,6 +86,7 @@ class HeldoutSettings:
             value, least = getattr(self, field), self.curve_points * self.batch_size * self.length
             expected = f"at least {least:,}, a batch for each of the curve_points"
             require(value >= least, field, value, expected)
+        require_count("more_learning_rates", self.more_learning_rates, least=0, most=16)
         for seed in self.seeds:
             require_count("seeds", seed, least=0, most=2**32 - 1)
         require(all(x > 0 for x in self.learning_rates), "learning_rates", self.learning_rates,
@@ -312,7 +315,27 @@ def validation_losses(
     done: Mapping[str, Json], settings: HeldoutSettings
 ) -> dict[float, float | None]:
     """Of each learning rate that was tried; None for one whose run failed."""
-    return {rate: done[rate_label(rate)].get("validation_loss") for rate in settings.learning_rates}
+    return {
+        rate: done[rate_label(rate)].get("validation_loss") for rate in rates_to_try(done, settings)
+    }
+
+
+def rates_to_try(done: Mapping[str, Json], settings: HeldoutSettings) -> list[float]:
+    """The learning rates of the settings in their order, and those that follow from `done`: while
+    the best is at an end of all that were tried, one beyond it, as far away as its neighbour."""
+    rates = list(settings.learning_rates)
+    for _ in range(settings.more_learning_rates if len(rates) > 1 else 0):
+        if any(rate_label(rate) not in done for rate in rates):
+            break
+        best = choose_learning_rate(
+            {rate: done[rate_label(rate)].get("validation_loss") for rate in rates}
+        )
+        low, *_, high = ordered = sorted(rates)
+        if best not in (low, high):
+            break
+        beyond = low * low / ordered[1] if best == low else high * high / ordered[-2]
+        rates.append(float(f"{beyond:.2g}"))
+    return rates
 
 
 def choose_learning_rate(losses: Mapping[float, float | None]) -> float | None:

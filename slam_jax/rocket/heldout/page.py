@@ -10,14 +10,15 @@ _WHAT = (
     "documents that none of them has seen."
 )
 _RANKS = (
-    "By held-out bits per byte, the less the better; intervals are of 95%, from 2,000 resamplings "
-    "of test documents and seeds, paired between systems. A rank with = is shared: the difference "
-    "from the row above is not clear of 0. The learning rate is the one with the lowest validation "
-    "loss; * marks one at the edge of those tried, beyond which a better one may lie."
+    "By held-out bits per byte, the less the better; intervals are of 95%, over test documents "
+    "(2,000 resamplings) and seeds (Student's t), paired between systems. A rank with = is shared: "
+    "the difference of a row from the one above it is not clear of 0. The learning rate is the one "
+    "with the lowest validation loss; * marks one at the edge of those tried, beyond which another "
+    "may be better."
 )
 _COSTS = (
     "Median and range over processes that took turns. Generation: cached, greedy, tokens after "
-    "the first. Peak memory: of the training process."
+    "the first. Peak memory: of the training process that took least, compiling not in it."
 )
 
 
@@ -26,7 +27,7 @@ def make_page(board: Json) -> Page:
     rows = [row for row in board["rows"] if row["status"] == "ok"]
     failed = [row for row in board["rows"] if row["status"] != "ok"]
     sections: list[Table | Bullets | Plots] = [
-        Table("Ranking", _RANKING, [_ranked(row) for row in rows], _RANKS, True, _SHORT),
+        Table("Ranking", _RANKING, _ranked(rows), _RANKS, True, _SHORT),
         Table("Cost", _COST, [_cost(row) for row in rows], _COSTS, True, _COST_SHORT),
         Table("Size", _SIZE, [_size(row) for row in rows], sortable=True),
     ]
@@ -35,6 +36,7 @@ def make_page(board: Json) -> Page:
         sections.insert(1, Bullets("Failed", texts))
     if rows:
         sections += [_curves(rows), _quality_and_cost(rows), _winner_plots(rows)]
+        sections.append(_pairs(rows))
         sections.append(_tried(rows))
         sections.append(_seeds(rows))
     sections.append(winners_table(board))
@@ -101,13 +103,17 @@ _SIZE = (
 )
 
 
-def _ranked(row: Json) -> tuple[str, ...]:
+def _ranked(rows: list[Json]) -> list[tuple[str, ...]]:
+    ranks = [row["rank"] for row in rows]
+    return [_rank(row, shared=ranks.count(row["rank"]) > 1) for row in rows]
+
+
+def _rank(row: Json, *, shared: bool) -> tuple[str, ...]:
     bits, above = row["bits_per_byte"], row["difference_from_above"]
     difference = "" if above is None else f"{above['mean']:+.4f}{_range(above, '+.4f')}"
-    tied = above is not None and above["low"] <= 0
     seeds = [run["bits_per_byte"] for run in row["runs"]]
     return (
-        f"{row['rank']}{'=' if tied else ''}",
+        f"{row['rank']}{'=' if shared else ''}",
         row["system"],
         f"{bits['mean']:.4f}",
         f"{bits['low']:.3f} to {bits['high']:.3f}",
@@ -228,14 +234,42 @@ def _winner_plots(rows: list[Json]) -> Plots:
     )
 
 
+def _pairs(rows: list[Json]) -> Table:
+    """Every row against those above it: a rank may be shared along a chain whose ends differ."""
+
+    def cell(difference: Json | None) -> str:
+        if difference is None:
+            return ""
+        return f"{difference['mean']:+.4f}{' *' if difference['low'] > 0 else ''}"
+
+    names = [row["system"] for row in rows[:-1]]
+    cells = [
+        (row["system"], *(cell(row["differences"].get(name)) for name in names)) for row in rows[1:]
+    ]
+    what = "Bits per byte more than the system at the top of the column; * is clear of 0."
+    return Table("Every pair", ("system", *names), cells, what)
+
+
 def _tried(rows: list[Json]) -> Table:
-    rates = [each["learning_rate"] for each in rows[0]["tried"]]
-    cells = []
-    for row in rows:
-        losses = [each["validation_loss"] for each in row["tried"]]
-        cells.append((row["system"], *("failed" if x is None else f"{x:.4f}" for x in losses)))
+    losses = [
+        {each["learning_rate"]: each["validation_loss"] for each in row["tried"]} for row in rows
+    ]
+    rates = sorted(set().union(*losses))
+
+    def cell(tried: dict[float, float | None], rate: float) -> str:
+        if rate not in tried:
+            return ""
+        return "failed" if (loss := tried[rate]) is None else f"{loss:.4f}"
+
+    cells = [
+        (row["system"], *(cell(tried, rate) for rate in rates))
+        for row, tried in zip(rows, losses, strict=True)
+    ]
     columns = ("system", *(f"{rate:g}" for rate in rates))
-    return Table("Learning rates", columns, cells, "Validation loss of the runs that chose.")
+    what = (
+        "Validation loss of the runs that chose; where the best was at an end, one more was tried."
+    )
+    return Table("Learning rates", columns, cells, what)
 
 
 def _seeds(rows: list[Json]) -> Table:

@@ -152,7 +152,9 @@ def stress(name: str, settings: SeedSettings, tell: Tell) -> Iterator[dict[str, 
     seconds, levels = 0.0, []
     while seconds <= settings.stress_seconds and length <= config.context_length:
         tell(0.5, f"{batch_size} x {length}")
-        tokens = jnp.zeros((batch_size, length), jnp.int32)
+        # Drawn: a mixture sends equal tokens to the same experts.
+        drawn = np.random.default_rng(settings.seed)
+        tokens = drawn.integers(0, config.vocab_size, (batch_size, length), np.int32)
         seconds = min(timed(lambda tokens=tokens: forward(model, tokens), 1))
         levels.append({"batch_size": batch_size, "length": length, "seconds": seconds})
         yield {"levels": [*levels]}

@@ -25,7 +25,7 @@ class Seed:
         for name in models:
             make_config(name, settings.preset)
 
-    def tasks(self) -> list[Task]:
+    def tasks(self, results: Mapping[str, Mapping[str, Json]]) -> list[Task]:
         models = self.models
         learned = [Task(name, "updates", "seed") for name in models]
         timed = [
