@@ -152,11 +152,11 @@ def _cost(done: Mapping[str, Json], settings: HeldoutSettings) -> Json:
 
     def decoding(batch_size: int) -> list[float]:
         """Seconds of the tokens after the first."""
-        pairs = zip(
-            seconds(f"generation_{batch_size}"), seconds(f"first_token_{batch_size}"), strict=True
-        )
-        # Where the machine was held up in the shorter one, nothing is known of the difference.
-        return [whole - first for whole, first in pairs if whole > first]
+        both = seconds(f"generation_{batch_size}"), seconds(f"first_token_{batch_size}")
+        pairs = list(zip(*both, strict=True))
+        # Of a pair whose shorter one was held up nothing is known; of none but such, a bound.
+        known = [whole - first for whole, first in pairs if whole > first]
+        return known or [whole for whole, _ in pairs]
 
     runs = [done[seed_label(seed)] for seed in settings.seeds]
     return {
