@@ -266,6 +266,10 @@ def test_a_value_that_cannot_be_built_is_named(name, value, message):
         ("model.dtype=float64", "model.dtype is 'float64'; expected another, or JAX_ENABLE_X64=1"),
         ("model.remat=most", "model.remat is 'most'; expected one of .None, 'maps', 'layers'"),
         ("data.vocab_size=5", "data.vocab_size is 5; expected at least 259"),
+        (
+            "run.evaluate_views=['split_image_aux_only_aux']",
+            "evaluate_views: training has no view 'split_image_aux_only_aux'; did you mean 'split_",
+        ),
         ("seed=4294967296", "seed is 4294967296; expected at most 4,294,967,295"),
     ],
 )
