@@ -76,7 +76,7 @@ def first_token(workdir: str) -> None:
 
 
 def throughput(loaded: Any, batch: int) -> None:
-    """Tokens a second without the encode: answers that do not end, long against short ones."""
+    """Tokens a second of answers that do not end, the encode and the prefill among the time."""
     scenes = [draw(make_scene(9_800 + i)[0], range(6)) for i in range(batch)]
     # At this temperature an <eos> comes rarely; the tokens that came are counted.
     requests = [Request("shape of red", image=scene, seed=i) for i, scene in enumerate(scenes)]

@@ -72,6 +72,13 @@ def _rounds(comparison: Comparison, arms: Sequence[Arm], rounds: int) -> Any:
     """Figures by arm, arms that failed, and the largest difference from ours."""
     figures, failed, workers = {}, {}, {}
     outputs: dict[str, list[np.ndarray]] = {}
+
+    def leave_out(name: str, error: ArmFailed) -> None:
+        if name == comparison.arms[0].name:
+            raise error
+        workers.pop(name).end()
+        failed[name] = str(error)
+
     try:
         for arm in arms:
             worker = workers[arm.name] = Worker(arm, fresh=False)
@@ -79,20 +86,22 @@ def _rounds(comparison: Comparison, arms: Sequence[Arm], rounds: int) -> Any:
                 worker.receive()
                 outputs[arm.name] = worker.first_outputs(comparison.checked)
             except ArmFailed as error:
-                workers.pop(arm.name).end()
-                if arm is comparison.arms[0]:
-                    raise
-                failed[arm.name] = str(error)
+                leave_out(arm.name, error)
         difference = _difference(comparison, outputs)
         outputs.clear()
         for i in range(rounds):
             for name in _turned(list(workers), i):
                 time.sleep(_PAUSE)
-                seconds = workers[name].seconds(comparison.repeats)
+                try:
+                    seconds = workers[name].seconds(comparison.repeats)
+                except ArmFailed as error:
+                    leave_out(name, error)
+                    continue
                 figures.setdefault(name, []).append(statistics.median(seconds))
     finally:
         for worker in workers.values():
             worker.end()
+    figures = {name: values for name, values in figures.items() if name not in failed}
     return figures, failed, difference
 
 

@@ -37,10 +37,15 @@ def describe(row: Json) -> list[str]:
 
 
 def make_table(kept: Json) -> str:
-    """The figures of a machine in Markdown, benchmark after benchmark."""
+    """The figures of a machine in Markdown, benchmark after benchmark; of one that has none a row
+    says so."""
     entries = {name: kept["benchmarks"][name] for name in BENCHMARKS if name in kept["benchmarks"]}
     lines: list[str] = [*_HEAD]
-    for name, entry in entries.items():
+    for name in BENCHMARKS:
+        if name not in entries:
+            lines.append(f"| {name} | | | not measured | | | |")
+            continue
+        entry = entries[name]
         for row in entry["rows"]:
             lines += _table_rows(row)
         if middle := entry["middle"]:

@@ -40,13 +40,15 @@ def require_count(field: str, value: Any, least: int = 1, most: int = 1 << 20) -
     require(value <= most, field, value, f"at most {most:,}")
 
 
-def check_names(names: Iterable[str], known: Sequence[str], group: str) -> None:
+def check_names(
+    names: Iterable[str], known: Sequence[str], group: str, kind: str = "field"
+) -> None:
     """Raises ConfigError for the first name that is not known, with the nearest one that is."""
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-            raise ConfigError(f"{group} has no field {shorten(repr(name))}; {hint}")
+            raise ConfigError(f"{group} has no {kind} {shorten(repr(name))}; {hint}")
 
 
 @contextlib.contextmanager

@@ -25,6 +25,18 @@ def counting(start: int) -> Callable[[], Any]:
     return call
 
 
+def failing_at(call: int) -> Callable[[], Any]:
+    """Of all calls of its process that one fails."""
+    count = counting(1)
+
+    def failing():
+        if count() == call:
+            raise RuntimeError("no memory")
+        return np.array([1.0])
+
+    return failing
+
+
 def figure(value: float, output: float = 0.0) -> Measured:
     return Measured(np.array(output), value)
 

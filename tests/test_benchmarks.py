@@ -84,6 +84,16 @@ def test_a_peer_that_fails_is_left_out_with_its_reason_and_ours_is_not(build, re
         measure(compare(Arm("ours", broken), whole), 1)
 
 
+def test_a_peer_that_fails_while_it_is_timed_is_left_out_too_and_ours_is_not():
+    """Call 7 is in the second round: of outputs there is one, and of each round four."""
+    whole, broken = (arms.numbers, {"values": [1.0]}), (arms.failing_at, {"call": 7})
+    row = measure(compare(Arm("ours", *whole), Arm("theirs", *broken)), 2)
+    assert list(row["arms"]) == ["ours"] and row["arms"]["ours"]["n"] == 2
+    assert row["left_out"] == {"theirs": "RuntimeError: no memory"}
+    with pytest.raises(ArmFailed, match="no memory"):
+        measure(compare(Arm("ours", *broken), Arm("theirs", *whole)), 2)
+
+
 def test_a_comparison_without_its_peer_is_skipped_with_what_is_missing():
     pair = [Arm("ours", arms.dying), Arm("theirs", arms.dying, needs=["no_such_library"])]
     with pytest.raises(Skipped, match="theirs needs no_such_library"):
@@ -125,8 +135,9 @@ def test_new_figures_replace_those_of_their_benchmark_alone(entry, tmp_path):
         results.read(file)
 
 
-def test_the_table_has_every_row_and_marks_those_that_fall_short(entry):
+def test_the_table_has_every_row_and_marks_what_falls_short_or_was_not_measured(entry):
     made = table.make_table({"benchmarks": {"standard": entry}})
+    assert "| jamba | | | not measured | | | |" in made and "| standard | | |" not in made
     assert "| a row | theirs | 1x | **0.50x** (0.50 to 0.50) | 2 s | 1 s |" in made
     assert "| a row | theirs | 1x | 4.00x (4.00 to 4.00) | 2 s | 8 s |" in made
     assert "| standard, the median of its 2 ratios | | 2.5x | **2.25x** |" in made

@@ -96,6 +96,16 @@ def test_csv_and_jsonl_of_the_same_rows_are_the_same_table(own, tmp_path):
         read_table(own)
 
 
+def test_the_index_that_pandas_writes_is_no_input(tmp_path):
+    """Its name is empty."""
+    rows = [f"{i},text {i},{i % 2},{0.5 * i}" for i in range(9)]
+    write(tmp_path, [",text,answer,width", *rows, "9,text 9,1,4.5,more"], "data.csv")
+    table = read_table(tmp_path)
+    assert table.columns == ("width",) and not table.ignored
+    assert sum(map(len, table.rows.values())) == 9
+    assert table.bad == ((11, "more values than columns"),)
+
+
 def test_batches_show_what_a_row_has_and_mask_what_it_lacks(own):
     dataset = prepare(config(own), model=MODEL)
     assert dataset.train.views == ("image", "aux", "image_aux", "all")

@@ -1,6 +1,7 @@
 """The planner's parts that need one device; what needs several is in eight_devices.py."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from slam_jax.data import Batch
 from slam_jax.errors import ConfigError
@@ -141,6 +143,27 @@ def test_operations_are_those_of_the_formula():
     config = make_config("moe", "tiny")
     again = dataclasses.replace(language, model={"remat": "layers"}).flops
     assert again.total == 4 * (training_flops(config, 9) + config.body_flops(9))
+
+
+def test_of_a_run_the_largest_view_is_planned_and_named(tmp_path):
+    """Not the first one, of two columns: 16 tokens of an image and 2; with the alignment loss that
+    of an image and a letter, which are encoded once more."""
+    config: Any = default_config("tiny")
+    rows = []
+    for i in range(6):
+        Image.new("RGB", (24, 24), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "text": "x", "width": i, "price": i, "answer": "a"})
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config.data.name, config.data.path, config.data.batch_size = "folder", str(tmp_path), 4
+    later = {"image": 1.0, "text": 1.0, "image_text": 1.0, "image_aux": 1.0}
+    config.data.stages = ((0, {"aux": 1.0}), (5, later))
+    config.model.aux_slots, config.model.image.size = True, 24
+    run: Any = subject_of(config)
+    assert run.view == "image_aux" and run.batch.inputs.image.shape == (4, 24, 24, 3)
+    config.loss.alignment = 0.1
+    assert subject_of(config).view == "image_text"
+    first = describe(plan_of()._replace(view="image_text")).splitlines()[0]
+    assert first.endswith("tensor 8, view image_text: on each of 64 devices")
 
 
 def test_an_axis_divides_no_more_than_it_can():

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from slam_jax.errors import ConfigError, UserError
 from slam_jax.rocket.engine import run
-from slam_jax.rocket.jobs import run_job
+from slam_jax.rocket.jobs import _read_progress, run_job
 from slam_jax.rocket.live import LiveTable
 from slam_jax.rocket.machine import code_version
 from slam_jax.rocket.page import Bullets, Page, Plots, Table, html, markdown, print_page
@@ -51,6 +51,13 @@ def job(tmp_path: Path, what: str = "seed", settings: Any = None, **limits: Any)
     settings = settings or plain(TINY)
     limits.setdefault("stop", threading.Event())
     return run_job(what, "standard", settings, tmp_path, arguments={}, progress=quiet, **limits)
+
+
+def test_lines_that_are_no_progress_are_passed_over():
+    told = []
+    lines = ["3", '"ab"', "null", "[0.1]", '["a", "b"]', "{}", "a word", '[0.5, "half"]']
+    _read_progress(lines, lambda *each: told.append(each))
+    assert told == [(0.5, "half")]
 
 
 @pytest.mark.parametrize(

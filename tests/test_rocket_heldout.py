@@ -131,6 +131,15 @@ def test_the_standard_library_is_there_without_its_tests_and_tables():
         assert absent not in joined
 
 
+def test_a_library_may_stand_in_a_folder_named_test(tmp_path, monkeypatch):
+    root = tmp_path / "test" / "lib"
+    (root / "tests").mkdir(parents=True)
+    (root / "a.py").write_text("text")
+    (root / "tests" / "b.py").write_text("test")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(root)})
+    assert read_documents("stdlib") == ["text"]
+
+
 class Proverbs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Texts as TFDS has them."""
 
@@ -206,6 +215,12 @@ def test_every_system_meets_a_budget_of_flops(name):
 def test_every_system_meets_a_budget_of_parameters(name):
     size = measure(fit(name, Budget("parameters", 4e6), 256, 2_048))
     assert size.active - size.embedding == pytest.approx(4e6, rel=0.02)
+
+
+@pytest.mark.parametrize("amount", [5e6, 5.5e6])
+def test_a_system_with_half_of_an_mlp_meets_any_budget(amount):
+    size = measure(fit("slam_v6", Budget("parameters", amount), 128, 2_048))
+    assert size.active - size.embedding == pytest.approx(amount, rel=0.02)
 
 
 def test_proportions_are_those_of_the_seed_preset_as_far_as_they_can_be():

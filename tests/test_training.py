@@ -33,7 +33,7 @@ from slam_jax.training import (
     split_model,
 )
 from slam_jax.training.experiment import as_json
-from slam_jax.training.losses import answer_mask
+from slam_jax.training.losses import answer_mask, num_answer_tokens
 from slam_jax.training.state import init_state
 
 ROOT = Path(__file__).parent.parent
@@ -108,13 +108,16 @@ def test_alignment_counts_only_where_text_and_image_show_the_same(build, batch, 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(build, batch, loss):
     graphdef, params = split_model(build())
-    # As many answer tokens in each half, or the mean of means would be another.
-    even = dataclasses.replace(batch, length=batch.prompt_length + 2)
+    counts = answer_mask(batch).sum((1, 2))
+    assert counts[:2].sum() != counts[2:].sum()  # so a mean of means is another
     sgd = optax.sgd(1.0)
     new = []
     for parts in (1, 2):
-        step = jax.jit(make_train_step(graphdef, loss, sgd, accumulate_steps=parts))
-        state, metrics = step(init_state(params, sgd, jax.random.key(0), ema=False), even)
+        step = make_train_step(
+            graphdef, loss, sgd, accumulate_steps=parts, weight_of=num_answer_tokens
+        )
+        first = init_state(params, sgd, jax.random.key(0), ema=False)
+        state, metrics = jax.jit(step)(first, batch)
         new.append((state.params, metrics))
     jax.tree.map(close, *new)
 
@@ -266,6 +269,10 @@ def test_a_value_that_cannot_be_built_is_named(name, value, message):
         ("model.dtype=float64", "model.dtype is 'float64'; expected another, or JAX_ENABLE_X64=1"),
         ("model.remat=most", "model.remat is 'most'; expected one of .None, 'maps', 'layers'"),
         ("data.vocab_size=5", "data.vocab_size is 5; expected at least 259"),
+        (
+            "run.evaluate_views=['split_image_aux_only_aux']",
+            "evaluate_views: training has no view 'split_image_aux_only_aux'; did you mean 'split_",
+        ),
         ("seed=4294967296", "seed is 4294967296; expected at most 4,294,967,295"),
     ],
 )

@@ -3,7 +3,8 @@
 The table is `*.jsonl` (an object a line) or `*.csv` (a first line of names). Its columns: `answer`;
 and, all optional, `prompt`, `image` (a path, from the folder on), `text`, `kind` (of question, for
 the report), `split` (train, validation or test). Every other column that holds numbers for the most
-part is one auxiliary vector a row, and columns of anything else are left out.
+part is one auxiliary vector a row; columns of anything else, and of a CSV those without a name (the
+index that pandas writes), are left out.
 """
 
 import csv
@@ -129,9 +130,10 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
             raise DataError(f"{path} has {path.stat().st_size:,} bytes; split it: 1 GiB is read")
         if path.suffix.lower() == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file, restkey="", restval="")
+                reader = csv.DictReader(file, restval="")
                 for record in reader:
-                    more = "" in record
+                    more = None in record
+                    record.pop("", None)  # an index says nothing of its row
                     yield reader.line_num, "more values than columns" if more else record
             return
         with path.open(encoding="utf-8-sig") as file:

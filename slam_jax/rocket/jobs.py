@@ -101,7 +101,9 @@ def _watch(
 def _read_progress(lines: Any, progress: Callable[[float, str], None]) -> None:
     for line in lines:
         try:
-            share, text = json.loads(line)
-        except ValueError:  # a library's own word
+            told = json.loads(line)
+        except ValueError:
             continue
-        progress(share, text)
+        match told:  # anything else is a library's own word
+            case [int() | float() as share, str() as text]:
+                progress(share, text)

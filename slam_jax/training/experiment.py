@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from slam_jax.data import HALF_VIEWS, TRAINING_VIEWS, DataConfig
+from slam_jax.data import TRAINING_VIEWS, DataConfig
 from slam_jax.errors import ConfigError, check_names, require, require_count
 from slam_jax.slam_v3 import SlamV3Config
 from slam_jax.slam_v3.config import PRESETS
@@ -28,7 +28,8 @@ _LARGEST = 1e300  # a number that is not far too large is finite after any sum o
 class RunConfig:
     """num_steps: steps of the whole run. log_every: steps between lines of the metrics file.
     evaluate_every: steps between evaluations on the validation split, each followed by a
-    checkpoint. evaluate_views: the views evaluated then; () = those that the run trains on.
+    checkpoint. evaluate_views: those of `TRAINING_VIEWS` that are evaluated then; () = those that
+    the run trains on.
     evaluate_batches: batches a view, None = the whole split.
     save_every: steps between checkpoints besides those of evaluations, None = no others.
     keep_every: checkpoints at its multiples are kept for good, None = only the last two and the
@@ -50,9 +51,9 @@ class RunConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "evaluate_views", tuple(self.evaluate_views))
-        known = [*TRAINING_VIEWS, *HALF_VIEWS]
-        for view in self.evaluate_views:
-            require(view in known, "run.evaluate_views", view, f"some of {', '.join(known)}")
+        # The half of a split scene is only asked what needs both: it has no score of its own.
+        known = list(TRAINING_VIEWS)
+        check_names(self.evaluate_views, known, "run.evaluate_views: training", "view")
         for field in ("num_steps", "log_every", "evaluate_every", "max_bad_steps"):
             require_count(f"run.{field}", getattr(self, field), most=2**31 - 1)
         for field in ("evaluate_batches", "save_every", "keep_every"):

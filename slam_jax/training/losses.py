@@ -54,6 +54,11 @@ def answer_mask(batch: Batch) -> Bool[Array, "B Q _"]:
     return (t >= first) & (t < end)
 
 
+def num_answer_tokens(batch: Batch) -> Int[Array, ""]:
+    """What the mean of `slam_v3_loss` is over."""
+    return answer_mask(batch).sum()
+
+
 def _token_losses(
     model: Any, targets: Int[AnyArray, "*B"], chunk_tokens: int | None, *given: Any, key: Any
 ) -> tuple[TokenLosses, Float[Array, ""] | float]:
@@ -77,7 +82,7 @@ def slam_v3_loss(
     given, targets = (batch.tokens[..., :-1], batch.inputs), batch.tokens[..., 1:]
     losses, _ = _token_losses(model, targets, config.chunk_tokens, *given, key=key)
     mask = answer_mask(batch)
-    count = jnp.maximum(mask.sum(), 1)
+    count = jnp.maximum(num_answer_tokens(batch), 1)
 
     def mean(x: jax.Array) -> jax.Array:
         return jnp.where(mask, x, 0.0).sum() / count

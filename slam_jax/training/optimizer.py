@@ -23,7 +23,8 @@ class OptimizerConfig:
     not of `head`.
     clip_norm: global gradient norm, None = no clipping.
     ema_decay: of the averaged parameters that evaluation then uses, None = no average.
-    accumulate_steps: a batch is taken in that many parts, one after the other.
+    accumulate_steps: a batch is taken in that many parts, one after the other. The gradient is that
+    of the whole but for the alignment loss, which sets the pairs of one part against each other.
     """
 
     name: str = "adamw"

@@ -12,7 +12,7 @@ from slam_jax.errors import require
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.training.experiment import Experiment
 from slam_jax.training.host import require_room
-from slam_jax.training.losses import slam_v3_loss
+from slam_jax.training.losses import num_answer_tokens, slam_v3_loss
 from slam_jax.training.optimizer import make_optimizer
 from slam_jax.training.sharding import bytes_per_device, laid_out
 from slam_jax.training.state import TrainState, init_state, make_train_step, split_model
@@ -53,6 +53,7 @@ def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) 
         make_optimizer(options, experiment.run.num_steps),
         ema_decay=options.ema_decay,
         accumulate_steps=options.accumulate_steps,
+        weight_of=num_answer_tokens,
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))

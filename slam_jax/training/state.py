@@ -77,12 +77,15 @@ def make_train_step(
     *,
     ema_decay: float | None = None,
     accumulate_steps: int = 1,
+    weight_of: Callable[[Any], Any] = lambda part: 1.0,
 ) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
     """(state, batch) -> (state, metrics), to be jitted with the state donated.
 
     loss_fn: (model, batch, key=) -> a NamedTuple of scalars, of which `total` is minimised, such as
     `LossParts`; metrics have it as `loss`. With `accumulate_steps` the leading axis of the
-    batch is taken in that many parts and their gradients are averaged.
+    batch is taken in that many parts, whose gradients and metrics are averaged by weight.
+    weight_of: (part) -> what its mean is of, such as `num_answer_tokens`; by default one is worth
+    as much as any other.
 
     A step whose loss or gradient is not finite is skipped: it counts as taken, and parameters,
     optimizer and average stay as they were.
@@ -102,14 +105,17 @@ def make_train_step(
             batch,
         )
         keys = jax.random.split(key, accumulate_steps)
+        weights = jax.vmap(weight_of)(parts)
+        shares = weights / jnp.maximum(weights.sum(), 1)
 
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, gradients(params, *part)), None
+        def add(total, given):
+            share, part, key = given
+            new = gradients(params, part, key)
+            return jax.tree.map(lambda x, y: x + (share * y).astype(x.dtype), total, new), None
 
         shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], parts), key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total, _ = jax.lax.scan(add, zeros, (parts, keys))
-        return jax.tree.map(lambda x: x / accumulate_steps, total)
+        return jax.lax.scan(add, zeros, (shares, parts, keys))[0]
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)

@@ -14,6 +14,7 @@ TOLERANCE = 0.02
 # In all systems of the preset `seed` a head is so wide; it stays so, and widths are multiples.
 _HEAD_DIM = 32
 _MLPS = ("mlp_dim", "expert_dim")
+_HALVED = ("slam_v6",)  # one of its blocks has half of the MLP
 _RANKS = ("q_lora_rank", "kv_lora_rank")
 _LEAST, _MOST = 0.25, 4.0  # times the proportion of an MLP in `seed`
 
@@ -83,7 +84,11 @@ def _at(name: str, num_heads: int, scale: float, vocab_size: int) -> Any:
         value = getattr(seed, field, None)
         if value is None:
             continue
-        changes[field] = max(1, round(value * width * (scale if field in _MLPS else 1)))
+        if field in _MLPS:
+            step = 2 if name in _HALVED else 1
+            changes[field] = max(1, round(value * width * scale / step)) * step
+        else:
+            changes[field] = max(1, round(value * width))
         if field == "num_kv_heads":
             changes[field] = math.gcd(changes[field], num_heads)
     return make_config(name, "seed", **changes)

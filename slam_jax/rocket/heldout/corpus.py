@@ -60,7 +60,9 @@ def read_documents(text: str) -> list[str]:
     """
     if text == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
-        found = _files(path for path in root.rglob("*.py") if not _NOT_TEXT & {*path.parts})
+        found = _files(
+            path for path in root.rglob("*.py") if not _NOT_TEXT & {*path.relative_to(root).parts}
+        )
     elif text.startswith(TFDS):
         found = read_texts(text.removeprefix(TFDS))
     else:

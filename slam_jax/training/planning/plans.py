@@ -1,5 +1,6 @@
 """What a run would take of each device, told without allocating any of it."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from slam_jax.data import prepare, training_batches
+from slam_jax.data import Dataset, prepare, training_batches
 from slam_jax.training.experiment import Experiment, as_json, build
 from slam_jax.training.mesh import make_mesh
 from slam_jax.training.planning.compiled import Step, compiled_step, extrapolated
@@ -32,7 +33,7 @@ class Plan(NamedTuple):
     is compiled for as many CPU devices; other compilers may merge or move some of what it sends,
     and mind memory more than this one does.
     layers: with how many layers of which kind the programs were, from which it is extrapolated;
-    one empty entry where the whole model was compiled.
+    one empty entry where the whole model was compiled. view: of the batches, None for text alone.
     """
 
     sizes: Mapping[str, int]
@@ -41,6 +42,7 @@ class Plan(NamedTuple):
     flops: float
     machine: Machine
     layers: Sequence[Mapping[str, int]]
+    view: str | None = None
 
     @property
     def needed(self) -> int:
@@ -103,6 +105,7 @@ def plan_step(
         flops=subject.flops.of_device(sizes, subject.num_heads),
         machine=machine,
         layers=layers,
+        view=subject.view,
     )
 
 
@@ -116,17 +119,24 @@ def plan(config: ConfigDict | Mapping[str, Any], machine: Machine = Machine()) -
 def subject_of(config: ConfigDict | Mapping[str, Any]) -> Subject:
     """What a config is of: with `language_model` in it a `LanguageRun`, else a run of `train`.
 
-    The data set of a run is built where it is not there yet: shapes of a batch depend on it. The
-    batch is the first one.
+    The data set of a run is built where it is not there yet: shapes of a batch depend on it. Of the
+    views that it trains on the largest is taken: the one of most stream tokens, and first those
+    whose text and image are encoded once more for the alignment loss.
     """
     values = as_json(config)
     if "language_model" in values:
         return build(LanguageRun, values, "")
     experiment = Experiment.from_config(values)
     dataset = prepare(experiment.data, model=experiment.model)
+    runs = [_run_of(experiment, dataset, view) for view in experiment.data.views]
+    return max(runs, key=lambda run: (run.aligned, run.stream_bytes[0]))
+
+
+def _run_of(experiment: Experiment, dataset: Dataset, view: str) -> SlamV3Run:
+    data = dataclasses.replace(experiment.data, stages=((0, {view: 1.0}),))
     rows = range(1)  # all are of one shape
-    batches = training_batches(dataset.train, dataset.tokenizer, experiment.data, rows=rows)
-    _, one = next(batches)
-    size = experiment.data.batch_size
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), one)
-    return SlamV3Run(experiment, dataset.tokenizer.vocab_size, batch)
+    _, one = next(training_batches(dataset.train, dataset.tokenizer, data, rows=rows))
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((data.batch_size, *x.shape[1:]), x.dtype), one
+    )
+    return SlamV3Run(experiment, dataset.tokenizer.vocab_size, batch, view)

@@ -20,8 +20,9 @@ estimated: all that XLA:CPU's program has at once; times at the assumed speeds, 
 def describe(plan: Plan) -> str:
     """A line for each figure, and what was taken for granted."""
     count, room = math.prod(plan.sizes.values()), plan.machine.device_memory_gib
+    view = "" if plan.view is None else f", view {plan.view}"
     lines = [
-        f"{mesh_name(plan.sizes)}: on each of {count:,} devices",
+        f"{mesh_name(plan.sizes)}{view}: on each of {count:,} devices",
         _row("parameters", _mib(plan.state.params), "exact"),
         _row("optimizer", _mib(plan.state.opt_state), "exact"),
         _row("average", _mib(plan.state.ema), "exact"),

@@ -52,11 +52,12 @@ class Flops(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SlamV3Run:
-    """A run of `train`. batch: shapes of a whole one."""
+    """A run of `train`. batch: shapes of a whole one. view: that it shows."""
 
     experiment: Experiment
     vocab_size: int
     batch: Batch
+    view: str | None = None
 
     @property
     def mesh(self) -> MeshConfig:
@@ -80,6 +81,11 @@ class SlamV3Run:
         return {name: Depth(0, 1, count) for name, count in counts.items()}
 
     @property
+    def aligned(self) -> bool:
+        """Whether text and image are encoded once more, each alone."""
+        return self.experiment.loss.alignment > 0 and self.batch.paired
+
+    @property
     def stream_bytes(self) -> tuple[int, int]:
         """What the tokens between layers take, of the whole batch: of the encoder once, and of all
         layers together."""
@@ -96,7 +102,7 @@ class SlamV3Run:
         what is no product, is not counted."""
         model, sizes = self.experiment.with_vocabulary(self.vocab_size), self._sizes
         encodes = [sizes]
-        if self.experiment.loss.alignment and self.batch.paired:
+        if self.aligned:
             encodes += [{name: sizes[name]} for name in ("text", "pixels")]
         rows, prompts, length = self.batch.tokens.shape
         memory = num_memory(model, **sizes)
@@ -175,6 +181,10 @@ class LanguageRun:
         parts = self.optimizer.accumulate_steps
         even = f"a divisor of batch_size={self.batch_size}"
         require(self.batch_size % parts == 0, "optimizer.accumulate_steps", parts, even)
+
+    @property
+    def view(self) -> None:
+        """All batches are alike."""
 
     @property
     def config(self) -> Any:
