@@ -72,10 +72,13 @@ def _shares(counts: _Counts, entry: str, weights: Weights) -> Float[np.ndarray, 
 
 
 def _accuracies(counts: _Counts) -> Json:
-    return {
+    found = {
         entry: interval(right.shape, lambda weights, entry=entry: _shares(counts, entry, weights))
         for entry, (right, _) in counts.items()
     }
+    for each in found.values():  # no share is below none or above all
+        each |= {"low": max(each["low"], 0.0), "high": min(each["high"], 1.0)}
+    return found
 
 
 def _differences(counts: _Counts, first: _Counts) -> Json:
