@@ -12,6 +12,7 @@ from slam_jax.evaluation.report import choose_examples, write_report
 from slam_jax.evaluation.table import write_metrics
 from slam_jax.training import Experiment, load, override, split_model
 from slam_jax.training.checkpoint import Step
+from slam_jax.training.host import tune_host
 from slam_jax.training.metrics import read_metrics
 
 _EXAMPLES = 24
@@ -29,6 +30,7 @@ def evaluate_checkpoint(
     Raises:
       CheckpointError, ConfigError: what cannot be read or built, in one line.
     """
+    tune_host()
     loaded = load(workdir, step)
     config = override(loaded.config, overrides)
     for group in config:

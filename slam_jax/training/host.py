@@ -16,7 +16,8 @@ _MADV_HUGEPAGE, _HUGE = 14, 2 << 20
 
 
 def tune_host() -> None:
-    """Keeps compiled programs between runs and memory between steps; called by `train`.
+    """Keeps compiled programs between runs and memory between steps; called by `train`
+    and `evaluate_checkpoint`.
 
     Compiled programs go to $SLAM_JAX_CACHE_DIR or ~/.cache/slam_jax/xla unless JAX was told of
     another place. XLA:CPU allocates its temporaries anew at every execution, and glibc gives large
