@@ -6,6 +6,7 @@ WORKDIR ?= runs/quickstart
 PROTOCOL ?= seed
 ROCKET ?= runs/rocket-$(PROTOCOL)
 ABLATIONS ?= runs/ablations
+WORKERS ?= 2
 
 .PHONY: help setup train eval demo rocket ablations bench test test-all lint format clean
 
@@ -17,7 +18,7 @@ help:
 	@echo "               heldout), into ROCKET=$(ROCKET)"
 	@echo "make ablations what each part of SLAM v3 is worth, into ABLATIONS=$(ABLATIONS)"
 	@echo "make bench     measure against torch and transformers (docs/speed.md); ONLY=a,b for some"
-	@echo "make test      set up, lint, type-check and run the tests"
+	@echo "make test      set up, lint, type-check and run the tests, in WORKERS=$(WORKERS) processes"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make format    sort imports and format"
 	@echo "make clean     remove caches (not runs, not the environment)"
@@ -57,10 +58,10 @@ lint: setup
 	$(RUN) -m pyright
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(WORKERS) --dist=worksteal
 
 test-all: lint
-	$(RUN) -m pytest -m "slow or not slow"
+	$(RUN) -m pytest -n $(WORKERS) --dist=worksteal -m "slow or not slow"
 
 format: setup
 	$(RUN) -m ruff check --fix .

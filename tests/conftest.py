@@ -34,6 +34,11 @@ for name, module in list(sys.modules.items()):
 VOCAB = 13
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what takes longest, so that with several workers nobody waits for it alone."""
+    items.sort(key=lambda item: item.path.name != "test_sharding.py")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Every compiled program keeps a few of the 65,530 memory maps that Linux gives a process; with
