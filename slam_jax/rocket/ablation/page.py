@@ -75,12 +75,12 @@ def describe(board: Json) -> str:
 
 _COLUMNS = (
     "variant",
+    "all questions, %",
+    "from the first, points",
     "changes",
     "parameters",
     "encoder, MFLOP a scene",
     "all, MFLOP a scene",
-    "all questions, %",
-    "from the first, points",
 )
 
 
@@ -92,12 +92,12 @@ def _cells(row: Json) -> tuple[str, ...]:
     )
     return (
         row["system"],
+        _share(row["accuracy"][OVERALL]),
+        "" if difference is None else _points(difference[OVERALL]),
         changes or "none",
         f"{row['parameters']:,}",
         " / ".join(f"{each['encoder'] / 1e6:.2f}" for each in flops),
         " / ".join(f"{sum(each.values()) / 1e6:.2f}" for each in flops),
-        _share(row["accuracy"][OVERALL]),
-        "" if difference is None else _points(difference[OVERALL]),
     )
 
 
