@@ -154,7 +154,7 @@ class _Run:
         for step in range(first + 1, run.num_steps + 1):
             self.checkpoints.poll()
             view, batch = next(batches)
-            state, metrics = step_fn(state, place(batch, self.mesh))
+            state, metrics = step_fn(state, place(batch, self.mesh, data.batch_size))
             self.stop.expect_save()
             # The device works on this step while the host reads the one before.
             bad_steps = [] if pending is None else [self._report(*pending)]
