@@ -20,6 +20,7 @@ import pytest
 from helpers import assert_same, full_disk
 from jax.sharding import NamedSharding, PartitionSpec
 
+from slam_jax import hosts
 from slam_jax.errors import ConfigError
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints, manifest
 
@@ -180,6 +181,19 @@ def test_a_failed_write_surfaces_and_loses_nothing(tmp_path, big):
     save(checkpoints, 2, big)  # the disk has room again
     checkpoints.close()
     assert checkpoints.steps() == [1, 2]
+
+
+def test_what_fails_in_one_process_of_several_waits_for_its_own_write_alone(
+    tmp_path, big, monkeypatch
+):
+    with pytest.raises(KeyError), Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, big)
+        pending: Any = checkpoints._pending
+        pending[1].result()
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(hosts, "by_first", lambda action: pytest.fail("asked the others"))
+        raise KeyError
+    assert Checkpoints(tmp_path).steps() == [1] and checkpoints._background is None
 
 
 def test_a_write_that_cannot_start_says_why(tmp_path, big):

@@ -65,6 +65,9 @@ class Checkpoints:
     def __exit__(self, kind: type | None, *exception: object) -> None:
         if kind is not None and issubclass(kind, PeerLost):
             return  # what is being written has lost a writer, and waits for it
+        if kind is not None and jax.process_count() > 1:
+            # The others may be in a step, and would not come to agree on how the write ended.
+            self._pending = None
         self.close()
 
     def save(
