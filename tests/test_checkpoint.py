@@ -183,6 +183,27 @@ def test_a_failed_write_surfaces_and_loses_nothing(tmp_path, big):
     assert checkpoints.steps() == [1, 2]
 
 
+def test_an_old_step_that_cannot_go_yet_fails_no_save(tmp_path, big, monkeypatch):
+    rmtree = shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if Path(path).name == "1.writing" and not ignore_errors:
+            raise OSError("Device or resource busy")
+        if Path(path).name != "1.writing":
+            rmtree(path, ignore_errors)
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", busy)
+            for step in (1, 2, 3, 4):
+                save(checkpoints, step, big)
+            checkpoints.wait()
+        left = {path.name for path in checkpoints.directory.iterdir()}
+        assert left == {"1.writing", "3", "4"}
+        save(checkpoints, 5, big)
+    assert {path.name for path in checkpoints.directory.iterdir()} == {"4", "5"}
+
+
 def test_what_fails_in_one_process_of_several_waits_for_its_own_write_alone(
     tmp_path, big, monkeypatch
 ):

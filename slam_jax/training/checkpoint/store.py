@@ -277,8 +277,8 @@ class Checkpoints:
             return False
         folder = self._being_written(step)
         try:
-            for left in self.directory.glob("*.writing"):  # by a run that was killed
-                shutil.rmtree(left)
+            for left in self.directory.glob("*.writing"):  # by a killed run, or not gone yet
+                shutil.rmtree(left, ignore_errors=left != folder)
             folder.mkdir(parents=True)
             for name, value in items.items():
                 if value is None:
@@ -316,10 +316,12 @@ class Checkpoints:
         for step in steps:
             if step in keep or (self._keep_every and step % self._keep_every == 0):
                 continue
-            # Under its own name a step is whole, also while it goes.
+            # Under its own name a step is whole, also while it goes. The new step is safe by now:
+            # what cannot go yet goes with the next save.
             going = self._being_written(step)
-            os.rename(self.directory / str(step), going)
-            shutil.rmtree(going)
+            with contextlib.suppress(OSError):
+                os.rename(self.directory / str(step), going)
+                shutil.rmtree(going)
 
     def _damage(self, step: int) -> str | None:
         if step in self._verified:
