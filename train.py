@@ -21,6 +21,7 @@ from absl import flags
 
 from slam_jax import command_line
 from slam_jax.stop import Stop
+from slam_jax.watch import watch, watched
 
 CONFIG = flags.DEFINE_string("config", None, "A file of configs/; it is run.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
@@ -72,18 +73,17 @@ def main(arguments: list[str]) -> None:
             print(planning.describe(planning.plan(config, machine)))
         return
     together = DISTRIBUTED.value or COORDINATOR.value is not None
+    if together and not watched():
+        sys.exit(watch())
     stop = Stop(GRACE.value)
-    if not together:
-        stop.listen()
-    # Not before: importing JAX takes seconds, in which a signal can come.
+    stop.listen(together=together)
+    # Not before: importing JAX takes seconds, in which a signal can come, and starts threads, which
+    # would be sent it.
     from slam_jax import hosts
     from slam_jax.training import override, read_config, train
 
     if together:
-        if not hosts.watched():
-            sys.exit(hosts.watch())
         hosts.connect(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-        stop.listen(together=True)
     train(override(read_config(CONFIG.value), arguments), str(WORKDIR.value), stop)
 
 

@@ -18,6 +18,7 @@ from slam_jax import hosts
 from slam_jax.errors import UserError
 from slam_jax.training import Checkpoints
 from slam_jax.training.metrics import read_metrics
+from slam_jax.watch import watched
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "tests" / "configs" / "small_run.py"
@@ -149,13 +150,15 @@ def test_when_one_is_killed_the_others_end_and_the_run_goes_on(changes, tmp_path
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_makes_all_save_the_same_step(changes, tmp_path):
+@pytest.mark.usefixtures("signals_heard")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_to_one_makes_all_save_the_same_step(changes, tmp_path, name):
     with processes(2, tmp_path, {**long(changes), "run.save_every": 10_000}) as started:
         end = time.monotonic() + 240
         while not losses(tmp_path):
             assert time.monotonic() < end, "no step was taken"
             time.sleep(0.2)
-        started[1].send_signal(signal.SIGTERM)
+        started[1].send_signal(signal.Signals[name])
         said = [process.communicate(timeout=60)[0] for process in started]
         assert [process.returncode for process in started] == [75, 75], "\n".join(said)
     [step] = Checkpoints(tmp_path).steps()
@@ -208,14 +211,14 @@ def test_one_process_alone_decides_by_itself():
     with pytest.raises(ValueError, match="Connection"), hosts.losses_named():
         raise ValueError("Connection closed")  # there is nobody to lose
     assert hosts.to_host({"x": np.arange(3)})["x"].tolist() == [0, 1, 2]
-    assert not hosts.watched()
+    assert not watched()
 
 
 WATCHED = """
 import os, sys
-from slam_jax import hosts
-if not hosts.watched():
-    sys.exit(hosts.watch())
+from slam_jax.watch import watch, watched
+if not watched():
+    sys.exit(watch())
 {body}
 """
 
