@@ -38,6 +38,12 @@ TFLOPS = flags.DEFINE_float("device_tflops", 989.0, "1e12 operations a second, o
 LINK = flags.DEFINE_float("link_gb_s", 450.0, "1e9 bytes a second, a device to others of its host.")
 NETWORK = flags.DEFINE_float("network_gb_s", 50.0, "The same, a device to other hosts.")
 PER_HOST = flags.DEFINE_integer("devices_per_host", 8, "Devices of one host.")
+for only in (DEVICES, SEARCH, MEMORY, TFLOPS, LINK, NETWORK, PER_HOST):
+    flags.register_multi_flags_validator(
+        [only.name, "plan"],
+        lambda given, only=only: given["plan"] or given[only.name] == only.default,
+        message="give --plan too: it says what a plan is of",
+    )
 flags.register_multi_flags_validator(
     ["workdir", "plan"],
     lambda given: given["workdir"] or given["plan"],
@@ -49,6 +55,15 @@ DISTRIBUTED = flags.DEFINE_bool(
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", 1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0 on.", 0)
+flags.register_multi_flags_validator(
+    ["num_processes", "process_id", "coordinator", "distributed"],
+    lambda given: (
+        given["distributed"]
+        or given["coordinator"] is not None
+        or given["num_processes"] is given["process_id"] is None
+    ),
+    message="give --coordinator too, or --distributed where $JAX_COORDINATOR_ADDRESS has it",
+)
 
 
 def main(arguments: list[str]) -> None:
