@@ -271,6 +271,19 @@ def test_a_workdir_belongs_to_one_configuration(config, finished):
         train(other, finished[0])
 
 
+def test_where_data_lies_and_what_is_logged_may_change(config, finished, tmp_path):
+    changes = {
+        "data.path": "elsewhere",
+        "model.remat": "layers",
+        "run.log_every": 3,
+        "run.keep_every": None,
+        "mesh.process": 2,
+    }
+    other = override(config, [f"--config.{name}={value}" for name, value in changes.items()])
+    other["data"]["data_dir"] = other["run"]["tensorboard"] = None
+    loop._require_same(config, other, tmp_path)
+
+
 def test_evaluation_of_a_checkpoint_writes_the_views_it_was_trained_on(finished):
     workdir, _ = finished
     results = evaluate_checkpoint(workdir, "latest", ["--config.data.batch_size=16"])

@@ -313,11 +313,19 @@ def _where(mesh: Mesh | None) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
 
 
+# What is computed depends on none of these.
+_MAY_CHANGE = (
+    *("data.data_dir", "data.path", "model.remat"),
+    *("run.keep_every", "run.log_every", "run.tensorboard"),
+)
+
+
 def _require_same(saved: Mapping[str, Any], config: Mapping[str, Any], workdir: Path) -> None:
-    """A run goes on only as what it was, though on any devices."""
+    """A run goes on only as what it was, though on any devices, from wherever its data now lies."""
     was, now = flatten(saved), flatten(config)
     for name in sorted(was.keys() | now.keys()):
-        if was.get(name) != now.get(name) and not name.startswith("mesh."):
+        free = name in _MAY_CHANGE or name.startswith("mesh.")
+        if was.get(name) != now.get(name) and not free:
             raise CheckpointError(
                 f"{workdir} holds a run with {name}={was.get(name)!r} and this one has "
                 f"{name}={now.get(name)!r}; use another workdir or the same configuration"
