@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from helpers import assert_same
 
-from slam_jax.data import AuxFormat, Tokenizer, prepare, training_batches
+from slam_jax.data import AuxFormat, Batch, Tokenizer, prepare, training_batches
 from slam_jax.errors import ConfigError
 from slam_jax.evaluation.checkpoint import evaluate_checkpoint
 from slam_jax.slam_v3 import Inputs, SlamV3
@@ -32,7 +33,10 @@ from slam_jax.training import (
     split_model,
     train,
 )
-from slam_jax.training.metrics import read_metrics
+from slam_jax.training.losses import LossParts
+from slam_jax.training.metrics import NoMetrics, read_metrics
+from slam_jax.training.optimizer import make_schedule
+from slam_jax.training.state import StepMetrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -225,6 +229,23 @@ def break_steps(monkeypatch, steps):
     monkeypatch.setattr(loop, "training_batches", broken)
 
 
+def test_rates_are_of_the_whole_batch(config):
+    """Of two processes each has half of it."""
+    told: list[dict[str, Any]] = []
+    progress: Any = SimpleNamespace(update=lambda step, **more: told.append(more))
+    nothing: Any = None
+    run = loop._Run(
+        *(Experiment.from_config(config), config, nothing, nothing, nothing, NoMetrics()),
+        *(progress, Stop(), None),
+    )
+    half = np.full((2, 5), 6, np.int32)
+    batch = Batch(Inputs(), np.zeros((2, 5, 8), np.int32), half - 2, half)
+    zero: Any = np.zeros((), np.int32)
+    run._report(3, "aux", batch, StepMetrics(LossParts(*[zero] * 5), zero, zero, zero))
+    [rates] = told
+    assert (rates["examples"], rates["tokens"]) == (4, 4 * 5 * 6)
+
+
 @pytest.mark.slow
 def test_a_run_goes_back_past_bad_batches_and_on(config, tmp_path, monkeypatch, capsys):
     changes = {"run.max_bad_steps": 2, "run.num_steps": 9, "run.save_every": 3}
@@ -241,6 +262,11 @@ def test_a_run_goes_back_past_bad_batches_and_on(config, tmp_path, monkeypatch, 
     shown = capsys.readouterr().out
     assert "step 2 (aux): loss or gradient is not finite, step skipped" in shown
     assert "step 6: loss or gradient has not been finite for 2 steps; going on with" in shown
+    # The schedule counts the updates that the parameters have seen.
+    schedule = make_schedule(Experiment.from_config(config).optimizer, 9)
+    rates = [r["learning_rate"] for r in read_metrics(tmp_path / "run") if r["split"] == "train"]
+    made = np.array([0, 1, 1, 2, 3, 3, 2, 3, 4])
+    np.testing.assert_allclose(rates, schedule(made), rtol=1e-6)
     # What a killed run that is started again does, too.
     validate = loop.validate
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -183,11 +183,13 @@ class _Run:
     def _report(self, step: int, view: str, batch: Batch, metrics: Any) -> int:
         """Shows and writes a step; returns how many steps in a row were skipped."""
         values = jax.device_get(metrics)
+        # Of several processes this one has some of the rows, about as long as those of the others.
+        examples = self.experiment.data.batch_size
         self.progress.update(
             step,
             loss=float(values.loss.total),
-            examples=len(batch.tokens),
-            tokens=int(np.sum(batch.length)),
+            examples=examples,
+            tokens=round(np.sum(batch.length) * examples / len(batch.tokens)),
             view=view,
         )
         if values.bad_steps:
@@ -196,7 +198,7 @@ class _Run:
         if step % self.experiment.run.log_every == 0:
             parts = {name: float(value) for name, value in values.loss._asdict().items()}
             schedule = make_schedule(self.experiment.optimizer, self.experiment.run.num_steps)
-            rate = np.asarray(schedule(step - 1)).item()
+            rate = np.asarray(schedule(values.updates)).item()
             more = {"grad_norm": float(values.grad_norm), "learning_rate": rate, "view": view}
             self.writer.write(step, "train", parts | more)
         return int(values.bad_steps)
