@@ -336,6 +336,7 @@ def test_a_run_goes_on_from_the_newest_step_that_is_whole(tmp_path):
     with Checkpoints(tmp_path, keep_every=1) as checkpoints:
         for step, state in states.items():
             save(checkpoints, step, state, accuracy=step / 10)
+    assert [checkpoints.recover(print, until=step) for step in (0, 1, 2, 9)] == [1, 1, 2, 3]
     folder = checkpoints.directory
     flip(folder / "3" / "metrics.json")
     flip(folder / "2" / "manifest.json")
@@ -502,6 +503,18 @@ def test_json_of_another_kind_is_named(tmp_path, big, name):
     manifest.seal(folder)
     with pytest.raises(CheckpointError, match=f"{name}.json: .*it holds a int, expected a"):
         getattr(Checkpoints(tmp_path), f"read_{name}")(1)
+
+
+def test_memory_that_runs_out_is_no_damage(tmp_path, big, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, big)
+
+    def full(*args, **more):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(jax, "device_put", full)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        checkpoints.restore(1, big)
 
 
 def test_a_checkpoint_that_has_no_room_is_not_read(tmp_path, big, monkeypatch):

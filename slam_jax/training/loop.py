@@ -37,7 +37,7 @@ from slam_jax.training.metrics import MetricsWriter, NoMetrics
 from slam_jax.training.optimizer import make_schedule
 from slam_jax.training.progress import Progress
 from slam_jax.training.sharding import in_force, local_rows, place
-from slam_jax.training.start import initial_state, jit_step, require_even
+from slam_jax.training.start import initial_state, jit_step, require_even, state_shapes
 from slam_jax.training.state import TrainState
 
 
@@ -46,7 +46,7 @@ class TrainingDiverged(UserError):
 
 
 class OutOfMemory(UserError):
-    """A step needs more memory than there is."""
+    """The state, a step or an evaluation needs more memory than there is."""
 
 
 def train(
@@ -66,7 +66,7 @@ def train(
       WriteError: a file could not be written.
       TrainingDiverged: `run.max_bad_steps` steps in a row were not finite, and again as many after
         going back to the last checkpoint.
-      OutOfMemory: a batch does not fit.
+      OutOfMemory: the state, a batch or one of an evaluation does not fit.
       Stopped: the run was asked to stop and its last step is saved.
     """
     tune_host()
@@ -78,6 +78,7 @@ def train(
         only_run_in(workdir) if hosts.is_first() else contextlib.nullcontext(),
         Checkpoints(workdir, keep_every=run.keep_every) as checkpoints,
         in_force(mesh),
+        hosts.losses_named(),
     ):
         notes: list[str] = []
         latest = checkpoints.recover(notes.append)
@@ -92,9 +93,13 @@ def train(
             _require_same_aux(checkpoints.read_aux(latest), dataset.aux_format, Path(workdir))
             if dataset.tokenizer != tokenizer:
                 dataset = prepare(experiment.data, tokenizer, model=experiment.model)
-        graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size, mesh)
-        if latest is not None:
-            state = checkpoints.restore(latest, state)
+        vocab_size = dataset.tokenizer.vocab_size
+        with _memory_named("the training state", "choose smaller sizes or a larger machine"):
+            if latest is None:
+                graphdef, state = initial_state(experiment, vocab_size, mesh)
+            else:
+                graphdef, like = state_shapes(experiment, vocab_size, mesh)
+                state = checkpoints.restore(latest, like)
         first = int(state.step)
         # A run that was stopped in an evaluation saved the step without it.
         owed = first > 0 and run.evaluates(first) and not checkpoints.read_metrics(first)
@@ -117,7 +122,7 @@ def train(
             trainer = _Run(
                 experiment, config, graphdef, dataset, checkpoints, writer, progress, stop, mesh
             )
-            with _memory_named(), hosts.losses_named():
+            with _memory_named("a step", _SMALLER_STEPS):
                 return trainer(state, owed)
 
 
@@ -157,17 +162,17 @@ class _Run:
             state, metrics = step_fn(state, place(batch, self.mesh, data.batch_size))
             self.stop.expect_save()
             # The device works on this step while the host reads the one before.
-            bad_steps = [] if pending is None else [self._report(*pending)]
+            bad_steps = {} if pending is None else {step - 1: self._report(*pending)}
             pending = (step, view, batch, metrics)
             if multihost_utils.reached_preemption_sync_point(step):
                 self.stop.request()
             stops = self.stop.requested
             if stops or run.evaluates(step) or run.saves(step):
-                bad_steps.append(self._report(*pending))
+                bad_steps[step] = self._report(*pending)
                 pending = None
-            for count in bad_steps:
+            for at, count in bad_steps.items():
                 if count and count % run.max_bad_steps == 0:
-                    state = self._go_back(step, state, count)
+                    state = self._go_back(at, state, count)
                     pending = None
             scores = None
             if run.evaluates(step) and not stops:
@@ -226,12 +231,13 @@ class _Run:
         )
 
     def _go_back(self, step: int, state: TrainState, bad_steps: int) -> TrainState:
-        """The state of the last checkpoint, past the batches that were not finite; once.
+        """The state of the last checkpoint before the batches that were not finite, and past them;
+        once. step: the last of these. state: is no longer there afterwards.
 
         Raises TrainingDiverged the second time, or where there is no checkpoint.
         """
         self.checkpoints.wait()
-        last = self.checkpoints.recover(self.progress.log)
+        last = self.checkpoints.recover(self.progress.log, until=step - bad_steps)
         text = f"step {step:,}: loss or gradient has not been finite for {bad_steps} steps"
         if last is None or bad_steps > self.experiment.run.max_bad_steps:
             tried = "" if last is None else f", also not from the checkpoint of step {last:,}"
@@ -240,6 +246,9 @@ class _Run:
                 f"at the batches of steps {step - bad_steps + 1:,} to {step:,}"
             )
         self.progress.log(f"{text}; going on with the parameters of step {last:,}")
+        # There may be no room for two.
+        for x in jax.tree.leaves((state.params, state.opt_state, state.ema)):
+            x.delete()
         restored = self.checkpoints.restore(last, state)
         return dataclasses.replace(
             restored, step=state.step, skipped=state.skipped, bad_steps=state.bad_steps
@@ -250,16 +259,18 @@ class _CutShort(Exception):
     """An evaluation saw the request to stop."""
 
 
+_SMALLER_STEPS = (
+    "lower data.batch_size, or raise optimizer.accumulate_steps, which takes a batch in parts"
+)
+
+
 @contextlib.contextmanager
-def _memory_named() -> Iterator[None]:
+def _memory_named(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise OutOfMemory(
-                "a step does not fit into memory; lower data.batch_size, or raise "
-                "optimizer.accumulate_steps, which takes a batch in parts"
-            ) from error
+            raise OutOfMemory(f"{what} does not fit into memory; {remedy}") from error
         raise
 
 
