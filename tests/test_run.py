@@ -174,6 +174,52 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
         assert resumed.read_metrics(known) == unbroken.read_metrics(known)
 
 
+def test_an_evaluation_that_fails_or_is_cut_short_loses_no_step(
+    config, finished, tmp_path, monkeypatch
+):
+    def full(*args, **more):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", full)
+        with pytest.raises(loop.OutOfMemory, match="an evaluation does not fit into memory; go on"):
+            train(config, tmp_path)
+    assert Checkpoints(tmp_path).steps() == [2] and Checkpoints(tmp_path).read_metrics(2) == {}
+    # Then a notice of preemption before the second batch of the next evaluation, after two of the
+    # one that was owed, two steps and the first batch. JAX counts such points from 1 on.
+    points = []
+
+    def reached(number: int) -> bool:
+        points.append(number)
+        return number == 6
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="step 4 is saved"):
+        patch.setattr(loop.multihost_utils, "reached_preemption_sync_point", reached)
+        train(config, tmp_path)
+    assert points == [1, 2, 3, 4, 5, 6]
+    assert_same(train(config, tmp_path), finished[1])
+    assert numbers(tmp_path) == numbers(finished[0])
+
+
+def test_an_evaluation_takes_its_batches_in_parts(config, finished, monkeypatch):
+    taken = []
+
+    def evaluate(graphdef, params, batches_by_view, *args, **more):
+        [batches] = batches_by_view.values()
+        taken.append([(len(batch.batch.tokens), len(batch.examples)) for batch in batches])
+        return SimpleNamespace(metrics={"views": {"aux": {"relational": {"accuracy": 0.5}}}})
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    dataset = prepare(Experiment.from_config(config).data)
+    for parts in (1, 2):
+        experiment = Experiment.from_config(
+            override(config, [f"--config.optimizer.accumulate_steps={parts}"])
+        )
+        graphdef, _ = loop.state_shapes(experiment, dataset.tokenizer.vocab_size)
+        loop.validate(experiment, graphdef, finished[1], dataset, lambda: False)
+    assert taken == [[(4, 4)] * 2, [(2, 2)] * 4]
+
+
 def test_a_tokenizer_of_other_data_is_refused(config, finished, monkeypatch):
     workdir, _ = finished
     prepare = loop.prepare

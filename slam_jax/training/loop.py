@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,7 @@ class _Run:
     progress: Progress
     stop: Stop
     mesh: Mesh | None
+    sync_points: Iterator[int] = dataclasses.field(default_factory=lambda: itertools.count(1))
 
     def __call__(self, state: TrainState, owed: bool) -> TrainState:
         """owed: the evaluation of the first step is still to be done."""
@@ -164,9 +165,7 @@ class _Run:
             # The device works on this step while the host reads the one before.
             bad_steps = {} if pending is None else {step - 1: self._report(*pending)}
             pending = (step, view, batch, metrics)
-            if multihost_utils.reached_preemption_sync_point(step):
-                self.stop.request()
-            stops = self.stop.requested
+            stops = self._asked()
             if stops or run.evaluates(step) or run.saves(step):
                 bad_steps[step] = self._report(*pending)
                 pending = None
@@ -184,6 +183,14 @@ class _Run:
                 self.checkpoints.wait()
                 raise Stopped(f"step {step:,} is saved; the same command goes on from there")
         return state
+
+    def _asked(self) -> bool:
+        """Whether to stop; called after every step and before every batch of an evaluation. Of
+        several processes each calls it as often as the others, and all are told in the same call.
+        """
+        if multihost_utils.reached_preemption_sync_point(next(self.sync_points)):
+            self.stop.request()
+        return self.stop.requested
 
     def _report(self, step: int, view: str, batch: Batch, metrics: Any) -> int:
         """Shows and writes a step; returns how many steps in a row were skipped."""
@@ -209,11 +216,18 @@ class _Run:
         return int(values.bad_steps)
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float] | None:
-        """Scores on the validation split; None if a stop cut it short."""
+        """Scores on the validation split; None if a stop cut it short. Where it fails, the step is
+        saved without."""
         try:
-            scores = validate(self.experiment, self.graphdef, state, self.dataset, self.stop)
+            with _memory_named("an evaluation", _SMALLER_EVALUATIONS):
+                scores = validate(self.experiment, self.graphdef, state, self.dataset, self._asked)
         except _CutShort:
             return None
+        except Exception:
+            # It takes all processes to save, and this may be the only one that fails.
+            if jax.process_count() == 1:
+                self._save(step, state, None)
+            raise
         self.writer.write(step, "validation", scores)
         self.progress.log(_summary(step, scores))
         return scores
@@ -262,6 +276,10 @@ class _CutShort(Exception):
 _SMALLER_STEPS = (
     "lower data.batch_size, or raise optimizer.accumulate_steps, which takes a batch in parts"
 )
+_SMALLER_EVALUATIONS = (
+    "go on on a larger machine or mesh, or start over with more optimizer.accumulate_steps: its "
+    "batches are as large as the parts that a step takes"
+)
 
 
 @contextlib.contextmanager
@@ -275,18 +293,24 @@ def _memory_named(what: str, remedy: str) -> Iterator[None]:
 
 
 def validate(
-    experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState, dataset: Dataset, stop: Stop
+    experiment: Experiment,
+    graphdef: nnx.GraphDef,
+    state: TrainState,
+    dataset: Dataset,
+    asked: Callable[[], bool],
 ) -> dict[str, float]:
     """Accuracy of generated answers on the validation split: "view/kind", and "accuracy", their
-    mean, by which the best checkpoint is chosen."""
-    run, data = experiment.run, experiment.data
+    mean, by which the best checkpoint is chosen.
+
+    asked: before each batch, whether to stop; then _CutShort is raised.
+    """
+    run, data, parts = experiment.run, experiment.data, experiment.optimizer.accumulate_steps
+    size, count = data.batch_size // parts, run.evaluate_batches and run.evaluate_batches * parts
 
     def batches(view: str) -> Iterator[EvaluationBatch]:
-        made = evaluation_batches(
-            dataset.validation, dataset.tokenizer, view, data.batch_size, seed=data.seed
-        )
-        for batch in itertools.islice(made, run.evaluate_batches):
-            if stop.requested:
+        made = evaluation_batches(dataset.validation, dataset.tokenizer, view, size, seed=data.seed)
+        for batch in itertools.islice(made, count):
+            if asked():
                 raise _CutShort
             yield batch
 
