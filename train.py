@@ -21,6 +21,7 @@ from absl import flags
 
 from slam_jax import command_line
 from slam_jax.stop import Stop
+from slam_jax.watch import watch, watched
 
 CONFIG = flags.DEFINE_string("config", None, "A file of configs/; it is run.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
@@ -37,6 +38,12 @@ TFLOPS = flags.DEFINE_float("device_tflops", 989.0, "1e12 operations a second, o
 LINK = flags.DEFINE_float("link_gb_s", 450.0, "1e9 bytes a second, a device to others of its host.")
 NETWORK = flags.DEFINE_float("network_gb_s", 50.0, "The same, a device to other hosts.")
 PER_HOST = flags.DEFINE_integer("devices_per_host", 8, "Devices of one host.")
+for only in (DEVICES, SEARCH, MEMORY, TFLOPS, LINK, NETWORK, PER_HOST):
+    flags.register_multi_flags_validator(
+        [only.name, "plan"],
+        lambda given, only=only: given["plan"] or given[only.name] == only.default,
+        message="give --plan too: it says what a plan is of",
+    )
 flags.register_multi_flags_validator(
     ["workdir", "plan"],
     lambda given: given["workdir"] or given["plan"],
@@ -48,6 +55,15 @@ DISTRIBUTED = flags.DEFINE_bool(
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", 1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0 on.", 0)
+flags.register_multi_flags_validator(
+    ["num_processes", "process_id", "coordinator", "distributed"],
+    lambda given: (
+        given["distributed"]
+        or given["coordinator"] is not None
+        or given["num_processes"] is given["process_id"] is None
+    ),
+    message="give --coordinator too, or --distributed where $JAX_COORDINATOR_ADDRESS has it",
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -72,18 +88,17 @@ def main(arguments: list[str]) -> None:
             print(planning.describe(planning.plan(config, machine)))
         return
     together = DISTRIBUTED.value or COORDINATOR.value is not None
+    if together and not watched():
+        sys.exit(watch())
     stop = Stop(GRACE.value)
-    if not together:
-        stop.listen()
-    # Not before: importing JAX takes seconds, in which a signal can come.
+    stop.listen(together=together)
+    # Not before: importing JAX takes seconds, in which a signal can come, and starts threads, which
+    # would be sent it.
     from slam_jax import hosts
     from slam_jax.training import override, read_config, train
 
     if together:
-        if not hosts.watched():
-            sys.exit(hosts.watch())
         hosts.connect(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-        stop.listen(together=True)
     train(override(read_config(CONFIG.value), arguments), str(WORKDIR.value), stop)
 
 

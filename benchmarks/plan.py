@@ -33,7 +33,7 @@ def main() -> None:
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), subject.batch)
     with in_force(mesh):
         graphdef, state = initial_state(subject.experiment, subject.vocab_size, mesh)
-        batch = place(batch, mesh)
+        batch = place(batch, mesh, subject.experiment.data.batch_size)
         compiled = jit_step(subject.experiment, graphdef, state).lower(state, batch).compile()
         state, _ = compiled(state, batch)
     rows = {

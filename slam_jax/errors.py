@@ -79,10 +79,16 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def innermost(error: BaseException) -> BaseException:
+    """What happened first: libraries wrap it in what they tried."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def first_line(error: BaseException) -> str:
     """What happened first, in words: of the innermost cause the first line, or its type's name."""
-    while error.__cause__ is not None:  # libraries wrap what happened in what they tried
-        error = error.__cause__
+    error = innermost(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return shorten((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -5,14 +5,8 @@ said of a workdir holds for one that all of them see.
 """
 
 import contextlib
-import ctypes
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 import jax
@@ -20,13 +14,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from slam_jax.errors import ConfigError, UserError, first_line
-from slam_jax.stop import INTACT, SIGNALS, PeerLost, say
+from slam_jax.stop import PeerLost
 
 HEARTBEAT_S = 10
 """After so long without a sign of life a process counts as dead, and the others end."""
-
-_WATCHED = "SLAM_JAX_WATCHED"
-_PR_SET_PDEATHSIG = 1  # of Linux' prctl: a signal for the child when its parent dies
 
 
 def connect(
@@ -109,37 +100,3 @@ def to_host(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
-
-
-def watched() -> bool:
-    """Whether `watch` has started this process; then it ends with the one that did."""
-    if os.environ.get(_WATCHED) != str(os.getppid()):
-        return False
-    prctl = getattr(ctypes.CDLL(None), "prctl", None) if os.name == "posix" else None
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    return True
-
-
-def watch() -> int:
-    """Runs this program once more, beneath, and returns its exit code.
-
-    JAX's runtime ends a process whose peers are gone by aborting it, which no code in it can turn
-    into a message; its parent can. Signals are handed on.
-    """
-    environment = {**os.environ, _WATCHED: str(os.getpid())}
-    child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment)
-
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        child.send_signal(number)
-
-    for number in SIGNALS:
-        signal.signal(number, hand_on)
-    code = child.wait()
-    if code >= 0:
-        return code
-    name = signal.Signals(-code).name
-    aborted = "the runtime ended this process: another one of the run, or its host, is gone"
-    why = aborted if -code == signal.SIGABRT else f"this process was ended by {name}"
-    say(f"stopped: {why}; the same command on all of them goes on from the last checkpoint")
-    return INTACT

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from flax import nnx
 import slam_jax.evaluation.checkpoint
 import slam_jax.interop  # noqa: F401  (with these all modules are there)
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
+from slam_jax.stop import SIGNALS
 from slam_jax.training import read_config, train
 
 # Accelerators multiply float32 in fewer bits by default; the tolerances here are those of float32.
@@ -45,6 +47,18 @@ def forget_programs():
     all of a whole session's, the next one would end it."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def signals_heard():
+    """Whoever runs the tests in the background or under nohup has children ignore signals."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def first_step(loss: Any, params: Any, batch: Any, mesh: Any) -> tuple[Any, Any]
     params = jax.device_put(params, shardings)
     with in_force(mesh):
         run = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
-        return run(params, place(batch, mesh))
+        return run(params, place(batch, mesh, 8))
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
@@ -258,7 +258,7 @@ def steps(experiment: Experiment, mesh: Any, count: int) -> tuple[list[float], A
         graphdef, state = loop.initial_state(experiment, VOCAB, mesh)
         step_fn, losses = loop.jit_step(experiment, graphdef, state), []
         for _ in range(count):
-            state, metrics = step_fn(state, place(batch, mesh))
+            state, metrics = step_fn(state, place(batch, mesh, 8))
             losses.append(float(metrics.loss.total))
     return losses, state
 
@@ -305,7 +305,7 @@ def test_process_weights_never_move():
     with in_force(mesh):
         graphdef, state = loop.initial_state(experiment, VOCAB, mesh)
         step = loop.jit_step(experiment, graphdef, state)
-        compiled = step.lower(state, place(batch, mesh)).compile()
+        compiled = step.lower(state, place(batch, mesh, 8)).compile()
     found = collectives(str(compiled.as_text()), mesh.shape)
     for each in found:
         print(*each)
@@ -326,7 +326,9 @@ def test_expert_kernels_never_move():
     shardings = layout(params, mesh)
     with in_force(mesh):
         gradient = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
-        compiled = gradient.lower(jax.device_put(params, shardings), place(tokens, mesh)).compile()
+        compiled = gradient.lower(
+            jax.device_put(params, shardings), place(tokens, mesh, 8)
+        ).compile()
     found = [each for each in collectives(str(compiled.as_text()), mesh.shape) if each.axes]
     assert {(each.op, each.axes) for each in found} == {("all-reduce", ("tensor",))}
     kernels = [x.nbytes for name, x in by_name(params).items() if "/experts/" in name]

@@ -20,6 +20,7 @@ import pytest
 from helpers import assert_same, full_disk
 from jax.sharding import NamedSharding, PartitionSpec
 
+from slam_jax import hosts
 from slam_jax.errors import ConfigError
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints, manifest
 
@@ -182,6 +183,40 @@ def test_a_failed_write_surfaces_and_loses_nothing(tmp_path, big):
     assert checkpoints.steps() == [1, 2]
 
 
+def test_an_old_step_that_cannot_go_yet_fails_no_save(tmp_path, big, monkeypatch):
+    rmtree = shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if Path(path).name == "1.writing" and not ignore_errors:
+            raise OSError("Device or resource busy")
+        if Path(path).name != "1.writing":
+            rmtree(path, ignore_errors)
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", busy)
+            for step in (1, 2, 3, 4):
+                save(checkpoints, step, big)
+            checkpoints.wait()
+        left = {path.name for path in checkpoints.directory.iterdir()}
+        assert left == {"1.writing", "3", "4"}
+        save(checkpoints, 5, big)
+    assert {path.name for path in checkpoints.directory.iterdir()} == {"4", "5"}
+
+
+def test_what_fails_in_one_process_of_several_waits_for_its_own_write_alone(
+    tmp_path, big, monkeypatch
+):
+    with pytest.raises(KeyError), Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, big)
+        pending: Any = checkpoints._pending
+        pending[1].result()
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(hosts, "by_first", lambda action: pytest.fail("asked the others"))
+        raise KeyError
+    assert Checkpoints(tmp_path).steps() == [1] and checkpoints._background is None
+
+
 def test_a_write_that_cannot_start_says_why(tmp_path, big):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="file/checkpoints/1: .*Not a directory"):
@@ -301,6 +336,7 @@ def test_a_run_goes_on_from_the_newest_step_that_is_whole(tmp_path):
     with Checkpoints(tmp_path, keep_every=1) as checkpoints:
         for step, state in states.items():
             save(checkpoints, step, state, accuracy=step / 10)
+    assert [checkpoints.recover(print, until=step) for step in (0, 1, 2, 9)] == [1, 1, 2, 3]
     folder = checkpoints.directory
     flip(folder / "3" / "metrics.json")
     flip(folder / "2" / "manifest.json")
@@ -467,6 +503,18 @@ def test_json_of_another_kind_is_named(tmp_path, big, name):
     manifest.seal(folder)
     with pytest.raises(CheckpointError, match=f"{name}.json: .*it holds a int, expected a"):
         getattr(Checkpoints(tmp_path), f"read_{name}")(1)
+
+
+def test_memory_that_runs_out_is_no_damage(tmp_path, big, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, big)
+
+    def full(*args, **more):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(jax, "device_put", full)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        checkpoints.restore(1, big)
 
 
 def test_a_checkpoint_that_has_no_room_is_not_read(tmp_path, big, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +59,22 @@ def test_what_ends_a_program_is_told_in_a_line(arguments, code, message):
     said = done.stderr.decode()
     assert done.returncode == code
     assert said.startswith(message) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--num_processes=2", "num_processes=2, process_id=None, coordinator=None, "),
+        ("--process_id=0", "give --coordinator too, or --distributed where $JAX_COORDINATOR_ADDR"),
+        ("--devices=8", "devices=8, plan=False: give --plan too"),
+        ("--network_gb_s=25", "network_gb_s=25.0, plan=False: give --plan too"),
+    ],
+)
+def test_a_flag_that_says_nothing_without_another_is_refused(tmp_path, argument, message):
+    given = ["train.py", "--config=none.py", f"--workdir={tmp_path}", argument]
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, *given], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_pipe_that_nobody_reads_is_no_error():

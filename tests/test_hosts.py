@@ -18,6 +18,7 @@ from slam_jax import hosts
 from slam_jax.errors import UserError
 from slam_jax.training import Checkpoints
 from slam_jax.training.metrics import read_metrics
+from slam_jax.watch import watched
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "tests" / "configs" / "small_run.py"
@@ -29,15 +30,18 @@ def command(workdir: Path, changes: dict[str, object]) -> list[str]:
     return [*start, *arguments]
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @contextlib.contextmanager
 def processes(
     count: int, workdir: Path, changes: dict[str, object]
 ) -> Iterator[list[subprocess.Popen]]:
     """So many processes of one run on this machine; killed at the end if they still run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
+    together = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
     started = [
         subprocess.Popen(
             [*command(workdir, changes), *together, f"--process_id={i}"],
@@ -146,17 +150,58 @@ def test_when_one_is_killed_the_others_end_and_the_run_goes_on(changes, tmp_path
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_makes_all_save_the_same_step(changes, tmp_path):
+@pytest.mark.usefixtures("signals_heard")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_to_one_makes_all_save_the_same_step(changes, tmp_path, name):
     with processes(2, tmp_path, {**long(changes), "run.save_every": 10_000}) as started:
         end = time.monotonic() + 240
         while not losses(tmp_path):
             assert time.monotonic() < end, "no step was taken"
             time.sleep(0.2)
-        started[1].send_signal(signal.SIGTERM)
+        started[1].send_signal(signal.Signals[name])
         said = [process.communicate(timeout=60)[0] for process in started]
         assert [process.returncode for process in started] == [75, 75], "\n".join(said)
     [step] = Checkpoints(tmp_path).steps()
     assert all(f"stopped: step {step:,} is saved" in text for text in said)
+
+
+# Two processes of three devices: the rows of one lie between those of the other, as they may on a
+# TPU; then the third and fourth row belong to both.
+ROWS = """
+import sys
+import jax, numpy as np
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from slam_jax.training.sharding import local_rows, place
+devices, kinds = np.array(jax.devices()), ("data", "fsdp", "process", "tensor")
+whole = np.arange(12).reshape(6, 2)
+for mesh, expected in (
+    (devices[[0, 3, 1, 4, 2, 5]].reshape(6, 1, 1, 1), [[0, 2, 4], [1, 3, 5]]),
+    (devices.reshape(3, 1, 2, 1), [[0, 1, 2, 3], [2, 3, 4, 5]]),
+):
+    mesh = jax.sharding.Mesh(mesh, kinds)
+    rows = list(local_rows(6, mesh))
+    assert rows == expected[jax.process_index()], rows
+    placed = place(whole[rows], mesh, 6)
+    assert placed.shape == whole.shape
+    for shard in placed.addressable_shards:
+        np.testing.assert_array_equal(shard.data, whole[shard.index])
+"""
+
+
+def test_each_process_gives_its_rows_wherever_they_are():
+    address = f"127.0.0.1:{free_port()}"
+    flags = "--xla_force_host_platform_device_count=3"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", ROWS, address, str(i)],
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
 
 
 def test_one_process_alone_decides_by_itself():
@@ -166,14 +211,14 @@ def test_one_process_alone_decides_by_itself():
     with pytest.raises(ValueError, match="Connection"), hosts.losses_named():
         raise ValueError("Connection closed")  # there is nobody to lose
     assert hosts.to_host({"x": np.arange(3)})["x"].tolist() == [0, 1, 2]
-    assert not hosts.watched()
+    assert not watched()
 
 
 WATCHED = """
 import os, sys
-from slam_jax import hosts
-if not hosts.watched():
-    sys.exit(hosts.watch())
+from slam_jax.watch import watch, watched
+if not watched():
+    sys.exit(watch())
 {body}
 """
 

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from helpers import assert_same
 
-from slam_jax.data import AuxFormat, Tokenizer, prepare, training_batches
+from slam_jax.data import AuxFormat, Batch, Tokenizer, prepare, training_batches
 from slam_jax.errors import ConfigError
 from slam_jax.evaluation.checkpoint import evaluate_checkpoint
 from slam_jax.slam_v3 import Inputs, SlamV3
@@ -32,7 +33,10 @@ from slam_jax.training import (
     split_model,
     train,
 )
-from slam_jax.training.metrics import read_metrics
+from slam_jax.training.losses import LossParts
+from slam_jax.training.metrics import NoMetrics, read_metrics
+from slam_jax.training.optimizer import make_schedule
+from slam_jax.training.state import StepMetrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,6 +98,7 @@ def test_the_loaded_model_is_the_one_that_was_trained(config, finished):
 def test_a_finished_run_returns_its_state_at_once(config, finished, monkeypatch):
     workdir, state = finished
     monkeypatch.setattr(loop, "validate", None)
+    monkeypatch.setattr(loop, "initial_state", None)  # only what is restored needs room
     before = numbers(workdir)
     assert_same(train(config, workdir), state)
     assert numbers(workdir) == before
@@ -169,6 +174,52 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
         assert resumed.read_metrics(known) == unbroken.read_metrics(known)
 
 
+def test_an_evaluation_that_fails_or_is_cut_short_loses_no_step(
+    config, finished, tmp_path, monkeypatch
+):
+    def full(*args, **more):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", full)
+        with pytest.raises(loop.OutOfMemory, match="an evaluation does not fit into memory; go on"):
+            train(config, tmp_path)
+    assert Checkpoints(tmp_path).steps() == [2] and Checkpoints(tmp_path).read_metrics(2) == {}
+    # Then a notice of preemption before the second batch of the next evaluation, after two of the
+    # one that was owed, two steps and the first batch. JAX counts such points from 1 on.
+    points = []
+
+    def reached(number: int) -> bool:
+        points.append(number)
+        return number == 6
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="step 4 is saved"):
+        patch.setattr(loop.multihost_utils, "reached_preemption_sync_point", reached)
+        train(config, tmp_path)
+    assert points == [1, 2, 3, 4, 5, 6]
+    assert_same(train(config, tmp_path), finished[1])
+    assert numbers(tmp_path) == numbers(finished[0])
+
+
+def test_an_evaluation_takes_its_batches_in_parts(config, finished, monkeypatch):
+    taken = []
+
+    def evaluate(graphdef, params, batches_by_view, *args, **more):
+        [batches] = batches_by_view.values()
+        taken.append([(len(batch.batch.tokens), len(batch.examples)) for batch in batches])
+        return SimpleNamespace(metrics={"views": {"aux": {"relational": {"accuracy": 0.5}}}})
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    dataset = prepare(Experiment.from_config(config).data)
+    for parts in (1, 2):
+        experiment = Experiment.from_config(
+            override(config, [f"--config.optimizer.accumulate_steps={parts}"])
+        )
+        graphdef, _ = loop.state_shapes(experiment, dataset.tokenizer.vocab_size)
+        loop.validate(experiment, graphdef, finished[1], dataset, lambda: False)
+    assert taken == [[(4, 4)] * 2, [(2, 2)] * 4]
+
+
 def test_a_tokenizer_of_other_data_is_refused(config, finished, monkeypatch):
     workdir, _ = finished
     prepare = loop.prepare
@@ -225,6 +276,23 @@ def break_steps(monkeypatch, steps):
     monkeypatch.setattr(loop, "training_batches", broken)
 
 
+def test_rates_are_of_the_whole_batch(config):
+    """Of two processes each has half of it."""
+    told: list[dict[str, Any]] = []
+    progress: Any = SimpleNamespace(update=lambda step, **more: told.append(more))
+    nothing: Any = None
+    run = loop._Run(
+        *(Experiment.from_config(config), config, nothing, nothing, nothing, NoMetrics()),
+        *(progress, Stop(), None),
+    )
+    half = np.full((2, 5), 6, np.int32)
+    batch = Batch(Inputs(), np.zeros((2, 5, 8), np.int32), half - 2, half)
+    zero: Any = np.zeros((), np.int32)
+    run._report(3, "aux", batch, StepMetrics(LossParts(*[zero] * 5), zero, zero, zero))
+    [rates] = told
+    assert (rates["examples"], rates["tokens"]) == (4, 4 * 5 * 6)
+
+
 @pytest.mark.slow
 def test_a_run_goes_back_past_bad_batches_and_on(config, tmp_path, monkeypatch, capsys):
     changes = {"run.max_bad_steps": 2, "run.num_steps": 9, "run.save_every": 3}
@@ -241,6 +309,11 @@ def test_a_run_goes_back_past_bad_batches_and_on(config, tmp_path, monkeypatch, 
     shown = capsys.readouterr().out
     assert "step 2 (aux): loss or gradient is not finite, step skipped" in shown
     assert "step 6: loss or gradient has not been finite for 2 steps; going on with" in shown
+    # The schedule counts the updates that the parameters have seen.
+    schedule = make_schedule(Experiment.from_config(config).optimizer, 9)
+    rates = [r["learning_rate"] for r in read_metrics(tmp_path / "run") if r["split"] == "train"]
+    made = np.array([0, 1, 1, 2, 3, 3, 2, 3, 4])
+    np.testing.assert_allclose(rates, schedule(made), rtol=1e-6)
     # What a killed run that is started again does, too.
     validate = loop.validate
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -256,7 +329,7 @@ def test_a_run_goes_back_past_bad_batches_and_on(config, tmp_path, monkeypatch, 
 def test_a_run_that_stays_bad_stops_with_its_checkpoint_whole(config, tmp_path, monkeypatch):
     config = override(config, ["--config.run.max_bad_steps=2", "--config.run.num_steps=40"])
     break_steps(monkeypatch, range(3, 99))
-    message = r"for 4 steps, also not from the checkpoint of step 4; lower .* steps 3 to 6$"
+    message = r"for 4 steps, also not from the checkpoint of step 2; lower .* steps 3 to 6$"
     with pytest.raises(loop.TrainingDiverged, match=message):
         train(
             override(config, ["--config.run.evaluate_every=30", "--config.run.save_every=2"]),
@@ -269,6 +342,19 @@ def test_a_workdir_belongs_to_one_configuration(config, finished):
     other = override(config, ["--config.optimizer.learning_rate=0.5"])
     with pytest.raises(CheckpointError, match=r"optimizer\.learning_rate=0\.02 .*=0\.5; use ano"):
         train(other, finished[0])
+
+
+def test_where_data_lies_and_what_is_logged_may_change(config, finished, tmp_path):
+    changes = {
+        "data.path": "elsewhere",
+        "model.remat": "layers",
+        "run.log_every": 3,
+        "run.keep_every": None,
+        "mesh.process": 2,
+    }
+    other = override(config, [f"--config.{name}={value}" for name, value in changes.items()])
+    other["data"]["data_dir"] = other["run"]["tensorboard"] = None
+    loop._require_same(config, other, tmp_path)
 
 
 def test_evaluation_of_a_checkpoint_writes_the_views_it_was_trained_on(finished):

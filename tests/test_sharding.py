@@ -162,6 +162,16 @@ def test_a_wrong_product_says_which_sizes_would_fit(sizes, num_devices, message)
         resolve(MeshConfig(**sizes), num_devices)
 
 
+def test_devices_that_cannot_be_laid_out_are_told_in_a_line(monkeypatch):
+    def refuse(*args, **more):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 3")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    message = "data 2 x fsdp 1 x process 1 x tensor 1, and the devices .* laid out .*Failed to find"
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(MeshConfig(), [None, None])
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -180,7 +190,7 @@ def test_one_device_has_no_mesh_and_is_told_nothing():
     assert make_mesh(MeshConfig(), jax.devices()[:1]) is None
     x = jnp.ones((4, 2))
     assert constrain(x, ("batch",)) is x
-    assert place(x, None) is x
+    assert place(x, None, 4) is x
     jaxpr = jax.make_jaxpr(lambda x: constrain(x, ("batch",)))(x)
     assert not jaxpr.eqns
 

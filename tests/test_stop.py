@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from slam_jax.stop import INTACT, SAVED, SIGNALS, Stop
+from slam_jax.stop import INTACT, SAVED, Stop
 from slam_jax.training import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("signals_heard")
 
 # What a run does, without what takes seconds: no JAX.
 SCRIPT = """
@@ -38,18 +40,6 @@ def main(arguments):
 
 command_line.run(main)
 """
-
-
-@pytest.fixture(autouse=True)
-def _hear():
-    """Whoever runs the tests in the background or under nohup has children ignore signals."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        if handler == signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def start(where, *, shell="exec"):

@@ -191,12 +191,12 @@ def test_a_step_that_is_not_finite_is_one_that_never_was(
     counts = []
     for given in (batch, bad, bad, batch):
         state, metrics = step(state, given)
-        counts.append((int(metrics.bad_steps), int(state.skipped)))
+        counts.append((int(metrics.bad_steps), int(state.skipped), int(metrics.updates)))
         if given is bad:
             reference = dataclasses.replace(reference, step=reference.step + 1)
         else:
             reference, _ = step(reference, given)
-    assert counts == [(0, 0), (1, 1), (2, 2), (0, 2)]
+    assert counts == [(0, 0, 0), (1, 1, 1), (2, 2, 1), (0, 2, 1)]
     assert_same(dataclasses.replace(state, skipped=reference.skipped), reference)
     assert not jnp.array_equal(state.params["head"]["kernel"], params["head"]["kernel"])
 

@@ -128,7 +128,7 @@ def training_batches(
     config: DataConfig,
     *,
     start_step: int = 0,
-    rows: range | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[tuple[str, Batch]]:
     """Endless (view, batch) from step `start_step` on, as numpy arrays, prefetched.
 

@@ -30,12 +30,13 @@ class RunConfig:
     evaluate_every: steps between evaluations on the validation split, each followed by a
     checkpoint. evaluate_views: those of `TRAINING_VIEWS` that are evaluated then; () = those that
     the run trains on.
-    evaluate_batches: batches a view, None = the whole split.
+    evaluate_batches: batches a view, None = the whole split; they are taken in as many parts as
+    those of training.
     save_every: steps between checkpoints besides those of evaluations, None = no others.
     keep_every: checkpoints at its multiples are kept for good, None = only the last two and the
     best.
     max_bad_steps: after so many steps in a row whose loss or gradient is not finite (each is
-    skipped) the run goes back to its last checkpoint; after twice as many it stops.
+    skipped) the run goes back to its last checkpoint before them; after twice as many it stops.
     tensorboard: write event files too (extra `tracking`).
     """
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from slam_jax.training.metrics import MetricsWriter, NoMetrics
 from slam_jax.training.optimizer import make_schedule
 from slam_jax.training.progress import Progress
 from slam_jax.training.sharding import in_force, local_rows, place
-from slam_jax.training.start import initial_state, jit_step, require_even
+from slam_jax.training.start import initial_state, jit_step, require_even, state_shapes
 from slam_jax.training.state import TrainState
 
 
@@ -46,7 +46,7 @@ class TrainingDiverged(UserError):
 
 
 class OutOfMemory(UserError):
-    """A step needs more memory than there is."""
+    """The state, a step or an evaluation needs more memory than there is."""
 
 
 def train(
@@ -66,7 +66,7 @@ def train(
       WriteError: a file could not be written.
       TrainingDiverged: `run.max_bad_steps` steps in a row were not finite, and again as many after
         going back to the last checkpoint.
-      OutOfMemory: a batch does not fit.
+      OutOfMemory: the state, a batch or one of an evaluation does not fit.
       Stopped: the run was asked to stop and its last step is saved.
     """
     tune_host()
@@ -78,6 +78,7 @@ def train(
         only_run_in(workdir) if hosts.is_first() else contextlib.nullcontext(),
         Checkpoints(workdir, keep_every=run.keep_every) as checkpoints,
         in_force(mesh),
+        hosts.losses_named(),
     ):
         notes: list[str] = []
         latest = checkpoints.recover(notes.append)
@@ -92,9 +93,13 @@ def train(
             _require_same_aux(checkpoints.read_aux(latest), dataset.aux_format, Path(workdir))
             if dataset.tokenizer != tokenizer:
                 dataset = prepare(experiment.data, tokenizer, model=experiment.model)
-        graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size, mesh)
-        if latest is not None:
-            state = checkpoints.restore(latest, state)
+        vocab_size = dataset.tokenizer.vocab_size
+        with _memory_named("the training state", "choose smaller sizes or a larger machine"):
+            if latest is None:
+                graphdef, state = initial_state(experiment, vocab_size, mesh)
+            else:
+                graphdef, like = state_shapes(experiment, vocab_size, mesh)
+                state = checkpoints.restore(latest, like)
         first = int(state.step)
         # A run that was stopped in an evaluation saved the step without it.
         owed = first > 0 and run.evaluates(first) and not checkpoints.read_metrics(first)
@@ -117,7 +122,7 @@ def train(
             trainer = _Run(
                 experiment, config, graphdef, dataset, checkpoints, writer, progress, stop, mesh
             )
-            with _memory_named(), hosts.losses_named():
+            with _memory_named("a step", _SMALLER_STEPS):
                 return trainer(state, owed)
 
 
@@ -134,6 +139,7 @@ class _Run:
     progress: Progress
     stop: Stop
     mesh: Mesh | None
+    sync_points: Iterator[int] = dataclasses.field(default_factory=lambda: itertools.count(1))
 
     def __call__(self, state: TrainState, owed: bool) -> TrainState:
         """owed: the evaluation of the first step is still to be done."""
@@ -154,20 +160,18 @@ class _Run:
         for step in range(first + 1, run.num_steps + 1):
             self.checkpoints.poll()
             view, batch = next(batches)
-            state, metrics = step_fn(state, place(batch, self.mesh))
+            state, metrics = step_fn(state, place(batch, self.mesh, data.batch_size))
             self.stop.expect_save()
             # The device works on this step while the host reads the one before.
-            bad_steps = [] if pending is None else [self._report(*pending)]
+            bad_steps = {} if pending is None else {step - 1: self._report(*pending)}
             pending = (step, view, batch, metrics)
-            if multihost_utils.reached_preemption_sync_point(step):
-                self.stop.request()
-            stops = self.stop.requested
+            stops = self._asked()
             if stops or run.evaluates(step) or run.saves(step):
-                bad_steps.append(self._report(*pending))
+                bad_steps[step] = self._report(*pending)
                 pending = None
-            for count in bad_steps:
+            for at, count in bad_steps.items():
                 if count and count % run.max_bad_steps == 0:
-                    state = self._go_back(step, state, count)
+                    state = self._go_back(at, state, count)
                     pending = None
             scores = None
             if run.evaluates(step) and not stops:
@@ -180,14 +184,24 @@ class _Run:
                 raise Stopped(f"step {step:,} is saved; the same command goes on from there")
         return state
 
+    def _asked(self) -> bool:
+        """Whether to stop; called after every step and before every batch of an evaluation. Of
+        several processes each calls it as often as the others, and all are told in the same call.
+        """
+        if multihost_utils.reached_preemption_sync_point(next(self.sync_points)):
+            self.stop.request()
+        return self.stop.requested
+
     def _report(self, step: int, view: str, batch: Batch, metrics: Any) -> int:
         """Shows and writes a step; returns how many steps in a row were skipped."""
         values = jax.device_get(metrics)
+        # Of several processes this one has some of the rows, about as long as those of the others.
+        examples = self.experiment.data.batch_size
         self.progress.update(
             step,
             loss=float(values.loss.total),
-            examples=len(batch.tokens),
-            tokens=int(np.sum(batch.length)),
+            examples=examples,
+            tokens=round(np.sum(batch.length) * examples / len(batch.tokens)),
             view=view,
         )
         if values.bad_steps:
@@ -196,17 +210,24 @@ class _Run:
         if step % self.experiment.run.log_every == 0:
             parts = {name: float(value) for name, value in values.loss._asdict().items()}
             schedule = make_schedule(self.experiment.optimizer, self.experiment.run.num_steps)
-            rate = np.asarray(schedule(step - 1)).item()
+            rate = np.asarray(schedule(values.updates)).item()
             more = {"grad_norm": float(values.grad_norm), "learning_rate": rate, "view": view}
             self.writer.write(step, "train", parts | more)
         return int(values.bad_steps)
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float] | None:
-        """Scores on the validation split; None if a stop cut it short."""
+        """Scores on the validation split; None if a stop cut it short. Where it fails, the step is
+        saved without."""
         try:
-            scores = validate(self.experiment, self.graphdef, state, self.dataset, self.stop)
+            with _memory_named("an evaluation", _SMALLER_EVALUATIONS):
+                scores = validate(self.experiment, self.graphdef, state, self.dataset, self._asked)
         except _CutShort:
             return None
+        except Exception:
+            # It takes all processes to save, and this may be the only one that fails.
+            if jax.process_count() == 1:
+                self._save(step, state, None)
+            raise
         self.writer.write(step, "validation", scores)
         self.progress.log(_summary(step, scores))
         return scores
@@ -224,12 +245,13 @@ class _Run:
         )
 
     def _go_back(self, step: int, state: TrainState, bad_steps: int) -> TrainState:
-        """The state of the last checkpoint, past the batches that were not finite; once.
+        """The state of the last checkpoint before the batches that were not finite, and past them;
+        once. step: the last of these. state: is no longer there afterwards.
 
         Raises TrainingDiverged the second time, or where there is no checkpoint.
         """
         self.checkpoints.wait()
-        last = self.checkpoints.recover(self.progress.log)
+        last = self.checkpoints.recover(self.progress.log, until=step - bad_steps)
         text = f"step {step:,}: loss or gradient has not been finite for {bad_steps} steps"
         if last is None or bad_steps > self.experiment.run.max_bad_steps:
             tried = "" if last is None else f", also not from the checkpoint of step {last:,}"
@@ -238,6 +260,9 @@ class _Run:
                 f"at the batches of steps {step - bad_steps + 1:,} to {step:,}"
             )
         self.progress.log(f"{text}; going on with the parameters of step {last:,}")
+        # There may be no room for two.
+        for x in jax.tree.leaves((state.params, state.opt_state, state.ema)):
+            x.delete()
         restored = self.checkpoints.restore(last, state)
         return dataclasses.replace(
             restored, step=state.step, skipped=state.skipped, bad_steps=state.bad_steps
@@ -248,32 +273,44 @@ class _CutShort(Exception):
     """An evaluation saw the request to stop."""
 
 
+_SMALLER_STEPS = (
+    "lower data.batch_size, or raise optimizer.accumulate_steps, which takes a batch in parts"
+)
+_SMALLER_EVALUATIONS = (
+    "go on on a larger machine or mesh, or start over with more optimizer.accumulate_steps: its "
+    "batches are as large as the parts that a step takes"
+)
+
+
 @contextlib.contextmanager
-def _memory_named() -> Iterator[None]:
+def _memory_named(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise OutOfMemory(
-                "a step does not fit into memory; lower data.batch_size, or raise "
-                "optimizer.accumulate_steps, which takes a batch in parts"
-            ) from error
+            raise OutOfMemory(f"{what} does not fit into memory; {remedy}") from error
         raise
 
 
 def validate(
-    experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState, dataset: Dataset, stop: Stop
+    experiment: Experiment,
+    graphdef: nnx.GraphDef,
+    state: TrainState,
+    dataset: Dataset,
+    asked: Callable[[], bool],
 ) -> dict[str, float]:
     """Accuracy of generated answers on the validation split: "view/kind", and "accuracy", their
-    mean, by which the best checkpoint is chosen."""
-    run, data = experiment.run, experiment.data
+    mean, by which the best checkpoint is chosen.
+
+    asked: before each batch, whether to stop; then _CutShort is raised.
+    """
+    run, data, parts = experiment.run, experiment.data, experiment.optimizer.accumulate_steps
+    size, count = data.batch_size // parts, run.evaluate_batches and run.evaluate_batches * parts
 
     def batches(view: str) -> Iterator[EvaluationBatch]:
-        made = evaluation_batches(
-            dataset.validation, dataset.tokenizer, view, data.batch_size, seed=data.seed
-        )
-        for batch in itertools.islice(made, run.evaluate_batches):
-            if stop.requested:
+        made = evaluation_batches(dataset.validation, dataset.tokenizer, view, size, seed=data.seed)
+        for batch in itertools.islice(made, count):
+            if asked():
                 raise _CutShort
             yield batch
 
@@ -313,11 +350,19 @@ def _where(mesh: Mesh | None) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
 
 
+# What is computed depends on none of these.
+_MAY_CHANGE = (
+    *("data.data_dir", "data.path", "model.remat"),
+    *("run.keep_every", "run.log_every", "run.tensorboard"),
+)
+
+
 def _require_same(saved: Mapping[str, Any], config: Mapping[str, Any], workdir: Path) -> None:
-    """A run goes on only as what it was, though on any devices."""
+    """A run goes on only as what it was, though on any devices, from wherever its data now lies."""
     was, now = flatten(saved), flatten(config)
     for name in sorted(was.keys() | now.keys()):
-        if was.get(name) != now.get(name) and not name.startswith("mesh."):
+        free = name in _MAY_CHANGE or name.startswith("mesh.")
+        if was.get(name) != now.get(name) and not free:
             raise CheckpointError(
                 f"{workdir} holds a run with {name}={was.get(name)!r} and this one has "
                 f"{name}={now.get(name)!r}; use another workdir or the same configuration"

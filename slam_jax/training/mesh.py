@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
 
-from slam_jax.errors import ConfigError, require, require_count
+from slam_jax.errors import ConfigError, first_line, require, require_count
 
 REST = -1
 
@@ -48,14 +48,21 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
     """The mesh of all `devices` (None = those of JAX); None for a single one.
 
-    Raises ConfigError where the sizes are of another number of devices, with the ones that fit.
+    Raises ConfigError where the sizes are of another number of devices, with the ones that fit, and
+    where JAX cannot lay the devices out like that.
     """
     devices = jax.devices() if devices is None else devices
     sizes = resolve(config, len(devices))
     if len(devices) == 1:
         return None
     automatic = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), automatic, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), automatic, devices=devices)
+    except (NotImplementedError, ValueError) as error:  # of a TPU's wiring, or several slices
+        raise ConfigError(
+            f"mesh is {_shown(sizes)}, and the devices cannot be laid out like that "
+            f"({first_line(error)}); choose sizes that are products of those of the device grid"
+        ) from error
 
 
 def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -64,14 +71,17 @@ def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
     known = math.prod(size for size in sizes.values() if size != REST)
     rest = REST in sizes.values()
     if num_devices % known if rest else known != num_devices:
-        shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
         fitting = [_fitting(config, axis, num_devices) for axis in sizes]
         near = "; or ".join(text for text in fitting if text)
         raise ConfigError(
-            f"mesh is {shown}, and the number of devices is {num_devices}; expected "
+            f"mesh is {_shown(sizes)}, and the number of devices is {num_devices}; expected "
             f"{near or f'sizes whose product is {num_devices}'}"
         )
     return {axis: num_devices // known if size == REST else size for axis, size in sizes.items()}
+
+
+def _shown(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items())
 
 
 def _fitting(config: MeshConfig, axis: str, num_devices: int) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
 from slam_jax.errors import require, require_count
@@ -18,7 +19,7 @@ class OptimizerConfig:
     """name: "adamw", or "muon" for the kernels inside the network and Adam for the rest (`head`,
     embeddings, norms, biases); one learning rate serves both.
     learning_rate: the peak, reached after `warmup_steps` from 0, then a cosine to
-    `final_fraction` of it at the last step.
+    `final_fraction` of it at the last step. Steps that are skipped do not count.
     b1, b2: of Adam. momentum: of Muon. epsilon: of both. weight_decay: of the kernels; under Muon
     not of `head`.
     clip_norm: global gradient norm, None = no clipping.
@@ -90,7 +91,7 @@ def muon_axes(params: Any) -> Any:
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Step -> learning rate."""
+    """Number of updates made before -> learning rate."""
     return optax.warmup_cosine_decay_schedule(
         0.0,
         config.learning_rate,
@@ -98,6 +99,13 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
         num_steps,
         config.learning_rate * config.final_fraction,
     )
+
+
+def updates_made(opt_state: optax.OptState) -> Int[Array, ""] | None:
+    """How many updates an optimizer has made, which is what its schedule goes by; None where it
+    does not count them."""
+    counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
+    return counts[0][1] if counts else None  # each of its parts counts, and all alike
 
 
 def only_reached(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

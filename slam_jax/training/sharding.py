@@ -5,6 +5,7 @@ Layers know nothing of it, but for the names that they give to dimensions (`laye
 
 import contextlib
 import re
+from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any
 
@@ -112,24 +113,31 @@ def bytes_per_device(tree: PyTree[Any]) -> int:
     return num_bytes(jax.tree.map(part, tree))
 
 
-def local_rows(batch_size: int, mesh: Mesh | None) -> range:
-    """The rows of a batch that stand on devices of this process; processes whose devices run
-    different parts of the model on the same rows have those rows in common."""
+def local_rows(batch_size: int, mesh: Mesh | None) -> Sequence[int]:
+    """The rows of a batch that stand on devices of this process, ascending; processes whose devices
+    run different parts of the model on the same rows have those rows in common.
+
+    They need not follow each other: a mesh orders devices by where they are on a TPU.
+    """
     if mesh is None:
         return range(batch_size)
     sharding = NamedSharding(mesh, PartitionSpec(AXES["batch"]))
     parts = sharding.addressable_devices_indices_map((batch_size,)).values()
-    bounds = [part[0].indices(batch_size)[:2] for part in parts if part is not None]
-    return range(min(first for first, _ in bounds), max(end for _, end in bounds))
+    return sorted({row for part in parts if part for row in range(batch_size)[part[0]]})
 
 
-def place(batch: PyTree[Any], mesh: Mesh | None) -> PyTree[Any]:
+def place(batch: PyTree[Any], mesh: Mesh | None, batch_size: int) -> PyTree[Any]:
     """A batch, its examples divided among the devices; as it is without a mesh. Each process gives
-    its `local_rows`."""
+    its `local_rows` of the `batch_size`, in their order."""
     if mesh is None:
         return batch
     sharding = NamedSharding(mesh, PartitionSpec(AXES["batch"]))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def put(x: Any) -> jax.Array:
+        shape = (batch_size, *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(put, batch)
 
 
 def in_force(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:

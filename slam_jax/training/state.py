@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slam_jax.layers.backend import on_cpu
 from slam_jax.layers.constrain import constrain
+from slam_jax.training.optimizer import updates_made
 
 
 @struct.dataclass
@@ -39,11 +40,13 @@ class TrainState:
 
 class StepMetrics(NamedTuple):
     """loss: what the loss function returned. bad_steps: 0, or how many steps in a row were skipped,
-    this one among them."""
+    this one among them. updates: how many the optimizer had made before, None where it does not
+    count."""
 
     loss: Any
     grad_norm: Float[Array, ""]
     bad_steps: Int[Array, ""]
+    updates: Int[Array, ""] | None
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
@@ -88,7 +91,7 @@ def make_train_step(
     as much as any other.
 
     A step whose loss or gradient is not finite is skipped: it counts as taken, and parameters,
-    optimizer and average stay as they were.
+    optimizer and average stay as they were, the count that its schedule goes by among them.
     """
 
     def gradients(params, batch, key):
@@ -134,6 +137,7 @@ def make_train_step(
                 ema = optax.incremental_update(params, ema, 1.0 - decay)
             return params, opt_state, ema
 
+        updates = updates_made(state.opt_state)
         old = (state.params, state.opt_state, state.ema)
         params, opt_state, ema = _unless(bad, update, grads, old)
         bad_steps = jnp.where(bad, state.bad_steps + 1, 0)
@@ -146,7 +150,7 @@ def make_train_step(
             ema=ema,
             key=state.key,
         )
-        return state, StepMetrics(loss, grad_norm, bad_steps)
+        return state, StepMetrics(loss, grad_norm, bad_steps, updates)
 
     return step
 

@@ -21,7 +21,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from slam_jax import hosts
-from slam_jax.errors import UserError, first_line
+from slam_jax.errors import UserError, first_line, innermost
 from slam_jax.stop import PeerLost
 from slam_jax.training.checkpoint import manifest, trees
 from slam_jax.training.host import require_room
@@ -65,6 +65,9 @@ class Checkpoints:
     def __exit__(self, kind: type | None, *exception: object) -> None:
         if kind is not None and issubclass(kind, PeerLost):
             return  # what is being written has lost a writer, and waits for it
+        if kind is not None and jax.process_count() > 1:
+            # The others may be in a step, and would not come to agree on how the write ended.
+            self._pending = None
         self.close()
 
     def save(
@@ -144,23 +147,25 @@ class Checkpoints:
             if background is not None:
                 background.shutdown()
 
-    def recover(self, report: Callable[[str], None]) -> int | None:
+    def recover(self, report: Callable[[str], None], until: int | None = None) -> int | None:
         """The newest step that is what was written, for a run to go on from; None in a new workdir.
 
         Damaged steps after it are kept under another name, and `report` is told which and why.
+        until: the newest that is wanted; where there is none as old, it is the first one after.
 
         Raises:
             CheckpointError: there are checkpoints and all of them are damaged.
         """
-        step = hosts.by_first(lambda: self._recover(report))
+        step = hosts.by_first(lambda: self._recover(report, until))
         if step is not None:
             self._verified.add(step)
         return step
 
-    def _recover(self, report: Callable[[str], None]) -> int | None:
+    def _recover(self, report: Callable[[str], None], until: int | None) -> int | None:
         self._undo_replacement()
-        damaged = {}
-        for step in reversed(self.steps()):
+        steps, damaged = self.steps(), {}
+        wanted = [step for step in steps if until is None or step <= until]
+        for step in (*reversed(wanted), *steps[len(wanted) :]):
             damage = self._damage(step)
             if damage is None:
                 break
@@ -274,8 +279,8 @@ class Checkpoints:
             return False
         folder = self._being_written(step)
         try:
-            for left in self.directory.glob("*.writing"):  # by a run that was killed
-                shutil.rmtree(left)
+            for left in self.directory.glob("*.writing"):  # by a killed run, or not gone yet
+                shutil.rmtree(left, ignore_errors=left != folder)
             folder.mkdir(parents=True)
             for name, value in items.items():
                 if value is None:
@@ -313,10 +318,12 @@ class Checkpoints:
         for step in steps:
             if step in keep or (self._keep_every and step % self._keep_every == 0):
                 continue
-            # Under its own name a step is whole, also while it goes.
+            # Under its own name a step is whole, also while it goes. The new step is safe by now:
+            # what cannot go yet goes with the next save.
             going = self._being_written(step)
-            os.rename(self.directory / str(step), going)
-            shutil.rmtree(going)
+            with contextlib.suppress(OSError):
+                os.rename(self.directory / str(step), going)
+                shutil.rmtree(going)
 
     def _damage(self, step: int) -> str | None:
         if step in self._verified:
@@ -419,10 +426,13 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
-    # Orbax, TensorStore and JSON raise a dozen unrelated types over broken files.
+    # Orbax, TensorStore and JSON raise a dozen unrelated types over broken files. What JAX itself
+    # raises is about memory, or another process, and no reason to choose another step.
     try:
         yield
     except Exception as error:
+        if isinstance(cause := innermost(error), (MemoryError, jax.errors.JaxRuntimeError)):
+            raise cause from None
         raise CheckpointError(
             f"{path}: the checkpoint could not be read ({first_line(error)}); choose another step"
         ) from error
