@@ -31,11 +31,15 @@ def require(ok: bool, field: str, value: object, expected: str) -> None:
         raise ConfigError(f"{field} is {shorten(repr(value))}; expected {expected}")
 
 
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, Python's or NumPy's."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def require_count(field: str, value: Any, least: int = 1, most: int = 1 << 20) -> None:
     """Raises ConfigError unless value is a whole number from `least` to `most`. Without a bound a
     mistyped number would build for hours, or end in a message about overflows."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    require(whole, field, value, "a whole number")
+    require(is_whole(value), field, value, "a whole number")
     require(value >= least, field, value, f"at least {least:,}")
     require(value <= most, field, value, f"at most {most:,}")
 

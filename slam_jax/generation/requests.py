@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,7 +11,7 @@ from jaxtyping import Bool, Int, UInt32
 from slam_jax.data.images import load_image
 from slam_jax.data.numbers import AuxFormat, as_vectors
 from slam_jax.data.tokenizer import Tokenizer, check_text
-from slam_jax.errors import InputError, shorten
+from slam_jax.errors import InputError, is_whole, shorten
 from slam_jax.protocol import Decodable
 from slam_jax.slam_v3.streams import Inputs
 
@@ -90,8 +89,7 @@ def read_prompts(loaded: Trained, requests: Sequence[Request], max_new_tokens: i
     for i, request in enumerate(requests):
         with naming(i, len(requests)):
             seed = request.seed
-            whole = isinstance(seed, Integral) and not isinstance(seed, bool)
-            if not whole or not 0 <= seed < 2**32:
+            if not is_whole(seed) or not 0 <= seed < 2**32:
                 expected = f"a whole number from 0 to {2**32 - 1}"
                 raise InputError(f"seed is {shorten(repr(seed))}; expected {expected}")
             row = [tokenizer.bos_id, *tokenizer.encode(checked(request.prompt, "prompt"))]

@@ -82,8 +82,8 @@ def _measure(comparison: Comparison, workdir: Path, limits: Json, console: Any) 
         ]
 
     def measure(task: Task, cores: Sequence[int], stop: threading.Event) -> Measured:
-        start, measured = time.monotonic(), {"code": code_version(), "at": _now()}
-        measured["cores"] = len(cores) or machine["cores"]
+        start, count = time.monotonic(), len(cores) or machine["cores"]
+        measured = {"code": code_version(), "cores": count, "at": _now()}
         try:
             arguments = comparison.arguments(task, results[task.system])
         except Impossible as error:
