@@ -10,7 +10,7 @@ from slam_jax.errors import ConfigError
 from slam_jax.slam_v3 import ImageConfig, SlamV3Config
 
 CONFIG = DataConfig(name="digits", vocab_size=300)
-MODEL = SlamV3Config(vocab_size=1, image=ImageConfig(size=8))
+MODEL = SlamV3Config(vocab_size=1, image=ImageConfig(size=8, patch_size=1))
 
 
 def test_every_digit_is_in_one_split_and_its_answer_is_its_name():

@@ -129,7 +129,8 @@ def test_a_folder_of_which_nothing_can_be_used_ends_in_one_line(tmp_path):
 def test_digits_are_counted_and_shown():
     pytest.importorskip("sklearn")
     config = DataConfig("digits", batch_size=16, vocab_size=300)
-    found, lines = report(config, SlamV3Config(vocab_size=1, image=ImageConfig(size=8)))
+    model = SlamV3Config(vocab_size=1, image=ImageConfig(size=8, patch_size=1))
+    found, lines = report(config, model)
     assert lines[0] == "digits"
     assert below(lines, "split records", 3) == ["train 1,257", "validation 180", "test 360"]
     assert "image 0 - 16x8x8x3 - 16x1x4" in lines
