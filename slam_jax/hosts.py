@@ -87,6 +87,8 @@ def losses_named() -> Iterator[None]:
     """Raises PeerLost where JAX fails because another process is gone."""
     try:
         yield
+    except UserError:  # which may hold any of the words below
+        raise
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         # By whatever way of talking the processes have: over TCP, NCCL, the coordinator.
         named = ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat", "Connection", "Barrier")

@@ -323,9 +323,10 @@ def test_what_failed_is_tried_again(tmp_path, pretend):
     fails.clear()
     asked.clear()
     board = run(Pretended(("a", "b")), tmp_path)
-    labels = [("a", "first"), ("a", "second"), ("a", "extra"), ("b", "extra")]
+    # Not what was optional: `b` went on without it.
+    labels = [("a", "first"), ("a", "second"), ("a", "extra")]
     assert [each[:2] for each in asked] == labels
-    assert board["results"]["b"]["extra"] == {"value": "b extra"}
+    assert board["results"]["b"]["extra"] == {"reason": "it failed"}
 
 
 def test_two_do_not_measure_into_one_workdir(tmp_path, pretend):
@@ -357,6 +358,11 @@ def test_other_settings_want_another_workdir(tmp_path, pretend):
     run(Pretended(("a",)), tmp_path)
     with pytest.raises(UserError, match="is of other settings; give another --workdir"):
         run(Pretended(("a",), {"width": 2}), tmp_path)
+    kept = json.loads((tmp_path / "results.json").read_text())
+    del kept["results"]["a"]["first"]["measured"]
+    (tmp_path / "results.json").write_text(json.dumps(kept))
+    with pytest.raises(UserError, match="not what a leaderboard keeps .'measured'."):
+        run(Pretended(("a",)), tmp_path)
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(UserError, match="not what a leaderboard keeps"):
         run(Pretended(("a",)), tmp_path)

@@ -330,7 +330,12 @@ def test_times_are_of_training_prompts_and_generation(settings, corpus):
 
 TITLES = ("standard", "moe", "slam_v4")
 WORST = "learning rate 0.016"
-MEASURED = {"code": ["abc"], "cores": [2], "first": "2026-01-02T03:04", "last": "2026-01-03T03:04"}
+MEASURED = {
+    "code": ["1.0 (abc)"],
+    "cores": [2],
+    "first": "2026-01-02T03:04",
+    "last": "2026-01-03T03:04",
+}
 
 
 def _done(settings: HeldoutSettings, level: float, noise: float, seed: int) -> dict[str, Any]:
@@ -500,7 +505,7 @@ def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
     text, whole = markdown(page), html(page)
     assert "| 1 | standard |" in text and "| 2= | moe |" in text and "| 2= | slam_v4 |" in text
     assert "- jamba: no rate" in text and "0.016*" in text
-    assert "code abc; measured 2026-01-02 to 2026-01-03." in text
+    assert "slam_jax 1.0 (abc); measured 2026-01-02 to 2026-01-03." in text
     assert re.search(r"\| moe \| \+0\.21\d\d \* \|\s+\|", text) and "| slam_v4 | +0.2" in text
     assert whole.count("<svg") == 10 and "jamba: no rate" in whole
     del board["rows"][0]["runs"][0]["curve"]

@@ -33,6 +33,7 @@ from slam_jax.training import (
     split_model,
     train,
 )
+from slam_jax.training.host import OutOfMemory
 from slam_jax.training.losses import LossParts
 from slam_jax.training.metrics import NoMetrics, read_metrics
 from slam_jax.training.optimizer import make_schedule
@@ -182,7 +183,7 @@ def test_an_evaluation_that_fails_or_is_cut_short_loses_no_step(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", full)
-        with pytest.raises(loop.OutOfMemory, match="an evaluation does not fit into memory; go on"):
+        with pytest.raises(OutOfMemory, match="an evaluation does not fit into memory; go on"):
             train(config, tmp_path)
     assert Checkpoints(tmp_path).steps() == [2] and Checkpoints(tmp_path).read_metrics(2) == {}
     # Then a notice of preemption before the second batch of the next evaluation, after two of the
@@ -247,8 +248,8 @@ def test_what_has_no_room_is_refused_before_it_is_made(config, tmp_path):
 @pytest.mark.parametrize(
     ("error", "raised"),
     [
-        (MemoryError(), loop.OutOfMemory),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), loop.OutOfMemory),
+        (MemoryError(), OutOfMemory),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), OutOfMemory),
         (jax.errors.JaxRuntimeError("INTERNAL: else"), jax.errors.JaxRuntimeError),
     ],
 )

@@ -73,11 +73,10 @@ def describe_machine_of(board: Json) -> str:
     measured: dict[str, Any] = board["measured"]
     codes = measured["code"]
     days = dict.fromkeys(measured[end][:10] for end in ("first", "last"))
-    by = f"code {codes[0]}" if len(codes) == 1 else f"{len(codes)} codes ({', '.join(codes)})"
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, device "
         f"{machine['device']}; Python {machine['python']}, jax {machine['jax']}, slam_jax "
-        f"{machine['slam_jax']}, {by}; measured {' to '.join(days)}."
+        f"{' and '.join(codes)}; measured {' to '.join(days)}."
     )
 
 

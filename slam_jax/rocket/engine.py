@@ -36,7 +36,8 @@ def run(
     """Compares systems; returns and writes the board and its pages.
 
     What is finished is kept in `workdir` at once, with when and by which code it was measured, and
-    not measured again by the same call. What failed is tried again.
+    not measured again by the same call. What failed is tried again, but where the system went on
+    without it.
 
     Args:
       memory_gib, seconds: limits of each process; one that is ended at them is a row that says so.
@@ -188,16 +189,20 @@ def _identity(comparison: Comparison) -> Json:
 
 
 def _read_results(path: Path, comparison: Comparison) -> dict[str, Any]:
-    """What an earlier run of the same settings has measured already, none where there was none; not
-    what failed, which may have been for another limit, or a neighbour's memory."""
+    """What an earlier run of the same settings has measured already, none where there was none.
+
+    Without what failed, which may have been for another limit, or a neighbour's memory; with it
+    where it was optional: others have been measured on the strength of it, and how far a system
+    came may be all that was asked."""
     if not path.exists():
         return {}
     try:
         kept = json.loads(path.read_text())
-        results = {
-            name: {label: figures for label, figures in done.items() if "reason" not in figures}
-            for name, done in kept["results"].items()
-        }
+        results = {name: dict(done) for name, done in kept["results"].items()}
+        for stamp in (
+            figures["measured"] for done in results.values() for figures in done.values()
+        ):
+            _ = stamp["code"], stamp["cores"], stamp["at"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: not what a leaderboard keeps ({error}); give another --workdir, or delete "
@@ -207,4 +212,12 @@ def _read_results(path: Path, comparison: Comparison) -> dict[str, Any]:
         raise InputError(
             f"{path}: is of other settings; give another --workdir, or delete this one"
         )
-    return results
+    optional = {(task.system, task.label) for task in comparison.tasks(results) if task.optional}
+    return {
+        name: {
+            label: figures
+            for label, figures in done.items()
+            if "reason" not in figures or (name, label) in optional
+        }
+        for name, done in results.items()
+    }

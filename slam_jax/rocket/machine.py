@@ -14,11 +14,12 @@ from slam_jax.version import __version__
 
 
 def code_version() -> str:
-    """Of the code as it stands on the disk: the first digits of a hash of all its sources."""
+    """Of the code as it stands on the disk: its version, and the first digits of a hash of all its
+    sources."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    return f"{__version__} ({digest.hexdigest()[:12]})"
 
 
 def describe_machine() -> dict[str, Any]:

@@ -4,11 +4,12 @@ import contextlib
 import ctypes
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from slam_jax.errors import ConfigError
+from slam_jax.errors import ConfigError, UserError
 
 # Of glibc's malloc.h, and of Linux's mman.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -54,6 +55,21 @@ def _keep_memory(libc: Any) -> None:
         first = -(-start // _HUGE) * _HUGE
         libc.madvise(first, size - 2 * _HUGE, _MADV_HUGEPAGE)
         libc.free(start)
+
+
+class OutOfMemory(UserError):
+    """The state, a step or an evaluation needs more memory than there is."""
+
+
+@contextlib.contextmanager
+def memory_named(what: str, remedy: str) -> Iterator[None]:
+    """Raises OutOfMemory, with what to do, where the memory of host or device runs out."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise OutOfMemory(f"{what} does not fit into memory; {remedy}") from error
+        raise
 
 
 def require_room(num_bytes: int, what: str) -> None:

@@ -10,6 +10,7 @@ from slam_jax.data import AuxFormat, Tokenizer
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.training.checkpoint import Checkpoints, Step
 from slam_jax.training.experiment import Experiment
+from slam_jax.training.host import memory_named
 from slam_jax.training.state import merge_model, split_model
 
 
@@ -35,6 +36,7 @@ def load(workdir: str | Path, step: Step = None) -> Loaded:
 
     Raises:
       CheckpointError: there is no such workdir or step, or it does not fit its configuration.
+      OutOfMemory: the model does not fit.
     """
     checkpoints = Checkpoints(workdir)
     found = checkpoints.resolve(step)
@@ -48,5 +50,6 @@ def load(workdir: str | Path, step: Step = None) -> Loaded:
     )
     graphdef, like = split_model(model)
     part = "params" if experiment.optimizer.ema_decay is None else "ema"
-    params = jax.device_put(checkpoints.restore_subtree(found, part, like))
+    with memory_named("the model", "load it on a larger machine"):
+        params = jax.device_put(checkpoints.restore_subtree(found, part, like))
     return Loaded(merge_model(graphdef, params), tokenizer, aux_format, config, found)

@@ -30,23 +30,25 @@ from slam_jax.evaluation import evaluate
 from slam_jax.stop import Stop, Stopped
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.experiment import Experiment, as_json, flatten
-from slam_jax.training.host import tune_host
+from slam_jax.training.host import memory_named, tune_host
 from slam_jax.training.lock import only_run_in
 from slam_jax.training.mesh import make_mesh
 from slam_jax.training.metrics import MetricsWriter, NoMetrics
 from slam_jax.training.optimizer import make_schedule
 from slam_jax.training.progress import Progress
 from slam_jax.training.sharding import in_force, local_rows, place
-from slam_jax.training.start import initial_state, jit_step, require_even, state_shapes
+from slam_jax.training.start import (
+    initial_state,
+    jit_step,
+    require_even,
+    require_room_for,
+    state_shapes,
+)
 from slam_jax.training.state import TrainState
 
 
 class TrainingDiverged(UserError):
     """The loss or its gradient is not finite, step after step."""
-
-
-class OutOfMemory(UserError):
-    """The state, a step or an evaluation needs more memory than there is."""
 
 
 def train(
@@ -94,11 +96,12 @@ def train(
             if dataset.tokenizer != tokenizer:
                 dataset = prepare(experiment.data, tokenizer, model=experiment.model)
         vocab_size = dataset.tokenizer.vocab_size
-        with _memory_named("the training state", "choose smaller sizes or a larger machine"):
+        with memory_named("the training state", "choose smaller sizes or a larger machine"):
             if latest is None:
                 graphdef, state = initial_state(experiment, vocab_size, mesh)
             else:
                 graphdef, like = state_shapes(experiment, vocab_size, mesh)
+                require_room_for(like, mesh)
                 state = checkpoints.restore(latest, like)
         first = int(state.step)
         # A run that was stopped in an evaluation saved the step without it.
@@ -122,7 +125,7 @@ def train(
             trainer = _Run(
                 experiment, config, graphdef, dataset, checkpoints, writer, progress, stop, mesh
             )
-            with _memory_named("a step", _SMALLER_STEPS):
+            with memory_named("a step", _SMALLER_STEPS):
                 return trainer(state, owed)
 
 
@@ -219,7 +222,7 @@ class _Run:
         """Scores on the validation split; None if a stop cut it short. Where it fails, the step is
         saved without."""
         try:
-            with _memory_named("an evaluation", _SMALLER_EVALUATIONS):
+            with memory_named("an evaluation", _SMALLER_EVALUATIONS):
                 scores = validate(self.experiment, self.graphdef, state, self.dataset, self._asked)
         except _CutShort:
             return None
@@ -263,7 +266,8 @@ class _Run:
         # There may be no room for two.
         for x in jax.tree.leaves((state.params, state.opt_state, state.ema)):
             x.delete()
-        restored = self.checkpoints.restore(last, state)
+        with memory_named("the training state", "go on on a larger machine"):
+            restored = self.checkpoints.restore(last, state)
         return dataclasses.replace(
             restored, step=state.step, skipped=state.skipped, bad_steps=state.bad_steps
         )
@@ -280,16 +284,6 @@ _SMALLER_EVALUATIONS = (
     "go on on a larger machine or mesh, or start over with more optimizer.accumulate_steps: its "
     "batches are as large as the parts that a step takes"
 )
-
-
-@contextlib.contextmanager
-def _memory_named(what: str, remedy: str) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise OutOfMemory(f"{what} does not fit into memory; {remedy}") from error
-        raise
 
 
 def validate(

@@ -25,7 +25,8 @@ class OptimizerConfig:
     clip_norm: global gradient norm, None = no clipping.
     ema_decay: of the averaged parameters that evaluation then uses, None = no average.
     accumulate_steps: a batch is taken in that many parts, one after the other. The gradient is that
-    of the whole but for the alignment loss, which sets the pairs of one part against each other.
+    of the whole but for the alignment loss, which sets the pairs of one part against each other and
+    counts each part, as all of them do, by its answer tokens.
     """
 
     name: str = "adamw"

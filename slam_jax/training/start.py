@@ -26,12 +26,17 @@ def initial_state(
     Raises ConfigError, before anything is allocated, where it has no room.
     """
     graphdef, like = state_shapes(experiment, vocab_size, mesh)
-    num_devices = 1 if mesh is None else mesh.size
-    require_room(num_devices * bytes_per_device(like), "the training state")
+    require_room_for(like, mesh)
     # Compiled as one program: each of a hundred small initialisers costs more alone, and no device
     # ever has more than its part. A restored state is placed alike, and takes the same steps.
     shardings = jax.tree.map(lambda x: x.sharding, like)
     return graphdef, jax.jit(_maker(experiment, vocab_size), out_shardings=shardings)()
+
+
+def require_room_for(like: TrainState, mesh: Mesh | None) -> None:
+    """Raises ConfigError where a state of such shapes and shardings has no room."""
+    num_devices = 1 if mesh is None else mesh.size
+    require_room(num_devices * bytes_per_device(like), "the training state")
 
 
 def state_shapes(

@@ -33,7 +33,7 @@ def make_board(
                 "changes": dict(settings.variants[name]),
                 "parameters": runs[0]["parameters"],
                 "flops": runs[0]["flops"],
-                # Of the process for which another had compiled the programs.
+                # Of several seeds all but one find their programs compiled.
                 "peak_memory_bytes": min(run["peak_memory_bytes"] for run in runs),
                 "accuracy": _accuracies(counts),
                 "difference": None if is_first or first is None else _differences(counts, first),

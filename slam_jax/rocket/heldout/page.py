@@ -18,7 +18,8 @@ _RANKS = (
 )
 _COSTS = (
     "Median and range over processes that took turns. Generation: cached, greedy, tokens after "
-    "the first. Peak memory: of the training process that took least, compiling not in it."
+    "the first. Peak memory: of the training process that took least, which of several seeds "
+    "finds its programs compiled."
 )
 
 
