@@ -51,8 +51,9 @@ def run(
     require_count("jobs", jobs, most=1_024)
     limits = {"memory_gib": memory_gib, "seconds": seconds, "jobs": jobs}
     with only_run_in(workdir):
-        results = _measure(comparison, Path(workdir), limits, console)
-        about = {**_identity(comparison), "limits": limits, "machine": describe_machine()}
+        machine = describe_machine()
+        results = _measure(comparison, Path(workdir), limits, machine["cores"], console)
+        about = {**_identity(comparison), "limits": limits, "machine": machine}
         about["measured"] = _measured(results[name] for name in comparison.models)
         board = comparison.board(about, {name: results[name] for name in comparison.models})
         page = comparison.page(board)
@@ -65,10 +66,11 @@ def run(
     return board
 
 
-def _measure(comparison: Comparison, workdir: Path, limits: Json, console: Any) -> dict[str, Any]:
+def _measure(
+    comparison: Comparison, workdir: Path, limits: Json, all_cores: int, console: Any
+) -> dict[str, Any]:
     """All figures by system and task, those that were there already among them."""
     models, results = comparison.models, _read_results(workdir / _KEPT, comparison)
-    machine = describe_machine()
     for name in models:
         results.setdefault(name, {})
 
@@ -83,7 +85,7 @@ def _measure(comparison: Comparison, workdir: Path, limits: Json, console: Any) 
         ]
 
     def measure(task: Task, cores: Sequence[int], stop: threading.Event) -> Measured:
-        start, count = time.monotonic(), len(cores) or machine["cores"]
+        start, count = time.monotonic(), len(cores) or all_cores
         measured = {"code": code_version(), "cores": count, "at": _now()}
         try:
             arguments = comparison.arguments(task, results[task.system])
