@@ -1,24 +1,16 @@
-"""The Rocket Engine: tasks in processes of their own, what fails, what is kept, what is written."""
+"""The Rocket Engine: which tasks are done when, what fails, what is kept, what is written."""
 
 import io
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import psutil
 import pytest
 from rich.console import Console
 
 from slam_jax.errors import ConfigError, UserError
 from slam_jax.rocket.engine import run
-from slam_jax.rocket.jobs import _read_progress, run_job
 from slam_jax.rocket.live import LiveTable
 from slam_jax.rocket.machine import code_version
 from slam_jax.rocket.page import Bullets, Page, Plots, Table, html, markdown, print_page
@@ -26,7 +18,6 @@ from slam_jax.rocket.protocols import make_comparison
 from slam_jax.rocket.seed.measure import SeedSettings
 from slam_jax.rocket.seed.protocol import Seed
 from slam_jax.rocket.tasks import Impossible, Json, Task, failure, plain
-from slam_jax.rocket.timing import timed
 from slam_jax.training.lock import only_run_in
 
 TINY = SeedSettings(
@@ -39,71 +30,6 @@ TINY = SeedSettings(
     stress_batch=1,
     stress_length=16,
 )
-LIMITS: dict[str, Any] = {"memory_gib": 16.0, "seconds": 300.0}
-
-
-def quiet(*_: Any) -> None:
-    pass
-
-
-def job(tmp_path: Path, what: str = "seed", settings: Any = None, **limits: Any) -> Json:
-    limits = {**LIMITS, **limits}
-    settings = settings or plain(TINY)
-    limits.setdefault("stop", threading.Event())
-    return run_job(what, "standard", settings, tmp_path, arguments={}, progress=quiet, **limits)
-
-
-def test_lines_that_are_no_progress_are_passed_over():
-    told = []
-    lines = ["3", '"ab"', "null", "[0.1]", '["a", "b"]', "{}", "a word", '[0.5, "half"]']
-    _read_progress(lines, lambda *each: told.append(each))
-    assert told == [(0.5, "half")]
-
-
-@pytest.mark.parametrize(
-    ("limits", "reason"),
-    [
-        ({"memory_gib": 0.01}, "took more than 0.01 GiB of memory"),
-        ({"seconds": 0.2}, "took more than 0.2 s"),
-    ],
-)
-def test_a_process_is_ended_at_its_limits(tmp_path, limits, reason):
-    assert job(tmp_path, **limits) == {"reason": reason}
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_process_is_ended_when_all_are(tmp_path):
-    stop = threading.Event()
-    stop.set()
-    assert job(tmp_path, stop=stop) == {"reason": "was stopped"}
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_process_that_fails_says_why(tmp_path):
-    reason = job(tmp_path, settings={**plain(TINY), "preset": "no such"})["reason"]
-    assert reason.startswith("ended with exit code 1: ") and "preset is 'no such'" in reason
-
-
-def test_what_was_measured_before_the_end_is_kept(tmp_path, monkeypatch):
-    # A process that writes one level and is then ended by its limit.
-    import slam_jax.rocket.jobs as jobs
-
-    script = (
-        "import json, pathlib, sys, time\n"
-        "out = pathlib.Path(sys.argv[2])\n"
-        "out.write_text(json.dumps({'levels': [1]}))\n"
-        "time.sleep(60)\n"
-    )
-    worker = tmp_path / "worker.py"
-    worker.write_text(script)
-    started = jobs.subprocess.Popen
-
-    def popen(command, **kw):
-        return started([command[0], str(worker), *command[3:]], **kw)
-
-    monkeypatch.setattr(jobs.subprocess, "Popen", popen)
-    found = job(tmp_path, "seed_stress", seconds=1.0)
-    assert found == {"levels": [1], "reason": "took more than 1 s"}
 
 
 class Pretended:
@@ -236,28 +162,6 @@ def test_what_is_not_timed_has_its_share_of_the_cores(tmp_path, monkeypatch, tim
     assert shares == expected
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no cores can be chosen here")
-def test_a_process_runs_on_its_cores_alone(tmp_path, monkeypatch):
-    import slam_jax.rocket.jobs as jobs
-
-    worker = tmp_path / "worker.py"
-    worker.write_text(
-        "import json, os, pathlib, sys, time\n"
-        "time.sleep(0.5)\n"
-        "cores = sorted(os.sched_getaffinity(0))\n"
-        "pathlib.Path(sys.argv[2]).write_text(json.dumps({'cores': cores}))\n"
-    )
-    started = jobs.subprocess.Popen
-    monkeypatch.setattr(
-        jobs.subprocess,
-        "Popen",
-        lambda command, **kw: started([command[0], str(worker), *command[3:]], **kw),
-    )
-    last = max(os.sched_getaffinity(0))
-    assert job(tmp_path, cores=[last]) == {"cores": [last]}
-    assert job(tmp_path) == {"cores": sorted(os.sched_getaffinity(0))}
-
-
 @pytest.mark.parametrize(("models", "timed"), [(("a", "b"), True), (("a",), False)])
 def test_what_is_timed_and_what_depends_on_another_runs_alone(tmp_path, monkeypatch, models, timed):
     running = []
@@ -332,26 +236,6 @@ def test_what_failed_is_tried_again(tmp_path, pretend):
 def test_two_do_not_measure_into_one_workdir(tmp_path, pretend):
     with only_run_in(tmp_path), pytest.raises(UserError, match="another run is going on in it"):
         run(Pretended(("a",)), tmp_path)
-
-
-def test_a_process_ends_with_the_engine_that_was_killed(tmp_path):
-    """The engine is a shell here, killed as soon as its worker has a process number."""
-    job = {"what": "seed", "system": "standard", "settings": {}, "arguments": {}}
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    command = f"{sys.executable} -m slam_jax.rocket.worker job.json out.json >/dev/null 2>&1 &"
-    engine = subprocess.Popen(
-        ["sh", "-c", f"{command} echo $!; wait"], stdout=subprocess.PIPE, text=True, cwd=tmp_path
-    )
-    assert engine.stdout is not None
-    worker = psutil.Process(int(engine.stdout.readline()))
-    time.sleep(1.0)  # it looks for its parent first
-    engine.kill()
-    engine.wait()
-    engine.stdout.close()
-    end = time.monotonic() + 60
-    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def test_other_settings_want_another_workdir(tmp_path, pretend):
@@ -444,32 +328,3 @@ def test_settings_come_from_a_file_and_from_arguments(tmp_path):
             make_comparison("seed", None, [argument], ("standard",), tmp_path)
     with pytest.raises(ConfigError, match="has no field 'standart'"):
         make_comparison("seed", None, [], ("standart",), tmp_path)
-
-
-def test_timings_are_of_what_is_waited_for():
-    calls = []
-    seconds = timed(lambda: calls.append(0) or np.zeros(1), 3)
-    assert len(calls) == 4 and len(seconds) == 3 and min(seconds) >= 0
-
-
-def test_compiling_is_timed_without_a_cache_of_programs(tmp_path):
-    """In a process of its own, whose cache is used before and after."""
-    script = (
-        "import jax, jax.numpy as jnp\n"
-        "from jax._src import monitoring\n"
-        "from slam_jax.rocket.timing import compiled\n"
-        f"jax.config.update('jax_compilation_cache_dir', {str(tmp_path)!r})\n"
-        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
-        "told = []\n"
-        "monitoring.register_event_listener(lambda event, **_: told.append(event))\n"
-        "hit = '/jax/compilation_cache/cache_hits'\n"
-        "def new(): return jax.jit(lambda x: 2 * x)\n"
-        "new()(jnp.ones(3))\n"
-        "jax.clear_caches(); told.clear(); new()(jnp.ones(3)); assert hit in told\n"
-        "jax.clear_caches(); x = jnp.ones(3); told.clear()\n"
-        "program, seconds = compiled(new(), x)\n"
-        "assert hit not in told and seconds > 0 and program(x).tolist() == [2, 2, 2]\n"
-        "jax.clear_caches(); told.clear(); new()(x); assert hit in told\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

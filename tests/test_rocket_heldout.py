@@ -1,4 +1,4 @@
-"""The held-out comparison: its text, its budgets, what a run measures, which tasks it is made of."""
+"""The held-out comparison: its text, its budgets, what a run measures, its tasks."""
 
 import dataclasses
 import json
