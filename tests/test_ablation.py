@@ -158,9 +158,10 @@ def test_differences_are_paired_and_have_an_interval(board):
 
 
 def test_without_the_first_there_are_no_differences(board):
-    results = {"whole": {"seed 0": {"reason": "took more than 9 s"}}, "worse": done(12, 2)}
-    whole, worse = make_board({}, SETTINGS, results)["rows"]
-    assert whole["status"] == "failed" and worse["difference"] is None
+    results = {"whole": {"seed 0": {"reason": "took more than 9 s"}}}
+    results |= {"worse": done(12, 2), "same": done(14, 3)}
+    whole, *others = make_board({}, SETTINGS, results)["rows"]
+    assert whole["status"] == "failed" and [row["difference"] for row in others] == [None, None]
 
 
 def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):

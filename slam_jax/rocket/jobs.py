@@ -43,7 +43,7 @@ def run_job(
     out.unlink(missing_ok=True)
     last_words = deque(maxlen=20)
     process = subprocess.Popen(
-        [sys.executable, "-m", "slam_jax.rocket.worker", str(job), str(out)],
+        [sys.executable, "-m", "slam_jax.rocket.worker", str(job), str(out), str(os.getpid())],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,7 +1,8 @@
-"""One system in a process of its own: python -m slam_jax.rocket.worker JOB OUT
+"""One system in a process of its own: python -m slam_jax.rocket.worker JOB OUT PARENT
 
 JOB is a JSON file of {"what", "system", "settings", "arguments"}; the figures go to OUT. Progress
-goes to standard output, a JSON list of share and text a line.
+goes to standard output, a JSON list of share and text a line. PARENT is the number of the process
+that started it.
 """
 
 import json
@@ -31,8 +32,8 @@ TASKS = {
 
 
 def main() -> None:
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    job, out = map(Path, sys.argv[1:])
+    threading.Thread(target=_end_with, args=(int(sys.argv[3]),), daemon=True).start()
+    job, out = map(Path, sys.argv[1:3])
     given: dict[str, Any] = json.loads(job.read_text())
     tune_host()
     task, settings = TASKS[given["what"]]
