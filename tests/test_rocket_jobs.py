@@ -1,5 +1,6 @@
 """Jobs of the Rocket Engine: a process each, its limits, its end, its clocks."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -132,9 +133,13 @@ def test_a_process_ends_with_the_engine_that_was_killed(tmp_path):
     engine.wait()
     engine.stdout.close()
     end = time.monotonic() + 60
-    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    try:
+        while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
 
 
 def test_timings_are_of_what_is_waited_for():
