@@ -2,11 +2,11 @@
 
     python train.py --config=configs/slam_v3_quickstart.py --workdir=runs/quickstart
 
-2 cores of an AMD EPYC, 2026-11-27, commit 4e73313, beside other work: 30 minutes with set-up, the
+2 cores of an AMD EPYC, 2026-11-27, commit 2edbc16, beside other work: 36 minutes with set-up, the
 data set's generation, validation and the test, and on the test scenes (`python eval.py
---workdir=runs/quickstart`), non-relational and relational questions in percent: image 99.2 / 87.4,
-aux 99.7 / 95.3, text 100.0 / 82.8, image_text 100.0 / 90.2, split_image_text 100.0 / 86.2,
-split_image_aux 99.7 / 92.4. README.md has other runs, some of them better.
+--workdir=runs/quickstart`), non-relational and relational questions in percent: image 99.4 / 87.6,
+aux 99.6 / 95.6, text 100.0 / 82.4, image_text 100.0 / 90.0, split_image_text 99.8 / 85.7,
+split_image_aux 99.6 / 92.2. README.md has other runs, some of them better.
 
 What is short comes first. From six rows of a table the decoder learns what the questions mean; then
 come texts, whose words must first be bound to each other; then images, which take longest; and at
