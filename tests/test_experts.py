@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from slam_jax.layers.expert_blocks import cut, looped_gated_mlp
+from slam_jax.layers.expert_blocks import cut, gated_mlp, looped_gated_mlp
 from slam_jax.layers.experts import Experts, MixtureOfExperts
 from slam_jax.layers.router import (
     Router,
@@ -139,6 +139,29 @@ def test_models_side_by_side_are_the_same_one_by_one(go, way):
     for i in range(2):
         one = gradient(keys[i], x[i], jax.tree.map(lambda leaf, i=i: leaf[i], routing))
         jax.tree.map(lambda all_, leaf, i=i: close(all_[i], leaf, 1e-4), both, one)
+
+
+def test_blocks_taken_together_are_blocks_one_by_one():
+    """An expert of 23 blocks takes 8, 8, 4, 2 and 1 of them at once."""
+    size, loads = 3, (23, 0, 6, 9, 1)
+    chosen = jnp.repeat(jnp.arange(len(loads)), size * jnp.array(loads))
+    blocks = cut(chosen, len(loads), size)
+    x = normal(1, *blocks.choices.shape, DIM) * (blocks.choices < chosen.size)[..., None]
+    shapes = ((DIM, MLP), (DIM, MLP), (MLP, DIM))
+    gate, up, down = (normal(2 + i, len(loads), *shape) for i, shape in enumerate(shapes))
+    kernels = (gate, up, down)
+    weights = normal(5, *x.shape)
+
+    def gradients(mlp):
+        return jax.grad(lambda x, kernels: (mlp(x, blocks, kernels) * weights).sum(), (0, 1))
+
+    close(looped_gated_mlp(x, blocks, kernels), gated_mlp(x, blocks, kernels))
+    for one, other in zip(
+        jax.tree.leaves(gradients(looped_gated_mlp)(x, kernels)),
+        jax.tree.leaves(gradients(gated_mlp)(x, kernels)),
+        strict=True,
+    ):
+        close(one, other, 1e-4)
 
 
 def test_bfloat16_kernels_sum_the_gradients_of_their_blocks_in_float32():

@@ -84,25 +84,28 @@ def gated_mlp(x: Float[Array, "G S D"], blocks: Blocks, kernels: Kernels) -> Flo
 def looped_gated_mlp(
     x: Float[Array, "G S D"], blocks: Blocks, kernels: Kernels
 ) -> Float[Array, "G S D"]:
-    """`gated_mlp`, block after block as far as they are used, one expert after the other: no
+    """`gated_mlp`, some blocks after others as far as they are used, one expert after the other: no
     block has a copy of its owner's kernels, nor a gradient."""
     return _looped_forward(x, blocks, kernels)[0]
 
 
 def _looped_forward(x, blocks, kernels):
     def expert(results, own):
-        start, end, (gate, up, down) = own
+        bounds, (gate, up, down) = own
 
-        def block(i, results):
-            into = (x[i] @ gate, x[i] @ up)
+        def several(first, count, results):
+            rows = _rows(x, first, count)
+            into = (rows @ gate, rows @ up)
             new = (swiglu(*into) @ down, *into)
-            return tuple(result.at[i].set(each) for result, each in zip(results, new, strict=True))
+            return tuple(
+                _put(result, first, each) for result, each in zip(results, new, strict=True)
+            )
 
-        return jax.lax.fori_loop(start, end, block, results), None
+        return _as_many_at_once(bounds, len(x), several, results), None
 
     hidden = jnp.zeros((*x.shape[:2], kernels[0].shape[-1]), x.dtype)
     first = (jnp.zeros_like(x), hidden, hidden)
-    (y, *inner), _ = jax.lax.scan(expert, first, (*_bounds(blocks), kernels))
+    (y, *inner), _ = jax.lax.scan(expert, first, (_bounds(blocks), kernels))
     return y, (x, blocks, kernels, *inner)
 
 
@@ -111,26 +114,52 @@ def _looped_backward(kept, dy):
     back = functools.partial(jnp.einsum, "so,io->si")  # a transpose would be copied
 
     def expert(dx, own):
-        start, end, each = own
+        bounds, each = own
         gate, up, down = each
 
-        def block(i, results):
+        def several(first, count, results):
             dx, *totals = results
-            h, pull = jax.vjp(swiglu, *(one[i] for one in inner))
-            dgate, dup = pull(back(dy[i], down))
-            products = ((x[i], dgate), (x[i], dup), (h, dy[i]))
+            rows, dy_rows, *into = (_rows(one, first, count) for one in (x, dy, *inner))
+            h, pull = jax.vjp(swiglu, *into)
+            dgate, dup = pull(back(dy_rows, down))
+            products = ((rows, dgate), (rows, dup), (h, dy_rows))
             totals = (
                 total + jnp.dot(one.T, other, preferred_element_type=total.dtype)
                 for total, (one, other) in zip(totals, products, strict=True)
             )
-            return dx.at[i].set(back(dgate, gate) + back(dup, up)), *totals
+            return _put(dx, first, back(dgate, gate) + back(dup, up)), *totals
 
         zeros = (jnp.zeros(kernel.shape, wide(kernel.dtype)) for kernel in each)
-        dx, *totals = jax.lax.fori_loop(start, end, block, (dx, *zeros))
+        dx, *totals = _as_many_at_once(bounds, len(x), several, (dx, *zeros))
         return dx, [total.astype(kernel.dtype) for total, kernel in zip(totals, each, strict=True)]
 
-    dx, totals = jax.lax.scan(expert, jnp.zeros_like(x), (*_bounds(blocks), kernels))
+    dx, totals = jax.lax.scan(expert, jnp.zeros_like(x), (_bounds(blocks), kernels))
     return dx, None, tuple(totals)
+
+
+def _as_many_at_once(bounds, num_blocks: int, several, results):
+    """results = several(first, count, results) over the blocks between two bounds: 8 at once while
+    there are as many, since larger products are faster, and what is left in 4, 2 and 1."""
+    start, end = bounds
+    for count in (count for count in (8, 4, 2, 1) if count <= num_blocks):
+        times = (end - start) // count
+
+        def body(i, results, start=start, count=count):
+            return several(start + count * i, count, results)
+
+        results = jax.lax.fori_loop(0, times, body, results)
+        start += count * times
+    return results
+
+
+def _rows(blocks: Float[Array, "G S D"], first, count: int) -> Float[Array, "R D"]:
+    some = jax.lax.dynamic_slice_in_dim(blocks, first, count)
+    return some.reshape(-1, some.shape[-1])
+
+
+def _put(blocks: Float[Array, "G S D"], first, rows: Float[Array, "R D"]) -> Float[Array, "G S D"]:
+    some = rows.reshape(-1, *blocks.shape[1:])
+    return jax.lax.dynamic_update_slice_in_dim(blocks, some, first, axis=0)
 
 
 def _bounds(blocks: Blocks) -> tuple[Int[Array, "E"], Int[Array, "E"]]:

@@ -145,9 +145,9 @@ class Experts(nnx.Module):
     def _by_block(self, kernels: Kernels, rows, experts, weights):
         """Each expert on its tokens, which are sorted by expert and cut into blocks."""
         num_tokens, k = experts.shape
-        # A fourth of an expert's share leaves an eighth of the rows empty; less is slower again.
         share = math.ceil(experts.size / self.num_experts)
-        mlp, size = (looped_gated_mlp, math.ceil(share / 4)) if _loops() else (gated_mlp, share)
+        # An eighth of an expert's share: few rows are empty, and an even load is one product.
+        mlp, size = (looped_gated_mlp, math.ceil(share / 8)) if _loops() else (gated_mlp, share)
         blocks = cut(experts.reshape(-1), len(kernels[0]), max(size, _FEW))
         places = blocks.places.reshape(num_tokens, k)
         x = take(rows.astype(self.dtype), blocks.choices // k, places)
