@@ -131,11 +131,23 @@ def test_prefill_without_lengths_fills_the_first_places_and_no_other():
     assert not cache.k_rope[:, 3:].any()
 
 
-def test_a_full_cache_keeps_what_it_has():
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_full_cache_keeps_what_it_has(rows):
     mla = make_mla()
-    _, full = mla.prefill(normal(6, 2, LENGTH, DIM), mla.init_cache((2,), LENGTH))
-    _, after = mla.decode_step(normal(7, 2, 1, DIM), full)
+    _, full = mla.prefill(normal(6, rows, LENGTH, DIM), mla.init_cache((rows,), LENGTH))
+    _, after = mla.decode_step(normal(7, rows, 1, DIM), full)
     jax.tree.map(np.testing.assert_array_equal, after, full)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_writes_into_the_cache_that_it_is_given_and_copies_none(rows):
+    mla, x = make_mla(kv_lora_rank=64), normal(10, rows, 1, DIM)
+    cache = mla.init_cache((rows,), 4_096)
+    step = jax.jit(lambda mla, x, cache: mla.decode_step(x, cache), donate_argnums=2)
+    memory = step.lower(mla, x, cache).compile().memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= cache.c_kv.nbytes + cache.k_rope.nbytes
+    assert memory.temp_size_in_bytes < cache.c_kv.nbytes / 2
 
 
 def test_prefill_of_more_than_the_cache_holds_says_what_would_fit():

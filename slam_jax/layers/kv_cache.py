@@ -66,11 +66,14 @@ def write_token(buffers: tuple, tokens: tuple, length: Int[Array, "*B"]) -> tupl
     What would stand beyond T is dropped.
     """
     axis = length.ndim
-    rows = jnp.arange(length.size)
+    # The write of a single row XLA:CPU repeats for each reader, into copies of the buffer; where
+    # there are two, here twice the same, it writes once and in place.
+    times = 2 if length.size == 1 else 1
+    rows, places = jnp.tile(jnp.arange(length.size), times), jnp.tile(length.reshape(-1), times)
     written = []
     for buffer, x in zip(buffers, tokens, strict=True):
         flat = buffer.reshape(-1, *buffer.shape[axis:])
         x = x.reshape(-1, *x.shape[axis + 1 :]).astype(buffer.dtype)
-        flat = flat.at[rows, length.reshape(-1)].set(x, mode="drop")
+        flat = flat.at[rows, places].set(jnp.concatenate([x] * times), mode="drop")
         written.append(flat.reshape(buffer.shape))
     return *written, jnp.minimum(length + 1, buffers[0].shape[axis])
