@@ -1,4 +1,4 @@
-"""What several test files need: comparison to the last bit, a disk that is full, the schema."""
+"""What several test files need: bits compared, a disk that is full, the schema, tiny settings."""
 
 import contextlib
 import json
@@ -11,6 +11,20 @@ import jax
 import jax.numpy as jnp
 import jsonschema
 import numpy as np
+
+from slam_jax.rocket.seed.measure import SeedSettings
+
+# The least that the seed protocol can measure.
+TINY_SEED = SeedSettings(
+    preset="tiny",
+    batch_size=2,
+    length=8,
+    num_updates=2,
+    rounds=1,
+    repeats=1,
+    stress_batch=1,
+    stress_length=16,
+)
 
 
 def assert_same(actual: Any, expected: Any) -> None:

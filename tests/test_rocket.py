@@ -19,17 +19,7 @@ from slam_jax.rocket.seed.measure import SeedSettings
 from slam_jax.rocket.seed.protocol import Seed
 from slam_jax.rocket.tasks import Impossible, Json, Task, failure, plain
 from slam_jax.training.lock import only_run_in
-
-TINY = SeedSettings(
-    preset="tiny",
-    batch_size=2,
-    length=8,
-    num_updates=2,
-    rounds=1,
-    repeats=1,
-    stress_batch=1,
-    stress_length=16,
-)
+from tests.helpers import TINY_SEED
 
 
 class Pretended:
@@ -254,7 +244,7 @@ def test_other_settings_want_another_workdir(tmp_path, pretend):
 
 @pytest.mark.slow
 def test_a_system_is_measured_in_a_process_of_its_own(tmp_path, capsys):
-    board = run(Seed(TINY, ("standard",)), tmp_path)
+    board = run(Seed(TINY_SEED, ("standard",)), tmp_path)
     (row,) = board["rows"]
     assert row["status"] == "ok" and len(row["losses"]) == 3 and row["stress"]["max_batch"] == 4
     assert capsys.readouterr().out.startswith("1/3 standard, updates: ")

@@ -15,20 +15,10 @@ import psutil
 import pytest
 
 from slam_jax.rocket.jobs import _read_progress, run_job
-from slam_jax.rocket.seed.measure import SeedSettings
 from slam_jax.rocket.tasks import Json, plain
 from slam_jax.rocket.timing import timed
+from tests.helpers import TINY_SEED
 
-TINY = SeedSettings(
-    preset="tiny",
-    batch_size=2,
-    length=8,
-    num_updates=2,
-    rounds=1,
-    repeats=1,
-    stress_batch=1,
-    stress_length=16,
-)
 LIMITS: dict[str, Any] = {"memory_gib": 16.0, "seconds": 300.0}
 
 
@@ -38,7 +28,7 @@ def quiet(*_: Any) -> None:
 
 def job(tmp_path: Path, what: str = "seed", settings: Any = None, **limits: Any) -> Json:
     limits = {**LIMITS, **limits}
-    settings = settings or plain(TINY)
+    settings = settings or plain(TINY_SEED)
     limits.setdefault("stop", threading.Event())
     return run_job(what, "standard", settings, tmp_path, arguments={}, progress=quiet, **limits)
 
@@ -63,7 +53,7 @@ def test_a_process_is_ended_when_all_are(tmp_path):
 
 
 def test_a_process_that_fails_says_why(tmp_path):
-    reason = job(tmp_path, settings={**plain(TINY), "preset": "no such"})["reason"]
+    reason = job(tmp_path, settings={**plain(TINY_SEED), "preset": "no such"})["reason"]
     assert reason.startswith("ended with exit code 1: ") and "preset is 'no such'" in reason
 
 
