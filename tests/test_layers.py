@@ -150,6 +150,17 @@ def test_a_step_writes_into_the_cache_that_it_is_given_and_copies_none(rows):
     assert memory.temp_size_in_bytes < cache.c_kv.nbytes / 2
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_gradient_of_a_cached_step_is_that_of_the_full_pass(rows):
+    mla, x, weights = make_mla(), normal(11, rows, 5, DIM), normal(12, rows, 1, DIM)
+
+    def cached(x):
+        _, cache = mla.prefill(x[:, :4], mla.init_cache((rows,), LENGTH))
+        return (mla.decode_step(x[:, 4:], cache)[0] * weights).sum()
+
+    close(jax.grad(cached)(x), jax.grad(lambda x: (mla(x)[:, 4:] * weights).sum())(x))
+
+
 def test_prefill_of_more_than_the_cache_holds_says_what_would_fit():
     mla = make_mla()
     with pytest.raises(ValueError, match=r"8 tokens into a cache of 4.*max_length=8"):
