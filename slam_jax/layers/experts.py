@@ -1,5 +1,6 @@
 """Many gated MLPs side by side, of which each token uses a few."""
 
+import functools
 import math
 from typing import Any
 
@@ -125,13 +126,20 @@ class Experts(nnx.Module):
 
     def _by_choice(self, kernels: Kernels, rows, experts, weights):
         """For a few tokens: reads the kernels of their experts only."""
-        experts = jnp.minimum(experts, len(kernels[0]) - 1)
-        gate, up, down = (kernel[experts] for kernel in kernels)
-        # A row for each choice: one row for all its choices would have their kernels transposed.
-        x = jnp.broadcast_to(rows.astype(self.dtype)[:, None], (*experts.shape, rows.shape[-1]))
-        h = swiglu(jnp.einsum("rkd,rkdf->rkf", x, gate), jnp.einsum("rkd,rkdf->rkf", x, up))
-        y = jnp.einsum("rkf,rkfd->rkd", h, down)
-        return jnp.einsum("rk,rkd->rd", weights, y.astype(wide(y.dtype)))
+
+        def by_one(choice):
+            row, expert = choice
+            gate, up, down = (kernel[expert] for kernel in kernels)
+            return swiglu(row @ gate, row @ up) @ down
+
+        # One row after the other is copied by all cores; gathered at once, by one, twice as slow.
+        over_choices = functools.partial(jax.lax.map, by_one) if _loops() else jax.vmap(by_one)
+        num_tokens, k = experts.shape
+        # A matrix of one row each: kernels would be transposed for a vector.
+        choices = jnp.repeat(rows.astype(self.dtype), k, axis=0)[:, None]
+        y = over_choices((choices, jnp.minimum(experts.reshape(-1), len(kernels[0]) - 1)))
+        y = y.reshape(num_tokens, k, -1).astype(wide(self.dtype))
+        return jnp.einsum("rk,rkd->rd", weights, y)
 
     def _by_token(self, kernels: Kernels, rows, experts, weights):
         """Every expert on every token."""
