@@ -4,16 +4,21 @@ import importlib
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import arms
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from benchmarks import BENCHMARKS, results, table
+from benchmarks import BENCHMARKS, results, step_profile, table
 from benchmarks.comparison import Arm, Comparison
 from benchmarks.harness import Disagreement, Skipped, measure
 from benchmarks.worker import ArmFailed
+from slam_jax import Inputs, SlamV3, SlamV3Config
 from slam_jax.errors import InputError
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -189,3 +194,25 @@ def test_the_page_says_what_each_benchmark_is():
     page = (DOCS / "speed.md").read_text()
     assert [name for name in BENCHMARKS if f"| `{name}` |" not in page] == []
     assert page.count(table.START) == page.count(table.END) == 1
+
+
+def test_a_profile_has_each_operation_once_by_the_file_that_asked_for_it(tmp_path):
+    model = SlamV3(SlamV3Config.preset("tiny", vocab_size=11), rngs=nnx.Rngs(0))
+    text = jnp.ones((2, 5), jnp.int32)
+
+    def in_turn(model, text):
+        logits = [model(text, Inputs(text=text)).logits for _ in range(2)]
+        return jax.lax.map(lambda row: jnp.sort(row, axis=-1), jnp.stack(logits))
+
+    program = jax.jit(in_turn).lower(model, text).compile()
+    jax.block_until_ready(program(model, text))
+    with jax.profiler.trace(tmp_path):
+        jax.block_until_ready(program(model, text))
+    written = str(program.as_text())
+    spent = step_profile.by_part(str(tmp_path), written)
+    rooms = {"decoder", "fusion", "model", "processes", "streams"}
+    assert {f"slam_v3/{room}.py" for room in rooms} <= set(spent)
+    assert spent["elsewhere"] > 0 and min(spent.values()) > 0
+    # The loop has an event of its own, and so has what it repeats.
+    loops = re.findall(r"%(\S+) = .* while\(", written)
+    assert loops and not set(loops) & set(step_profile.parts_of(written))

@@ -32,8 +32,9 @@ _FEW = 32
 def _loops() -> bool:
     """Whether small products one after the other beat one batched product of copied kernels.
 
-    There a gradient took 1.5 times as long (2 cores of an AMD EPYC, 2026-11-27: python
-    benchmarks/experts.py); an accelerator would wait between small ones.
+    With the latter a gradient took 1.2 to 1.7 times as long, and one token 1.9 times (2 cores of an
+    AMD EPYC, 2026-11-27: python benchmarks/experts.py). An accelerator would wait between small
+    ones.
     """
     return on_cpu()
 
@@ -132,7 +133,7 @@ class Experts(nnx.Module):
             gate, up, down = (kernel[expert] for kernel in kernels)
             return swiglu(row @ gate, row @ up) @ down
 
-        # One row after the other is copied by all cores; gathered at once, by one, twice as slow.
+        # Kernels of one choice after the other are copied by all cores; a gather of all, by one.
         over_choices = functools.partial(jax.lax.map, by_one) if _loops() else jax.vmap(by_one)
         num_tokens, k = experts.shape
         # A matrix of one row each: kernels would be transposed for a vector.

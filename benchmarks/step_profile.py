@@ -1,0 +1,118 @@
+"""Where the time of a training step goes: the quickstart's, in each of its stages.
+
+    python -m benchmarks.step_profile
+
+A part is the file in slam_jax/slam_v3/ or slam_jax/training/ that asked for an operation, itself or
+by a layer, forward and backward. Shares are of the sum of all operations, which run on several
+threads at once; a fusion counts where XLA says that it came from.
+"""
+
+import collections
+import itertools
+import re
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slam_jax.data import prepare, training_batches
+from slam_jax.training import Experiment, read_config
+from slam_jax.training.host import tune_host
+from slam_jax.training.start import initial_state, jit_step
+
+CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
+BATCHES, STEPS = 60, 4  # of each stage; of each kind of batch, timed, and again in a profile
+# What only holds other operations, which have events of their own.
+_HOLDERS = {"while", "call", "conditional"}
+
+
+def main() -> None:
+    tune_host()
+    experiment = Experiment.from_config(read_config(CONFIG))
+    dataset = prepare(experiment.data, model=experiment.model)
+    graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
+    step = jit_step(experiment, graphdef, state)
+    ends = [*(start for start, _ in experiment.data.stages[1:]), experiment.run.num_steps]
+    total = 0.0
+    for (first, mix), end in zip(experiment.data.stages, ends, strict=True):
+        made = training_batches(dataset.train, dataset.tokenizer, experiment.data, start_step=first)
+        # A batch has inputs of one kind, and each kind a program of its own.
+        kinds = collections.defaultdict(list)
+        for _, batch in itertools.islice(made, BATCHES):
+            kinds[str(jax.tree.map(jnp.shape, batch))].append(batch)
+        milliseconds, spent = 0.0, collections.Counter()
+        for batches in kinds.values():
+            program = step.lower(state, batches[0]).compile()
+            state, each, parts = measured(program, state, batches[0])
+            weight = len(batches) / BATCHES
+            milliseconds += weight * each
+            whole = sum(parts.values())
+            spent.update({part: weight * each * share / whole for part, share in parts.items()})
+        total += (end - first) * milliseconds
+        print(f"steps {first} to {end}, {' '.join(mix)}: {milliseconds:.0f} ms a step")
+        for part, share in spent.most_common():
+            print(f"  {share / milliseconds:5.1%}  {part}")
+    print(f"all {experiment.run.num_steps} steps: {total / 60_000:.1f} minutes")
+
+
+def measured(program: Any, state: Any, batch: Any) -> tuple[Any, float, collections.Counter[str]]:
+    """The next state, the milliseconds of a step, and what `by_part` says of some."""
+    seconds = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(program(state, batch))
+        seconds.append(time.perf_counter() - start)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(STEPS):
+                state, _ = jax.block_until_ready(program(state, batch))
+        parts = by_part(folder, program.as_text())
+    return state, 1e3 * statistics.median(seconds[1:]), parts
+
+
+def by_part(folder: str, program: str) -> collections.Counter[str]:
+    """Nanoseconds of the operations in a trace, by the file that asked for them."""
+    parts, spent = parts_of(program), collections.Counter()
+    [trace] = Path(folder).rglob("*.xplane.pb")
+    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+        for event in itertools.chain.from_iterable(line.events for line in plane.lines):
+            if event.name in parts:
+                spent[parts[event.name]] += event.duration_ns
+    return spent
+
+
+def parts_of(program: str) -> dict[str, str]:
+    """The part of each operation of a compiled program that has time of its own."""
+    files = dict(re.findall(r'^(\d+) "([^"]*)"$', _table(program, "FileNames"), re.M))
+    places = dict(re.findall(r"^(\d+) {file_name_id=(\d+)", _table(program, "FileLocations"), re.M))
+    row = r"^(\d+) {file_location_id=(\d+) parent_frame_id=(\d+)"
+    frames = {int(n): rest for n, *rest in re.findall(row, _table(program, "StackFrames"), re.M)}
+
+    def part(frame: int) -> str:
+        while frame:
+            place, parent = frames[frame]
+            name = re.search(r"slam_jax/((?:slam_v3|training)/\w+\.py)", files[places[place]])
+            if name is not None:
+                return name[1]
+            frame = int(parent) - 1  # XLA prints it one too high: 1 is nobody
+        return "elsewhere"
+
+    operation = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (?:\(.*?\)|\S+) ([\w-]+)\((.*)$", re.M)
+    found = {}
+    for name, kind, rest in operation.findall(program):
+        frame = re.search(r"stack_frame_id=(\d+)", rest)
+        if kind not in _HOLDERS:
+            found[name] = part(int(frame[1]) if frame else 0)
+    return found
+
+
+def _table(program: str, name: str) -> str:
+    return program.split(f"\n{name}\n", 1)[1].split("\n\n", 1)[0]
+
+
+if __name__ == "__main__":
+    main()
