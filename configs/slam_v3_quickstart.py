@@ -2,8 +2,8 @@
 
     python train.py --config=configs/slam_v3_quickstart.py --workdir=runs/quickstart
 
-2 cores of an AMD EPYC, 2026-11-27, commit 2edbc16, beside other work: 36 minutes with set-up, the
-data set's generation, validation and the test, and on the test scenes (`python eval.py
+2 cores of an AMD EPYC, 2026-11-27, commit 7be8123: 24 minutes with set-up, the data set's
+generation, validation and the test, and on the test scenes (`python eval.py
 --workdir=runs/quickstart`), non-relational and relational questions in percent: image 99.4 / 87.6,
 aux 99.6 / 95.6, text 100.0 / 82.4, image_text 100.0 / 90.0, split_image_text 99.8 / 85.7,
 split_image_aux 99.6 / 92.2. README.md has other runs, some of them better.

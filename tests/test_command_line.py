@@ -1,5 +1,6 @@
 """However a program is started and ends: one line for people, and its exit code."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -100,3 +101,30 @@ def test_a_locale_that_is_not_utf8_changes_no_name(tmp_path, environment):
     assert path.read_text() == "own"
     said = run("--name=missing", **environment).stderr.decode()
     assert said.startswith("error: /nowhere/ü: No such file")
+
+
+_THREADS = """
+import ctypes, sys, threading
+from slam_jax import command_line
+
+def main(arguments):
+    done = threading.Event()
+    for _ in range(2):
+        threading.Thread(target=done.wait, daemon=True).start()
+    libc = ctypes.CDLL(None)
+    libc.fopen.restype, libc.malloc_info.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+    libc.fclose.argtypes = [ctypes.c_void_p]
+    file = libc.fopen(sys.argv[1].encode(), b"w")
+    libc.malloc_info(0, file)
+    libc.fclose(file)
+
+command_line.run(main)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="not glibc")
+def test_threads_of_an_entry_point_share_one_heap(tmp_path):
+    """XLA's threads would be given the heap of any that came first, whose memory is not kept."""
+    told = tmp_path / "heaps.xml"
+    subprocess.run([sys.executable, "-c", _THREADS, str(told)], check=True)
+    assert told.read_text().count("<heap nr=") == 1

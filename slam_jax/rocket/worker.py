@@ -32,10 +32,10 @@ TASKS = {
 
 
 def main() -> None:
+    tune_host()  # before there is a thread, whose heap XLA's would be given
     threading.Thread(target=_end_with, args=(int(sys.argv[3]),), daemon=True).start()
     job, out = map(Path, sys.argv[1:3])
     given: dict[str, Any] = json.loads(job.read_text())
-    tune_host()
     task, settings = TASKS[given["what"]]
 
     def tell(share: float, text: str) -> None:

@@ -1,19 +1,14 @@
 """What the host needs to know before the first computation."""
 
 import contextlib
-import ctypes
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
 from slam_jax.errors import ConfigError, UserError
-
-# Of glibc's malloc.h, and of Linux's mman.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
-_MADV_HUGEPAGE, _HUGE = 14, 2 << 20
+from slam_jax.heap import keep_memory
 
 
 def tune_host() -> None:
@@ -33,28 +28,7 @@ def tune_host() -> None:
             chosen = chosen.expanduser()
             chosen.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(chosen))
-    libc = ctypes.CDLL(None) if os.name == "posix" else None
-    # Absent on macOS and on Linuxes without glibc, where nothing needs to be done.
-    if hasattr(libc, "mallopt"):
-        _keep_memory(libc)
-
-
-def _keep_memory(libc: Any) -> None:
-    """Has malloc take all memory from one heap, and never give any of it back."""
-    # Threads with heaps of their own map whatever is large anew each time, whatever M_MMAP_MAX is.
-    libc.mallopt(_M_ARENA_MAX, 1)
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, -1)
-    libc.mallopt(_M_TOP_PAD, 64 << 20)
-    # The heap is made large once and asked to be of huge pages; none is there until it is touched.
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    libc.free.argtypes = [ctypes.c_void_p]
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    if (start := libc.malloc(size)) is not None:
-        first = -(-start // _HUGE) * _HUGE
-        libc.madvise(first, size - 2 * _HUGE, _MADV_HUGEPAGE)
-        libc.free(start)
+    keep_memory()
 
 
 class OutOfMemory(UserError):

@@ -1,0 +1,45 @@
+"""The memory of the process as XLA:CPU's temporaries need it. Nothing heavy is imported here: entry
+points ask for one heap before anything starts a thread."""
+
+import ctypes
+import os
+from typing import Any
+
+# Of glibc's malloc.h, and of Linux's mman.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+_MADV_HUGEPAGE, _HUGE = 14, 2 << 20
+
+
+def one_heap() -> None:
+    """Has malloc give all threads the one heap of the process.
+
+    A thread that came before keeps its own, and later ones, XLA's among them, may be given that.
+    Such heaps map whatever is large anew each time, whatever M_MMAP_MAX is.
+    """
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def keep_memory() -> None:
+    """`one_heap`, which never gives any of it back, and is of huge pages where Linux has them."""
+    one_heap()
+    if (libc := _glibc()) is None:
+        return
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)
+    libc.mallopt(_M_TOP_PAD, 64 << 20)
+    # The heap is made large once and asked to be of huge pages; none is there until it is touched.
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.free.argtypes = [ctypes.c_void_p]
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if (start := libc.malloc(size)) is not None:
+        first = -(-start // _HUGE) * _HUGE
+        libc.madvise(first, size - 2 * _HUGE, _MADV_HUGEPAGE)
+        libc.free(start)
+
+
+def _glibc() -> Any:
+    """None on macOS and on Linuxes without glibc, where nothing needs to be done."""
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    return libc if hasattr(libc, "mallopt") else None
