@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import heaps
-
 SCRIPT = """
 import os, sys
 from absl import flags
@@ -102,16 +100,3 @@ def test_a_locale_that_is_not_utf8_changes_no_name(tmp_path, environment):
     assert path.read_text() == "own"
     said = run("--name=missing", **environment).stderr.decode()
     assert said.startswith("error: /nowhere/ü: No such file")
-
-
-@pytest.mark.skipif(not heaps.THERE, reason="not glibc")
-def test_threads_of_an_entry_point_share_one_heap():
-    """XLA's threads would be given the heap of any that came first, whose memory is not kept."""
-    script = """
-from slam_jax import command_line
-from tests.heaps import count_heaps
-command_line.run(lambda arguments: print(count_heaps()))
-"""
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-c", script]
-    assert subprocess.run(command, cwd=root, check=True, capture_output=True).stdout == b"1\n"

@@ -17,7 +17,6 @@ import pytest
 from slam_jax.rocket.jobs import _read_progress, run_job
 from slam_jax.rocket.tasks import Json, plain
 from slam_jax.rocket.timing import timed
-from tests import heaps
 from tests.helpers import TINY_SEED
 
 LIMITS: dict[str, Any] = {"memory_gib": 16.0, "seconds": 300.0}
@@ -161,21 +160,3 @@ def test_compiling_is_timed_without_a_cache_of_programs(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.skipif(not heaps.THERE, reason="not glibc")
-def test_threads_of_a_worker_share_one_heap(tmp_path):
-    """As those of an entry point (tests/test_command_line.py)."""
-    script = """
-import os, sys
-from slam_jax.rocket import worker
-from tests.heaps import count_heaps
-worker.TASKS["count"] = (lambda *_: count_heaps(), dict)
-sys.argv = ["worker", *sys.argv[1:], str(os.getppid())]
-worker.main()
-"""
-    given, out = tmp_path / "job.json", tmp_path / "out.json"
-    given.write_text(json.dumps({"what": "count", "system": "", "settings": {}, "arguments": {}}))
-    root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", script, str(given), str(out)], cwd=root, check=True)
-    assert json.loads(out.read_text()) == 1
