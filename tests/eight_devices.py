@@ -15,6 +15,7 @@ from helpers import assert_same
 from slam_jax.data import Batch
 from slam_jax.errors import ConfigError
 from slam_jax.language_models.registry import SYSTEMS, make_config, make_model
+from slam_jax.layers import cudnn_attention
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 from slam_jax.training import (
     Checkpoints,
@@ -160,6 +161,38 @@ def cases() -> Any:
 def test_an_axis_changes_nothing_of_a_language_model(name, axis):
     sharded = first_step(*language_model(name), mesh_of(**{axis: SIZES[axis]}))
     assert_close(sharded, language_model_alone(name))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("name", "sizes", "part"),
+    [
+        ("standard", {"data": 2, "tensor": 2}, (4, 16, 2, 8)),
+        ("standard", {"tensor": 4}, (8, 16, 4, 8)),  # two heads of keys are for all
+        ("deepseek_v2", {"data": 2, "tensor": 2}, (4, 16, 2, 12)),
+        ("deepseek_v2", {"tensor": 4}, (8, 16, 1, 12)),
+        ("slam_v4", {"data": 2, "tensor": 2}, (4, 16, 2, 8)),
+        ("slam_v4", {"process": 4}, (8, 16, 4, 8)),
+    ],
+    ids=str,
+)
+def test_a_kernel_runs_on_each_device_for_its_part(monkeypatch, name, sizes, part):
+    plain, alone = cudnn_attention.causal_attend, jax.nn.dot_product_attention
+    expected, parts = language_model_alone(name), set()
+
+    def twin(*given, **named):
+        return plain(*given, **named, implementation="xla")
+
+    def attention(q, *given, **named):
+        parts.add(q.shape)
+        return alone(q, *given, **named)
+
+    monkeypatch.setattr(cudnn_attention, "fits", lambda q, width: True)
+    monkeypatch.setattr(cudnn_attention, "causal_attend", twin)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    # Its softmax is in float32.
+    assert_close(first_step(*language_model(name), mesh_of(**sizes)), expected, 1e-4)
+    assert parts == {part}
 
 
 # --- Where arrays stand

@@ -21,7 +21,7 @@ from slam_jax.layers import (
     rotary,
 )
 from slam_jax.layers.dropout import dropout, split
-from slam_jax.layers.linear import Linear
+from slam_jax.layers.linear import Linear, project_wide
 
 DIM, HEADS, RANK, NOPE, ROPE, VALUE = 12, 2, 7, 6, 4, 5
 LENGTH = 8
@@ -361,6 +361,25 @@ def test_on_a_cpu_bfloat16_products_are_asked_for_in_float32(monkeypatch):
         return layer(x).sum(dtype=jnp.float32)
 
     traced = jax.make_jaxpr(jax.grad(total, (0, 1)))(layer, jnp.ones((2, 5), jnp.bfloat16))
+    products = [each for each in traced.eqns if each.primitive.name == "dot_general"]
+    dtypes = [[v.aval.dtype for v in (*each.invars, *each.outvars)] for each in products]
+    assert dtypes == 3 * [[jnp.bfloat16, jnp.bfloat16, jnp.float32]]
+
+
+def test_logits_are_float32_and_all_their_products_of_bfloat16():
+    """Mixed with float32, the two of the gradient would be of float32."""
+    x, kernel = jnp.ones((2, 3, 1_000), jnp.bfloat16), normal(1, 1_000, 7)
+
+    def total(x, kernel):
+        return jnp.sum(project_wide(x, kernel) * jnp.arange(1.0, 8.0))
+
+    y, gradients = project_wide(x, kernel), jax.grad(total, (0, 1))(x, kernel)
+    rounded = kernel.astype(jnp.bfloat16).astype(jnp.float32)
+    assert [each.dtype for each in (y, *gradients)] == [jnp.float32, jnp.bfloat16, jnp.float32]
+    close(y[0, 0], rounded.sum(axis=0), 1e-4)
+    np.testing.assert_allclose(gradients[0][0, 0], rounded @ jnp.arange(1.0, 8.0), rtol=1e-2)
+    close(gradients[1][0], 6 * jnp.arange(1.0, 8.0), 1e-6)
+    traced = jax.make_jaxpr(jax.grad(total, (0, 1)))(x, kernel)
     products = [each for each in traced.eqns if each.primitive.name == "dot_general"]
     dtypes = [[v.aval.dtype for v in (*each.invars, *each.outvars)] for each in products]
     assert dtypes == 3 * [[jnp.bfloat16, jnp.bfloat16, jnp.float32]]

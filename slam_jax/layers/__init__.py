@@ -22,6 +22,7 @@ from slam_jax.layers.latent_attention import (
     latent_attend,
 )
 from slam_jax.layers.mamba import Mamba, MambaCache, selective_scan
+from slam_jax.layers.masks import Causal
 from slam_jax.layers.mlp import MLP, GatedMLP
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.rotary import Rope, Yarn, rotary
@@ -36,6 +37,7 @@ from slam_jax.layers.router import (
 
 __all__ = [
     "MLP",
+    "Causal",
     "CrossLayerAttention",
     "Experts",
     "GatedMLP",

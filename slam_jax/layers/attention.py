@@ -8,7 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from slam_jax.errors import InputError
+from slam_jax.layers import cudnn_attention
 from slam_jax.layers.linear import Linear
+from slam_jax.layers.masks import Causal, Mask, as_array
 from slam_jax.layers.precision import wide
 from slam_jax.layers.rotary import rotary
 
@@ -31,12 +33,13 @@ class Layout(NamedTuple):
     """How the tokens of a batch stand in their rows.
 
     positions: of each token in its row. mask: True = a real token, None = all are.
-    visible: which tokens each may attend to: the real ones up to itself.
+    visible: which tokens each may attend to: the real ones up to itself; an array only where there
+    are pads.
     """
 
     positions: Int[Array, "*#B T"]
     mask: Bool[Array, "*B T"] | None
-    visible: Bool[Array, "*#B T T"]
+    visible: Bool[Array, "*#B T T"] | Causal
 
 
 def causal_layout(num_tokens: int, mask: Bool[Array, "*B T"] | None = None) -> Layout:
@@ -44,18 +47,17 @@ def causal_layout(num_tokens: int, mask: Bool[Array, "*B T"] | None = None) -> L
 
     The first real token of a row has position 0.
     """
-    t = jnp.arange(num_tokens)
-    visible = t[:, None] >= t
     if mask is None:
-        return Layout(t, None, visible)
+        return Layout(jnp.arange(num_tokens), None, Causal())
     positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
-    return Layout(positions, mask, visible & mask[..., None, :])
+    visible = Causal().array(num_tokens) & mask[..., None, :]
+    return Layout(positions, mask, visible)
 
 
 def attention_weights(
     q: Float[Array, "*B T N H"],
     k: Float[Array, "*B S K H"],
-    mask: Bool[Array, "*#B #T S"] | None = None,
+    mask: Mask = None,
 ) -> Float[Array, "*B N T S"]:
     """How much each query attends to each key, in float32 or wider; arguments as in `attend`."""
     # Heads first: as one batched matmul with its batch in front, XLA:CPU is several times faster.
@@ -63,23 +65,26 @@ def attention_weights(
     shape = (*q.shape[:-1], k.shape[-2])
     q = _by_group(q, k.shape[-3])
     logits = jnp.einsum("...th,...sh->...ts", q, k, preferred_element_type=wide(q.dtype))
-    mask = None if mask is None else mask[..., None, :, :]
-    return masked_softmax(logits.reshape(shape) * q.shape[-1] ** -0.5, mask)
+    visible = as_array(mask, shape[-2])
+    visible = None if visible is None else visible[..., None, :, :]
+    return masked_softmax(logits.reshape(shape) * q.shape[-1] ** -0.5, visible)
 
 
 def attend(
     q: Float[Array, "*B T N H"],
     k: Float[Array, "*B S K H"],
     v: Float[Array, "*B S K V"],
-    mask: Bool[Array, "*#B #T S"] | None = None,
+    mask: Mask = None,
 ) -> Float[Array, "*B T N V"]:
-    """Scaled dot-product attention; `mask` True = attend, None = everything.
+    """Scaled dot-product attention; `mask` True = attend, None = everything, or `Causal`.
 
     Each N / K heads of queries in a row share one of keys and values. Raises InputError where N is
     no multiple of K.
     Scores and softmax are float32 or wider. Sources: Vaswani et al. 2017, section 3.2.1; Ainslie
     et al. 2023, "GQA", section 2.2.
     """
+    if isinstance(mask, Causal) and cudnn_attention.fits(q, max(q.shape[-1], v.shape[-1])):
+        return cudnn_attention.causal_attend(q, k, v, mask)
     probs, v = attention_weights(q, k, mask), jnp.swapaxes(v, -2, -3)
     shape = (*probs.shape[:-1], v.shape[-1])
     y = jnp.einsum("...ts,...sv->...tv", _by_group(probs.astype(v.dtype), v.shape[-3]), v)

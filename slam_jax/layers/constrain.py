@@ -12,6 +12,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "process": ("process",),
     "expert": ("tensor",),
+    "head": ("tensor",),
 }
 
 
@@ -24,8 +25,7 @@ def constrain(x: Shaped[Array, "..."], names: Sequence[str | None]) -> Shaped[Ar
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    axes = [() if name is None else AXES[name] for name in names]
-    return jax.lax.with_sharding_constraint(x, fit(x.shape, axes, mesh.shape))
+    return jax.lax.with_sharding_constraint(x, _fit_names(x, names, mesh))
 
 
 def sum_over(
@@ -59,6 +59,23 @@ def sum_over(
     return jax.shard_map(here, in_specs=specs, out_specs=rows, check_vma=False)(parts, *batch)
 
 
+def per_device(
+    f: Callable[..., Shaped[Array, "..."]],
+    arrays: Sequence[Shaped[Array, "..."]],
+    names: Sequence[Sequence[str | None]],
+) -> Shaped[Array, "..."]:
+    """f(*arrays), on each device of the mesh in force of its own part; f(*arrays) without one.
+
+    For a kernel, which the compiler cannot divide. names: of the first dimensions of each array, as
+    for `constrain`; f is applied along them, and what it gives is divided as the first array is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return f(*arrays)
+    specs = tuple(_fit_names(x, of, mesh) for x, of in zip(arrays, names, strict=True))
+    return jax.shard_map(f, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+
 def fit(
     shape: Sequence[int], axes: Sequence[Sequence[str]], sizes: Mapping[str, int]
 ) -> PartitionSpec:
@@ -76,3 +93,7 @@ def fit(
                 size //= sizes[axis]
         taken.append(tuple(here))
     return PartitionSpec(*(here or None for here in taken))
+
+
+def _fit_names(x: Any, names: Sequence[str | None], mesh: Any) -> PartitionSpec:
+    return fit(x.shape, [() if name is None else AXES[name] for name in names], mesh.shape)

@@ -4,11 +4,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from slam_jax.layers.attention import Layout, attend, causal_layout
 from slam_jax.layers.kv_cache import KVCache
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
+from slam_jax.layers.masks import Mask
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.rotary import Rope, rotary
 
@@ -22,7 +23,7 @@ class KeyValues(NamedTuple):
     k: Float[Array, "*B S K H"]
     v: Float[Array, "*B S K H"]
     positions: Int[Array, "*#B S"]
-    visible: Bool[Array, "*#B T S"]
+    visible: Mask
 
 
 class SharedKeyValues(nnx.Module):

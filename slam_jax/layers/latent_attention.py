@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
+from slam_jax.layers import cudnn_attention
 from slam_jax.layers.attention import Layout, causal_layout, masked_softmax
 from slam_jax.layers.kv_cache import write_prompt, write_token
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear, project
+from slam_jax.layers.masks import Causal, Mask, as_array
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.precision import wide
 from slam_jax.layers.rotary import Rope, rotary
@@ -58,12 +60,13 @@ def latent_attention_weights(
     *,
     q_rope: Float[Array, "*B T N H_r"] | None = None,
     k_rope: Float[Array, "*B S H_r"] | None = None,
-    mask: Bool[Array, "*#B #T S"] | None = None,
+    mask: Mask = None,
     score_scale: float = 1.0,
     absorbed: bool,
 ) -> Float[Array, "*B N T S"]:
     """How much each query attends to each latent, float32 or wider; see `latent_attend`."""
     sums = dict(preferred_element_type=wide(q.dtype))
+    visible = as_array(mask, q.shape[-3])
     width = q.shape[-1] + (0 if q_rope is None else q_rope.shape[-1])
     # Heads first throughout, as in `attend`.
     if absorbed:
@@ -77,8 +80,8 @@ def latent_attention_weights(
     if q_rope is not None:
         q_rope = jnp.swapaxes(q_rope, -2, -3)
         logits += jnp.einsum("...nth,...sh->...nts", q_rope, k_rope, **sums)
-    mask = None if mask is None else mask[..., None, :, :]
-    return masked_softmax(logits * (score_scale * width**-0.5), mask)
+    visible = None if visible is None else visible[..., None, :, :]
+    return masked_softmax(logits * (score_scale * width**-0.5), visible)
 
 
 def latent_attend(
@@ -89,7 +92,7 @@ def latent_attend(
     *,
     q_rope: Float[Array, "*B T N H_r"] | None = None,
     k_rope: Float[Array, "*B S H_r"] | None = None,
-    mask: Bool[Array, "*#B #T S"] | None = None,
+    mask: Mask = None,
     score_scale: float = 1.0,
     absorbed: bool,
 ) -> Float[Array, "*B T N V"]:
@@ -100,6 +103,13 @@ def latent_attend(
     step reads R numbers a token and not N * (H + V). Both scale by the expanded key width H + H_r,
     and by `score_scale` (see `Rope`).
     """
+    width = q.shape[-1] + (0 if q_rope is None else q_rope.shape[-1])
+    if not absorbed and isinstance(mask, Causal) and cudnn_attention.fits(q, width):
+        k, v = project(latents, w_uk), project(latents, w_uv)
+        if q_rope is not None and k_rope is not None:
+            shared = jnp.broadcast_to(k_rope[..., None, :], (*k.shape[:-1], k_rope.shape[-1]))
+            q, k = jnp.concatenate([q, q_rope], -1), jnp.concatenate([k, shared], -1)
+        return cudnn_attention.causal_attend(q, k, v, mask, scale=score_scale * width**-0.5)
     probs = latent_attention_weights(
         q,
         latents,
@@ -207,14 +217,17 @@ class MultiHeadLatentAttention(nnx.Module):
         q, q_rope, c_kv, k_rope = self._project(x, positions)
         cache = cache.extended(c_kv, k_rope)
         distance = positions[..., None] - jnp.arange(cache.c_kv.shape[-2])
-        mask = self._in_window(distance >= 0, distance)
+        mask = distance >= 0
+        if self.window is not None:
+            mask &= distance < self.window
         y = self._attend(q, q_rope, cache.c_kv, cache.k_rope, mask, absorbed)
         return y, cache
 
     def _full(self, x, layout):
         q, q_rope, c_kv, k_rope = self._project(x, layout.positions)
-        distance = layout.positions[..., :, None] - layout.positions[..., None, :]
-        mask = self._in_window(layout.visible, distance)
+        mask = Causal(self.window)
+        if layout.mask is not None:
+            mask = mask.array(x.shape[-2]) & layout.visible
         return self._attend(q, q_rope, c_kv, k_rope, mask, absorbed=False), c_kv, k_rope
 
     def _project(self, x, positions):
@@ -222,9 +235,6 @@ class MultiHeadLatentAttention(nnx.Module):
         q_rope = rotary(self.q_rope(latent), positions, self.rope)
         k_rope = rotary(self.k_rope(x)[..., None, :], positions, self.rope)[..., 0, :]
         return self.q_nope(latent), q_rope, self.kv_norm(self.kv_down(x)), k_rope
-
-    def _in_window(self, visible, distance):
-        return visible if self.window is None else visible & (distance < self.window)
 
     def _attend(self, q, q_rope, c_kv, k_rope, mask, absorbed):
         heads = latent_attend(

@@ -34,18 +34,21 @@ def project(
 def project_wide(x: Float[Array, "*B I"], kernel: Float[Array, "I O"]) -> Float[Array, "*B O"]:
     """The same of one axis, and the sums are kept in float32 or wider.
 
-    For logits: rounded to bfloat16, one of 16 would be off by 0.06.
+    For logits: rounded to bfloat16, one of 16 would be off by 0.06. Their gradient is rounded to
+    the dtype of x, as that of any other product.
     """
-    sums = jnp.dot(
-        x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype), preferred_element_type=wide(x.dtype)
-    )
-    return sums.reshape(*x.shape[:-1], kernel.shape[-1])
+    y = _wide_matmul(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype))
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _matmul(x: Float[Array, "R I"], kernel: Float[Array, "I O"]) -> Float[Array, "R O"]:
     # XLA:CPU widens bfloat16 before it multiplies, but for products that are asked for in float32.
     narrow = x.dtype == kernel.dtype == jnp.bfloat16
-    return _narrow_matmul(x, kernel) if narrow and on_cpu() else x @ kernel
+    return _wide_matmul(x, kernel).astype(x.dtype) if narrow and on_cpu() else x @ kernel
+
+
+def _wide_matmul(x: Float[Array, "R I"], kernel: Float[Array, "I O"]) -> Float[Array, "R O"]:
+    return x @ kernel if x.dtype == wide(x.dtype) else _narrow_matmul(x, kernel)
 
 
 @jax.custom_vjp
@@ -54,7 +57,7 @@ def _narrow_matmul(x, kernel):
 
 
 def _dot(x, y):
-    return jnp.dot(x, y, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.dot(x, y, preferred_element_type=wide(x.dtype))
 
 
 def _narrow_forward(x, kernel):
@@ -64,7 +67,8 @@ def _narrow_forward(x, kernel):
 def _narrow_backward(kept, dy):
     # The gradient of a product asked for in float32 would mix it with bfloat16.
     x, kernel = kept
-    return _dot(dy, kernel.T), _dot(x.T, dy)
+    dy = dy.astype(x.dtype)
+    return _dot(dy, kernel.T).astype(x.dtype), _dot(x.T, dy).astype(x.dtype)
 
 
 _narrow_matmul.defvjp(_narrow_forward, _narrow_backward)

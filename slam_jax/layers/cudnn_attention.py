@@ -1,0 +1,71 @@
+"""Causal attention that never makes its scores: cuDNN's, on GPUs of NVIDIA.
+
+Source: Dao et al. 2022, "FlashAttention" (arXiv 2205.14135), section 3.1. `attend` and
+`latent_attend` choose it by themselves where it fits; what they compute is the same.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from slam_jax.layers.backend import cuda_capability
+from slam_jax.layers.constrain import per_device
+from slam_jax.layers.masks import Causal
+
+# The scores of shorter rows are small.
+_LEAST_TOKENS = 128
+# Before it, a vmap over only some of its arrays fails.
+_LEAST_JAX = (0, 11, 1)
+
+
+def fits(q: Float[Array, "*B T N H"], width: int) -> bool:
+    """Whether cuDNN takes such queries with keys and values of `width` features, and the rows are
+    long enough for it."""
+    capability = cuda_capability()
+    return (
+        jax.__version_info__ >= _LEAST_JAX
+        and capability >= 8.0
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.shape[-3] >= _LEAST_TOKENS
+        and width % 8 == 0
+        and width <= (256 if capability >= 9.0 else 128)
+    )
+
+
+def causal_attend(
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B T K H"],
+    v: Float[Array, "*B T K V"],
+    mask: Causal,
+    *,
+    scale: float | None = None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "*B T N V"]:
+    """Attention of each token to itself and to those before it (in its window); N a multiple of K,
+    V at most H. scale: of the scores, None = H^-0.5.
+
+    implementation: "cudnn", or "xla", its plain twin, anywhere.
+    """
+    values = v.shape[-1]
+    v = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, q.shape[-1] - values)])
+    # As many groups as there are heads of keys: all three are divided alike over devices.
+    grouped = q.reshape(*q.shape[:-2], k.shape[-2], -1, q.shape[-1])
+    names = (*("batch", *[None] * q.ndim)[: q.ndim - 3], None, "head")
+
+    def here(q, k, v):
+        shape, q = q.shape, q.reshape(*q.shape[:-3], -1, q.shape[-1])
+        q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
+        y = jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if mask.window is None else (mask.window - 1, 0),
+            implementation=implementation,
+        )
+        return y.reshape(shape)
+
+    return per_device(here, (grouped, k, v), (names, names, names)).reshape(q.shape)[..., :values]
