@@ -4,8 +4,9 @@ Each file named in `BENCHMARKS` has `comparisons(quick, folder)`, which yields w
 measured; the other scripts here are run one by one.
 """
 
-# In the order of the table.
-BENCHMARKS = (
+# In the order of the table; of an accelerator first.
+ON_ACCELERATOR = ("training", "decoding")
+ON_CPU = (
     "standard",
     "bfloat16",
     "jamba",
@@ -18,3 +19,4 @@ BENCHMARKS = (
     "first_step",
     "input_pipeline",
 )
+BENCHMARKS = (*ON_ACCELERATOR, *ON_CPU)

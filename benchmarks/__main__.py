@@ -1,5 +1,7 @@
 """Measures, keeps the figures and writes the table: python -m benchmarks [--only=name,name]
 
+Without --only, what is for such a device: a CPU, or an accelerator.
+
 --only=a,b    these benchmarks; the others keep the figures that they have
 --rounds=5    rounds of each comparison; figures of fewer than 5 are shown and not kept
 --quick       one round at tiny sizes, to see that it works; nothing is kept
@@ -27,13 +29,22 @@ class BenchmarkFailed(UserError):
 def main(arguments: list[str]) -> None:
     if arguments:
         raise InputError(f"argument {arguments[0]!r}; expected --only, --rounds or --quick")
-    from benchmarks import BENCHMARKS, results, table
+    from benchmarks import BENCHMARKS, ON_ACCELERATOR, ON_CPU, results, table
+    from benchmarks.device import accelerator, share_memory
 
-    names = ONLY.value or list(BENCHMARKS)
-    for name in names:
+    for name in ONLY.value:
         if name not in BENCHMARKS:
             raise InputError(f"--only has {name!r}; there are {', '.join(BENCHMARKS)}")
     require_count("--rounds", ROUNDS.value)
+    share_memory()
+    here, other = (ON_ACCELERATOR, ON_CPU) if accelerator() else (ON_CPU, ON_ACCELERATOR)
+    names = ONLY.value or list(here)
+    wrong = [name for name in names if name in other]
+    if wrong and not QUICK.value:
+        kind = "a CPU" if accelerator() else "an accelerator"
+        raise InputError(
+            f"--only has {wrong[0]!r}, which is for {kind}; here are {', '.join(here)}"
+        )
     rounds = 1 if QUICK.value else ROUNDS.value
     kept = not QUICK.value and rounds >= LEAST_ROUNDS
     failed = []

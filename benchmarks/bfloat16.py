@@ -12,7 +12,7 @@ from benchmarks.comparison import Arm, Comparison
 from benchmarks.sizes import forward_flops, training_flops, weights
 from slam_jax.language_models import make_config
 
-_NARROW = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
+NARROW = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
 
 
 def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
@@ -27,7 +27,7 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
                 theirs.forward,
                 given,
                 0.7,
-                mine=_NARROW,
+                mine=NARROW,
                 other={"dtype": "bfloat16"},
             ),
             tolerance=0.1,

@@ -1,4 +1,5 @@
-"""What the machine can do: float32 matrix products and copies, the best that any library gets.
+"""What the machine can do: matrix products and copies, the best that any library gets; products in
+float32 on a CPU, in bfloat16 on an accelerator.
 
 Shares of them are a distance, not a bound: a benchmark that does little but reads what is in the
 cache may pass the copy.
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.comparison import Arm
+from benchmarks.device import accelerator, torch_device
 from benchmarks.worker import Worker
 
 _LIBRARIES = {"xla": "jax", "torch": "torch"}
@@ -19,19 +21,24 @@ _REPEATS = 5
 def measure_ceilings(quick: bool) -> dict[str, Any]:
     """Operations a second of [n, n] @ [n, n], bytes a second read and written by a copy, and whose
     they are."""
-    size, count = (256, 1 << 20) if quick else (3_072, 1 << 26)
+    size, count, dtype = (
+        (8_192, 1 << 29, "bfloat16") if accelerator() else (3_072, 1 << 26, "float32")
+    )
+    if quick:
+        size, count = 256, 1 << 20
+    product, copy = {"n": size, "dtype": dtype}, {"n": count}
     builders = {
-        ("matmul", "xla"): (_xla_matmul, 2.0 * size**3, size),
-        ("matmul", "torch"): (_torch_matmul, 2.0 * size**3, size),
-        ("copy", "xla"): (_xla_copy, 8.0 * count, count),
-        ("copy", "torch"): (_torch_copy, 8.0 * count, count),
+        ("matmul", "xla"): (_xla_matmul, 2.0 * size**3, product),
+        ("matmul", "torch"): (_torch_matmul, 2.0 * size**3, product),
+        ("copy", "xla"): (_xla_copy, 8.0 * count, copy),
+        ("copy", "torch"): (_torch_copy, 8.0 * count, copy),
     }
     rates: dict[str, dict[str, float]] = {"matmul": {}, "copy": {}}
-    for (what, library), (build, amount, n) in builders.items():
-        arm = Arm(library, build, {"n": n}, needs=[_LIBRARIES[library]])
+    for (what, library), (build, amount, given) in builders.items():
+        arm = Arm(library, build, given, needs=[_LIBRARIES[library]])
         if arm.missing():
             continue
-        worker = Worker(arm, fresh=False)
+        worker = Worker(arm, checked=0)
         try:
             worker.receive()
             rates[what][library] = amount / statistics.median(worker.seconds(_REPEATS))
@@ -42,25 +49,26 @@ def measure_ceilings(quick: bool) -> dict[str, Any]:
         "matmul_flops": rates["matmul"][best["matmul"]],
         "matmul_by": best["matmul"],
         "matmul_size": size,
+        "matmul_dtype": dtype,
         "copy_bytes": rates["copy"][best["copy"]],
         "copy_by": best["copy"],
         "copy_array_bytes": 4 * count,
     }
 
 
-def _xla_matmul(n: int) -> Any:
+def _xla_matmul(n: int, dtype: str) -> Any:
     import jax
     import jax.numpy as jnp
 
-    x = jnp.asarray(_matrix(n))
+    x = jnp.asarray(_matrix(n), dtype)
     product = jax.jit(jnp.matmul)
     return lambda: product(x, x)
 
 
-def _torch_matmul(n: int) -> Any:
+def _torch_matmul(n: int, dtype: str) -> Any:
     from benchmarks.theirs import torch
 
-    x = torch().from_numpy(_matrix(n))
+    x = torch().from_numpy(_matrix(n)).to(torch_device(torch()), getattr(torch(), dtype))
     y = x.clone()
     return lambda: torch().mm(x, x, out=y)
 
@@ -87,7 +95,8 @@ def _xla_copy(n: int) -> Any:
 def _torch_copy(n: int) -> Any:
     from benchmarks.theirs import torch
 
-    x, y = torch().ones(n), torch().zeros(n)
+    place = torch_device(torch())
+    x, y = torch().ones(n, device=place), torch().zeros(n, device=place)
     return lambda: y.copy_(x)
 
 

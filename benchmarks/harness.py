@@ -80,13 +80,13 @@ def _rounds(comparison: Comparison, arms: Sequence[Arm], rounds: int) -> Any:
         failed[name] = str(error)
 
     try:
-        for arm in arms:
-            worker = workers[arm.name] = Worker(arm, fresh=False)
+        for arm in arms:  # they build, and compile, side by side
+            workers[arm.name] = Worker(arm, checked=comparison.checked)
+        for name, worker in list(workers.items()):
             try:
-                worker.receive()
-                outputs[arm.name] = worker.first_outputs(comparison.checked)
+                outputs[name] = worker.receive()
             except ArmFailed as error:
-                leave_out(arm.name, error)
+                leave_out(name, error)
         difference = _difference(comparison, outputs)
         outputs.clear()
         for i in range(rounds):
@@ -113,7 +113,7 @@ def _fresh_rounds(comparison: Comparison, arms: Sequence[Arm], rounds: int) -> A
         for arm in _turned(arms, i):
             if arm.name in failed:
                 continue
-            worker = Worker(arm, fresh=True)
+            worker = Worker(arm, checked=None)
             try:
                 output, value = worker.receive()
             except ArmFailed as error:

@@ -6,25 +6,40 @@ from the same weights and kept, as transformers keeps them; both give the same o
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from benchmarks.comparison import Arm, Comparison, Measured
 
-DIM, HEADS, RANK, NOPE, ROPE, VALUE = 512, 16, 128, 32, 16, 32
-ROOM = 64
+ROOM = 256  # tokens that are remembered at most
+
+
+class Sizes(NamedTuple):
+    """Of `MultiHeadLatentAttention`."""
+
+    embed_dim: int
+    num_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+
+SEED = Sizes(512, 16, 128, 32, 16, 32)
+LITE = Sizes(2_048, 16, 512, 128, 64, 128)  # DeepSeek-V2-Lite
 
 
 def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
     rows, context = (2, 32) if quick else (64, 4_096)
-    given = {"rows": rows, "context": context}
-    numbers = RANK + ROPE
+    given = {"rows": rows, "context": context, "sizes": SEED, "dtype": "float32"}
     yield Comparison(
         f"latent attention, one token, {rows} rows of {context:,}",
         [Arm("latents", latents, given), Arm("keys and values", plain, given, aim=3.5)],
         tolerance=1e-4,
         checked=2,
         repeats=5,
-        bytes_moved=4.0 * rows * context * numbers,
+        bytes_moved=bytes_read(**given),
     )
     yield Comparison(
         f"its cache, {rows} rows of {context:,}",
@@ -39,49 +54,49 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
     )
 
 
-def latents(rows: int, context: int) -> Any:
+def bytes_read(rows: int, context: int, sizes: Sizes, dtype: str) -> float:
+    """Every cached number once."""
+    numbers = sizes.kv_lora_rank + sizes.qk_rope_head_dim
+    return float(np.dtype(dtype).itemsize * rows * context * numbers)
+
+
+def latents(rows: int, context: int, sizes: Sizes, dtype: str) -> Any:
     """Outputs [rows, 1, D] of one token, the first after `context` of them."""
-    layer, cache, x = _start(rows, context)
+    layer, cache, x = _start(rows, context, sizes, dtype)
     return _steps(lambda layer, x, cache: layer.decode_step(x, cache), layer, x, cache)
 
 
-def plain(rows: int, context: int) -> Any:
-    layer, cache, x = _start(rows, context)
+def plain(rows: int, context: int, sizes: Sizes, dtype: str) -> Any:
+    layer, cache, x = _start(rows, context, sizes, dtype)
     import jax
 
     return _steps(_plain_step, layer, x, jax.jit(_expand)(layer, cache))
 
 
-def cache_size(rows: int, context: int, of: str) -> Measured:
+def cache_size(rows: int, context: int, sizes: Sizes, dtype: str, of: str) -> Measured:
     """MiB, counted from the shapes."""
     import jax
     from flax import nnx
 
     def cache():
-        latent = _layer().init_cache((rows,), context)
-        return latent if of == "latents" else _expand(_layer(), latent)
+        layer = _layer(sizes, dtype)
+        latent = layer.init_cache((rows,), context)
+        return latent if of == "latents" else _expand(layer, latent)
 
     shapes = jax.tree.leaves(nnx.eval_shape(cache))
     return Measured(None, sum(x.size * x.dtype.itemsize for x in shapes) / 2**20)
 
 
-def _layer() -> Any:
+def _layer(sizes: Sizes, dtype: str) -> Any:
     from flax import nnx
 
     from slam_jax.layers.latent_attention import MultiHeadLatentAttention
 
-    return MultiHeadLatentAttention(
-        DIM,
-        HEADS,
-        kv_lora_rank=RANK,
-        qk_nope_head_dim=NOPE,
-        qk_rope_head_dim=ROPE,
-        v_head_dim=VALUE,
-        rngs=nnx.Rngs(0),
-    )
+    given: Any = {**sizes._asdict(), "dtype": dtype, "param_dtype": dtype}
+    return MultiHeadLatentAttention(**given, rngs=nnx.Rngs(0))
 
 
-def _start(rows: int, context: int) -> tuple[Any, Any, Any]:
+def _start(rows: int, context: int, sizes: Sizes, dtype: str) -> tuple[Any, Any, Any]:
     """The layer, its cache with random latents in it, and a token a row."""
     import dataclasses
 
@@ -91,16 +106,16 @@ def _start(rows: int, context: int) -> tuple[Any, Any, Any]:
     from slam_jax.training.host import tune_host
 
     tune_host()
-    layer = jax.jit(_layer)()
+    layer = jax.jit(functools.partial(_layer, sizes, dtype))()
     empty = layer.init_cache((rows,), context + ROOM)
     keys = jax.random.split(jax.random.key(0), 3)
     cache = dataclasses.replace(
         empty,
-        c_kv=jax.random.normal(keys[0], empty.c_kv.shape),
-        k_rope=jax.random.normal(keys[1], empty.k_rope.shape),
+        c_kv=jax.random.normal(keys[0], empty.c_kv.shape, dtype),
+        k_rope=jax.random.normal(keys[1], empty.k_rope.shape, dtype),
         length=jnp.full(rows, context),
     )
-    return layer, cache, jax.random.normal(keys[2], (rows, 1, DIM))
+    return layer, cache, jax.random.normal(keys[2], (rows, 1, sizes.embed_dim), dtype)
 
 
 def _steps(step: Any, layer: Any, x: Any, cache: Any) -> Any:
@@ -126,8 +141,9 @@ def _expand(layer: Any, cache: Any) -> Any:
 def _heads(layer: Any, c_kv: Any, k_rope: Any) -> tuple[Any, Any]:
     import jax.numpy as jnp
 
-    shared = jnp.broadcast_to(k_rope[..., None, :], (*k_rope.shape[:-1], HEADS, ROPE))
-    return jnp.concatenate([layer.k_up(c_kv), shared], axis=-1), layer.v_up(c_kv)
+    k = layer.k_up(c_kv)
+    shared = jnp.broadcast_to(k_rope[..., None, :], (*k.shape[:-1], k_rope.shape[-1]))
+    return jnp.concatenate([k, shared], axis=-1), layer.v_up(c_kv)
 
 
 def _plain_step(layer: Any, x: Any, cache: Any) -> Any:

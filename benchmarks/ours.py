@@ -72,17 +72,17 @@ def make_step(graphdef: Any, params: Any) -> tuple[Any, Any]:
     return step, init_state(params, optimizer, jax.random.key(0), ema=False)
 
 
-def decoding(folder: str, context: int, room: int) -> Call:
-    """Logits [1, V] after one more token, the first after `context` of them; `room` calls at most
-    remember theirs."""
+def decoding(folder: str, context: int, room: int, rows: int = 1, **dtypes: Any) -> Call:
+    """Logits [rows, V] after one more token, the first after `context` of them; `room` calls at
+    most remember theirs."""
     import jax
 
-    graphdef, params, config = _load(folder)
-    given = tokens(config.vocab_size, 1, context + 1)
+    graphdef, params, config = _load(folder, **dtypes)
+    given = tokens(config.vocab_size, rows, context + 1)
 
     def prefill(params, given):
         model = _merge(graphdef, params)
-        _, cache = model.prefill(given, model.init_cache((1,), context + room))
+        _, cache = model.prefill(given, model.init_cache((rows,), context + room))
         return cache
 
     @functools.partial(jax.jit, donate_argnums=2)

@@ -18,10 +18,15 @@ FOLDER = ROOT / "results"
 
 
 def machine_file() -> Path:
-    """Of this processor, with so many cores."""
-    machine = describe_machine()
-    name = f"{machine['processor']} {machine['cores']} cores".lower()
+    name = place(describe_machine()).lower()
     return FOLDER / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json")
+
+
+def place(machine: Json) -> str:
+    """The accelerator, or this processor with so many cores."""
+    if machine["device"] == "cpu":
+        return f"{machine['processor']}, {machine['cores']} cores"
+    return machine["device"]
 
 
 def read(file: Path) -> Json:

@@ -1,11 +1,32 @@
 """How large the models of the benchmarks are, and their weights, once for all arms."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jax.numpy as jnp
 
 from benchmarks import ours
 from benchmarks.worker import in_process
 from slam_jax.language_models import flops, make_config, measure
+
+# `standard` with Llama's proportions, by how many parameters there are about.
+LARGER: Mapping[str, Mapping[str, Any]] = {
+    name: dict(
+        vocab_size=32_000,
+        embed_dim=width,
+        mlp_dim=hidden,
+        num_layers=layers,
+        num_heads=width // 64,
+        num_kv_heads=width // 64,
+        context_length=4_096,
+    )
+    for name, width, hidden, layers in (
+        ("50M", 512, 1_408, 6),
+        ("130M", 768, 2_048, 12),
+        ("400M", 1_024, 2_816, 26),
+    )
+}
 
 
 def weights(folder: str, system: str, preset: str, **changes: Any) -> tuple[Any, str]:
@@ -24,9 +45,10 @@ def training_flops(config: Any, rows: int, length: int) -> int:
     return rows * flops.training_flops(config, length)
 
 
-def decoding_bytes(config: Any, context: int) -> int:
-    """What one row reads for one token: the weights that it meets, but for the table of which it
-    takes a row, and the cache; all in float32."""
-    size = measure(config)
+def decoding_bytes(config: Any, context: int, rows: int = 1) -> int:
+    """What is read for one token of each row: the weights that it meets, but for the table of which
+    it takes a row, and the cache."""
+    size, width = measure(config), jnp.dtype(config.param_dtype).itemsize
     table = 0 if config.tie_embeddings else config.vocab_size * config.embed_dim
-    return 4 * (size.active - table) + context * size.cache_bytes_per_token + size.state_bytes
+    cache = context * size.cache_bytes_per_token + size.state_bytes
+    return width * (size.active - table) + rows * cache

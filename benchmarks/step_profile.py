@@ -1,10 +1,12 @@
-"""Where the time of a training step goes: the quickstart's, in each of its stages.
+"""Where the time of a training step goes: the quickstart's, in each of its stages, or another's.
 
     python -m benchmarks.step_profile
+    python -m benchmarks.step_profile --system=jamba    # of a language model, 8 x 128 tokens
 
-A part is the file in slam_jax/slam_v3/ or slam_jax/training/ that asked for an operation, itself or
-by a layer, forward and backward. Shares are of the sum of all operations, which run on several
-threads at once; a fusion counts where XLA says that it came from.
+A part is the file that asked for an operation, forward and backward: of the quickstart the one in
+slam_jax/slam_v3/ or slam_jax/training/, itself or by a layer; of a language model the layer. Shares
+are of the sum of all operations, which run on several threads at once; a fusion counts where XLA
+says that it came from.
 """
 
 import collections
@@ -18,20 +20,50 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import flags
+from flax import nnx
 
+from benchmarks import ours
+from slam_jax import command_line
 from slam_jax.data import prepare, training_batches
-from slam_jax.training import Experiment, read_config
+from slam_jax.errors import InputError
+from slam_jax.language_models import make_config, make_model
+from slam_jax.training import Experiment, read_config, split_model
 from slam_jax.training.host import tune_host
 from slam_jax.training.start import initial_state, jit_step
 
 CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
+SYSTEM = flags.DEFINE_string("system", None, "A language model, at its seed size.")
+ROWS, LENGTH = 8, 128
 BATCHES, STEPS = 60, 4  # of each stage; of each kind of batch, timed, and again in a profile
+ROOMS = "slam_v3|training"  # the folders of the quickstart's parts
 # What only holds other operations, which have events of their own.
 _HOLDERS = {"while", "call", "conditional"}
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
+    if arguments:
+        raise InputError(f"argument {arguments[0]!r}; expected --system or nothing")
     tune_host()
+    if SYSTEM.value is None:
+        quickstart()
+    else:
+        language_model(SYSTEM.value)
+
+
+def language_model(system: str, preset: str = "seed", length: int = LENGTH) -> None:
+    config = make_config(system, preset)
+    graphdef, params = split_model(jax.jit(lambda: make_model(config, rngs=nnx.Rngs(0)))())
+    step, state = ours.make_step(graphdef, params)
+    given = jnp.asarray(ours.tokens(config.vocab_size, ROWS, length + 1))
+    program = step.lower(state, given).compile()
+    _, milliseconds, parts = measured(program, state, given, "layers|language_models|training")
+    print(f"{system}, training step {ROWS} x {length}: {milliseconds:,.0f} ms")
+    for part, spent in parts.most_common():
+        print(f"  {spent / parts.total():5.1%}  {part}")
+
+
+def quickstart() -> None:
     experiment = Experiment.from_config(read_config(CONFIG))
     dataset = prepare(experiment.data, model=experiment.model)
     graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
@@ -59,7 +91,9 @@ def main() -> None:
     print(f"all {experiment.run.num_steps} steps: {total / 60_000:.1f} minutes")
 
 
-def measured(program: Any, state: Any, batch: Any) -> tuple[Any, float, collections.Counter[str]]:
+def measured(
+    program: Any, state: Any, batch: Any, rooms: str = ROOMS
+) -> tuple[Any, float, collections.Counter[str]]:
     """The next state, the milliseconds of a step, and what `by_part` says of some."""
     seconds = []
     for _ in range(STEPS):
@@ -70,13 +104,13 @@ def measured(program: Any, state: Any, batch: Any) -> tuple[Any, float, collecti
         with jax.profiler.trace(folder):
             for _ in range(STEPS):
                 state, _ = jax.block_until_ready(program(state, batch))
-        parts = by_part(folder, program.as_text())
+        parts = by_part(folder, program.as_text(), rooms)
     return state, 1e3 * statistics.median(seconds[1:]), parts
 
 
-def by_part(folder: str, program: str) -> collections.Counter[str]:
+def by_part(folder: str, program: str, rooms: str = ROOMS) -> collections.Counter[str]:
     """Nanoseconds of the operations in a trace, by the file that asked for them."""
-    parts, spent = parts_of(program), collections.Counter()
+    parts, spent = parts_of(program, rooms), collections.Counter()
     [trace] = Path(folder).rglob("*.xplane.pb")
     for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
         for event in itertools.chain.from_iterable(line.events for line in plane.lines):
@@ -85,7 +119,7 @@ def by_part(folder: str, program: str) -> collections.Counter[str]:
     return spent
 
 
-def parts_of(program: str) -> dict[str, str]:
+def parts_of(program: str, rooms: str = ROOMS) -> dict[str, str]:
     """The part of each operation of a compiled program that has time of its own."""
     files = dict(re.findall(r'^(\d+) "([^"]*)"$', _table(program, "FileNames"), re.M))
     places = dict(re.findall(r"^(\d+) {file_name_id=(\d+)", _table(program, "FileLocations"), re.M))
@@ -95,7 +129,7 @@ def parts_of(program: str) -> dict[str, str]:
     def part(frame: int) -> str:
         while frame:
             place, parent = frames[frame]
-            name = re.search(r"slam_jax/((?:slam_v3|training)/\w+\.py)", files[places[place]])
+            name = re.search(rf"slam_jax/((?:{rooms})/\w+\.py)", files[places[place]])
             if name is not None:
                 return name[1]
             frame = int(parent) - 1  # XLA prints it one too high: 1 is nobody
@@ -115,4 +149,4 @@ def _table(program: str, name: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

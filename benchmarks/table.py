@@ -8,8 +8,8 @@ A row is written as it was measured; one that falls short of its aim is in bold.
 from pathlib import Path
 from typing import Any
 
-from benchmarks import BENCHMARKS
-from benchmarks.results import FOLDER, read
+from benchmarks import BENCHMARKS, ON_ACCELERATOR, ON_CPU
+from benchmarks.results import FOLDER, place, read
 from slam_jax.errors import InputError, write_whole
 
 Json = dict[str, Any]
@@ -37,11 +37,12 @@ def describe(row: Json) -> list[str]:
 
 
 def make_table(kept: Json) -> str:
-    """The figures of a machine in Markdown, benchmark after benchmark; of one that has none a row
-    says so."""
+    """The figures of a machine in Markdown, benchmark after benchmark; of one for such a machine
+    that has none a row says so."""
     entries = {name: kept["benchmarks"][name] for name in BENCHMARKS if name in kept["benchmarks"]}
+    kinds = [kind for kind in (ON_ACCELERATOR, ON_CPU) if entries.keys() & set(kind)]
     lines: list[str] = [*_HEAD]
-    for name in BENCHMARKS:
+    for name in (name for kind in kinds for name in kind):
         if name not in entries:
             lines.append(f"| {name} | | | not measured | | | |")
             continue
@@ -157,10 +158,9 @@ def _provenance(name: str, entry: Json) -> str:
         if package in machine
     )
     return (
-        f"- `{name}`: {entry['date']}, commit {entry['commit']}, {machine['processor']}, "
-        f"{machine['cores']} cores, {versions}; ceilings {ceilings['matmul_flops'] / 1e9:,.0f} "
-        f"GFLOP/s ({ceilings['matmul_by']}), {ceilings['copy_bytes'] / 1e9:.1f} GB/s "
-        f"({ceilings['copy_by']})"
+        f"- `{name}`: {entry['date']}, commit {entry['commit']}, {place(machine)}, {versions}; "
+        f"ceilings {ceilings['matmul_flops'] / 1e9:,.0f} GFLOP/s ({ceilings['matmul_by']}), "
+        f"{ceilings['copy_bytes'] / 1e9:.1f} GB/s ({ceilings['copy_by']})"
     )
 
 

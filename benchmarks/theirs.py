@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.comparison import Arm
+from benchmarks.device import torch_device
 from benchmarks.ours import LEARNING_RATE, WEIGHT_DECAY, tokens
 
 Call = Callable[[], Any]
@@ -77,7 +78,7 @@ def training_step(
 
     def call():
         optimizer.zero_grad(set_to_none=True)
-        with torch().autocast("cpu", torch().bfloat16, enabled=autocast):
+        with torch().autocast(model.device.type, torch().bfloat16, enabled=autocast):
             logits = run(given[:, :-1], use_cache=False).logits
         loss = torch().nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), given[:, 1:].flatten()
@@ -89,10 +90,10 @@ def training_step(
     return call
 
 
-def decoding(folder: str, context: int) -> Call:
-    """Logits [1, V] after one more token, the first after `context` of them."""
-    model = load(folder, "float32").eval()
-    given = _tokens(model, 1, context + 1)
+def decoding(folder: str, context: int, rows: int = 1, dtype: str = "float32") -> Call:
+    """Logits [rows, V] after one more token, the first after `context` of them."""
+    model = load(folder, dtype).eval()
+    given = _tokens(model, rows, context + 1)
     with torch().inference_mode():
         past = model(given[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
 
@@ -109,7 +110,7 @@ def decoding(folder: str, context: int) -> Call:
 def generation(folder: str, prompt: list[int], new_tokens: int) -> Call:
     """The greedy continuation [new_tokens] of one prompt."""
     model = load(folder, "float32").eval()
-    given = torch().tensor([prompt])
+    given = torch().tensor([prompt], device=model.device)
 
     def call():
         all_tokens = model.generate(
@@ -131,8 +132,11 @@ def load(folder: str, dtype: str) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch(), dtype))
+    dtype = getattr(torch(), dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(torch_device(torch()))
 
 
 def _tokens(model: Any, rows: int, length: int) -> Any:
-    return torch().from_numpy(tokens(model.config.vocab_size, rows, length)).long()
+    made = torch().from_numpy(tokens(model.config.vocab_size, rows, length)).long()
+    return made.to(model.device)

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
@@ -22,14 +23,20 @@ class ArmFailed(Exception):
 
 
 class Worker:
-    """An arm's process, driven from here."""
+    """An arm's process, driven from here.
 
-    def __init__(self, arm: Arm, *, fresh: bool):
+    checked: it sends the outputs of so many first calls when it is built, and then waits for its
+    turns; None = it is a fresh arm, sends what it measured and ends.
+    """
+
+    def __init__(self, arm: Arm, *, checked: int | None):
         self._here, there = _SPAWN.Pipe()
         with _with_environment(arm.environment):
             started = time.time()
-            serve = _serve_once if fresh else _serve
-            self._process = _SPAWN.Process(target=serve, args=(there, arm, started))
+            if checked is None:
+                self._process = _SPAWN.Process(target=_serve_once, args=(there, arm, started))
+            else:
+                self._process = _SPAWN.Process(target=_serve, args=(there, arm, checked))
             self._process.start()
         there.close()
 
@@ -44,14 +51,9 @@ class Worker:
             raise ArmFailed(value)
         return value
 
-    def first_outputs(self, count: int) -> list[np.ndarray]:
-        """Of its first calls."""
-        self._here.send(("outputs", count))
-        return self.receive()
-
     def seconds(self, repeats: int) -> list[float]:
         """Of so many calls; one goes before them and is not counted."""
-        self._here.send(("seconds", repeats))
+        self._here.send(repeats)
         return self.receive()
 
     def end(self) -> None:
@@ -64,7 +66,7 @@ class Worker:
 
 def in_process(function: Callable[..., Any], **given: Any) -> Any:
     """What the function returns, run in a process of its own; the caller stays small and idle."""
-    worker = Worker(Arm("", _Returning(function), given), fresh=True)
+    worker = Worker(Arm("", _Returning(function), given), checked=None)
     try:
         _, value = worker.receive()
         return value
@@ -85,27 +87,26 @@ class _Returning:
 def as_numpy(output: Any) -> np.ndarray:
     """Whatever a library calls an array, in float32."""
     if hasattr(output, "detach"):
-        output = output.detach().float().numpy()
+        output = output.detach().float().cpu().numpy()
     return np.asarray(output, np.float32)
 
 
 def _wait(output: Any) -> Any:
+    if getattr(output, "is_cuda", False):
+        sys.modules["torch"].cuda.synchronize()
     return output.block_until_ready() if hasattr(output, "block_until_ready") else output
 
 
-def _serve(pipe: Connection, arm: Arm, started: float) -> None:
+def _serve(pipe: Connection, arm: Arm, checked: int) -> None:
     with _telling(pipe):
         call = arm.build(**arm.given)
-        pipe.send((True, None))
+        pipe.send((True, [as_numpy(_wait(call())) for _ in range(checked)]))
         while True:
             try:
-                asked, count = pipe.recv()
+                repeats = pipe.recv()
             except EOFError:
                 return
-            if asked == "outputs":
-                pipe.send((True, [as_numpy(_wait(call())) for _ in range(count)]))
-            else:
-                pipe.send((True, _timed(call, count)))
+            pipe.send((True, _timed(call, repeats)))
 
 
 def _serve_once(pipe: Connection, arm: Arm, started: float) -> None:

@@ -5,6 +5,9 @@ import inspect
 import json
 import os
 import re
+import subprocess
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from benchmarks import BENCHMARKS, results, step_profile, table
+from benchmarks import BENCHMARKS, results, step_profile, table, worker
 from benchmarks.comparison import Arm, Comparison
 from benchmarks.harness import Disagreement, Skipped, measure
 from benchmarks.worker import ArmFailed
@@ -86,7 +89,7 @@ def test_a_peer_that_fails_is_left_out_with_its_reason_and_ours_is_not(build, re
     assert list(row["arms"]) == ["ours"] and reason in row["left_out"]["theirs"]
     assert row["difference"] is None
     with pytest.raises(ArmFailed, match=reason):
-        measure(compare(Arm("ours", broken), whole), 1)
+        measure(compare(Arm("ours", broken), Arm("theirs", arms.numbers, {"values": [1.0]})), 1)
 
 
 def test_a_peer_that_fails_while_it_is_timed_is_left_out_too_and_ours_is_not():
@@ -97,6 +100,23 @@ def test_a_peer_that_fails_while_it_is_timed_is_left_out_too_and_ours_is_not():
     assert row["left_out"] == {"theirs": "RuntimeError: no memory"}
     with pytest.raises(ArmFailed, match="no memory"):
         measure(compare(Arm("ours", *broken), Arm("theirs", *whole)), 2)
+
+
+def test_arms_are_built_side_by_side(tmp_path):
+    both = [
+        Arm(me, arms.meeting, {"folder": str(tmp_path), "me": me, "other": other})
+        for me, other in (("ours", "theirs"), ("theirs", "ours"))
+    ]
+    assert measure(compare(*both), 1)["left_out"] == {}
+
+
+def test_what_torch_computes_on_a_gpu_is_waited_for(monkeypatch):
+    waited = []
+    cuda = types.SimpleNamespace(synchronize=lambda: waited.append(True))
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+    for is_cuda, expected in ((False, []), (True, [True])):
+        output = types.SimpleNamespace(is_cuda=is_cuda)
+        assert worker._wait(output) is output and waited == expected
 
 
 def test_a_comparison_without_its_peer_is_skipped_with_what_is_missing():
@@ -147,6 +167,32 @@ def test_the_table_has_every_row_and_marks_what_falls_short_or_was_not_measured(
     assert "| a row | theirs | 1x | 4.00x (4.00 to 4.00) | 2 s | 8 s |" in made
     assert "| standard, the median of its 2 ratios | | 2.5x | **2.25x** |" in made
     assert entry["date"] in made and entry["commit"] in made
+
+
+def test_the_table_of_a_machine_has_what_is_for_such_a_machine(entry):
+    made = table.make_table({"benchmarks": {"training": entry}})
+    assert "| decoding | | | not measured | | | |" in made and "| jamba |" not in made
+    made = table.make_table({"benchmarks": {"standard": entry}})
+    assert "| decoding |" not in made
+
+
+def test_figures_are_kept_by_processor_or_by_accelerator(monkeypatch):
+    machine = {"processor": "AMD EPYC", "cores": 2, "device": "cpu"}
+    monkeypatch.setattr(results, "describe_machine", lambda: machine)
+    assert results.machine_file().name == "amd-epyc-2-cores.json"
+    machine["device"] = "NVIDIA H100 80GB HBM3"
+    assert results.machine_file().name == "nvidia-h100-80gb-hbm3.json"
+    assert results.place(machine) == "NVIDIA H100 80GB HBM3"
+
+
+def test_what_is_for_an_accelerator_is_refused_on_a_cpu():
+    command = [sys.executable, "-m", "benchmarks", "--only=training"]
+    done = subprocess.run(
+        command, cwd=DOCS.parent, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True
+    )
+    told = done.stderr.decode()
+    assert done.returncode == 2 and not done.stdout
+    assert "--only has 'training', which is for an accelerator; here are standard, bf" in told
 
 
 def test_writing_changes_what_is_between_the_markers_and_nothing_else(entry, tmp_path, monkeypatch):
@@ -216,3 +262,12 @@ def test_a_profile_has_each_operation_once_by_the_file_that_asked_for_it(tmp_pat
     # The loop has an event of its own, and so has what it repeats.
     loops = re.findall(r"%(\S+) = .* while\(", written)
     assert loops and not set(loops) & set(step_profile.parts_of(written))
+
+
+def test_a_language_model_is_profiled_by_its_layers(capsys):
+    step_profile.language_model("standard", preset="tiny", length=8)
+    title, *parts = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"standard, training step 8 x 8: \d+ ms", title)
+    shares = {part: float(share.rstrip("%")) for share, part in map(str.split, parts)}
+    assert sum(shares.values()) == pytest.approx(100, abs=0.1 * len(shares))
+    assert {"layers/linear.py", "layers/attention.py", "training/state.py"} <= shares.keys()

@@ -41,11 +41,11 @@ def hopper(monkeypatch):
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
-@pytest.mark.parametrize("lead", [(), (2,), (2, 3)], ids=str)
-def test_its_twin_is_attention(lead, heads, window):
+@pytest.mark.parametrize(("lead", "values"), [((), 5), ((2,), WIDTH), ((2, 3), 11)], ids=str)
+def test_its_twin_is_attention(lead, values, heads, window):
     many, few = heads
     q, k = normal(1, *lead, LENGTH, many, WIDTH), normal(2, *lead, LENGTH, few, WIDTH)
-    v, mask = normal(3, *lead, LENGTH, few, 5), Causal(window)
+    v, mask = normal(3, *lead, LENGTH, few, values), Causal(window)
 
     def ours(q, k, v):
         return attend(q, k, v, mask.array(LENGTH))

@@ -360,10 +360,22 @@ def test_on_a_cpu_bfloat16_products_are_asked_for_in_float32(monkeypatch):
     def total(layer, x):
         return layer(x).sum(dtype=jnp.float32)
 
-    traced = jax.make_jaxpr(jax.grad(total, (0, 1)))(layer, jnp.ones((2, 5), jnp.bfloat16))
-    products = [each for each in traced.eqns if each.primitive.name == "dot_general"]
+    def operations(*names):
+        traced = jax.make_jaxpr(jax.grad(total, (0, 1)))(layer, jnp.ones((2, 5), jnp.bfloat16))
+        return [each for each in traced.eqns if each.primitive.name in names]
+
+    products = operations("dot_general")
     dtypes = [[v.aval.dtype for v in (*each.invars, *each.outvars)] for each in products]
     assert dtypes == 3 * [[jnp.bfloat16, jnp.bfloat16, jnp.float32]]
+    # And along the last axis of the left factor, which for one of them is written out anew.
+    along = [each.params["dimension_numbers"][0][0] for each in products]
+    assert along == 3 * [(1,)]
+    assert len(operations("layout_constraint")) == 1
+    # Divided over devices, it would be gathered for that.
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))):
+        assert not operations("layout_constraint") and len(operations("dot_general")) == 3
+    monkeypatch.setattr("slam_jax.layers.linear.on_cpu", lambda: False)
+    assert not operations("layout_constraint") and len(operations("dot_general")) == 3
 
 
 def test_logits_are_float32_and_all_their_products_of_bfloat16():

@@ -16,6 +16,11 @@ AXES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def alone() -> bool:
+    """Whether there is no mesh in force."""
+    return jax.sharding.get_abstract_mesh().empty
+
+
 def constrain(x: Shaped[Array, "..."], names: Sequence[str | None]) -> Shaped[Array, "..."]:
     """x, laid out over the devices of the mesh in force (`jax.set_mesh`); x itself without one.
 

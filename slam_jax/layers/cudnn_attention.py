@@ -43,13 +43,15 @@ def causal_attend(
     scale: float | None = None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "*B T N V"]:
-    """Attention of each token to itself and to those before it (in its window); N a multiple of K,
-    V at most H. scale: of the scores, None = H^-0.5.
+    """Attention of each token to itself and to those before it (in its window); N a multiple of K.
+    scale: of the scores, None = H^-0.5.
 
     implementation: "cudnn", or "xla", its plain twin, anywhere.
     """
-    values = v.shape[-1]
-    v = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, q.shape[-1] - values)])
+    width, values = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    # It wants one width for all; zeros add nothing to scores.
+    q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in (q, k, v))
     # As many groups as there are heads of keys: all three are divided alike over devices.
     grouped = q.reshape(*q.shape[:-2], k.shape[-2], -1, q.shape[-1])
     names = (*("batch", *[None] * q.ndim)[: q.ndim - 3], None, "head")
@@ -68,4 +70,5 @@ def causal_attend(
         )
         return y.reshape(shape)
 
-    return per_device(here, (grouped, k, v), (names, names, names)).reshape(q.shape)[..., :values]
+    y = per_device(here, (grouped, k, v), (names, names, names))
+    return y.reshape(q.shape)[..., :values]

@@ -1,12 +1,12 @@
 """Rows sorted by expert, in blocks of one size, each for one expert: exact whatever the loads."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from slam_jax.layers.linear import matmul, matmul_back, transposed
 from slam_jax.layers.precision import wide
 
 Kernels = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
@@ -95,8 +95,8 @@ def _looped_forward(x, blocks, kernels):
 
         def several(first, count, results):
             rows = _rows(x, first, count)
-            into = (rows @ gate, rows @ up)
-            new = (swiglu(*into) @ down, *into)
+            into = (matmul(rows, gate), matmul(rows, up))
+            new = (matmul(swiglu(*into), down), *into)
             return tuple(
                 _put(result, first, each) for result, each in zip(results, new, strict=True)
             )
@@ -111,7 +111,6 @@ def _looped_forward(x, blocks, kernels):
 
 def _looped_backward(kept, dy):
     x, blocks, kernels, *inner = kept
-    back = functools.partial(jnp.einsum, "so,io->si")  # a transpose would be copied
 
     def expert(dx, own):
         bounds, each = own
@@ -121,13 +120,13 @@ def _looped_backward(kept, dy):
             dx, *totals = results
             rows, dy_rows, *into = (_rows(one, first, count) for one in (x, dy, *inner))
             h, pull = jax.vjp(swiglu, *into)
-            dgate, dup = pull(back(dy_rows, down))
+            dgate, dup = pull(matmul_back(dy_rows, down))
             products = ((rows, dgate), (rows, dup), (h, dy_rows))
             totals = (
-                total + jnp.dot(one.T, other, preferred_element_type=total.dtype)
+                total + jnp.dot(transposed(one), other, preferred_element_type=total.dtype)
                 for total, (one, other) in zip(totals, products, strict=True)
             )
-            return _put(dx, first, back(dgate, gate) + back(dup, up)), *totals
+            return _put(dx, first, matmul_back(dgate, gate) + matmul_back(dup, up)), *totals
 
         zeros = (jnp.zeros(kernel.shape, wide(kernel.dtype)) for kernel in each)
         dx, *totals = _as_many_at_once(bounds, len(x), several, (dx, *zeros))

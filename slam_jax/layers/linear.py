@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from slam_jax.layers.backend import on_cpu
+from slam_jax.layers.constrain import alone
 from slam_jax.layers.precision import wide
 from slam_jax.layers.remat import MAP
 
@@ -27,7 +29,7 @@ def project(
     """
     lead, out = x.shape[: x.ndim - in_axes], kernel.shape[in_axes:]
     width = math.prod(kernel.shape[:in_axes])
-    y = _matmul(x.reshape(-1, width), kernel.reshape(width, -1))
+    y = matmul(x.reshape(-1, width), kernel.reshape(width, -1))
     return checkpoint_name(y.reshape(*lead, *out), MAP)
 
 
@@ -41,7 +43,8 @@ def project_wide(x: Float[Array, "*B I"], kernel: Float[Array, "I O"]) -> Float[
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def _matmul(x: Float[Array, "R I"], kernel: Float[Array, "I O"]) -> Float[Array, "R O"]:
+def matmul(x: Float[Array, "R I"], kernel: Float[Array, "I O"]) -> Float[Array, "R O"]:
+    """x @ kernel, and its gradient, as they are fastest here."""
     # XLA:CPU widens bfloat16 before it multiplies, but for products that are asked for in float32.
     narrow = x.dtype == kernel.dtype == jnp.bfloat16
     return _wide_matmul(x, kernel).astype(x.dtype) if narrow and on_cpu() else x @ kernel
@@ -68,10 +71,27 @@ def _narrow_backward(kept, dy):
     # The gradient of a product asked for in float32 would mix it with bfloat16.
     x, kernel = kept
     dy = dy.astype(x.dtype)
-    return _dot(dy, kernel.T).astype(x.dtype), _dot(x.T, dy).astype(x.dtype)
+    return matmul_back(dy, kernel), _dot(transposed(x), dy).astype(x.dtype)
 
 
 _narrow_matmul.defvjp(_narrow_forward, _narrow_backward)
+
+
+def matmul_back(dy: Float[Array, "R O"], kernel: Float[Array, "I O"]) -> Float[Array, "R I"]:
+    """dy @ kernel.T; of a kernel that is transposed first, XLA:CPU makes a copy, or widens it."""
+    sums = jnp.einsum("ro,io->ri", dy, kernel, preferred_element_type=wide(dy.dtype))
+    return sums.astype(dy.dtype)
+
+
+def transposed(x: Float[Array, "R I"]) -> Float[Array, "I R"]:
+    """x.T, to be the left factor of a product in bfloat16.
+
+    On a CPU it is written out: XLA multiplies bfloat16 as such only where the last axis of the left
+    factor is contracted, and it takes x.T for another view of x.
+    """
+    if on_cpu() and x.dtype == jnp.bfloat16 and alone():
+        return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
+    return x.T
 
 
 class Linear(nnx.Module):
