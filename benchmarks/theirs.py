@@ -132,8 +132,8 @@ def load(folder: str, dtype: str) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    dtype = getattr(torch(), dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=getattr(torch(), dtype))
     return model.to(torch_device(torch()))
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +148,7 @@ def test_only_a_mask_in_words_asks_for_it(hopper, mask):
 def test_latent_attention_is_the_same_with_it(hopper, monkeypatch, window):
     """Its scores have a scale of their own."""
     rope = Rope(yarn=Yarn(40.0, 4_096, mscale=0.7, mscale_all_dim=0.7))
-    sizes = dict(kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
+    sizes: Any = dict(kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
     layer = MultiHeadLatentAttention(16, 4, **sizes, rope=rope, window=window, rngs=nnx.Rngs(0))
     x = normal(1, 2, LENGTH, 16)
     expected = layer(x)
