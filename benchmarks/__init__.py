@@ -4,8 +4,8 @@ Each file named in `BENCHMARKS` has `comparisons(quick, folder)`, which yields w
 measured; the other scripts here are run one by one.
 """
 
-# In the order of the table; of an accelerator first.
-ON_ACCELERATOR = ("training", "decoding")
+# In the order of the table; of a GPU first.
+ON_GPU = ("training", "decoding")
 ON_CPU = (
     "standard",
     "bfloat16",
@@ -19,4 +19,4 @@ ON_CPU = (
     "first_step",
     "input_pipeline",
 )
-BENCHMARKS = (*ON_ACCELERATOR, *ON_CPU)
+BENCHMARKS = (*ON_GPU, *ON_CPU)

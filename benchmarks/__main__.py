@@ -1,6 +1,6 @@
 """Measures, keeps the figures and writes the table: python -m benchmarks [--only=name,name]
 
-Without --only, what is for such a device: a CPU, or an accelerator.
+Without --only, what is for such a device: a CPU, or a GPU.
 
 --only=a,b    these benchmarks; the others keep the figures that they have
 --rounds=5    rounds of each comparison; figures of fewer than 5 are shown and not kept
@@ -29,19 +29,19 @@ class BenchmarkFailed(UserError):
 def main(arguments: list[str]) -> None:
     if arguments:
         raise InputError(f"argument {arguments[0]!r}; expected --only, --rounds or --quick")
-    from benchmarks import BENCHMARKS, ON_ACCELERATOR, ON_CPU, results, table
-    from benchmarks.device import accelerator, share_memory
+    from benchmarks import BENCHMARKS, ON_CPU, ON_GPU, results, table
+    from benchmarks.device import settle
 
     for name in ONLY.value:
         if name not in BENCHMARKS:
             raise InputError(f"--only has {name!r}; there are {', '.join(BENCHMARKS)}")
     require_count("--rounds", ROUNDS.value)
-    share_memory()
-    here, other = (ON_ACCELERATOR, ON_CPU) if accelerator() else (ON_CPU, ON_ACCELERATOR)
+    gpu = settle()
+    here, other = (ON_GPU, ON_CPU) if gpu else (ON_CPU, ON_GPU)
     names = ONLY.value or list(here)
     wrong = [name for name in names if name in other]
     if wrong and not QUICK.value:
-        kind = "a CPU" if accelerator() else "an accelerator"
+        kind = "a CPU" if gpu else "a GPU"
         raise InputError(
             f"--only has {wrong[0]!r}, which is for {kind}; here are {', '.join(here)}"
         )

@@ -1,5 +1,5 @@
 """What the machine can do: matrix products and copies, the best that any library gets; products in
-float32 on a CPU, in bfloat16 on an accelerator.
+float32 on a CPU, in bfloat16 on a GPU.
 
 Shares of them are a distance, not a bound: a benchmark that does little but reads what is in the
 cache may pass the copy.
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.comparison import Arm
-from benchmarks.device import accelerator, torch_device
+from benchmarks.device import on_gpu, torch_device
 from benchmarks.worker import Worker
 
 _LIBRARIES = {"xla": "jax", "torch": "torch"}
@@ -21,9 +21,7 @@ _REPEATS = 5
 def measure_ceilings(quick: bool) -> dict[str, Any]:
     """Operations a second of [n, n] @ [n, n], bytes a second read and written by a copy, and whose
     they are."""
-    size, count, dtype = (
-        (8_192, 1 << 29, "bfloat16") if accelerator() else (3_072, 1 << 26, "float32")
-    )
+    size, count, dtype = (8_192, 1 << 29, "bfloat16") if on_gpu() else (3_072, 1 << 26, "float32")
     if quick:
         size, count = 256, 1 << 20
     product, copy = {"n": size, "dtype": dtype}, {"n": count}

@@ -1,6 +1,6 @@
-"""On an accelerator: one more token, in bfloat16, and the share of the bandwidth that it gets.
+"""On a GPU: one more token, in bfloat16, and the share of the bandwidth that it gets.
 
-Bytes are the fewest that can be read: every weight and every cached number once.
+Bytes are the fewest that can be read: of a layer its cache, of a model every weight too, once.
 """
 
 from collections.abc import Iterator

@@ -80,13 +80,13 @@ def _rounds(comparison: Comparison, arms: Sequence[Arm], rounds: int) -> Any:
         failed[name] = str(error)
 
     try:
-        for arm in arms:  # they build, and compile, side by side
-            workers[arm.name] = Worker(arm, checked=comparison.checked)
-        for name, worker in list(workers.items()):
+        # One after the other: XLA chooses kernels on a GPU by timing them.
+        for arm in arms:
+            worker = workers[arm.name] = Worker(arm, checked=comparison.checked)
             try:
-                outputs[name] = worker.receive()
+                outputs[arm.name] = worker.receive()
             except ArmFailed as error:
-                leave_out(name, error)
+                leave_out(arm.name, error)
         difference = _difference(comparison, outputs)
         outputs.clear()
         for i in range(rounds):

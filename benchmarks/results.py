@@ -23,7 +23,7 @@ def machine_file() -> Path:
 
 
 def place(machine: Json) -> str:
-    """The accelerator, or this processor with so many cores."""
+    """The GPU, or this processor with so many cores."""
     if machine["device"] == "cpu":
         return f"{machine['processor']}, {machine['cores']} cores"
     return machine["device"]

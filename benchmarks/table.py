@@ -8,7 +8,7 @@ A row is written as it was measured; one that falls short of its aim is in bold.
 from pathlib import Path
 from typing import Any
 
-from benchmarks import BENCHMARKS, ON_ACCELERATOR, ON_CPU
+from benchmarks import BENCHMARKS, ON_CPU, ON_GPU
 from benchmarks.results import FOLDER, place, read
 from slam_jax.errors import InputError, write_whole
 
@@ -40,7 +40,7 @@ def make_table(kept: Json) -> str:
     """The figures of a machine in Markdown, benchmark after benchmark; of one for such a machine
     that has none a row says so."""
     entries = {name: kept["benchmarks"][name] for name in BENCHMARKS if name in kept["benchmarks"]}
-    kinds = [kind for kind in (ON_ACCELERATOR, ON_CPU) if entries.keys() & set(kind)]
+    kinds = [kind for kind in (ON_GPU, ON_CPU) if entries.keys() & set(kind)]
     lines: list[str] = [*_HEAD]
     for name in (name for kind in kinds for name in kind):
         if name not in entries:
@@ -159,7 +159,8 @@ def _provenance(name: str, entry: Json) -> str:
     )
     return (
         f"- `{name}`: {entry['date']}, commit {entry['commit']}, {place(machine)}, {versions}; "
-        f"ceilings {ceilings['matmul_flops'] / 1e9:,.0f} GFLOP/s ({ceilings['matmul_by']}), "
+        f"ceilings {ceilings['matmul_flops'] / 1e9:,.0f} GFLOP/s ({ceilings['matmul_by']}, "
+        f"{ceilings.get('matmul_dtype', 'float32')}), "
         f"{ceilings['copy_bytes'] / 1e9:.1f} GB/s ({ceilings['copy_by']})"
     )
 

@@ -1,24 +1,12 @@
 """Arms for test_benchmarks.py, each run in a process of its own."""
 
 import os
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.comparison import Measured
-
-
-def meeting(folder: str, me: str, other: str) -> Any:
-    """Is built once the other is being built too."""
-    (Path(folder) / me).touch()
-    for _ in range(600):
-        if (Path(folder) / other).exists():
-            return lambda: np.array([1.0])
-        time.sleep(0.1)
-    raise RuntimeError(f"{other} never came")
 
 
 def numbers(values: list[float]) -> Callable[[], Any]:

@@ -102,14 +102,6 @@ def test_a_peer_that_fails_while_it_is_timed_is_left_out_too_and_ours_is_not():
         measure(compare(Arm("ours", *broken), Arm("theirs", *whole)), 2)
 
 
-def test_arms_are_built_side_by_side(tmp_path):
-    both = [
-        Arm(me, arms.meeting, {"folder": str(tmp_path), "me": me, "other": other})
-        for me, other in (("ours", "theirs"), ("theirs", "ours"))
-    ]
-    assert measure(compare(*both), 1)["left_out"] == {}
-
-
 def test_what_torch_computes_on_a_gpu_is_waited_for(monkeypatch):
     waited = []
     cuda = types.SimpleNamespace(synchronize=lambda: waited.append(True))
@@ -176,7 +168,7 @@ def test_the_table_of_a_machine_has_what_is_for_such_a_machine(entry):
     assert "| decoding |" not in made
 
 
-def test_figures_are_kept_by_processor_or_by_accelerator(monkeypatch):
+def test_figures_are_kept_by_processor_or_by_gpu(monkeypatch):
     machine = {"processor": "AMD EPYC", "cores": 2, "device": "cpu"}
     monkeypatch.setattr(results, "describe_machine", lambda: machine)
     assert results.machine_file().name == "amd-epyc-2-cores.json"
@@ -185,14 +177,14 @@ def test_figures_are_kept_by_processor_or_by_accelerator(monkeypatch):
     assert results.place(machine) == "NVIDIA H100 80GB HBM3"
 
 
-def test_what_is_for_an_accelerator_is_refused_on_a_cpu():
+def test_what_is_for_a_gpu_is_refused_on_a_cpu():
     command = [sys.executable, "-m", "benchmarks", "--only=training"]
     done = subprocess.run(
         command, cwd=DOCS.parent, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True
     )
     told = done.stderr.decode()
     assert done.returncode == 2 and not done.stdout
-    assert "--only has 'training', which is for an accelerator; here are standard, bf" in told
+    assert "--only has 'training', which is for a GPU; here are standard, bf" in told
 
 
 def test_writing_changes_what_is_between_the_markers_and_nothing_else(entry, tmp_path, monkeypatch):

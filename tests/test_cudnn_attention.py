@@ -1,6 +1,7 @@
 """Where cuDNN's attention is chosen, and that its plain twin is our attention."""
 
 import functools
+import re
 import types
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from slam_jax.errors import InputError
 from slam_jax.language_models.registry import SYSTEMS, make_config, make_model
-from slam_jax.layers import MultiHeadLatentAttention, attend, cudnn_attention
+from slam_jax.layers import MultiHeadLatentAttention, attend, cudnn_attention, latent_attend
 from slam_jax.layers.backend import cuda_capability
 from slam_jax.layers.masks import Causal, as_array
 from slam_jax.layers.rotary import Rope, Yarn
+from slam_jax.training import language_model_loss, merge_model, split_model
 
 LENGTH, WIDTH = 9, 8
 
@@ -42,14 +45,16 @@ def hopper(monkeypatch):
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
-@pytest.mark.parametrize(("lead", "values"), [((), 5), ((2,), WIDTH), ((2, 3), 11)], ids=str)
-def test_its_twin_is_attention(lead, values, heads, window):
+@pytest.mark.parametrize(
+    ("lead", "values", "length"), [((), 5, 9), ((2,), WIDTH, 8), ((2, 3), 11, 9)], ids=str
+)
+def test_its_twin_is_attention(lead, values, length, heads, window):
     many, few = heads
-    q, k = normal(1, *lead, LENGTH, many, WIDTH), normal(2, *lead, LENGTH, few, WIDTH)
-    v, mask = normal(3, *lead, LENGTH, few, values), Causal(window)
+    q, k = normal(1, *lead, length, many, WIDTH), normal(2, *lead, length, few, WIDTH)
+    v, mask = normal(3, *lead, length, few, values), Causal(window)
 
     def ours(q, k, v):
-        return attend(q, k, v, mask.array(LENGTH))
+        return attend(q, k, v, mask.array(length))
 
     theirs = functools.partial(cudnn_attention.causal_attend, mask=mask, implementation="xla")
     for one, other in zip(
@@ -69,9 +74,19 @@ def test_a_mask_in_words_is_the_array_that_it_stands_for():
     np.testing.assert_array_equal(Causal(2).array(4), np.array(rows, bool))
     np.testing.assert_array_equal(Causal().array(4), np.tril(np.ones((4, 4), bool)))
     given = jnp.ones((2, 4, 4), bool)
-    assert as_array(given, 4) is given
-    assert as_array(None, 4) is None
-    np.testing.assert_array_equal(as_array(Causal(2), 4), Causal(2).array(4))
+    assert as_array(given, 4, 4) is given
+    assert as_array(None, 4, 5) is None
+    np.testing.assert_array_equal(as_array(Causal(2), 4, 4), Causal(2).array(4))
+
+
+def test_words_are_for_as_many_queries_as_keys():
+    q, k = normal(1, 2, 1, 4, WIDTH), normal(2, 2, 5, 4, WIDTH)
+    with pytest.raises(InputError, match="over 1 queries and 5 keys"):
+        attend(q, k, k, Causal())
+    with pytest.raises(InputError, match="over 1 queries and 5 keys"):
+        latent_attend(
+            q, k[..., 0, :], *2 * [normal(3, WIDTH, 4, WIDTH)], mask=Causal(), absorbed=True
+        )
 
 
 # What is changed of queries that fit -> whether they do still.
@@ -86,6 +101,9 @@ FITS = {
     "a wide head on Ampere": ({"width": 136, "capability": 8.0}, False),
     "Ampere": ({"capability": 8.0}, True),
     "Turing": ({"capability": 7.5}, False),
+    "Blackwell": ({"capability": 10.0}, True),
+    "a wide head on Blackwell": ({"width": 136, "capability": 12.0}, False),
+    "no rows": ({"rows": 0}, False),
     "a JAX with a fault": ({"jax": (0, 11, 2)}, False),
 }
 
@@ -93,11 +111,11 @@ FITS = {
 @pytest.mark.parametrize(("changes", "fits"), FITS.values(), ids=FITS)
 def test_it_is_chosen_where_it_fits(hopper, monkeypatch, changes, fits):
     has = {"tokens": 128, "width": 64, "dtype": jnp.bfloat16, "capability": 9.0}
-    has |= {"jax": (0, 0, 0)} | changes
+    has |= {"jax": (0, 0, 0), "rows": 2} | changes
     monkeypatch.setattr(cudnn_attention, "cuda_capability", lambda: has["capability"])
     monkeypatch.setattr(cudnn_attention, "_LEAST_JAX", has["jax"])
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
-    q = jnp.zeros((2, has["tokens"], 4, 64), has["dtype"])
+    q = jnp.zeros((has["rows"], has["tokens"], 4, 64), has["dtype"])
     assert cudnn_attention.fits(q, has["width"]) is fits
 
 
@@ -168,3 +186,55 @@ def test_rows_with_pads_are_left_to_an_array(hopper, monkeypatch):
     assert not hopper
     model(tokens)
     assert hopper == config.num_layers * [(2, LENGTH, config.num_heads, 8)]
+
+
+def test_values_that_are_wider_than_keys_are_asked_for_too(hopper):
+    """160 fit; of 264, which latents may have, none of the kernels takes any."""
+    q = normal(1, 1, 128, 2, 64).astype(jnp.bfloat16)
+    latents, k_up = normal(2, 1, 128, 8).astype(jnp.bfloat16), jnp.ones((8, 2, 64), jnp.bfloat16)
+    for values, called in ((264, 0), (160, 1)):
+        v_up = jnp.ones((8, 2, values), jnp.bfloat16)
+        y = latent_attend(q, latents, k_up, v_up, mask=Causal(), absorbed=False)
+        assert y.shape == (1, 128, 2, values) and len(hopper) == called
+
+
+def test_within_a_shard_map_it_is_left_as_it_was_divided(hopper, monkeypatch):
+    monkeypatch.setattr(cudnn_attention, "fits", lambda q, width: True)
+    q, automatic = normal(1, 2, LENGTH, 4, WIDTH), (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ("data",), automatic)
+    rows = jax.sharding.PartitionSpec("data")
+    divided = jax.shard_map(
+        lambda q: attend(q, q, q, Causal()), mesh=mesh, in_specs=rows, out_specs=rows
+    )
+    np.testing.assert_allclose(jax.jit(divided)(q), attend(q, q, q, Causal()), atol=1e-6)
+    assert len(hopper) == 2
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < cudnn_attention._LEAST_JAX, reason="with such a JAX it is not used"
+)
+@pytest.mark.parametrize(
+    ("system", "changes", "count"),
+    [("standard", {}, 3), ("deepseek_v2", {"qk_nope_head_dim": 12}, 3), ("slam_v4", {}, 5)],
+    ids=str,
+)
+def test_a_training_step_can_be_lowered_for_cuda(monkeypatch, system, changes, count):
+    """As far as a machine without a GPU can go: JAX takes all shapes, of an odd number of tokens
+    too, and there is a kernel for each attention, forward and backward."""
+    from jax._src.cudnn import fused_attention_stablehlo as kernels
+
+    monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91_300)
+    monkeypatch.setattr(kernels, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(kernels, "is_cuda_compute_capability_equal", lambda capability: False)
+    monkeypatch.setattr(cudnn_attention, "cuda_capability", lambda: 9.0)
+    sizes = {"embed_dim": 64, "context_length": 256, **changes}
+    config = make_config(system, "tiny", dtype="bfloat16", **sizes)
+    graphdef, params = split_model(make_model(config, rngs=nnx.Rngs(0)))
+    tokens = jnp.ones((2, 130), jnp.int32)
+
+    def loss(params):
+        return language_model_loss(merge_model(graphdef, params), tokens).total
+
+    lowered = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"@__cudnn\$fmhaSoftmax(Backward)?\(", lowered)
+    assert calls.count("") == calls.count("Backward") == count

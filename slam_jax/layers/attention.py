@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from slam_jax.errors import InputError
 from slam_jax.layers import cudnn_attention
 from slam_jax.layers.linear import Linear
-from slam_jax.layers.masks import Causal, Mask, as_array
+from slam_jax.layers.masks import Causal, Mask, as_array, require_square
 from slam_jax.layers.precision import wide
 from slam_jax.layers.rotary import rotary
 
@@ -65,7 +65,7 @@ def attention_weights(
     shape = (*q.shape[:-1], k.shape[-2])
     q = _by_group(q, k.shape[-3])
     logits = jnp.einsum("...th,...sh->...ts", q, k, preferred_element_type=wide(q.dtype))
-    visible = as_array(mask, shape[-2])
+    visible = as_array(mask, *shape[-2:])
     visible = None if visible is None else visible[..., None, :, :]
     return masked_softmax(logits.reshape(shape) * q.shape[-1] ** -0.5, visible)
 
@@ -79,10 +79,12 @@ def attend(
     """Scaled dot-product attention; `mask` True = attend, None = everything, or `Causal`.
 
     Each N / K heads of queries in a row share one of keys and values. Raises InputError where N is
-    no multiple of K.
+    no multiple of K, or `Causal` is asked for of more or fewer queries than keys.
     Scores and softmax are float32 or wider. Sources: Vaswani et al. 2017, section 3.2.1; Ainslie
     et al. 2023, "GQA", section 2.2.
     """
+    _require_groups(q.shape[-2], k.shape[-2])
+    require_square(mask, q.shape[-3], k.shape[-3])
     if isinstance(mask, Causal) and cudnn_attention.fits(q, max(q.shape[-1], v.shape[-1])):
         return cudnn_attention.causal_attend(q, k, v, mask)
     probs, v = attention_weights(q, k, mask), jnp.swapaxes(v, -2, -3)
@@ -93,12 +95,16 @@ def attend(
 
 def _by_group(x: Float[Array, "*B N T C"], num_groups: int) -> Float[Array, "*B K GT C"]:
     """The rows of all heads of a group, one after the other; heads of a group are neighbours."""
-    if x.shape[-3] % num_groups:
-        raise InputError(
-            f"{x.shape[-3]} heads of queries and {num_groups} of keys; expected a multiple of these"
-        )
+    _require_groups(x.shape[-3], num_groups)
     rows = x.shape[-3] * x.shape[-2] // num_groups  # -1 is not known of a batch of none
     return x.reshape(*x.shape[:-3], num_groups, rows, x.shape[-1])
+
+
+def _require_groups(num_heads: int, num_groups: int) -> None:
+    if num_heads % num_groups:
+        raise InputError(
+            f"{num_heads} heads of queries and {num_groups} of keys; expected a multiple of these"
+        )
 
 
 class SelfAttention(nnx.Module):
@@ -129,7 +135,7 @@ class SelfAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "*B T D"],
-        mask: Bool[Array, "*#B #T T"] | None = None,
+        mask: Mask = None,
         positions: Int[Array, "*#B T"] | None = None,
     ) -> Float[Array, "*B T D"]:
         q, k, v = self.query(x), self.key(x), self.value(x)

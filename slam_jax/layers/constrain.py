@@ -69,13 +69,14 @@ def per_device(
     arrays: Sequence[Shaped[Array, "..."]],
     names: Sequence[Sequence[str | None]],
 ) -> Shaped[Array, "..."]:
-    """f(*arrays), on each device of the mesh in force of its own part; f(*arrays) without one.
+    """f(*arrays), on each device of the mesh in force of its own part; f(*arrays) without one, or
+    where a caller's `shard_map` has divided them.
 
     For a kernel, which the compiler cannot divide. names: of the first dimensions of each array, as
     for `constrain`; f is applied along them, and what it gives is divided as the first array is.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.are_all_axes_manual:
         return f(*arrays)
     specs = tuple(_fit_names(x, of, mesh) for x, of in zip(arrays, names, strict=True))
     return jax.shard_map(f, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)

@@ -28,9 +28,11 @@ def fits(q: Float[Array, "*B T N H"], width: int) -> bool:
         jax.__version_info__ >= _LEAST_JAX
         and capability >= 8.0
         and q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.size > 0
         and q.shape[-3] >= _LEAST_TOKENS
         and width % 8 == 0
-        and width <= (256 if capability >= 9.0 else 128)
+        # Of what came after Hopper not all take more.
+        and width <= (256 if 9.0 <= capability < 10.0 else 128)
     )
 
 
@@ -50,10 +52,16 @@ def causal_attend(
     """
     width, values = max(q.shape[-1], v.shape[-1]), v.shape[-1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    # It wants one width for all; zeros add nothing to scores.
-    q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in (q, k, v))
+    # It wants one width for all, and JAX an even number of tokens where there is a gradient. Zeros
+    # add nothing to scores, and nobody attends to a token after the last.
+    tokens, odd = q.shape[-3], q.shape[-3] % 2
+    q, k, v = (
+        jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, odd), (0, 0), (0, width - x.shape[-1])])
+        for x in (q, k, v)
+    )
     # As many groups as there are heads of keys: all three are divided alike over devices.
-    grouped = q.reshape(*q.shape[:-2], k.shape[-2], -1, q.shape[-1])
+    num_groups = k.shape[-2]
+    grouped = q.reshape(*q.shape[:-2], num_groups, q.shape[-2] // num_groups, width)
     names = (*("batch", *[None] * q.ndim)[: q.ndim - 3], None, "head")
 
     def here(q, k, v):
@@ -71,4 +79,4 @@ def causal_attend(
         return y.reshape(shape)
 
     y = per_device(here, (grouped, k, v), (names, names, names))
-    return y.reshape(q.shape)[..., :values]
+    return y.reshape(q.shape)[..., :tokens, :, :values]

@@ -14,7 +14,7 @@ from slam_jax.layers import cudnn_attention
 from slam_jax.layers.attention import Layout, causal_layout, masked_softmax
 from slam_jax.layers.kv_cache import write_prompt, write_token
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear, project
-from slam_jax.layers.masks import Causal, Mask, as_array
+from slam_jax.layers.masks import Causal, Mask, as_array, require_square
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.precision import wide
 from slam_jax.layers.rotary import Rope, rotary
@@ -66,7 +66,7 @@ def latent_attention_weights(
 ) -> Float[Array, "*B N T S"]:
     """How much each query attends to each latent, float32 or wider; see `latent_attend`."""
     sums = dict(preferred_element_type=wide(q.dtype))
-    visible = as_array(mask, q.shape[-3])
+    visible = as_array(mask, q.shape[-3], latents.shape[-2])
     width = q.shape[-1] + (0 if q_rope is None else q_rope.shape[-1])
     # Heads first throughout, as in `attend`.
     if absorbed:
@@ -104,7 +104,9 @@ def latent_attend(
     and by `score_scale` (see `Rope`).
     """
     width = q.shape[-1] + (0 if q_rope is None else q_rope.shape[-1])
-    if not absorbed and isinstance(mask, Causal) and cudnn_attention.fits(q, width):
+    require_square(mask, q.shape[-3], latents.shape[-2])
+    widest = max(width, w_uv.shape[-1])
+    if not absorbed and isinstance(mask, Causal) and cudnn_attention.fits(q, widest):
         k, v = project(latents, w_uk), project(latents, w_uv)
         if q_rope is not None and k_rope is not None:
             shared = jnp.broadcast_to(k_rope[..., None, :], (*k.shape[:-1], k_rope.shape[-1]))

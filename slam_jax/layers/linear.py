@@ -51,7 +51,7 @@ def matmul(x: Float[Array, "R I"], kernel: Float[Array, "I O"]) -> Float[Array, 
 
 
 def _wide_matmul(x: Float[Array, "R I"], kernel: Float[Array, "I O"]) -> Float[Array, "R O"]:
-    return x @ kernel if x.dtype == wide(x.dtype) else _narrow_matmul(x, kernel)
+    return _narrow_matmul(x, kernel) if x.dtype == jnp.bfloat16 else _dot(x, kernel)
 
 
 @jax.custom_vjp

@@ -1,10 +1,10 @@
 """Who may attend to whom: an array, or the words for one that a kernel need not read."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool
+
+from slam_jax.errors import InputError
 
 
 @struct.dataclass
@@ -27,6 +27,16 @@ class Causal:
 Mask = Bool[Array, "*#B #T S"] | Causal | None
 
 
-def as_array(mask: Any, num_tokens: int) -> Any:
+def as_array(mask: Mask, num_queries: int, num_keys: int) -> Bool[Array, "*#B #T S"] | None:
     """The mask itself, and an array for one in words."""
-    return mask.array(num_tokens) if isinstance(mask, Causal) else mask
+    require_square(mask, num_queries, num_keys)
+    return mask.array(num_keys) if isinstance(mask, Causal) else mask
+
+
+def require_square(mask: Mask, num_queries: int, num_keys: int) -> None:
+    """Raises InputError where words cannot say which of the queries is which of the keys."""
+    if isinstance(mask, Causal) and num_queries != num_keys:
+        raise InputError(
+            f"a Causal mask over {num_queries} queries and {num_keys} keys; expected as many of "
+            "these as of those, or an array for a mask"
+        )
