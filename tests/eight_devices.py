@@ -43,6 +43,7 @@ from slam_jax.training.planning.meshes import factors
 from slam_jax.training.sharding import in_force, layout, place
 
 VOCAB = 16
+slow = pytest.mark.slow
 SIZES = {"data": 4, "fsdp": 4, "process": 4, "tensor": 2}
 
 
@@ -169,10 +170,10 @@ def test_an_axis_changes_nothing_of_a_language_model(name, axis):
     [
         ("standard", {"data": 2, "tensor": 2}, (4, 16, 2, 8)),
         ("standard", {"tensor": 4}, (8, 16, 4, 8)),  # two heads of keys are for all
-        ("deepseek_v2", {"data": 2, "tensor": 2}, (4, 16, 2, 12)),
-        ("deepseek_v2", {"tensor": 4}, (8, 16, 1, 12)),
-        ("slam_v4", {"data": 2, "tensor": 2}, (4, 16, 2, 8)),
-        ("slam_v4", {"process": 4}, (8, 16, 4, 8)),
+        pytest.param("deepseek_v2", {"data": 2, "tensor": 2}, (4, 16, 2, 12), marks=slow),
+        pytest.param("deepseek_v2", {"tensor": 4}, (8, 16, 1, 12), marks=slow),
+        pytest.param("slam_v4", {"data": 2, "tensor": 2}, (4, 16, 2, 8), marks=slow),
+        pytest.param("slam_v4", {"process": 4}, (8, 16, 4, 8), marks=slow),
     ],
     ids=str,
 )

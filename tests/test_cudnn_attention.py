@@ -135,7 +135,13 @@ def test_only_gpus_of_nvidia_have_a_capability(monkeypatch, device, capability):
     assert cuda_capability.__wrapped__() == capability
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+QUICK = ("standard", "deepseek_v2", "slam_v4")
+
+
+@pytest.mark.parametrize(
+    "system",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SYSTEMS],
+)
 def test_a_model_is_the_same_with_it(hopper, monkeypatch, system):
     config = make_config(system, "tiny")
     model = make_model(config, rngs=nnx.Rngs(0))
