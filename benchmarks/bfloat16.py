@@ -9,10 +9,8 @@ from typing import Any
 
 from benchmarks import ours, theirs
 from benchmarks.comparison import Arm, Comparison
-from benchmarks.sizes import forward_flops, training_flops, weights
+from benchmarks.sizes import NARROW, forward_flops, training_flops, weights
 from slam_jax.language_models import make_config
-
-NARROW = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
 
 
 def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:

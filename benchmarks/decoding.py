@@ -6,12 +6,11 @@ Bytes are the fewest that can be read: of a layer its cache, of a model every we
 from collections.abc import Iterator
 
 from benchmarks import latent_cache, ours, theirs
-from benchmarks.bfloat16 import NARROW
 from benchmarks.comparison import Arm, Comparison
-from benchmarks.sizes import LARGER, decoding_bytes, weights
+from benchmarks.sizes import LARGER, NARROW, decoding_bytes, weights
 from slam_jax.language_models import make_config
 
-ROOM = 256  # tokens that are remembered at most, in all rounds together
+ROOM = 128  # tokens that are remembered at most, in all rounds together
 
 
 def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.comparison import Arm, Comparison, Measured
 
-ROOM = 256  # tokens that are remembered at most
+ROOM = 128  # tokens that are remembered at most, in all rounds together
 
 
 class Sizes(NamedTuple):

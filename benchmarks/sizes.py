@@ -10,6 +10,7 @@ from benchmarks import ours
 from benchmarks.worker import in_process
 from slam_jax.language_models import flops, make_config, measure
 
+NARROW = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
 # `standard` with Llama's proportions, by how many parameters there are about.
 LARGER: Mapping[str, Mapping[str, Any]] = {
     name: dict(

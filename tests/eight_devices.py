@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import assert_same
+from jax.sharding import PartitionSpec
 
 from slam_jax.data import Batch
 from slam_jax.errors import ConfigError
 from slam_jax.language_models.registry import SYSTEMS, make_config, make_model
-from slam_jax.layers import cudnn_attention
+from slam_jax.layers import Causal, cudnn_attention
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 from slam_jax.training import (
     Checkpoints,
@@ -194,6 +195,18 @@ def test_a_kernel_runs_on_each_device_for_its_part(monkeypatch, name, sizes, par
     # Its softmax is in float32.
     assert_close(first_step(*language_model(name), mesh_of(**sizes)), expected, 1e-4)
     assert parts == {part}
+
+
+def test_a_kernel_takes_what_a_callers_shard_map_has_divided():
+    q, rows = jax.random.normal(jax.random.key(0), (32, 6, 4, 8)), PartitionSpec("data")
+
+    def attend(q):
+        return cudnn_attention.causal_attend(q, q, q, Causal(), implementation="xla")
+
+    mesh = mesh_of(data=4)
+    divided = jax.shard_map(attend, mesh=mesh, in_specs=rows, out_specs=rows)
+    with in_force(mesh):
+        np.testing.assert_allclose(jax.jit(divided)(q), attend(q), atol=1e-6)
 
 
 # --- Where arrays stand

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from benchmarks import BENCHMARKS, results, step_profile, table, worker
+from benchmarks import BENCHMARKS, device, results, step_profile, table, worker
 from benchmarks.comparison import Arm, Comparison
 from benchmarks.harness import Disagreement, Skipped, measure
 from benchmarks.worker import ArmFailed
@@ -175,6 +175,30 @@ def test_figures_are_kept_by_processor_or_by_gpu(monkeypatch):
     machine["device"] = "NVIDIA H100 80GB HBM3"
     assert results.machine_file().name == "nvidia-h100-80gb-hbm3.json"
     assert results.place(machine) == "NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.parametrize(
+    ("platform", "torch_sees", "told"),
+    [
+        ("cpu", True, None),
+        ("gpu", True, None),
+        ("gpu", False, "torch sees no GPU"),
+        ("tpu", True, "kind; expected a CPU or a GPU"),
+    ],
+)
+def test_all_libraries_have_the_same_device(monkeypatch, platform, torch_sees, told):
+    found = types.SimpleNamespace(platform=platform, device_kind="kind")
+    cuda = types.SimpleNamespace(is_available=lambda: torch_sees)
+    monkeypatch.setattr(jax, "devices", lambda: [found])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    if told is not None:
+        with pytest.raises(InputError, match=told):
+            device.settle()
+        return
+    assert device.settle() == ("kind" if platform == "gpu" else "")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("0" if platform == "gpu" else "")
 
 
 def test_what_is_for_a_gpu_is_refused_on_a_cpu():

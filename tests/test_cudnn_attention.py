@@ -204,18 +204,6 @@ def test_values_that_are_wider_than_keys_are_asked_for_too(hopper):
         assert y.shape == (1, 128, 2, values) and len(hopper) == called
 
 
-def test_within_a_shard_map_it_is_left_as_it_was_divided(hopper, monkeypatch):
-    monkeypatch.setattr(cudnn_attention, "fits", lambda q, width: True)
-    q, automatic = normal(1, 2, LENGTH, 4, WIDTH), (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((1,), ("data",), automatic)
-    rows = jax.sharding.PartitionSpec("data")
-    divided = jax.shard_map(
-        lambda q: attend(q, q, q, Causal()), mesh=mesh, in_specs=rows, out_specs=rows
-    )
-    np.testing.assert_allclose(jax.jit(divided)(q), attend(q, q, q, Causal()), atol=1e-6)
-    assert len(hopper) == 2
-
-
 @pytest.mark.skipif(
     jax.__version_info__ < cudnn_attention._LEAST_JAX, reason="with such a JAX it is not used"
 )
