@@ -45,12 +45,12 @@ def steps(count: int, data_dir: str, quick: bool) -> Any:
     import jax
 
     from slam_jax.training.host import tune_host
-    from slam_jax.training.start import initial_state, jit_step
+    from slam_jax.training.start import initial_state, run_step
 
     tune_host()
     experiment, dataset, made = _prepared(data_dir, quick)
     graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
-    step = jit_step(experiment, graphdef, state)
+    step = run_step(experiment, graphdef, state)
     kept = [next(made)[1] for _ in range(count)]
 
     def call():

@@ -30,7 +30,7 @@ from slam_jax.errors import InputError
 from slam_jax.language_models import make_config, make_model
 from slam_jax.training import Experiment, read_config, split_model
 from slam_jax.training.host import tune_host
-from slam_jax.training.start import initial_state, jit_step
+from slam_jax.training.start import initial_state, jit_step_parts
 
 CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
 SYSTEM = flags.DEFINE_string("system", None, "A language model, at its seed size.")
@@ -57,55 +57,67 @@ def language_model(system: str, preset: str = "seed", length: int = LENGTH) -> N
     step, state = ours.make_step(graphdef, params)
     given = jnp.asarray(ours.tokens(config.vocab_size, ROWS, length + 1))
     program = step.lower(state, given).compile()
-    _, milliseconds, parts = measured(program, state, given, "layers|language_models|training")
-    print(f"{system}, training step {ROWS} x {length}: {milliseconds:,.0f} ms")
-    for part, spent in parts.most_common():
-        print(f"  {spent / parts.total():5.1%}  {part}")
+    _, spent = measured(program, program.as_text(), state, given, "layers|language_models|training")
+    print(f"{system}, training step {ROWS} x {length}: {spent.total():,.0f} ms")
+    say(spent)
 
 
 def quickstart() -> None:
     experiment = Experiment.from_config(read_config(CONFIG))
     dataset = prepare(experiment.data, model=experiment.model)
     graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
-    step = jit_step(experiment, graphdef, state)
+    gradients, update = jit_step_parts(experiment, graphdef)
     ends = [*(start for start, _ in experiment.data.stages[1:]), experiment.run.num_steps]
-    total = 0.0
+    total, updates = 0.0, None
     for (first, mix), end in zip(experiment.data.stages, ends, strict=True):
         made = training_batches(dataset.train, dataset.tokenizer, experiment.data, start_step=first)
-        # A batch has inputs of one kind, and each kind a program of its own.
+        # A batch has inputs of one kind, and each kind a program of its own for its gradients.
         kinds = collections.defaultdict(list)
         for _, batch in itertools.islice(made, BATCHES):
             kinds[str(jax.tree.map(jnp.shape, batch))].append(batch)
-        milliseconds, spent = 0.0, collections.Counter()
-        for batches in kinds.values():
-            program = step.lower(state, batches[0]).compile()
-            state, each, parts = measured(program, state, batches[0])
-            weight = len(batches) / BATCHES
-            milliseconds += weight * each
-            whole = sum(parts.values())
-            spent.update({part: weight * each * share / whole for part, share in parts.items()})
-        total += (end - first) * milliseconds
-        print(f"steps {first} to {end}, {' '.join(mix)}: {milliseconds:.0f} ms a step")
-        for part, share in spent.most_common():
-            print(f"  {share / milliseconds:5.1%}  {part}")
+        spent = collections.Counter()
+        for batch, *others in kinds.values():
+            program = gradients.lower(state, batch).compile()
+
+            def in_place(state, batch, program=program):
+                return state, program(state, batch)
+
+            _, each = measured(in_place, program.as_text(), state, batch)
+            if updates is None:
+                given = program(state, batch)
+                program = update.lower(state, given).compile()
+                state, updates = measured(program, program.as_text(), state, given)
+            weight = (1 + len(others)) / BATCHES
+            spent.update({part: weight * spent for part, spent in (each + updates).items()})
+        total += (end - first) * spent.total()
+        print(f"steps {first} to {end}, {' '.join(mix)}: {spent.total():.0f} ms a step")
+        say(spent)
     print(f"all {experiment.run.num_steps} steps: {total / 60_000:.1f} minutes")
 
 
+def say(spent: collections.Counter[str]) -> None:
+    for part, milliseconds in spent.most_common():
+        print(f"  {milliseconds / spent.total():5.1%}  {part}")
+
+
 def measured(
-    program: Any, state: Any, batch: Any, rooms: str = ROOMS
-) -> tuple[Any, float, collections.Counter[str]]:
-    """The next state, the milliseconds of a step, and what `by_part` says of some."""
+    call: Any, program: str, state: Any, given: Any, rooms: str = ROOMS
+) -> tuple[Any, collections.Counter[str]]:
+    """The state after some calls, (state, given) -> (state, anything), and the milliseconds of one,
+    shared out by what `by_part` says of the compiled program in it."""
     seconds = []
     for _ in range(STEPS):
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(program(state, batch))
+        state, _ = jax.block_until_ready(call(state, given))
         seconds.append(time.perf_counter() - start)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(STEPS):
-                state, _ = jax.block_until_ready(program(state, batch))
-        parts = by_part(folder, program.as_text(), rooms)
-    return state, 1e3 * statistics.median(seconds[1:]), parts
+                state, _ = jax.block_until_ready(call(state, given))
+        parts = by_part(folder, program, rooms)
+    whole, milliseconds = parts.total(), 1e3 * statistics.median(seconds[1:])
+    shares = {part: milliseconds * spent / whole for part, spent in parts.items()}
+    return state, collections.Counter(shares)
 
 
 def by_part(folder: str, program: str, rooms: str = ROOMS) -> collections.Counter[str]:

@@ -9,6 +9,9 @@ from typing import Any
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _MADV_HUGEPAGE, _HUGE = 14, 2 << 20
 _BEHIND = 64 << 20  # larger than any gap in a young heap, and never touched
+# Smaller holes are kept by their size, and of larger ones there are few.
+_PLUGS = tuple(1 << power for power in range(20, 9, -1))
+_plugs: list[int] = []
 
 
 def one_heap() -> None:
@@ -30,9 +33,6 @@ def keep_memory() -> None:
     libc.mallopt(_M_TRIM_THRESHOLD, -1)
     libc.mallopt(_M_TOP_PAD, 64 << 20)
     # The heap is made large once and asked to be of huge pages; none is there until it is touched.
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    libc.free.argtypes = [ctypes.c_void_p]
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     if (start := libc.malloc(size)) is not None:
         # What stays behind it keeps the end of the heap where it is, even if a library asks malloc
@@ -43,7 +43,40 @@ def keep_memory() -> None:
         libc.free(start)
 
 
+def plug_holes() -> None:
+    """Has malloc forget the holes in the heap, until `open_holes`.
+
+    A compiler leaves tens of thousands, of all sizes. Malloc keeps those of similar sizes in order,
+    in lists that it walks whenever it gives or takes some: in every operation of XLA:CPU.
+    """
+    if (libc := _glibc()) is None:
+        return
+    for size in _PLUGS:
+        before = None
+        # The smallest hole that will do is taken first, so that two plugs side by side are in one
+        # that is more than twice as large: it is left, unless it is for smaller plugs to fill.
+        while (plug := libc.malloc(size)) is not None:
+            _plugs.append(plug)
+            if before is not None and plug == before + size + 16:
+                for _ in range(2):
+                    libc.free(_plugs.pop())
+                break
+            before = plug
+
+
+def open_holes() -> None:
+    """Gives the plugs back, for the next program to be compiled in their place."""
+    if (libc := _glibc()) is not None:
+        while _plugs:
+            libc.free(_plugs.pop())
+
+
 def _glibc() -> Any:
     """None on macOS and on Linuxes without glibc, where nothing needs to be done."""
     libc = ctypes.CDLL(None) if os.name == "posix" else None
-    return libc if hasattr(libc, "mallopt") else None
+    if not hasattr(libc, "mallopt"):
+        return None
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc

@@ -42,6 +42,7 @@ from slam_jax.training.planning import LanguageRun, Machine, SlamV3Run, plan_ste
 from slam_jax.training.planning.compiled import compiled_step, extrapolated
 from slam_jax.training.planning.meshes import factors
 from slam_jax.training.sharding import in_force, layout, place
+from slam_jax.training.start import jit_step
 
 VOCAB = 16
 slow = pytest.mark.slow
@@ -303,7 +304,7 @@ def steps(experiment: Experiment, mesh: Any, count: int) -> tuple[list[float], A
     batch = dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, image=None))
     with in_force(mesh):
         graphdef, state = loop.initial_state(experiment, VOCAB, mesh)
-        step_fn, losses = loop.jit_step(experiment, graphdef, state), []
+        step_fn, losses = loop.run_step(experiment, graphdef, state, mesh), []
         for _ in range(count):
             state, metrics = step_fn(state, place(batch, mesh, 8))
             losses.append(float(metrics.loss.total))
@@ -351,7 +352,7 @@ def test_process_weights_never_move():
     mesh, experiment, batch = mesh_of(process=4), experiment_of({}), make_batch(np.float32)
     with in_force(mesh):
         graphdef, state = loop.initial_state(experiment, VOCAB, mesh)
-        step = loop.jit_step(experiment, graphdef, state)
+        step = jit_step(experiment, graphdef, state)
         compiled = step.lower(state, place(batch, mesh, 8)).compile()
     found = collectives(str(compiled.as_text()), mesh.shape)
     for each in found:

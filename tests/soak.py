@@ -332,7 +332,7 @@ class Soak:
         experiment = Experiment.from_config(self.config)
         data = prepare(experiment.data)
         graphdef, state = loop.initial_state(experiment, data.tokenizer.vocab_size)
-        step_fn = loop.jit_step(experiment, graphdef, state)
+        step_fn = loop.run_step(experiment, graphdef, state)
         batches = training_batches(data.train, data.tokenizer, experiment.data)
         for step in range(1, experiment.run.num_steps + 1):
             _, batch = next(batches)

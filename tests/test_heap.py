@@ -74,3 +74,58 @@ print(size() / before, before / os.sysconf("SC_PHYS_PAGES") / os.sysconf("SC_PAG
 """
     kept, share = map(float, run(script).split())
     assert kept > 0.99 and share > 0.5
+
+
+# Places of chunks in a heap that is full of holes.
+HOLES = """
+from slam_jax import heap
+heap.keep_memory()
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def place(size):
+    found = libc.malloc(size)
+    libc.free(found)
+    return found
+
+sizes = [1_500 + 700 * i for i in range(500)]
+chunks = [libc.malloc(size) for size in sizes]
+large, _ = libc.malloc(40 << 20), libc.malloc(1_500)
+for chunk in [*chunks[::2], large]:
+    libc.free(chunk)
+"""
+
+
+def test_holes_are_plugged_until_they_are_opened():
+    script = """
+def in_holes():
+    return sum(place(size) < large for size in sizes[::2])
+
+before = in_holes()
+heap.plug_holes()
+plugged, left = in_holes(), place(39 << 20) - large
+heap.open_holes()
+print(before, plugged, left, in_holes(), len(heap._plugs))
+"""
+    before, plugged, left, after, kept = map(int, run(HOLES + script).split())
+    assert before == after == 250
+    assert plugged < 5 and kept == 0  # the list of plugs leaves one as it grows
+    assert 0 <= left < 1 << 20  # the large one serves, as it did
+
+
+def test_a_compilation_takes_the_holes_and_leaves_none():
+    """Programs of any length here; those that are quickly compiled do not care."""
+    script = """
+import jax
+import jax.numpy as jnp
+from slam_jax.training import host
+
+host._LONG_LOWERING = host._LONG_COMPILATION = 0.0
+host.tune_host()
+lowered, seen = jax.jit(lambda x: jnp.sin(x) @ x).lower(jnp.ones((9, 9))), [len(heap._plugs)]
+compiled = lowered.compile()
+seen += [len(heap._plugs), sum(place(size) < large for size in sizes[::2])]
+print(*seen)
+"""
+    open_at_first, plugged, in_holes = map(int, run(HOLES + script).split())
+    assert open_at_first == 0 and plugged > 0 and in_holes < 5

@@ -37,6 +37,7 @@ from slam_jax.training.host import OutOfMemory
 from slam_jax.training.losses import LossParts
 from slam_jax.training.metrics import NoMetrics, read_metrics
 from slam_jax.training.optimizer import make_schedule
+from slam_jax.training.start import jit_step, jit_step_parts, run_step
 from slam_jax.training.state import StepMetrics
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +95,33 @@ def test_the_loaded_model_is_the_one_that_was_trained(config, finished):
     logits = jax.jit(SlamV3.__call__)(loaded.model, batch.tokens, batch.inputs).logits
     assert logits.shape == (*batch.tokens.shape, loaded.tokenizer.vocab_size)
     assert jnp.isfinite(logits).all()
+
+
+def test_views_share_the_program_of_their_update(config, monkeypatch):
+    """The update alone takes most of the time of a compilation; what it does stays the same."""
+    views = {"data.stages": [[0, {"aux": 0.5, "text": 0.5}]]}
+    experiment = Experiment.from_config(
+        override(config, [f"--config.{name}={value}" for name, value in views.items()])
+    )
+    dataset, programs = prepare(experiment.data), []
+
+    def kept(*given):
+        programs.extend(made := jit_step_parts(*given))
+        return made
+
+    monkeypatch.setattr("slam_jax.training.start.jit_step_parts", kept)
+    graphdef, state = loop.initial_state(experiment, dataset.tokenizer.vocab_size)
+    step, whole = run_step(experiment, graphdef, state), jit_step(experiment, graphdef, state)
+    other, seen = jax.tree.map(jnp.copy, state), set()
+    for view, batch in itertools.islice(
+        training_batches(dataset.train, dataset.tokenizer, experiment.data), 6
+    ):
+        seen.add(view)
+        (state, metrics), (other, others) = step(state, batch), whole(other, batch)
+        np.testing.assert_allclose(metrics.loss.total, others.loss.total, rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), state.ema, other.ema)
+    assert seen == {"aux", "text"}
+    assert [program._cache_size() for program in programs] == [2, 1]
 
 
 def test_a_finished_run_returns_its_state_at_once(config, finished, monkeypatch):

@@ -1,14 +1,17 @@
 """What the host needs to know before the first computation."""
 
 import contextlib
+import functools
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+import jax.monitoring
 
 from slam_jax.errors import ConfigError, UserError
-from slam_jax.heap import keep_memory
+from slam_jax.heap import keep_memory, open_holes, plug_holes
 
 
 def tune_host() -> None:
@@ -20,7 +23,8 @@ def tune_host() -> None:
     ones back to the system at once, which then clears the same pages again, step after step. Here
     they are kept, in huge pages where Linux has them: a training step of `standard` at the size of
     the `heldout` comparison took 0.76 times as long (2 cores of an AMD EPYC, 2026-11-27:
-    python benchmarks/host_memory.py).
+    python benchmarks/host_memory.py). What a compilation leaves of the heap is in pieces; they are
+    put aside until the next one.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         chosen = pathlib.Path(os.environ.get("SLAM_JAX_CACHE_DIR") or "~/.cache/slam_jax/xla")
@@ -29,6 +33,28 @@ def tune_host() -> None:
             chosen.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(chosen))
     keep_memory()
+    _plug_after_compilations()
+
+
+# Below these a program leaves little behind.
+_LONG_LOWERING, _LONG_COMPILATION = 0.05, 0.5  # seconds
+
+
+@functools.cache  # listeners stay
+def _plug_after_compilations() -> None:
+    opened = False
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        nonlocal opened
+        if event.endswith("/jaxpr_to_mlir_module_duration") and duration_secs > _LONG_LOWERING:
+            open_holes()
+            opened = True
+        elif event.endswith("/backend_compile_duration"):
+            if opened or duration_secs > _LONG_COMPILATION:
+                plug_holes()
+            opened = False
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 class OutOfMemory(UserError):

@@ -39,9 +39,9 @@ from slam_jax.training.progress import Progress
 from slam_jax.training.sharding import in_force, local_rows, place
 from slam_jax.training.start import (
     initial_state,
-    jit_step,
     require_even,
     require_room_for,
+    run_step,
     state_shapes,
 )
 from slam_jax.training.state import TrainState
@@ -147,7 +147,7 @@ class _Run:
     def __call__(self, state: TrainState, owed: bool) -> TrainState:
         """owed: the evaluation of the first step is still to be done."""
         run, dataset = self.experiment.run, self.dataset
-        step_fn = jit_step(self.experiment, self.graphdef, state)
+        step_fn = run_step(self.experiment, self.graphdef, state, self.mesh)
         first = int(state.step)
         data = self.experiment.data
         batches = training_batches(

@@ -15,7 +15,13 @@ from slam_jax.training.host import require_room
 from slam_jax.training.losses import num_answer_tokens, slam_v3_loss
 from slam_jax.training.optimizer import make_optimizer
 from slam_jax.training.sharding import bytes_per_device, laid_out
-from slam_jax.training.state import TrainState, init_state, make_train_step, split_model
+from slam_jax.training.state import (
+    TrainState,
+    init_state,
+    make_step_parts,
+    make_train_step,
+    split_model,
+)
 
 
 def initial_state(
@@ -49,10 +55,37 @@ def state_shapes(
     return split_model(model)[0], laid_out(shapes, mesh, zero=experiment.mesh.zero)
 
 
+def run_step(
+    experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState, mesh: Mesh | None = None
+) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
+    """The step that a run repeats, of as few programs as are quick to compile.
+
+    A program serves batches of one kind. Of many kinds only the gradients differ, so that these are
+    programs of their own, and the update is compiled once. Over a mesh the step stays whole: XLA
+    sums gradients where the update needs them.
+    """
+    if mesh is not None or len(experiment.data.views) == 1:
+        return jit_step(experiment, graphdef, state)
+    gradients, update = jit_step_parts(experiment, graphdef)
+    return lambda state, batch: update(state, gradients(state, batch))
+
+
 def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) -> Any:
     """`make_train_step` of a run, jitted; it takes `state` and gives it back laid out as it is."""
+    step_fn = _made_by(make_train_step, experiment, graphdef)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def jit_step_parts(experiment: Experiment, graphdef: nnx.GraphDef) -> tuple[Any, Any]:
+    """`make_step_parts` of a run on one device, jitted."""
+    gradients, update = _made_by(make_step_parts, experiment, graphdef)
+    return jax.jit(gradients), jax.jit(update, donate_argnums=0)
+
+
+def _made_by(make: Callable[..., Any], experiment: Experiment, graphdef: nnx.GraphDef) -> Any:
     options = experiment.optimizer
-    step_fn = make_train_step(
+    return make(
         graphdef,
         loss_of(experiment),
         make_optimizer(options, experiment.run.num_steps),
@@ -60,8 +93,6 @@ def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) 
         accumulate_steps=options.accumulate_steps,
         weight_of=num_answer_tokens,
     )
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def loss_of(experiment: Experiment) -> Callable[..., Any]:

@@ -93,8 +93,34 @@ def make_train_step(
     A step whose loss or gradient is not finite is skipped: it counts as taken, and parameters,
     optimizer and average stay as they were, the count that its schedule goes by among them.
     """
+    gradients, update = make_step_parts(
+        graphdef,
+        loss_fn,
+        optimizer,
+        ema_decay=ema_decay,
+        accumulate_steps=accumulate_steps,
+        weight_of=weight_of,
+    )
 
-    def gradients(params, batch, key):
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        return update(state, gradients(state, batch))
+
+    return step
+
+
+def make_step_parts(
+    graphdef: nnx.GraphDef,
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float | None = None,
+    accumulate_steps: int = 1,
+    weight_of: Callable[[Any], Any] = lambda part: 1.0,
+) -> tuple[Callable[[TrainState, Any], Any], Callable[[TrainState, Any], Any]]:
+    """`make_train_step` in two, of the same arguments: (state, batch) -> what the update needs of a
+    batch, and (state, that) -> (state, metrics), which is the same for batches of all kinds."""
+
+    def at_once(params, batch, key):
         def loss(params):
             parts = loss_fn(merge_model(graphdef, params), batch, key=key)
             return parts.total, parts
@@ -113,21 +139,24 @@ def make_train_step(
 
         def add(total, given):
             share, part, key = given
-            new = gradients(params, part, key)
+            new = at_once(params, part, key)
             return jax.tree.map(lambda x, y: x + (share * y).astype(x.dtype), total, new), None
 
-        shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], parts), key)
+        shapes = jax.eval_shape(at_once, params, jax.tree.map(lambda x: x[0], parts), key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, (shares, parts, keys))[0]
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+    def gradients(state: TrainState, batch: Any) -> tuple[Any, Any]:
         key = jax.random.fold_in(state.key, state.step)
-        take = gradients if accumulate_steps == 1 else accumulated
-        grads, loss = take(state.params, batch, key)
+        take = at_once if accumulate_steps == 1 else accumulated
+        return take(state.params, batch, key)
+
+    def update(state: TrainState, given: tuple[Any, Any]) -> tuple[TrainState, StepMetrics]:
+        grads, loss = given
         grad_norm = optax.tree.norm(grads)
         bad = ~(jnp.isfinite(loss.total) & jnp.isfinite(grad_norm))
 
-        def update(grads, old):
+        def new(grads, old):
             params, opt_state, ema = old
             updates, opt_state = optimizer.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
@@ -139,7 +168,7 @@ def make_train_step(
 
         updates = updates_made(state.opt_state)
         old = (state.params, state.opt_state, state.ema)
-        params, opt_state, ema = _unless(bad, update, grads, old)
+        params, opt_state, ema = _unless(bad, new, grads, old)
         bad_steps = jnp.where(bad, state.bad_steps + 1, 0)
         state = TrainState(
             step=state.step + 1,
@@ -152,7 +181,7 @@ def make_train_step(
         )
         return state, StepMetrics(loss, grad_norm, bad_steps, updates)
 
-    return step
+    return gradients, update
 
 
 def _unless(bad: Bool[Array, ""], update: Callable[[Any, Any], Any], grads: Any, old: Any) -> Any:
