@@ -68,7 +68,16 @@ def quickstart() -> None:
     graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
     gradients, update = jit_step_parts(experiment, graphdef)
     ends = [*(start for start, _ in experiment.data.stages[1:]), experiment.run.num_steps]
-    total, updates = 0.0, None
+    total, compiled, programs, updates = 0.0, 0.0, {}, None
+    jax.config.update("jax_enable_compilation_cache", False)
+
+    def compile_of(part: Any, *given: Any) -> Any:
+        nonlocal compiled
+        start = time.perf_counter()
+        program = part.lower(*given).compile()
+        compiled += time.perf_counter() - start
+        return program
+
     for (first, mix), end in zip(experiment.data.stages, ends, strict=True):
         made = training_batches(dataset.train, dataset.tokenizer, experiment.data, start_step=first)
         # A batch has inputs of one kind, and each kind a program of its own for its gradients.
@@ -76,8 +85,10 @@ def quickstart() -> None:
         for _, batch in itertools.islice(made, BATCHES):
             kinds[str(jax.tree.map(jnp.shape, batch))].append(batch)
         spent = collections.Counter()
-        for batch, *others in kinds.values():
-            program = gradients.lower(state, batch).compile()
+        for kind, (batch, *others) in kinds.items():
+            if kind not in programs:
+                programs[kind] = compile_of(gradients, state, batch)
+            program = programs[kind]
 
             def in_place(state, batch, program=program):
                 return state, program(state, batch)
@@ -85,14 +96,15 @@ def quickstart() -> None:
             _, each = measured(in_place, program.as_text(), state, batch)
             if updates is None:
                 given = program(state, batch)
-                program = update.lower(state, given).compile()
-                state, updates = measured(program, program.as_text(), state, given)
+                last = compile_of(update, state, given)
+                state, updates = measured(last, last.as_text(), state, given)
             weight = (1 + len(others)) / BATCHES
-            spent.update({part: weight * spent for part, spent in (each + updates).items()})
+            spent.update({part: weight * ms for part, ms in (each + updates).items()})
         total += (end - first) * spent.total()
         print(f"steps {first} to {end}, {' '.join(mix)}: {spent.total():.0f} ms a step")
         say(spent)
     print(f"all {experiment.run.num_steps} steps: {total / 60_000:.1f} minutes")
+    print(f"tracing and compiling them: {compiled:.0f} s")
 
 
 def say(spent: collections.Counter[str]) -> None:

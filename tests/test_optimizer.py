@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 
 from slam_jax.training import OptimizerConfig, make_optimizer, split_model
@@ -100,6 +102,17 @@ def test_a_muon_update_is_near_orthogonal_and_as_large_as_one_of_adam():
     # 0.2 times the sign-like size of Adam's update: sqrt(48) * 0.2 spread over 8 x 48 entries.
     close(jnp.sqrt(jnp.mean(update**2)), 0.2, 0.1)
     assert jnp.sum(update * grads["up"]["kernel"].reshape(8, 48)) < 0
+
+
+def test_muon_is_that_of_optax():
+    """Which has the same iterations one after the other, where ours are a loop."""
+    grads = {"up": {"kernel": jax.random.normal(jax.random.key(0), (8, 16))}}
+    config = dataclasses.replace(MUON, clip_norm=None)
+    theirs = optax.contrib.muon(
+        config.learning_rate, beta=config.momentum, eps=config.epsilon, consistent_rms=0.2
+    )
+    expected = theirs.update(grads, theirs.init(grads), grads)[0]
+    close(first_updates(config, grads, grads)["up"]["kernel"], expected["up"]["kernel"])
 
 
 def test_each_process_is_a_matrix_of_its_own():

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.monitoring
 
 from slam_jax.errors import ConfigError, UserError
 from slam_jax.heap import keep_memory, open_holes, plug_holes
+from slam_jax.layers.backend import on_cpu
 
 
 def tune_host() -> None:
@@ -23,8 +25,8 @@ def tune_host() -> None:
     ones back to the system at once, which then clears the same pages again, step after step. Here
     they are kept, in huge pages where Linux has them: a training step of `standard` at the size of
     the `heldout` comparison took 0.76 times as long (2 cores of an AMD EPYC, 2026-11-27:
-    python benchmarks/host_memory.py). What a compilation leaves of the heap is in pieces; they are
-    put aside until the next one.
+    python benchmarks/host_memory.py). A compilation leaves free memory in many small pieces, which
+    malloc would search in every operation; they are plugged until the next one.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         chosen = pathlib.Path(os.environ.get("SLAM_JAX_CACHE_DIR") or "~/.cache/slam_jax/xla")
@@ -42,17 +44,18 @@ _LONG_LOWERING, _LONG_COMPILATION = 0.05, 0.5  # seconds
 
 @functools.cache  # listeners stay
 def _plug_after_compilations() -> None:
-    opened = False
+    here = threading.local()
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
-        nonlocal opened
+        if not on_cpu():
+            return
         if event.endswith("/jaxpr_to_mlir_module_duration") and duration_secs > _LONG_LOWERING:
             open_holes()
-            opened = True
+            here.opened = True
         elif event.endswith("/backend_compile_duration"):
-            if opened or duration_secs > _LONG_COMPILATION:
+            if getattr(here, "opened", False) or duration_secs > _LONG_COMPILATION:
                 plug_holes()
-            opened = False
+            here.opened = False
 
     jax.monitoring.register_event_duration_secs_listener(listen)
 

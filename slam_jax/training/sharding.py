@@ -90,7 +90,7 @@ def laid_out(shapes: PyTree[Any], mesh: Mesh | None, *, zero: bool = False) -> P
 
 def _axes(name: str, ndim: int, zero: bool) -> list[tuple[str, ...]]:
     """The mesh axes of each dimension."""
-    if ndim == 0 or name.endswith("/ns_coeffs"):  # counters, keys, temperatures; three of Muon
+    if ndim == 0 or name.endswith("/ns_coeffs"):  # counters, keys, numbers of Muon's
         return []
     [axes] = rules_of(name)
     # What is stacked is run side by side: the processes, and the blocks of a level of SLAM v4, v5.
