@@ -111,7 +111,7 @@ def test_muon_is_that_of_optax():
     theirs = optax.contrib.muon(
         config.learning_rate, beta=config.momentum, eps=config.epsilon, consistent_rms=0.2
     )
-    expected = theirs.update(grads, theirs.init(grads), grads)[0]
+    expected: Any = theirs.update(grads, theirs.init(grads), grads)[0]
     close(first_updates(config, grads, grads)["up"]["kernel"], expected["up"]["kernel"])
 
 

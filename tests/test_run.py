@@ -117,7 +117,7 @@ def test_views_share_the_program_of_their_update(config, changes, monkeypatch):
     batches = training_batches(dataset.train, dataset.tokenizer, experiment.data)
     for view, batch in itertools.islice(batches, 6):
         if view == "aux" and "aux" in seen:  # a step to skip
-            spoilt = dataclasses.replace(batch.inputs, aux=batch.inputs.aux * np.nan)
+            spoilt = dataclasses.replace(batch.inputs, aux=np.nan * np.asarray(batch.inputs.aux))
             batch = dataclasses.replace(batch, inputs=spoilt)
         seen.append(view)
         (state, metrics), (other, others) = step(state, batch), whole(other, batch)
