@@ -30,7 +30,7 @@ from slam_jax.errors import InputError
 from slam_jax.language_models import make_config, make_model
 from slam_jax.training import Experiment, read_config, split_model
 from slam_jax.training.host import tune_host
-from slam_jax.training.start import initial_state, jit_step_parts
+from slam_jax.training.start import initial_state, jit_halves
 
 CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
 SYSTEM = flags.DEFINE_string("system", None, "A language model, at its seed size.")
@@ -66,7 +66,7 @@ def quickstart() -> None:
     experiment = Experiment.from_config(read_config(CONFIG))
     dataset = prepare(experiment.data, model=experiment.model)
     graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
-    gradients, update = jit_step_parts(experiment, graphdef)
+    halves = jit_halves(experiment, graphdef)
     ends = [*(start for start, _ in experiment.data.stages[1:]), experiment.run.num_steps]
     total, compiled, programs, updates = 0.0, 0.0, {}, None
     jax.config.update("jax_enable_compilation_cache", False)
@@ -87,7 +87,7 @@ def quickstart() -> None:
         spent = collections.Counter()
         for kind, (batch, *others) in kinds.items():
             if kind not in programs:
-                programs[kind] = compile_of(gradients, state, batch)
+                programs[kind] = compile_of(halves.gradients, state, batch)
             program = programs[kind]
 
             def in_place(state, batch, program=program):
@@ -96,7 +96,7 @@ def quickstart() -> None:
             _, each = measured(in_place, program.as_text(), state, batch)
             if updates is None:
                 given = program(state, batch)
-                last = compile_of(update, state, given)
+                last = compile_of(halves.update, state, given)
                 state, updates = measured(last, last.as_text(), state, given)
             weight = (1 + len(others)) / BATCHES
             spent.update({part: weight * ms for part, ms in (each + updates).items()})

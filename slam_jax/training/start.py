@@ -17,8 +17,8 @@ from slam_jax.training.optimizer import make_optimizer
 from slam_jax.training.sharding import bytes_per_device, laid_out
 from slam_jax.training.state import (
     TrainState,
+    TrainStep,
     init_state,
-    make_step_parts,
     make_train_step,
     split_model,
 )
@@ -66,26 +66,25 @@ def run_step(
     """
     if mesh is not None or len(experiment.data.views) == 1:
         return jit_step(experiment, graphdef, state)
-    gradients, update = jit_step_parts(experiment, graphdef)
-    return lambda state, batch: update(state, gradients(state, batch))
+    return jit_halves(experiment, graphdef)
 
 
 def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) -> Any:
     """`make_train_step` of a run, jitted; it takes `state` and gives it back laid out as it is."""
-    step_fn = _made_by(make_train_step, experiment, graphdef)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+    step = _make_step(experiment, graphdef)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def jit_step_parts(experiment: Experiment, graphdef: nnx.GraphDef) -> tuple[Any, Any]:
-    """`make_step_parts` of a run on one device, jitted."""
-    gradients, update = _made_by(make_step_parts, experiment, graphdef)
-    return jax.jit(gradients), jax.jit(update, donate_argnums=0)
+def jit_halves(experiment: Experiment, graphdef: nnx.GraphDef) -> TrainStep:
+    """The same on one device, each half jitted by itself."""
+    step = _make_step(experiment, graphdef)
+    return TrainStep(jax.jit(step.gradients), jax.jit(step.update, donate_argnums=0))
 
 
-def _made_by(make: Callable[..., Any], experiment: Experiment, graphdef: nnx.GraphDef) -> Any:
+def _make_step(experiment: Experiment, graphdef: nnx.GraphDef) -> TrainStep:
     options = experiment.optimizer
-    return make(
+    return make_train_step(
         graphdef,
         loss_of(experiment),
         make_optimizer(options, experiment.run.num_steps),

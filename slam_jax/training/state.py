@@ -1,5 +1,6 @@
 """The state of a run and the one pure step that takes it on."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,6 +74,22 @@ def init_state(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """(state, batch) -> (state, metrics), in two halves.
+
+    gradients: (state, batch) -> what the update needs of a batch. update: (state, that) -> (state,
+    metrics), which is the same for batches of all kinds.
+    """
+
+    gradients: Callable[[TrainState, Any], Any]
+    update: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
+    __name__ = "step"  # of its compiled program
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        return self.update(state, self.gradients(state, batch))
+
+
 def make_train_step(
     graphdef: nnx.GraphDef,
     loss_fn: Callable[..., Any],
@@ -81,8 +98,8 @@ def make_train_step(
     ema_decay: float | None = None,
     accumulate_steps: int = 1,
     weight_of: Callable[[Any], Any] = lambda part: 1.0,
-) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
-    """(state, batch) -> (state, metrics), to be jitted with the state donated.
+) -> TrainStep:
+    """A step, to be jitted with the state donated.
 
     loss_fn: (model, batch, key=) -> a NamedTuple of scalars, of which `total` is minimised, such as
     `LossParts`; metrics have it as `loss`. With `accumulate_steps` the leading axis of the
@@ -93,32 +110,6 @@ def make_train_step(
     A step whose loss or gradient is not finite is skipped: it counts as taken, and parameters,
     optimizer and average stay as they were, the count that its schedule goes by among them.
     """
-    gradients, update = make_step_parts(
-        graphdef,
-        loss_fn,
-        optimizer,
-        ema_decay=ema_decay,
-        accumulate_steps=accumulate_steps,
-        weight_of=weight_of,
-    )
-
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
-        return update(state, gradients(state, batch))
-
-    return step
-
-
-def make_step_parts(
-    graphdef: nnx.GraphDef,
-    loss_fn: Callable[..., Any],
-    optimizer: optax.GradientTransformation,
-    *,
-    ema_decay: float | None = None,
-    accumulate_steps: int = 1,
-    weight_of: Callable[[Any], Any] = lambda part: 1.0,
-) -> tuple[Callable[[TrainState, Any], Any], Callable[[TrainState, Any], Any]]:
-    """`make_train_step` in two, of the same arguments: (state, batch) -> what the update needs of a
-    batch, and (state, that) -> (state, metrics), which is the same for batches of all kinds."""
 
     def at_once(params, batch, key):
         def loss(params):
@@ -181,7 +172,7 @@ def make_step_parts(
         )
         return state, StepMetrics(loss, grad_norm, bad_steps, updates)
 
-    return gradients, update
+    return TrainStep(gradients, update)
 
 
 def _unless(bad: Bool[Array, ""], update: Callable[[Any, Any], Any], grads: Any, old: Any) -> Any:
