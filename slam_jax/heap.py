@@ -10,8 +10,8 @@ from typing import Any
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _MADV_HUGEPAGE, _HUGE = 14, 2 << 20
 _BEHIND = 64 << 20  # larger than any gap in a young heap, and never touched
-# Holes of less than 1 KiB are kept by their size, and malloc need not search them. One more than a
-# power of two, so that no plug is of a size that a thread keeps for itself (tcache).
+# Holes of less than 1 KiB are kept by their size, and malloc need not search them. A little more
+# than powers of two, so that no plug is of a size that a thread keeps for itself (tcache).
 _HEADER = 16  # what glibc adds to requests of these sizes
 _PLUGS = tuple((1 << power) + _HEADER for power in range(20, 9, -1))
 _MOST = 1 << 30  # bytes in plugs of one size

@@ -24,9 +24,9 @@ def tune_host() -> None:
     another place. XLA:CPU allocates its temporaries anew at every execution, and glibc gives large
     ones back to the system at once, which then clears the same pages again, step after step. Here
     they are kept, in huge pages where Linux has them: a training step of `standard` at the size of
-    the `heldout` comparison took 0.76 times as long (2 cores of an AMD EPYC, 2026-11-27:
-    python benchmarks/host_memory.py). A compilation leaves free memory in many small pieces, which
-    malloc would search in every operation; they are plugged until the next one.
+    the `heldout` comparison took 0.76 times as long (2 cores of an AMD EPYC, 2026-11-27, version
+    0.8.2: python benchmarks/host_memory.py). A compilation leaves free memory in many small pieces,
+    which malloc would search in every operation; they are plugged until the next one.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         chosen = pathlib.Path(os.environ.get("SLAM_JAX_CACHE_DIR") or "~/.cache/slam_jax/xla")
