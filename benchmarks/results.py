@@ -18,7 +18,7 @@ FOLDER = ROOT / "results"
 
 
 def machine_file() -> Path:
-    name = place(describe_machine()).lower()
+    name = re.sub(r"\((r|tm)\)", "", place(describe_machine()).lower())  # Intel's marks
     return FOLDER / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json")
 
 

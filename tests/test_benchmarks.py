@@ -172,6 +172,8 @@ def test_figures_are_kept_by_processor_or_by_gpu(monkeypatch):
     machine = {"processor": "AMD EPYC", "cores": 2, "device": "cpu"}
     monkeypatch.setattr(results, "describe_machine", lambda: machine)
     assert results.machine_file().name == "amd-epyc-2-cores.json"
+    machine["processor"] = "Intel(R) Xeon(R) Processor"
+    assert results.machine_file().name == "intel-xeon-processor-2-cores.json"
     machine["device"] = "NVIDIA H100 80GB HBM3"
     assert results.machine_file().name == "nvidia-h100-80gb-hbm3.json"
     assert results.place(machine) == "NVIDIA H100 80GB HBM3"
