@@ -1,12 +1,19 @@
 """Mixtures of experts: each token gets what its experts make of it, whatever the loads."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from slam_jax.layers.expert_blocks import cut, gated_mlp, looped_gated_mlp
+from slam_jax.layers.expert_blocks import (
+    cut,
+    gated_mlp,
+    looped_gated_mlp,
+    picked_product,
+    read_product,
+)
 from slam_jax.layers.experts import Experts, MixtureOfExperts
 from slam_jax.layers.router import (
     Router,
@@ -18,6 +25,7 @@ from slam_jax.layers.router import (
 )
 
 DIM, MLP, EXPERTS = 6, 10, 8
+PRODUCTS = (read_product, picked_product)
 
 
 def normal(seed, *shape):
@@ -162,6 +170,27 @@ def test_blocks_taken_together_are_blocks_one_by_one():
         strict=True,
     ):
         close(one, other, 1e-4)
+
+
+@pytest.mark.parametrize(("inputs", "dtype"), [(48, "float32"), (7, "float32"), (48, "bfloat16")])
+def test_a_kernel_read_where_it_stands_multiplies_like_its_copy(inputs, dtype):
+    row, kernels = (
+        jax.random.normal(jax.random.key(i), shape).astype(dtype)
+        for i, shape in enumerate([(inputs,), (3, inputs, 5)])
+    )
+    exact = dict(rtol=1e-5, atol=1e-5) if dtype == "float32" else dict(rtol=0.02, atol=0.1)
+    for pick in jnp.arange(3):
+        read, plain = (_with_derivatives(f, row, kernels, pick) for f in PRODUCTS)
+        chex.assert_trees_all_equal_dtypes(read, plain)
+        chex.assert_trees_all_close(read, plain, **exact)
+
+
+def _with_derivatives(product, row, kernels, pick):
+    def picked(row, kernels):
+        return product(row, kernels, pick)
+
+    gradients = jax.grad(lambda *given: (picked(*given) ** 2).sum(), (0, 1))(row, kernels)
+    return picked(row, kernels), gradients, jax.jvp(picked, (row, kernels), (row, kernels))
 
 
 def test_bfloat16_kernels_sum_the_gradients_of_their_blocks_in_float32():

@@ -1,5 +1,6 @@
 """Rows sorted by expert, in blocks of one size, each for one expert: exact whatever the loads."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from slam_jax.layers.linear import matmul, matmul_back, transposed
 from slam_jax.layers.precision import wide
+
+# Of a kernel, to be added up in one pass: of fewer and larger ones the total is larger, too.
+_PARTS = 16
 
 Kernels = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
 
@@ -167,6 +171,40 @@ def _bounds(blocks: Blocks) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
 
 
 looped_gated_mlp.defvjp(_looped_forward, _looped_backward)
+
+
+def picked_product(
+    row: Float[Array, "I"], kernels: Float[Array, "E I O"], pick: Int[Array, ""]
+) -> Float[Array, "O"]:
+    """row @ kernels[pick]."""
+    # Of a matrix of one row: the kernel would be transposed for a vector.
+    return (row[None] @ kernels[pick])[0]
+
+
+@jax.custom_jvp
+def read_product(
+    row: Float[Array, "I"], kernels: Float[Array, "E I O"], pick: Int[Array, ""]
+) -> Float[Array, "O"]:
+    """`picked_product`, for which XLA:CPU would first copy the kernel, which takes longer than to
+    multiply by it: in one pass over the kernel, where it stands, parts of it are added up to one,
+    whose rows a product sums."""
+    num_experts, inputs, outputs = kernels.shape
+    count = math.gcd(inputs, _PARTS)
+    kernels = kernels.reshape(num_experts, count, -1, outputs)
+    size = kernels.shape[2]
+    total = jnp.zeros((size, outputs), wide(row.dtype))
+    for i, factors in enumerate(row.reshape(count, size, 1).astype(total.dtype)):
+        part = jax.lax.dynamic_slice(kernels, (pick, i, 0, 0), (1, 1, size, outputs))
+        total += factors * part.reshape(size, outputs)
+    return (jnp.ones((1, size), total.dtype) @ total)[0].astype(row.dtype)
+
+
+@read_product.defjvp
+def _read_product_tangent(primals, tangents):
+    row, kernels, pick = primals
+    of_row, of_kernels, _ = tangents
+    change = picked_product(of_row, kernels, pick) + picked_product(row, of_kernels, pick)
+    return read_product(row, kernels, pick), change
 
 
 def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:

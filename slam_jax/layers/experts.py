@@ -16,7 +16,9 @@ from slam_jax.layers.expert_blocks import (
     cut,
     gated_mlp,
     looped_gated_mlp,
+    picked_product,
     ranks,
+    read_product,
     swiglu,
     take,
 )
@@ -32,9 +34,9 @@ _FEW = 32
 def _loops() -> bool:
     """Whether small products one after the other beat one batched product of copied kernels.
 
-    With the latter a gradient took 1.2 to 1.7 times as long, and one token 1.9 times (2 cores of an
-    AMD EPYC, 2026-11-27: python benchmarks/experts.py). An accelerator would wait between small
-    ones.
+    With the latter a gradient took 1.4 and 1.5 times as long, and one token 2.6 times (2 cores of
+    an Intel Xeon, 2026-11-28: python benchmarks/experts.py). An accelerator would wait between
+    small ones.
     """
     return on_cpu()
 
@@ -127,17 +129,16 @@ class Experts(nnx.Module):
 
     def _by_choice(self, kernels: Kernels, rows, experts, weights):
         """For a few tokens: reads the kernels of their experts only."""
+        product = read_product if _loops() else picked_product
 
         def by_one(choice):
             row, expert = choice
-            gate, up, down = (kernel[expert] for kernel in kernels)
-            return swiglu(row @ gate, row @ up) @ down
+            gate, up, down = (functools.partial(product, kernels=k, pick=expert) for k in kernels)
+            return down(swiglu(gate(row), up(row)))
 
-        # Kernels of one choice after the other are copied by all cores; a gather of all, by one.
         over_choices = functools.partial(jax.lax.map, by_one) if _loops() else jax.vmap(by_one)
         num_tokens, k = experts.shape
-        # A matrix of one row each: kernels would be transposed for a vector.
-        choices = jnp.repeat(rows.astype(self.dtype), k, axis=0)[:, None]
+        choices = jnp.repeat(rows.astype(self.dtype), k, axis=0)
         y = over_choices((choices, jnp.minimum(experts.reshape(-1), len(kernels[0]) - 1)))
         y = y.reshape(num_tokens, k, -1).astype(wide(self.dtype))
         return jnp.einsum("rk,rkd->rd", weights, y)
