@@ -84,30 +84,39 @@ def draw(machines: dict[str, Json], file: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter
 
-    bars = [
-        (f"{row['title']} / {arm_name}", arm["ratio"])
-        for kept in machines.values()
-        for name in BENCHMARKS
-        for row in kept["benchmarks"].get(name, {"rows": []})["rows"]
-        for arm_name, arm in row["arms"].items()
+    panels = {name: bars for name, kept in machines.items() if (bars := _bars(kept))}
+    if not panels:
+        return
+    heights = [0.8 + 0.22 * len(bars) for bars in panels.values()]
+    with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False}):
+        figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)
+        for axes, (machine, bars) in zip(grid[:, 0], panels.items(), strict=True):
+            for y, (_, ratio) in enumerate(bars):
+                short = ratio["aim"] is not None and ratio["median"] < ratio["aim"]
+                axes.barh(y, ratio["median"] - 1, left=1, color="#c44e52" if short else "#4c72b0")
+                axes.plot([ratio["least"], ratio["most"]], [y, y], color="black", linewidth=0.8)
+                if ratio["aim"] is not None:
+                    axes.plot(ratio["aim"], y, "|", color="black", markersize=9, markeredgewidth=2)
+            axes.set_title(machine)
+            axes.set_yticks(range(len(bars)), [label for label, _ in bars])
+            axes.set_ylim(len(bars) - 0.5, -0.5)
+            axes.set_xscale("log")
+            axes.axvline(1, color="black", linewidth=0.8)
+            axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.set_xlabel("theirs / ours; the stroke is the aim, red falls short of it")
+        figure.savefig(file, dpi=110)
+
+
+def _bars(kept: Json) -> list[tuple[str, Json]]:
+    """What was compared, and how it came out, row after row."""
+    return [
+        (f"{row['title']} / {name}", arm["ratio"])
+        for entry in (kept["benchmarks"].get(name, {"rows": []}) for name in BENCHMARKS)
+        for row in entry["rows"]
+        for name, arm in row["arms"].items()
         if "ratio" in arm
     ]
-    with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False}):
-        figure = Figure(figsize=(8, 0.8 + 0.22 * len(bars)), layout="constrained")
-        axes = figure.add_subplot()
-        for y, (_, ratio) in enumerate(bars):
-            short = ratio["aim"] is not None and ratio["median"] < ratio["aim"]
-            axes.barh(y, ratio["median"] - 1, left=1, color="#c44e52" if short else "#4c72b0")
-            axes.plot([ratio["least"], ratio["most"]], [y, y], color="black", linewidth=0.8)
-            if ratio["aim"] is not None:
-                axes.plot(ratio["aim"], y, "|", color="black", markersize=9, markeredgewidth=2)
-        axes.set_yticks(range(len(bars)), [label for label, _ in bars])
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.set_xlabel("theirs / ours; the stroke is the aim, red falls short of it")
-        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-        figure.savefig(file, dpi=110)
 
 
 def _table_rows(row: Json) -> list[str]:
