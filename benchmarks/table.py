@@ -84,9 +84,7 @@ def draw(machines: dict[str, Json], file: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter
 
-    panels = {name: bars for name, kept in machines.items() if (bars := _bars(kept))}
-    if not panels:
-        return
+    panels = {name: _bars(kept) for name, kept in machines.items()}
     heights = [0.8 + 0.22 * len(bars) for bars in panels.values()]
     with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False}):
         figure = Figure(figsize=(8, sum(heights)), layout="constrained")
@@ -100,7 +98,7 @@ def draw(machines: dict[str, Json], file: Path) -> None:
                     axes.plot(ratio["aim"], y, "|", color="black", markersize=9, markeredgewidth=2)
             axes.set_title(machine)
             axes.set_yticks(range(len(bars)), [label for label, _ in bars])
-            axes.set_ylim(len(bars) - 0.5, -0.5)
+            axes.set_ylim(max(len(bars), 1) - 0.5, -0.5)
             axes.set_xscale("log")
             axes.axvline(1, color="black", linewidth=0.8)
             axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))

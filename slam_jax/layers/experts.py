@@ -133,7 +133,7 @@ class Experts(nnx.Module):
 
         def by_one(choice):
             row, expert = choice
-            gate, up, down = (functools.partial(product, kernels=k, pick=expert) for k in kernels)
+            gate, up, down = (functools.partial(product, kernels=m, pick=expert) for m in kernels)
             return down(swiglu(gate(row), up(row)))
 
         over_choices = functools.partial(jax.lax.map, by_one) if _loops() else jax.vmap(by_one)
