@@ -105,7 +105,7 @@ def test_a_layer_that_reads_its_own_keys_is_the_plain_one(attention):
     expected = attention(jnp.concatenate([x[1:, :2], x[1:, 4:5]], axis=1))[:, -1:]
     positions = jnp.array([[4], [2]])
     close(reader(x[:, 4:5], made, positions)[1:], expected)
-    close(cache.k[0, :5], shared.key(x[0, :5]))
+    close(cache.tokens_first()[0][0, :5], shared.key(x[0, :5]))
 
 
 def test_a_query_bias_is_added_to_queries_before_all_else():

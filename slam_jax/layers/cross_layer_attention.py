@@ -71,9 +71,9 @@ class SharedKeyValues(nnx.Module):
         """All that is kept, with one more token per row."""
         positions = cache.length[..., None]
         cache = cache.extended(self.key(x), self.value(x))
-        slots = jnp.arange(cache.k.shape[-3])
+        slots = jnp.arange(cache.capacity)
         visible = slots <= positions[..., None]
-        return KeyValues(cache.k, cache.v, slots, visible), cache
+        return KeyValues(*cache.tokens_first(), slots, visible), cache
 
 
 class CrossLayerAttention(nnx.Module):

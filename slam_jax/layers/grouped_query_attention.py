@@ -92,8 +92,8 @@ class GroupedQueryAttention(nnx.Module):
         positions = cache.length[..., None]
         q, k, v = self._project(x, positions)
         cache = cache.extended(k, v)
-        visible = jnp.arange(cache.k.shape[-3]) <= positions[..., None]
-        return self.out(attend(q, cache.k, cache.v, visible)), cache
+        visible = jnp.arange(cache.capacity) <= positions[..., None]
+        return self.out(attend(q, *cache.tokens_first(), visible)), cache
 
     def _project(self, x, positions):
         q, k, v = self.query(x), self.key(x), self.value(x)

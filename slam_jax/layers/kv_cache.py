@@ -11,30 +11,57 @@ from slam_jax.errors import InputError
 class KVCache:
     """What one layer remembers: keys and values of every token, right-padded to a capacity T.
 
+    They stand heads first, as products read them, where a decoding step would otherwise lay all of
+    them out anew; what is written and `tokens_first` have the order of attention.
     length: tokens stored per row; entries at and beyond it are never attended to.
     """
 
-    k: Float[Array, "*B T K H"]
-    v: Float[Array, "*B T K V"]
+    k: Float[Array, "*B K T H"]
+    v: Float[Array, "*B K T V"]
     length: Int[Array, "*B"]
 
     @classmethod
     def empty(
         cls, batch_shape: tuple[int, ...], max_length: int, num_kv_heads: int, head_dim: int, dtype
     ) -> "KVCache":
-        shape = (*batch_shape, max_length, num_kv_heads, head_dim)
+        shape = (*batch_shape, num_kv_heads, max_length, head_dim)
         length = jnp.zeros(batch_shape, jnp.int32)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), length)
 
-    def filled(self, k, v, lengths: Int[Array, "*B"] | None) -> "KVCache":
-        """An empty cache with a right-padded prompt in it; `lengths`: of its rows, None = all."""
-        k, v, length = write_prompt((self.k, self.v), (k, v), self.length, lengths)
-        return KVCache(k, v, length)
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[-2]
 
-    def extended(self, k, v) -> "KVCache":
+    def tokens_first(self) -> tuple[Float[Array, "*B T K H"], Float[Array, "*B T K V"]]:
+        """Keys and values as `attend` takes them, which turns them back: no program does either."""
+        return _swapped(self.k), _swapped(self.v)
+
+    def filled(
+        self,
+        k: Float[Array, "*B t K H"],
+        v: Float[Array, "*B t K V"],
+        lengths: Int[Array, "*B"] | None,
+    ) -> "KVCache":
+        """An empty cache with a right-padded prompt in it; `lengths`: of its rows, None = all."""
+        lengths = None if lengths is None else self._of_heads(lengths)
+        prompts, length = (_swapped(k), _swapped(v)), self._of_heads(self.length)
+        return self._written(*write_prompt((self.k, self.v), prompts, length, lengths))
+
+    def extended(self, k: Float[Array, "*B 1 K H"], v: Float[Array, "*B 1 K V"]) -> "KVCache":
         """With one more token a row; a full row keeps what it has."""
-        k, v, length = write_token((self.k, self.v), (k, v), self.length)
-        return KVCache(k, v, length)
+        tokens, length = (_swapped(k), _swapped(v)), self._of_heads(self.length)
+        return self._written(*write_token((self.k, self.v), tokens, length))
+
+    def _of_heads(self, length: Int[Array, "*B"]) -> Int[Array, "*B K"]:
+        """Each head of a row is written like a row of its own."""
+        return jnp.broadcast_to(length[..., None], self.k.shape[:-2])
+
+    def _written(self, k, v, length: Int[Array, "*B K"]) -> "KVCache":
+        return KVCache(k, v, length[..., 0])
+
+
+def _swapped(x: Float[Array, "*B T K H"]) -> Float[Array, "*B K T H"]:
+    return jnp.swapaxes(x, -2, -3)
 
 
 def write_prompt(
