@@ -21,7 +21,7 @@ from slam_jax.layers import (
     rotary,
 )
 from slam_jax.layers.dropout import dropout, split
-from slam_jax.layers.linear import Linear, project_wide
+from slam_jax.layers.linear import Linear, matmul, project_wide
 
 DIM, HEADS, RANK, NOPE, ROPE, VALUE = 12, 2, 7, 6, 4, 5
 LENGTH = 8
@@ -376,6 +376,32 @@ def test_on_a_cpu_bfloat16_products_are_asked_for_in_float32(monkeypatch):
         assert not operations("layout_constraint") and len(operations("dot_general")) == 3
     monkeypatch.setattr("slam_jax.layers.linear.on_cpu", lambda: False)
     assert not operations("layout_constraint") and len(operations("dot_general")) == 3
+
+
+def test_one_row_is_multiplied_in_a_pass_over_the_kernel_and_many_by_a_product(monkeypatch):
+    monkeypatch.setattr("slam_jax.layers.linear.on_cpu", lambda: True)
+    x, kernel = normal(1, 3, 1, 512), normal(2, 512, 256) / 512**0.5
+    rows = jax.vmap(matmul, (0, None))
+
+    def values(product, x):
+        primal, tangent = jax.jvp(product, (x, kernel), (x[..., ::-1], kernel[::-1]))
+        gradients = jax.grad(lambda *given: (product(*given) ** 2).sum(), (0, 1))(x, kernel)
+        return primal, tangent, *gradients
+
+    def is_pass(product, x):
+        return " mul " in str(jax.make_jaxpr(lambda *given: product(*given))(x, kernel))
+
+    for ours, given in ((matmul, x[0]), (rows, x)):
+        for value, expected in zip(values(ours, given), values(jnp.matmul, given), strict=True):
+            close(value, expected)
+    assert is_pass(matmul, x[0])
+    # A pass for each of many rows would have the memory of as many kernels.
+    assert not is_pass(rows, x) and not is_pass(matmul, x[:, 0])
+    # Divided over devices, the parts might lie on several.
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))):
+        assert not is_pass(matmul, x[0])
+    monkeypatch.setattr("slam_jax.layers.linear.on_cpu", lambda: False)
+    assert not is_pass(matmul, x[0])
 
 
 def test_logits_are_float32_and_all_their_products_of_bfloat16():

@@ -7,11 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from slam_jax.layers.linear import matmul, matmul_back, transposed
+from slam_jax.layers.linear import NUM_PARTS, matmul, matmul_back, sum_of_parts, transposed
 from slam_jax.layers.precision import wide
-
-# Of a kernel, to be added up in one pass: of fewer and larger ones the total is larger, too.
-_PARTS = 16
 
 Kernels = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
 
@@ -186,17 +183,13 @@ def read_product(
     row: Float[Array, "I"], kernels: Float[Array, "E I O"], pick: Int[Array, ""]
 ) -> Float[Array, "O"]:
     """`picked_product`, for which XLA:CPU would first copy the kernel, which takes longer than to
-    multiply by it: in one pass over the kernel, where it stands, parts of it are added up to one,
-    whose rows a product sums."""
+    multiply by it; here it is read where it stands."""
     num_experts, inputs, outputs = kernels.shape
-    count = math.gcd(inputs, _PARTS)
-    kernels = kernels.reshape(num_experts, count, -1, outputs)
-    size = kernels.shape[2]
-    total = jnp.zeros((size, outputs), wide(row.dtype))
-    for i, factors in enumerate(row.reshape(count, size, 1).astype(total.dtype)):
-        part = jax.lax.dynamic_slice(kernels, (pick, i, 0, 0), (1, 1, size, outputs))
-        total += factors * part.reshape(size, outputs)
-    return (jnp.ones((1, size), total.dtype) @ total)[0].astype(row.dtype)
+    count = math.gcd(inputs, NUM_PARTS)
+    parts = kernels.reshape(num_experts, count, -1, outputs)
+    shape = (1, 1, inputs // count, outputs)
+    starts = ((pick, i, 0, 0) for i in range(count))
+    return sum_of_parts(row, (jax.lax.dynamic_slice(parts, i, shape)[0, 0] for i in starts))
 
 
 @read_product.defjvp

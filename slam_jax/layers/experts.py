@@ -131,15 +131,18 @@ class Experts(nnx.Module):
         """For a few tokens: reads the kernels of their experts only."""
         product = read_product if _loops() else picked_product
 
-        def by_one(choice):
+        def by_one(_, choice):
             row, expert = choice
             gate, up, down = (functools.partial(product, kernels=m, pick=expert) for m in kernels)
-            return down(swiglu(gate(row), up(row)))
+            return None, down(swiglu(gate(row), up(row)))
 
-        over_choices = functools.partial(jax.lax.map, by_one) if _loops() else jax.vmap(by_one)
         num_tokens, k = experts.shape
-        choices = jnp.repeat(rows.astype(self.dtype), k, axis=0)
-        y = over_choices((choices, jnp.minimum(experts.reshape(-1), len(kernels[0]) - 1)))
+        picks = jnp.minimum(experts.reshape(-1), len(kernels[0]) - 1)
+        choices = jnp.repeat(rows.astype(self.dtype), k, axis=0), picks
+        if _loops():  # those of a token without one: XLA:CPU takes long for each round
+            _, y = jax.lax.scan(by_one, None, choices, unroll=k)
+        else:
+            _, y = jax.vmap(by_one, in_axes=(None, 0))(None, choices)
         y = y.reshape(num_tokens, k, -1).astype(wide(self.dtype))
         return jnp.einsum("rk,rkd->rd", weights, y)
 

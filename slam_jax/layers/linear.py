@@ -1,6 +1,7 @@
 """The linear map, between any shapes of features."""
 
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,12 @@ from slam_jax.layers.remat import MAP
 Shape = int | tuple[int, ...]
 Initializer = jax.nn.initializers.Initializer
 LECUN_NORMAL = jax.nn.initializers.lecun_normal()
+
+# Of a kernel, to be added up in one pass: of fewer and larger ones the total is larger, too.
+NUM_PARTS = 16
+# Sizes of kernels that XLA:CPU reads on one core, to multiply one row, and two read faster: `python
+# -m benchmarks deepseek generation` (2 cores of an Intel Xeon, 2026-11-28).
+_BY_ONE_CORE = range(2**17, 2**20)
 
 
 def project(
@@ -45,9 +52,51 @@ def project_wide(x: Float[Array, "*B I"], kernel: Float[Array, "I O"]) -> Float[
 
 def matmul(x: Float[Array, "R I"], kernel: Float[Array, "I O"]) -> Float[Array, "R O"]:
     """x @ kernel, and its gradient, as they are fastest here."""
+    if _is_read(x, kernel):
+        return _read_product(x, kernel)
     # XLA:CPU widens bfloat16 before it multiplies, but for products that are asked for in float32.
     narrow = x.dtype == kernel.dtype == jnp.bfloat16
     return _wide_matmul(x, kernel).astype(x.dtype) if narrow and on_cpu() else x @ kernel
+
+
+def _is_read(x, kernel) -> bool:
+    fits = kernel.size in _BY_ONE_CORE and len(kernel) % NUM_PARTS == 0
+    single = len(x) == 1 and x.dtype == kernel.dtype == jnp.float32
+    return single and fits and on_cpu() and alone()
+
+
+@jax.custom_jvp
+def _read_product(x: Float[Array, "1 I"], kernel: Float[Array, "I O"]) -> Float[Array, "1 O"]:
+    return _read_by_parts(x, kernel)
+
+
+@_read_product.defjvp
+def _read_product_tangent(primals, tangents):
+    (x, kernel), (of_x, of_kernel) = primals, tangents
+    return _read_product(x, kernel), of_x @ kernel + x @ of_kernel
+
+
+@jax.custom_batching.custom_vmap
+def _read_by_parts(x, kernel):
+    return sum_of_parts(x[0], kernel.reshape(NUM_PARTS, -1, kernel.shape[-1]))[None]
+
+
+@_read_by_parts.def_vmap
+def _read_many(_, batched, x, kernel):
+    # Of many rows the pass would make a total each.
+    axes = tuple(0 if one else None for one in batched)
+    return jax.vmap(jnp.matmul, axes)(x, kernel), True
+
+
+def sum_of_parts(row: Float[Array, "I"], parts: Iterable[Float[Array, "J O"]]) -> Float[Array, "O"]:
+    """row @ kernel, of a kernel in equal parts: in one pass over it they are added up to a single
+    one, whose rows a product sums. XLA:CPU shares the pass out among the cores."""
+    parts = tuple(parts)
+    factors = row.astype(wide(row.dtype)).reshape(len(parts), -1, 1)
+    total = jnp.zeros(parts[0].shape, factors.dtype)
+    for factor, part in zip(factors, parts, strict=True):
+        total += factor * part
+    return (jnp.ones((1, len(total)), total.dtype) @ total)[0].astype(row.dtype)
 
 
 def _wide_matmul(x: Float[Array, "R I"], kernel: Float[Array, "I O"]) -> Float[Array, "R O"]:
