@@ -132,10 +132,13 @@ def _steps(step: Any, layer: Any, x: Any, cache: Any) -> Any:
 
 
 def _expand(layer: Any, cache: Any) -> Any:
-    """The keys [rows, T, N, H + H_r] and values [rows, T, N, V] of all heads."""
+    """The keys [rows, N, T, H + H_r] and values [rows, N, T, V] of all heads."""
+    import jax.numpy as jnp
+
     from slam_jax.layers.kv_cache import KVCache
 
-    return KVCache(*_heads(layer, cache.c_kv, cache.k_rope), cache.length)
+    k, v = (jnp.swapaxes(x, -2, -3) for x in _heads(layer, cache.c_kv, cache.k_rope))
+    return KVCache(k, v, cache.length)
 
 
 def _heads(layer: Any, c_kv: Any, k_rope: Any) -> tuple[Any, Any]:
@@ -157,5 +160,5 @@ def _plain_step(layer: Any, x: Any, cache: Any) -> Any:
     q = jnp.concatenate([layer.q_nope(x), turn(layer.q_rope(x))], axis=-1)
     k_rope = turn(layer.k_rope(x)[..., None, :])[..., 0, :]
     cache = cache.extended(*_heads(layer, layer.kv_norm(layer.kv_down(x)), k_rope))
-    mask = jnp.arange(cache.k.shape[1]) <= positions[..., None]
-    return layer.out(attend(q, cache.k, cache.v, mask)), cache
+    mask = jnp.arange(cache.capacity) <= positions[..., None]
+    return layer.out(attend(q, *cache.tokens_first(), mask)), cache
