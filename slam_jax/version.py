@@ -1,3 +1,3 @@
 """The version, alone so that packaging reads it without importing JAX."""
 
-__version__ = "0.10.1"
+__version__ = "0.11.0"
