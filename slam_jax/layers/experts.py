@@ -139,7 +139,7 @@ class Experts(nnx.Module):
         num_tokens, k = experts.shape
         picks = jnp.minimum(experts.reshape(-1), len(kernels[0]) - 1)
         choices = jnp.repeat(rows.astype(self.dtype), k, axis=0), picks
-        if _loops():  # those of a token without one: XLA:CPU takes long for each round
+        if _loops():  # but not over those of one token: XLA:CPU takes long for each round
             _, y = jax.lax.scan(by_one, None, choices, unroll=k)
         else:
             _, y = jax.vmap(by_one, in_axes=(None, 0))(None, choices)
