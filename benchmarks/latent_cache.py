@@ -161,4 +161,5 @@ def _plain_step(layer: Any, x: Any, cache: Any) -> Any:
     k_rope = turn(layer.k_rope(x)[..., None, :])[..., 0, :]
     cache = cache.extended(*_heads(layer, layer.kv_norm(layer.kv_down(x)), k_rope))
     mask = jnp.arange(cache.capacity) <= positions[..., None]
-    return layer.out(attend(q, *cache.tokens_first(), mask)), cache
+    k, v = cache.tokens_first()
+    return layer.out(attend(q, k, v, mask)), cache
