@@ -21,9 +21,7 @@ LECUN_NORMAL = jax.nn.initializers.lecun_normal()
 
 # Of a kernel, to be added up in one pass: of fewer and larger ones the total is larger, too.
 NUM_PARTS = 16
-# Sizes of kernels that XLA:CPU reads on one core to multiply one row, and several read faster:
-# `standard` generated 1.10 and 1.19 times as fast, `deepseek_v2` 1.27 and 1.18 (2 cores of an Intel
-# Xeon, 2026-11-28: `ours_alone` of benchmarks/generating.py, with and without).
+# Sizes of kernels that XLA:CPU reads on one core to multiply one row, and several read faster.
 _BY_ONE_CORE = range(2**17, 2**20)
 
 
