@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from slam_jax import command_line
+from slam_jax.runtime import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
 STEP = flags.DEFINE_string("step", "best", "A step, or best, or latest.")
@@ -11,7 +11,7 @@ STEP = flags.DEFINE_string("step", "best", "A step, or best, or latest.")
 def main(arguments: list[str]) -> None:
     # Not before: importing JAX takes seconds, in which Ctrl-C can come.
     from slam_jax.evaluation import print_metrics
-    from slam_jax.evaluation.checkpoint import evaluate_checkpoint
+    from slam_jax.reporting.checkpoint import evaluate_checkpoint
 
     results = evaluate_checkpoint(WORKDIR.value, STEP.value, overrides=arguments)
     print_metrics(results.metrics)
@@ -19,4 +19,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

@@ -13,8 +13,8 @@ from typing import Any
 
 from absl import flags
 
-from slam_jax import command_line
 from slam_jax.errors import InputError, UserError, require_count
+from slam_jax.runtime import cli
 
 ONLY = flags.DEFINE_list("only", [], "Benchmarks to run, by name.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each comparison.")
@@ -97,4 +97,4 @@ def run(name: str, rounds: int, quick: bool) -> tuple[Any, str | None]:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

@@ -68,11 +68,11 @@ def v6_losses(preset: str, rows: int, length: int, dtype: str) -> Any:
     from flax import nnx
 
     from slam_jax.language_models import make_model
-    from slam_jax.training.host import tune_host
+    from slam_jax.runtime.compile_cache import enable_compile_cache
     from slam_jax.training.state import merge_model, split_model
     from slam_jax.training.token_losses import token_losses
 
-    tune_host()
+    enable_compile_cache()
     config = make_config("slam_v6", preset)
     params = split_model(jax.jit(lambda: make_model(config, rngs=nnx.Rngs(0)))())[1]
     params = jax.tree.map(lambda x: x.astype(dtype), params)

@@ -75,9 +75,9 @@ def _xla_copy(n: int) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from slam_jax.training.host import tune_host
+    from slam_jax.runtime.compile_cache import enable_compile_cache
 
-    tune_host()
+    enable_compile_cache()
     x = jnp.ones(n, jnp.float32)
     # What returns its argument would copy nothing; a new array each time is new memory to clear.
     copy = jax.jit(lambda x, i: x + i, donate_argnums=0)

@@ -17,10 +17,10 @@ from pathlib import Path
 import jax
 
 from slam_jax.data import prepare, training_batches
+from slam_jax.runtime.compile_cache import enable_compile_cache
 from slam_jax.training import Checkpoints, Experiment, make_optimizer, make_train_step, slam_v3_loss
 from slam_jax.training.checkpoint.trees import num_bytes
 from slam_jax.training.experiment import as_json
-from slam_jax.training.host import tune_host
 from slam_jax.training.loop import initial_state
 
 ROUNDS, SEGMENT_S = 5, 60
@@ -28,7 +28,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
 
 
 def main() -> None:
-    tune_host()
+    enable_compile_cache()
     config = runpy.run_path(str(CONFIG))["get_config"]()
     config.data.stages = ((0, {"image": 1.0}),)
     experiment = Experiment.from_config(config)

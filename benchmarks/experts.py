@@ -18,7 +18,7 @@ from flax import nnx
 from slam_jax.layers import experts as layer
 from slam_jax.layers.experts import Experts
 from slam_jax.layers.router import Routing
-from slam_jax.training.host import tune_host
+from slam_jax.runtime.compile_cache import enable_compile_cache
 
 ROUNDS, NUM_EXPERTS, K = 9, 8, 2
 TOKENS, DIM, MLP = 2_048, 192, 512
@@ -29,7 +29,7 @@ ARMS = {"in a loop": (True, 0), "at once": (False, 0), "every expert": (True, TO
 
 
 def main() -> None:
-    tune_host()
+    enable_compile_cache()
     for uneven in (0.0, 0.5):
         experts, x, routing = _given(TOKENS, DIM, MLP, uneven)
 

@@ -32,9 +32,9 @@ class Numbers(NamedTuple):
 
 def ours(folder: str, prompt: list[int], new_tokens: int) -> Any:
     from slam_jax.interop import load_pretrained
-    from slam_jax.training.host import tune_host
+    from slam_jax.runtime.compile_cache import enable_compile_cache
 
-    tune_host()
+    enable_compile_cache()
     model, _ = load_pretrained(folder)
     return _generating(model, prompt, new_tokens)
 
@@ -44,9 +44,9 @@ def ours_alone(system: str, preset: str, prompt: list[int], new_tokens: int) -> 
     from flax import nnx
 
     from slam_jax.language_models import make_config, make_model
-    from slam_jax.training.host import tune_host
+    from slam_jax.runtime.compile_cache import enable_compile_cache
 
-    tune_host()
+    enable_compile_cache()
     config = make_config(system, preset)
     model = jax.jit(lambda: make_model(config, rngs=nnx.Rngs(0)))()
     return _generating(model, prompt, new_tokens)

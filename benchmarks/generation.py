@@ -22,7 +22,7 @@ import numpy as np
 import slam_jax
 from slam_jax.data.sort_of_clevr import COLOURS, PROMPTS, draw, make_scene
 from slam_jax.generation import Request, Sampling, encode, generate
-from slam_jax.training.host import tune_host
+from slam_jax.runtime.compile_cache import enable_compile_cache
 
 ROUNDS, TOKENS = 5, 128
 FIRST_TOKEN = """
@@ -31,8 +31,8 @@ started = time.perf_counter()
 import slam_jax
 from slam_jax.data.sort_of_clevr import draw, make_scene
 from slam_jax.generation import Request, Sampling, stream
-from slam_jax.training.host import tune_host
-tune_host()
+from slam_jax.runtime.compile_cache import enable_compile_cache
+enable_compile_cache()
 imported = time.perf_counter()
 loaded = slam_jax.load(sys.argv[1])
 request = Request("shape of red", image=draw(make_scene(9_800)[0], range(6)))
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--workdir", default="runs/quickstart")
     workdir = parser.parse_args().workdir
-    tune_host()
+    enable_compile_cache()
     loaded = slam_jax.load(workdir)
     cores = len(os.sched_getaffinity(0))
     print(f"{workdir}, step {loaded.step:,}, on {jax.devices()[0].device_kind}, {cores} cores")

@@ -44,10 +44,10 @@ def steps(count: int, data_dir: str, quick: bool) -> Any:
     """The same, each batch trained on; batches are made beforehand."""
     import jax
 
-    from slam_jax.training.host import tune_host
+    from slam_jax.runtime.compile_cache import enable_compile_cache
     from slam_jax.training.start import initial_state, run_step
 
-    tune_host()
+    enable_compile_cache()
     experiment, dataset, made = _prepared(data_dir, quick)
     graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
     step = run_step(experiment, graphdef, state)

@@ -103,9 +103,9 @@ def _start(rows: int, context: int, sizes: Sizes, dtype: str) -> tuple[Any, Any,
     import jax
     import jax.numpy as jnp
 
-    from slam_jax.training.host import tune_host
+    from slam_jax.runtime.compile_cache import enable_compile_cache
 
-    tune_host()
+    enable_compile_cache()
     layer = jax.jit(functools.partial(_layer, sizes, dtype))()
     empty = layer.init_cache((rows,), context + ROOM)
     keys = jax.random.split(jax.random.key(0), 3)

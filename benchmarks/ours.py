@@ -101,10 +101,10 @@ def decoding(folder: str, context: int, room: int, rows: int = 1, **dtypes: Any)
 
 def _load(folder: str, **dtypes: Any) -> tuple[Any, Any, Any]:
     from slam_jax.interop import load_pretrained
-    from slam_jax.training.host import tune_host
+    from slam_jax.runtime.compile_cache import enable_compile_cache
     from slam_jax.training.state import split_model
 
-    tune_host()
+    enable_compile_cache()
     model, config = load_pretrained(folder, **dtypes)
     return *split_model(model), config
 

@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from slam_jax.training import override, planning, read_config
+from slam_jax import planning
+from slam_jax.training import override, read_config
 from slam_jax.training.mesh import make_mesh
 from slam_jax.training.sharding import in_force, place
 from slam_jax.training.start import initial_state, jit_step

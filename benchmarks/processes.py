@@ -43,15 +43,15 @@ def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices
     import jax.numpy as jnp
     from flax import nnx
 
+    from slam_jax.runtime.compile_cache import enable_compile_cache
     from slam_jax.slam_v3 import SlamV3Config
     from slam_jax.slam_v3.processes import LevelOne, ParallelProcesses
     from slam_jax.slam_v3.streams import Stream
-    from slam_jax.training.host import tune_host
     from slam_jax.training.mesh import MeshConfig, make_mesh
     from slam_jax.training.sharding import in_force, layout
     from slam_jax.training.state import merge_model, split_model
 
-    tune_host()
+    enable_compile_cache()
     config = SlamV3Config.preset(preset, 1)
 
     class Part(nnx.Module):

@@ -24,12 +24,12 @@ from absl import flags
 from flax import nnx
 
 from benchmarks import ours
-from slam_jax import command_line
 from slam_jax.data import prepare, training_batches
 from slam_jax.errors import InputError
 from slam_jax.language_models import make_config, make_model
+from slam_jax.runtime import cli
+from slam_jax.runtime.compile_cache import enable_compile_cache
 from slam_jax.training import Experiment, read_config, split_model
-from slam_jax.training.host import tune_host
 from slam_jax.training.start import initial_state, jit_halves
 
 CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
@@ -44,7 +44,7 @@ _HOLDERS = {"while", "call", "conditional"}
 def main(arguments: list[str]) -> None:
     if arguments:
         raise InputError(f"argument {arguments[0]!r}; expected --system or nothing")
-    tune_host()
+    enable_compile_cache()
     if SYSTEM.value is None:
         quickstart()
     else:
@@ -173,4 +173,4 @@ def _table(program: str, name: str) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

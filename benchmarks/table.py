@@ -173,7 +173,7 @@ def _provenance(name: str, entry: Json) -> str:
 
 
 def main() -> None:
-    from slam_jax.command_line import clear_ends
+    from slam_jax.runtime.cli import clear_ends
 
     with clear_ends():
         write()

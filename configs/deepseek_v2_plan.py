@@ -1,6 +1,6 @@
 """DeepSeek V2, 236 billion parameters, to be planned: language models have no data set here.
 
-    python train.py --config=configs/deepseek_v2_plan.py --plan --devices=1024
+    python -m slam_jax.planning --config=configs/deepseek_v2_plan.py --devices=1024
 
 The published sizes with float32 parameters and optimizer, computed in bfloat16, on 8,192 rows of
 4,096 tokens a step (DeepSeek-AI 2024, section 3.1.2, has 9,216), which are taken in 64 parts: of

@@ -1,6 +1,6 @@
 """A SLAM v3 of seven billion parameters, to be planned; nobody has trained it.
 
-    python train.py --config=configs/slam_v3_7b.py --plan --devices=256 --device_memory_gib=80
+    python -m slam_jax.planning --config=configs/slam_v3_7b.py --devices=256 --device_memory_gib=80
 
 2,048 wide, four processes of sixteen layers, a ViT of 24 and a decoder of 32, computed in bfloat16
 on float32 parameters. It reads Sort-of-CLEVR, image and text together, so that the command runs as

@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import slam_jax.evaluation.checkpoint
-import slam_jax.interop  # noqa: F401  (with these all modules are there)
+from slam_jax.runtime.signals import SIGNALS
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
-from slam_jax.stop import SIGNALS
 from slam_jax.training import read_config, train
 
 # Accelerators multiply float32 in fewer bits by default; the tolerances here are those of float32.

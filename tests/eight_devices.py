@@ -17,6 +17,10 @@ from slam_jax.data import Batch
 from slam_jax.errors import ConfigError
 from slam_jax.language_models.registry import SYSTEMS, make_config, make_model
 from slam_jax.layers import Causal, cudnn_attention
+from slam_jax.planning import LanguageRun, Machine, SlamV3Run, plan_step, search
+from slam_jax.planning.collectives import collectives
+from slam_jax.planning.compiled import compiled_step, extrapolated
+from slam_jax.planning.meshes import factors
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 from slam_jax.training import (
     Checkpoints,
@@ -34,13 +38,9 @@ from slam_jax.training import (
     train,
 )
 from slam_jax.training.checkpoint.trees import by_name
-from slam_jax.training.collectives import collectives
 from slam_jax.training.experiment import as_json
 from slam_jax.training.mesh import MeshConfig, make_mesh
 from slam_jax.training.metrics import read_metrics
-from slam_jax.training.planning import LanguageRun, Machine, SlamV3Run, plan_step, search
-from slam_jax.training.planning.compiled import compiled_step, extrapolated
-from slam_jax.training.planning.meshes import factors
 from slam_jax.training.sharding import in_force, layout, place
 from slam_jax.training.start import jit_step
 
@@ -466,7 +466,7 @@ def test_a_search_plans_the_cheapest_mesh_that_fits(monkeypatch):
             flops=1e12 * (1 + mesh.shape["fsdp"] + 2 * mesh.shape["tensor"]),
         )
 
-    monkeypatch.setattr("slam_jax.training.planning.meshes.plan_step", planned)
+    monkeypatch.setattr("slam_jax.planning.meshes.plan_step", planned)
     found = search(run, Machine(), 100)
     assert sorted(asked) == sorted(s for s in factors(8, 4) if s[2] == 1 and s[3] <= 4)
     assert found.tried == found.holding == len(asked) == 9

@@ -29,8 +29,8 @@ import numpy as np
 import test_fuzz
 
 from slam_jax.data import prepare, training_batches
+from slam_jax.runtime.signals import INTACT, SAVED, SIGNALS
 from slam_jax.slam_v3 import Inputs
-from slam_jax.stop import INTACT, SAVED, SIGNALS
 from slam_jax.training import CheckpointError, Checkpoints, Experiment, loop, read_config, train
 from slam_jax.training.checkpoint.trees import by_name
 from slam_jax.training.metrics import read_metrics

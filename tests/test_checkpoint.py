@@ -20,8 +20,8 @@ import pytest
 from helpers import assert_same, full_disk
 from jax.sharding import NamedSharding, PartitionSpec
 
-from slam_jax import hosts
 from slam_jax.errors import ConfigError
+from slam_jax.runtime import distributed
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints, manifest
 
 
@@ -212,7 +212,7 @@ def test_what_fails_in_one_process_of_several_waits_for_its_own_write_alone(
         pending: Any = checkpoints._pending
         pending[1].result()
         monkeypatch.setattr(jax, "process_count", lambda: 2)
-        monkeypatch.setattr(hosts, "by_first", lambda action: pytest.fail("asked the others"))
+        monkeypatch.setattr(distributed, "by_first", lambda action: pytest.fail("asked the others"))
         raise KeyError
     assert Checkpoints(tmp_path).steps() == [1] and checkpoints._background is None
 

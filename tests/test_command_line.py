@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import os, sys
 from absl import flags
-from slam_jax import command_line
+from slam_jax.runtime import cli
 from slam_jax.errors import ConfigError
 NAME = flags.DEFINE_string("name", None, "A name.", required=True)
 
@@ -31,7 +31,7 @@ def main(arguments):
             os.write(2, b"err")
             file.write("own")
 
-command_line.run(main)
+cli.run(main)
 """
 
 
@@ -66,8 +66,6 @@ def test_what_ends_a_program_is_told_in_a_line(arguments, code, message):
     [
         ("--num_processes=2", "num_processes=2, process_id=None, coordinator=None, "),
         ("--process_id=0", "give --coordinator too, or --distributed where $JAX_COORDINATOR_ADDR"),
-        ("--devices=8", "devices=8, plan=False: give --plan too"),
-        ("--network_gb_s=25", "network_gb_s=25.0, plan=False: give --plan too"),
     ],
 )
 def test_a_flag_that_says_nothing_without_another_is_refused(tmp_path, argument, message):

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slam_jax import hosts
 from slam_jax.errors import UserError
+from slam_jax.runtime import distributed
+from slam_jax.runtime.supervisor import is_supervised
 from slam_jax.training import Checkpoints
 from slam_jax.training.metrics import read_metrics
-from slam_jax.watch import watched
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "tests" / "configs" / "small_run.py"
@@ -205,20 +205,20 @@ def test_each_process_gives_its_rows_wherever_they_are():
 
 
 def test_one_process_alone_decides_by_itself():
-    assert hosts.is_first() and hosts.by_first(lambda: [1, "a"]) == [1, "a"]
+    assert distributed.is_first() and distributed.by_first(lambda: [1, "a"]) == [1, "a"]
     with pytest.raises(UserError, match="no"):
-        hosts.by_first(lambda: (_ for _ in ()).throw(UserError("no")))
-    with pytest.raises(ValueError, match="Connection"), hosts.losses_named():
+        distributed.by_first(lambda: (_ for _ in ()).throw(UserError("no")))
+    with pytest.raises(ValueError, match="Connection"), distributed.losses_named():
         raise ValueError("Connection closed")  # there is nobody to lose
-    assert hosts.to_host({"x": np.arange(3)})["x"].tolist() == [0, 1, 2]
-    assert not watched()
+    assert distributed.to_host({"x": np.arange(3)})["x"].tolist() == [0, 1, 2]
+    assert not is_supervised()
 
 
 WATCHED = """
 import os, sys
-from slam_jax.watch import watch, watched
-if not watched():
-    sys.exit(watch())
+from slam_jax.runtime.supervisor import is_supervised, supervise
+if not is_supervised():
+    sys.exit(supervise())
 {body}
 """
 

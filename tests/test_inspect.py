@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from slam_jax.data import DataConfig
-from slam_jax.data.contact_sheet import COLUMNS, SIDE, Tile, contact_sheet
-from slam_jax.data.inspection import inspect_data
-from slam_jax.data.inspection_table import print_inspection
 from slam_jax.data.records import DataError
+from slam_jax.reporting.contact_sheet import COLUMNS, SIDE, Tile, contact_sheet
+from slam_jax.reporting.inspection import inspect_data
+from slam_jax.reporting.inspection_table import print_inspection
 from slam_jax.slam_v3 import ImageConfig, SlamV3Config
 
 ROOT = Path(__file__).parents[1]

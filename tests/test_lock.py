@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from slam_jax.training.lock import WorkdirError, only_run_in
+from slam_jax.runtime.lock import WorkdirError, only_run_in
 
 HOLD = """
 import sys
-from slam_jax.training.lock import only_run_in
+from slam_jax.runtime.lock import only_run_in
 with only_run_in(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

@@ -17,13 +17,13 @@ from slam_jax.errors import ConfigError
 from slam_jax.language_models import make_config
 from slam_jax.language_models.flops import training_flops
 from slam_jax.layers.linear import Linear
+from slam_jax.planning import LanguageRun, Machine, Plan, SlamV3Run, describe, subject_of
+from slam_jax.planning.compiled import Step, extrapolated, kept_for_gradients
+from slam_jax.planning.meshes import factors
+from slam_jax.planning.plans import StateBytes
 from slam_jax.slam_v3 import Inputs
 from slam_jax.slam_v3.flops import decode_flops, encode_flops
 from slam_jax.training import Experiment, default_config, merge_model, read_config, split_model
-from slam_jax.training.planning import LanguageRun, Machine, Plan, SlamV3Run, describe, subject_of
-from slam_jax.training.planning.compiled import Step, extrapolated, kept_for_gradients
-from slam_jax.training.planning.meshes import factors
-from slam_jax.training.planning.plans import StateBytes
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"data": 4, "fsdp": 2, "process": 1, "tensor": 8}

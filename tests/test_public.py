@@ -15,9 +15,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from slam_jax.data import DataConfig, evaluation_batches, prepare, training_batches
-from slam_jax.data.inspection import inspect_data
 from slam_jax.data.records import DataError
 from slam_jax.errors import ConfigError
+from slam_jax.reporting.inspection import inspect_data
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.training import override, read_config, train
 

@@ -12,18 +12,18 @@ from test_generation import make_loaded, picture, vectors
 
 from slam_jax.data import AuxFormat, Example
 from slam_jax.evaluation.answers import Answer, Results
-from slam_jax.evaluation.attention import attention_maps
 from slam_jax.evaluation.metrics import calibration
-from slam_jax.evaluation.plots import plot_calibration, plot_curves, plot_intervals
-from slam_jax.evaluation.report import (
+from slam_jax.generation import Request
+from slam_jax.generation.requests import read_inputs
+from slam_jax.layers.attention import attend, attention_weights
+from slam_jax.reporting.attention import attention_maps
+from slam_jax.reporting.plots import plot_calibration, plot_curves, plot_intervals
+from slam_jax.reporting.report import (
     attention_html,
     choose_examples,
     render_report,
     write_report,
 )
-from slam_jax.generation import Request
-from slam_jax.generation.requests import read_inputs
-from slam_jax.layers.attention import attend, attention_weights
 
 EVERYTHING = Request("circle", text="red blue", image=picture(5), aux=vectors(5, 3))
 

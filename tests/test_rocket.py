@@ -18,7 +18,7 @@ from slam_jax.rocket.protocols import make_comparison
 from slam_jax.rocket.seed.measure import SeedSettings
 from slam_jax.rocket.seed.protocol import Seed
 from slam_jax.rocket.tasks import Impossible, Json, Task, failure, plain
-from slam_jax.training.lock import only_run_in
+from slam_jax.runtime.lock import only_run_in
 from tests.helpers import TINY_SEED
 
 

@@ -19,9 +19,10 @@ from helpers import assert_same
 
 from slam_jax.data import AuxFormat, Batch, Tokenizer, prepare, training_batches
 from slam_jax.errors import ConfigError
-from slam_jax.evaluation.checkpoint import evaluate_checkpoint
+from slam_jax.reporting.checkpoint import evaluate_checkpoint
+from slam_jax.runtime.memory import OutOfMemory
+from slam_jax.runtime.signals import Stop, Stopped
 from slam_jax.slam_v3 import Inputs, SlamV3
-from slam_jax.stop import Stop, Stopped
 from slam_jax.training import (
     CheckpointError,
     Checkpoints,
@@ -33,7 +34,6 @@ from slam_jax.training import (
     split_model,
     train,
 )
-from slam_jax.training.host import OutOfMemory
 from slam_jax.training.losses import LossParts
 from slam_jax.training.metrics import NoMetrics, read_metrics
 from slam_jax.training.optimizer import make_schedule

@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec
 from slam_jax.errors import ConfigError
 from slam_jax.language_models.registry import SYSTEMS, make_config, make_model
 from slam_jax.layers.constrain import constrain, fit
+from slam_jax.planning.collectives import Collective, collectives
 from slam_jax.slam_v3 import SlamV3, SlamV3Config
 from slam_jax.training import default_config, override, split_model
 from slam_jax.training.checkpoint.trees import by_name
-from slam_jax.training.collectives import Collective, collectives
 from slam_jax.training.experiment import Experiment, as_json
 from slam_jax.training.mesh import MeshConfig, make_mesh, resolve
 from slam_jax.training.optimizer import OPTIMIZERS
@@ -57,7 +57,7 @@ def test_a_plan_is_told_in_a_few_lines(tmp_path):
     def plan(*changes: str) -> subprocess.CompletedProcess:
         config = FILE.parent / "configs" / "small_run.py"
         given = [f"--config.{change}" for change in (f"data.data_dir={tmp_path}", *changes)]
-        command = [sys.executable, "train.py", "--plan", "--devices=8", f"--config={config}"]
+        command = [sys.executable, "-m", "slam_jax.planning", "--devices=8", f"--config={config}"]
         root = FILE.parents[1]
         return subprocess.run([*command, *given], cwd=root, capture_output=True, text=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slam_jax.stop import INTACT, SAVED, Stop
+from slam_jax.runtime.signals import INTACT, SAVED, Stop
 from slam_jax.training import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("signals_heard")
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("signals_heard")
 # What a run does, without what takes seconds: no JAX.
 SCRIPT = """
 import hashlib, sys, time
-from slam_jax import command_line
-from slam_jax.stop import Stop, Stopped
+from slam_jax.runtime import cli
+from slam_jax.runtime.signals import Stop, Stopped
 
 def compute():  # one call of a library, as a compilation is
     hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
@@ -38,7 +38,7 @@ def main(arguments):
         time.sleep(2.0)
     raise Stopped("step 5 is saved")
 
-command_line.run(main)
+cli.run(main)
 """
 
 
@@ -128,7 +128,7 @@ PREEMPTED = """
 import os, signal, sys
 import jax
 jax.distributed.initialize("localhost:" + sys.argv[3], num_processes=1, process_id=0)
-from slam_jax.stop import Stop, Stopped
+from slam_jax.runtime.signals import Stop, Stopped
 from slam_jax.training import loop, override, read_config, train
 made = loop.training_batches
 

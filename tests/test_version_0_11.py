@@ -59,5 +59,5 @@ def test_a_run_resumes_where_it_stopped(expected, tmp_path, monkeypatch):
 def test_the_stored_config_is_that_of_0_11_0():
     """The fixture must not be rewritten by a later version: its fields are those of 0.11.0."""
     config = json.loads((FIXTURES / "run/checkpoints/4/config.json").read_text())
-    assert len(config["model"]) == 27 and len(config["model"]["image"]) == 6
-    assert [len(config[group]) for group in ("data", "loss", "optimizer", "run")] == [9, 3, 12, 9]
+    groups = ("model", "data", "loss", "optimizer", "run", "mesh")
+    assert [len(config[group]) for group in groups] == [25, 10, 3, 12, 9, 5]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from absl import flags
 
-from slam_jax import command_line
 from slam_jax.errors import InputError, writing
+from slam_jax.runtime import cli
 
 CONFIG = flags.DEFINE_string("config", None, "A file of configs/; it is run.", required=True)
 OUTPUT = flags.DEFINE_string("output", "contact_sheet.png", "Where the pictures go, as PNG.")
@@ -20,9 +20,9 @@ def main(arguments: list[str]) -> None:
         given = repr(arguments[0]) if arguments else "nothing"
         raise InputError(f"the command is {given}; expected: inspect --config=FILE")
     # Not before: importing JAX takes seconds, in which Ctrl-C can come.
-    from slam_jax.data.contact_sheet import contact_sheet
-    from slam_jax.data.inspection import inspect_data
-    from slam_jax.data.inspection_table import print_inspection
+    from slam_jax.reporting.contact_sheet import contact_sheet
+    from slam_jax.reporting.inspection import inspect_data
+    from slam_jax.reporting.inspection_table import print_inspection
     from slam_jax.training.experiment import Experiment, override, read_config
 
     experiment = Experiment.from_config(override(read_config(CONFIG.value), arguments[1:]))
@@ -41,4 +41,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

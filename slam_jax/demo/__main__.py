@@ -10,9 +10,9 @@ import tempfile
 
 from absl import flags
 
-from slam_jax import command_line
 from slam_jax.errors import InputError
-from slam_jax.stop import SIGNALS
+from slam_jax.runtime import cli
+from slam_jax.runtime.signals import SIGNALS
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
 STEP = flags.DEFINE_string("step", None, "A step, or best, or latest.")
@@ -36,10 +36,10 @@ def main(arguments: list[str]) -> None:
         open_port(PORT.value) as listener,
         tempfile.TemporaryDirectory(prefix="slam_jax_demo_", ignore_cleanup_errors=True) as files,
     ):
+        from slam_jax.runtime.compile_cache import enable_compile_cache
         from slam_jax.training import load
-        from slam_jax.training.host import tune_host
 
-        tune_host()
+        enable_compile_cache()
         loaded = load(WORKDIR.value, STEP.value)
         keep_to_this_machine(files)
         from slam_jax.demo.app import make_app
@@ -50,4 +50,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

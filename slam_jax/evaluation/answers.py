@@ -13,7 +13,7 @@ from flax import nnx
 from slam_jax.data import EvaluationBatch, Tokenizer
 from slam_jax.evaluation.metrics import bootstrap_interval, retrieval_metrics
 from slam_jax.generation import greedy_decode
-from slam_jax.hosts import to_host
+from slam_jax.runtime.distributed import to_host
 from slam_jax.slam_v3.streams import Inputs
 
 RETRIEVAL_VIEW = "image_text"

@@ -12,8 +12,8 @@ import math
 
 from absl import flags
 
-from slam_jax import command_line
 from slam_jax.errors import InputError
+from slam_jax.runtime import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
 STEP = flags.DEFINE_string("step", None, "A step, or best, or latest.")
@@ -38,12 +38,12 @@ def main(arguments: list[str]) -> None:
     # Not before: importing JAX takes seconds, in which Ctrl-C can come.
     from slam_jax.data.numbers import read_numbers
     from slam_jax.generation import Request, Sampling, generate, score, stream
+    from slam_jax.runtime.compile_cache import enable_compile_cache
     from slam_jax.training import load
-    from slam_jax.training.host import tune_host
 
     if arguments:
         raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
-    tune_host()
+    enable_compile_cache()
     sampling = Sampling(
         max_new_tokens=MAX_NEW_TOKENS.value,
         temperature=TEMPERATURE.value,
@@ -80,4 +80,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

@@ -7,8 +7,8 @@ which a row grows with each token, "state" what it takes besides.
 
 from absl import flags
 
-from slam_jax import command_line
 from slam_jax.errors import InputError
+from slam_jax.runtime import cli
 
 PRESET = flags.DEFINE_string(
     "preset", "seed", 'Of which size; "published" = all sizes that were published as models.'
@@ -44,4 +44,4 @@ def main(arguments: list[str]) -> None:
 SIZES_OF_OURS = ("seed", "tiny")
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

@@ -9,7 +9,7 @@ The same command goes on where an earlier one was stopped.
 
 from absl import flags
 
-from slam_jax import command_line
+from slam_jax.runtime import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the leaderboard goes.", required=True)
 PROTOCOL = flags.DEFINE_enum(
@@ -54,4 +54,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

@@ -16,7 +16,7 @@ from slam_jax.rocket.live import LiveTable
 from slam_jax.rocket.machine import code_version, describe_machine
 from slam_jax.rocket.page import html, markdown
 from slam_jax.rocket.tasks import Comparison, Impossible, Json, Task, failure
-from slam_jax.training.lock import only_run_in
+from slam_jax.runtime.lock import only_run_in
 
 _KEPT = "results.json"
 

@@ -31,7 +31,7 @@ class Bullets(NamedTuple):
 
 
 class Plots(NamedTuple):
-    """SVG of `slam_jax.evaluation.plots`, with what each shows."""
+    """SVG of `slam_jax.reporting.plots`, with what each shows."""
 
     title: str
     plots: Mapping[str, str]

@@ -18,7 +18,7 @@ from slam_jax.errors import write_whole
 from slam_jax.rocket.ablation import measure as ablation
 from slam_jax.rocket.heldout import measure as heldout
 from slam_jax.rocket.seed import measure as seed
-from slam_jax.training.host import tune_host
+from slam_jax.runtime.compile_cache import enable_compile_cache
 
 # A task that fails later on yields what it has so far.
 TASKS = {
@@ -32,7 +32,7 @@ TASKS = {
 
 
 def main() -> None:
-    tune_host()  # before there is a thread, whose heap XLA's would be given
+    enable_compile_cache()
     threading.Thread(target=_end_with, args=(int(sys.argv[3]),), daemon=True).start()
     job, out = map(Path, sys.argv[1:3])
     given: dict[str, Any] = json.loads(job.read_text())

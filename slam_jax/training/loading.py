@@ -7,10 +7,10 @@ import jax
 from flax import nnx
 
 from slam_jax.data import AuxFormat, Tokenizer
+from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.training.checkpoint import Checkpoints, Step
 from slam_jax.training.experiment import Experiment
-from slam_jax.training.host import memory_named
 from slam_jax.training.state import merge_model, split_model
 
 
@@ -50,6 +50,6 @@ def load(workdir: str | Path, step: Step = None) -> Loaded:
     )
     graphdef, like = split_model(model)
     part = "params" if experiment.optimizer.ema_decay is None else "ema"
-    with memory_named("the model", "load it on a larger machine"):
+    with explain_out_of_memory("the model", "load it on a larger machine"):
         params = jax.device_put(checkpoints.restore_subtree(found, part, like))
     return Loaded(merge_model(graphdef, params), tokenizer, aux_format, config, found)

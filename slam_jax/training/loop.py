@@ -14,7 +14,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from slam_jax import hosts
 from slam_jax.data import (
     AuxFormat,
     Batch,
@@ -27,11 +26,13 @@ from slam_jax.data import (
 )
 from slam_jax.errors import ConfigError, UserError
 from slam_jax.evaluation import evaluate
-from slam_jax.stop import Stop, Stopped
+from slam_jax.runtime import distributed
+from slam_jax.runtime.compile_cache import enable_compile_cache
+from slam_jax.runtime.lock import only_run_in
+from slam_jax.runtime.memory import explain_out_of_memory
+from slam_jax.runtime.signals import Stop, Stopped
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.experiment import Experiment, as_json, flatten
-from slam_jax.training.host import memory_named, tune_host
-from slam_jax.training.lock import only_run_in
 from slam_jax.training.mesh import make_mesh
 from slam_jax.training.metrics import MetricsWriter, NoMetrics
 from slam_jax.training.optimizer import make_schedule
@@ -71,16 +72,16 @@ def train(
       OutOfMemory: the state, a batch or one of an evaluation does not fit.
       Stopped: the run was asked to stop and its last step is saved.
     """
-    tune_host()
+    enable_compile_cache()
     config = as_json(config)
     experiment = Experiment.from_config(config)
     run, mesh = experiment.run, make_mesh(experiment.mesh)
     require_even(experiment, mesh)
     with (
-        only_run_in(workdir) if hosts.is_first() else contextlib.nullcontext(),
+        only_run_in(workdir) if distributed.is_first() else contextlib.nullcontext(),
         Checkpoints(workdir, keep_every=run.keep_every) as checkpoints,
         in_force(mesh),
-        hosts.losses_named(),
+        distributed.losses_named(),
     ):
         notes: list[str] = []
         latest = checkpoints.recover(notes.append)
@@ -96,7 +97,9 @@ def train(
             if dataset.tokenizer != tokenizer:
                 dataset = prepare(experiment.data, tokenizer, model=experiment.model)
         vocab_size = dataset.tokenizer.vocab_size
-        with memory_named("the training state", "choose smaller sizes or a larger machine"):
+        with explain_out_of_memory(
+            "the training state", "choose smaller sizes or a larger machine"
+        ):
             if latest is None:
                 graphdef, state = initial_state(experiment, vocab_size, mesh)
             else:
@@ -109,9 +112,9 @@ def train(
         board = run.tensorboard
         with (
             MetricsWriter(workdir, first, evaluated=not owed, tensorboard=board)
-            if hosts.is_first()
+            if distributed.is_first()
             else NoMetrics() as writer,
-            Progress(run.num_steps, first_step=first, shown=hosts.is_first()) as progress,
+            Progress(run.num_steps, first_step=first, shown=distributed.is_first()) as progress,
         ):
             for note in notes:
                 progress.log(note)
@@ -125,7 +128,7 @@ def train(
             trainer = _Run(
                 experiment, config, graphdef, dataset, checkpoints, writer, progress, stop, mesh
             )
-            with memory_named("a step", _SMALLER_STEPS):
+            with explain_out_of_memory("a step", _SMALLER_STEPS):
                 return trainer(state, owed)
 
 
@@ -222,7 +225,7 @@ class _Run:
         """Scores on the validation split; None if a stop cut it short. Where it fails, the step is
         saved without."""
         try:
-            with memory_named("an evaluation", _SMALLER_EVALUATIONS):
+            with explain_out_of_memory("an evaluation", _SMALLER_EVALUATIONS):
                 scores = validate(self.experiment, self.graphdef, state, self.dataset, self._asked)
         except _CutShort:
             return None
@@ -266,7 +269,7 @@ class _Run:
         # There may be no room for two.
         for x in jax.tree.leaves((state.params, state.opt_state, state.ema)):
             x.delete()
-        with memory_named("the training state", "go on on a larger machine"):
+        with explain_out_of_memory("the training state", "go on on a larger machine"):
             restored = self.checkpoints.restore(last, state)
         return dataclasses.replace(
             restored, step=state.step, skipped=state.skipped, bad_steps=state.bad_steps

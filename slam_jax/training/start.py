@@ -9,9 +9,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from slam_jax.errors import require
+from slam_jax.runtime.memory import require_memory
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.training.experiment import Experiment
-from slam_jax.training.host import require_room
 from slam_jax.training.losses import num_answer_tokens, slam_v3_loss
 from slam_jax.training.optimizer import make_optimizer
 from slam_jax.training.sharding import bytes_per_device, laid_out
@@ -42,7 +42,7 @@ def initial_state(
 def require_room_for(like: TrainState, mesh: Mesh | None) -> None:
     """Raises ConfigError where a state of such shapes and shardings has no room."""
     num_devices = 1 if mesh is None else mesh.size
-    require_room(num_devices * bytes_per_device(like), "the training state")
+    require_memory(num_devices * bytes_per_device(like), "the training state")
 
 
 def state_shapes(

@@ -1,6 +1,6 @@
 """The page of an ablation."""
 
-from slam_jax.evaluation.plots import plot_bars
+from slam_jax.reporting.plots import plot_bars
 from slam_jax.rocket.ablation.board import OVERALL
 from slam_jax.rocket.board import describe_machine_of, winners_table
 from slam_jax.rocket.page import Bullets, Page, Plots, Table

@@ -1,6 +1,6 @@
 """The page of the held-out comparison."""
 
-from slam_jax.evaluation.plots import plot_bars, plot_curves, plot_points
+from slam_jax.reporting.plots import plot_bars, plot_curves, plot_points
 from slam_jax.rocket.board import describe_machine_of, score_bullets, winners_table
 from slam_jax.rocket.page import Bullets, Page, Plots, Table
 from slam_jax.rocket.tasks import Json

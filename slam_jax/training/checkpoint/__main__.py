@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from slam_jax.command_line import clear_ends, prepare_process
 from slam_jax.errors import UserError
+from slam_jax.runtime.cli import clear_ends, prepare_process
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.checkpoint.trees import by_name, describe
 from slam_jax.training.experiment import flatten

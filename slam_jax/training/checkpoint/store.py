@@ -20,11 +20,11 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from slam_jax import hosts
 from slam_jax.errors import UserError, first_line, innermost
-from slam_jax.stop import PeerLost
+from slam_jax.runtime import distributed
+from slam_jax.runtime.memory import require_memory
+from slam_jax.runtime.signals import PeerLost
 from slam_jax.training.checkpoint import manifest, trees
-from slam_jax.training.host import require_room
 
 _MOST_BYTES = 64 << 20  # of a JSON file; it is read whole
 
@@ -101,7 +101,7 @@ class Checkpoints:
         self.wait()
         finite = {name: float(x) for name, x in metrics.items() if math.isfinite(x)}
         items = {"config": config, "tokenizer": tokenizer, "aux": aux, "metrics": finite}
-        if not hosts.by_first(lambda: self._begin(step, items)):
+        if not distributed.by_first(lambda: self._begin(step, items)):
             return False
         folder = self._being_written(step)
         try:
@@ -134,9 +134,9 @@ class Checkpoints:
                 shutil.rmtree(self._being_written(step), ignore_errors=True)
                 raise CheckpointError(self._unwritten(step, error)) from error
 
-        if not hosts.is_first():
+        if not distributed.is_first():
             finish()
-        hosts.by_first(finish)
+        distributed.by_first(finish)
 
     def close(self) -> None:
         """Waits as `wait` does, then stops the thread; a later `save` starts it again."""
@@ -156,7 +156,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints and all of them are damaged.
         """
-        step = hosts.by_first(lambda: self._recover(report, until))
+        step = distributed.by_first(lambda: self._recover(report, until))
         if step is not None:
             self._verified.add(step)
         return step
@@ -293,7 +293,7 @@ class Checkpoints:
     def _commit(self, step: int, folder: Path, written: Callable[[], Any]) -> None:
         """The end of a write, in the background."""
         written()
-        if not hosts.is_first():
+        if not distributed.is_first():
             return
         manifest.seal(folder)
         final, replaced = self.directory / str(step), self.directory / f"{step}.replaced"
@@ -374,7 +374,7 @@ class Checkpoints:
         difference = trees.find_difference(saved if part is None else {part: saved.get(part)}, like)
         if difference:
             raise CheckpointError(f"{path}: {difference}; use the configuration it was saved with")
-        require_room(trees.num_bytes(like), f"{path}: the checkpoint")
+        require_memory(trees.num_bytes(like), f"{path}: the checkpoint")
         context = ocp.Context()
         context.pytree.loading.partial_load = part is not None
         with _damage_named(path), context:

@@ -24,10 +24,10 @@ from slam_jax.data import AuxFormat, Example
 from slam_jax.data.images import load_image
 from slam_jax.errors import write_whole
 from slam_jax.evaluation.answers import Answer, Results
-from slam_jax.evaluation.attention import AttentionMaps, attention_maps
 from slam_jax.evaluation.metrics import calibration
-from slam_jax.evaluation.plots import plot_calibration, plot_curves, plot_intervals
 from slam_jax.generation import Request
+from slam_jax.reporting.attention import AttentionMaps, attention_maps
+from slam_jax.reporting.plots import plot_calibration, plot_curves, plot_intervals
 from slam_jax.version import __version__
 
 _SCENES, _LOOKED, _POINTS = 4, 6, 200
@@ -306,7 +306,7 @@ def _percent(share: float, digits: int = 1) -> str:
 
 
 def _read(name: str) -> str:
-    return (resources.files("slam_jax.evaluation") / "templates" / name).read_text(encoding="utf-8")
+    return (resources.files("slam_jax.reporting") / "templates" / name).read_text(encoding="utf-8")
 
 
 @functools.cache

@@ -10,15 +10,15 @@ import subprocess
 import sys
 from types import FrameType
 
-from slam_jax.stop import INTACT, SIGNALS, say
+from slam_jax.runtime.signals import INTACT, SIGNALS, say
 
-_WATCHED = "SLAM_JAX_WATCHED"
+_SUPERVISED = "SLAM_JAX_SUPERVISED"
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl: a signal for the child when its parent dies
 
 
-def watched() -> bool:
-    """Whether `watch` has started this process; then it ends with the one that did."""
-    if os.environ.get(_WATCHED) != str(os.getppid()):
+def is_supervised() -> bool:
+    """Whether `supervise` has started this process; then it ends with the one that did."""
+    if os.environ.get(_SUPERVISED) != str(os.getppid()):
         return False
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if os.name == "posix" else None
     if prctl is not None:
@@ -26,13 +26,13 @@ def watched() -> bool:
     return True
 
 
-def watch() -> int:
+def supervise() -> int:
     """Runs this program once more, beneath, and returns its exit code.
 
     JAX's runtime ends a process whose peers are gone by aborting it, which no code in it can turn
     into a message; its parent can. Signals are handed on.
     """
-    environment = {**os.environ, _WATCHED: str(os.getpid())}
+    environment = {**os.environ, _SUPERVISED: str(os.getpid())}
     child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment)
 
     def hand_on(number: int, frame: FrameType | None) -> None:

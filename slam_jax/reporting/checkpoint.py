@@ -8,11 +8,11 @@ from slam_jax.data import EvaluationBatch, Example, evaluation_batches, prepare
 from slam_jax.data.views import with_halves
 from slam_jax.errors import ConfigError
 from slam_jax.evaluation.answers import Results, evaluate
-from slam_jax.evaluation.report import choose_examples, write_report
 from slam_jax.evaluation.table import write_metrics
+from slam_jax.reporting.report import choose_examples, write_report
+from slam_jax.runtime.compile_cache import enable_compile_cache
 from slam_jax.training import Experiment, load, override, split_model
 from slam_jax.training.checkpoint import Step
-from slam_jax.training.host import tune_host
 from slam_jax.training.metrics import read_metrics
 
 _EXAMPLES = 24
@@ -30,7 +30,7 @@ def evaluate_checkpoint(
     Raises:
       CheckpointError, ConfigError: what cannot be read or built, in one line.
     """
-    tune_host()
+    enable_compile_cache()
     loaded = load(workdir, step)
     config = override(loaded.config, overrides)
     for group in config:

@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from slam_jax.layers.backend import for_accelerators
 from slam_jax.layers.constrain import AXES, fit
-from slam_jax.training.collectives import collectives
-from slam_jax.training.planning.machine import Sent
-from slam_jax.training.planning.subjects import Subject
+from slam_jax.planning.collectives import collectives
+from slam_jax.planning.machine import Sent
+from slam_jax.planning.subjects import Subject
 from slam_jax.training.sharding import bytes_per_device, in_force, laid_out
 from slam_jax.training.state import merge_model
 

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping
 
-from slam_jax.training.planning.meshes import Found
-from slam_jax.training.planning.plans import Plan
+from slam_jax.planning.meshes import Found
+from slam_jax.planning.plans import Plan
 
 _LEGEND = """\
 exact: from shapes and shardings; gradients stand as parameters do. formula: matrix products and

@@ -11,8 +11,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from slam_jax.errors import UserError, first_line
-from slam_jax.heap import one_heap
-from slam_jax.stop import INTACT, SAVED, PeerLost, Stopped, say
+from slam_jax.runtime.signals import INTACT, SAVED, PeerLost, Stopped, say
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -41,7 +40,7 @@ def prepare_process() -> None:
     Without one of the standard streams, the next file that is opened would take its place, and be
     written to by whoever means a terminal. In a locale that is not UTF-8, Python and the libraries
     beneath it spell the name of a file in different bytes; the program starts over in UTF-8, with
-    its streams as they were. Threads share one heap (`heap.one_heap`).
+    its streams as they were.
     """
     for descriptor in range(3):
         try:
@@ -58,7 +57,6 @@ def prepare_process() -> None:
         streams = f"{getattr(sys.stdout, 'encoding', 'ascii')}:replace"
         environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": streams}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-    one_heap()
 
 
 def _show_unless_left_behind(unraisable: Any) -> None:

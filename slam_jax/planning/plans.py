@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from slam_jax.data import Dataset, prepare, training_batches
+from slam_jax.planning.compiled import Step, compiled_step, extrapolated
+from slam_jax.planning.machine import Machine
+from slam_jax.planning.subjects import LanguageRun, SlamV3Run, Subject
 from slam_jax.training.experiment import Experiment, as_json, build
 from slam_jax.training.mesh import make_mesh
-from slam_jax.training.planning.compiled import Step, compiled_step, extrapolated
-from slam_jax.training.planning.machine import Machine
-from slam_jax.training.planning.subjects import LanguageRun, SlamV3Run, Subject
 from slam_jax.training.sharding import bytes_per_device, laid_out
 
 

@@ -9,8 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from slam_jax.data.inspection import Inspection
 from slam_jax.errors import shorten
+from slam_jax.reporting.inspection import Inspection
 
 _ANSWERS = 10
 _INPUTS = ("text", "image", "aux", "tokens")

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from slam_jax.data.config import DataConfig
-from slam_jax.data.contact_sheet import Tile
 from slam_jax.data.datasets import Dataset, prepare
 from slam_jax.data.folder import BadRow, Table, read_table, without_long_rows
 from slam_jax.data.images import load_image
@@ -18,6 +17,7 @@ from slam_jax.data.pipeline import Example, Source, evaluation_batches
 from slam_jax.data.records import DamagedRecord
 from slam_jax.data.views import TRAINING_VIEWS
 from slam_jax.errors import InputError
+from slam_jax.reporting.contact_sheet import Tile
 from slam_jax.slam_v3.config import SlamV3Config
 
 _MOST_DAMAGED = 1 << 20

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from slam_jax.errors import ConfigError, UserError, first_line
-from slam_jax.stop import PeerLost
+from slam_jax.runtime.signals import PeerLost
 
 HEARTBEAT_S = 10
 """After so long without a sign of life a process counts as dead, and the others end."""

@@ -8,10 +8,10 @@ import jax
 from jax.sharding import Mesh
 
 from slam_jax.errors import ConfigError
+from slam_jax.planning.machine import Exchange, Machine
+from slam_jax.planning.plans import Plan, StateBytes, plan_step, state_bytes
+from slam_jax.planning.subjects import Subject
 from slam_jax.training.mesh import MeshConfig, make_mesh
-from slam_jax.training.planning.machine import Exchange, Machine
-from slam_jax.training.planning.plans import Plan, StateBytes, plan_step, state_bytes
-from slam_jax.training.planning.subjects import Subject
 
 
 class Found(NamedTuple):

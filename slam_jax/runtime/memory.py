@@ -1,0 +1,43 @@
+"""Errors for people where memory runs out, or would."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import jax
+
+from slam_jax.errors import ConfigError, UserError
+
+
+class OutOfMemory(UserError):
+    """The state, a step or an evaluation needs more memory than there is."""
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
+    """Raises OutOfMemory("`what` does not fit into memory; `remedy`") where memory runs out, on the
+    host or on a device."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise OutOfMemory(f"{what} does not fit into memory; {remedy}") from error
+        raise
+
+
+def require_memory(num_bytes: int, what: str) -> None:
+    """Raises ConfigError if the devices of all processes together have less memory than that.
+
+    An allocation that is too large can end the process without a message, or swap for minutes.
+    """
+    if jax.local_devices()[0].platform == "cpu":  # virtual CPU devices share one memory
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        stats = [device.memory_stats() or {} for device in jax.local_devices()]
+        available = sum(each.get("bytes_limit", num_bytes) for each in stats)
+    available *= jax.process_count()
+    if num_bytes > available:
+        raise ConfigError(
+            f"{what} needs {num_bytes / 2**30:,.1f} GiB and there are {available / 2**30:,.1f}; "
+            "choose smaller sizes or a larger machine"
+        )
