@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     if several and not is_supervised():
         sys.exit(supervise())
     stop = Stop(GRACE.value)
-    stop.listen(together=several)
+    stop.listen(several_processes=several)
     # Imported here: importing JAX takes seconds, in which a signal can come, and starts threads,
     # which must inherit the signal mask.
     from slam_jax.runtime import distributed

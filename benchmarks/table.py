@@ -173,9 +173,9 @@ def _provenance(name: str, entry: Json) -> str:
 
 
 def main() -> None:
-    from slam_jax.runtime.cli import clear_ends
+    from slam_jax.runtime.cli import exit_on_error
 
-    with clear_ends():
+    with exit_on_error():
         write()
 
 

@@ -212,7 +212,9 @@ def test_what_fails_in_one_process_of_several_waits_for_its_own_write_alone(
         pending: Any = checkpoints._pending
         pending[1].result()
         monkeypatch.setattr(jax, "process_count", lambda: 2)
-        monkeypatch.setattr(distributed, "by_first", lambda action: pytest.fail("asked the others"))
+        monkeypatch.setattr(
+            distributed, "run_on_first", lambda action: pytest.fail("asked the others")
+        )
         raise KeyError
     assert Checkpoints(tmp_path).steps() == [1] and checkpoints._background is None
 

@@ -50,7 +50,11 @@ def run(*arguments, shell="", **environment):
         (["--name=wrong"], 2, "error: name is wrong; expected another"),
         (["--name=missing"], 2, "error: /nowhere/ü: No such file or directory; check the path"),
         (["--name=interrupted"], 130, "interrupted"),
-        ([], 2, "error: flag --name=None: Flag --name must have a value other than None.; --help"),
+        (
+            [],
+            2,
+            "error: flag --name=None: Flag --name must have a value other than None.; --help lists",
+        ),
         (["--name"], 2, "error: Missing value for flag --name"),
     ],
 )

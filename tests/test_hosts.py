@@ -140,7 +140,7 @@ def test_when_one_is_killed_the_others_end_and_the_run_goes_on(changes, tmp_path
         other = started[1 - victim]
         said = other.communicate(timeout=60)[0]
         assert time.monotonic() - killed < 15 and other.returncode == 76
-    assert "is gone" in said and "the same command on all of them goes on" in said
+    assert "is gone" in said and "the same command on all processes resumes" in said
     saved = Checkpoints(tmp_path).recover(print)
     assert saved is not None
     with processes(2, tmp_path, long(changes)):
@@ -205,10 +205,10 @@ def test_each_process_gives_its_rows_wherever_they_are():
 
 
 def test_one_process_alone_decides_by_itself():
-    assert distributed.is_first() and distributed.by_first(lambda: [1, "a"]) == [1, "a"]
+    assert distributed.is_first_process() and distributed.run_on_first(lambda: [1, "a"]) == [1, "a"]
     with pytest.raises(UserError, match="no"):
-        distributed.by_first(lambda: (_ for _ in ()).throw(UserError("no")))
-    with pytest.raises(ValueError, match="Connection"), distributed.losses_named():
+        distributed.run_on_first(lambda: (_ for _ in ()).throw(UserError("no")))
+    with pytest.raises(ValueError, match="Connection"), distributed.explain_lost_peers():
         raise ValueError("Connection closed")  # there is nobody to lose
     assert distributed.to_host({"x": np.arange(3)})["x"].tolist() == [0, 1, 2]
     assert not is_supervised()
@@ -227,7 +227,7 @@ if not is_supervised():
     ("body", "code", "said"),
     [
         ("sys.exit(3)", 3, ""),
-        ("os.abort()", 76, "another one of the run, or its host, is gone"),
+        ("os.abort()", 76, "another process of the run, or its host, is gone"),
         ("os.kill(os.getpid(), 9)", 76, "this process was ended by SIGKILL"),
     ],
 )

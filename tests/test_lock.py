@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from slam_jax.runtime.lock import WorkdirError, only_run_in
+from slam_jax.runtime.lock import WorkdirError, lock_workdir
 
 HOLD = """
 import sys
-from slam_jax.runtime.lock import only_run_in
-with only_run_in(sys.argv[1]):
+from slam_jax.runtime.lock import lock_workdir
+with lock_workdir(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -26,17 +26,17 @@ def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path):
     with holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        refused = pytest.raises(WorkdirError, match="a/run: another run is going on in it; wait")
-        with refused, only_run_in(workdir):
+        refused = pytest.raises(WorkdirError, match="a/run: another run is in progress; wait")
+        with refused, lock_workdir(workdir):
             pass
         os.kill(holder.pid, signal.SIGKILL)
     for _ in range(2):
-        with only_run_in(workdir):
+        with lock_workdir(workdir):
             pass
 
 
 def test_a_workdir_that_cannot_be_made_says_why(tmp_path):
     (tmp_path / "file").touch()
     refused = pytest.raises(WorkdirError, match=r"file/run: cannot be written to \(Not a dir")
-    with refused, only_run_in(tmp_path / "file" / "run"):
+    with refused, lock_workdir(tmp_path / "file" / "run"):
         pass

@@ -18,7 +18,7 @@ from slam_jax.rocket.protocols import make_comparison
 from slam_jax.rocket.seed.measure import SeedSettings
 from slam_jax.rocket.seed.protocol import Seed
 from slam_jax.rocket.tasks import Impossible, Json, Task, failure, plain
-from slam_jax.runtime.lock import only_run_in
+from slam_jax.runtime.lock import lock_workdir
 from tests.helpers import TINY_SEED
 
 
@@ -224,7 +224,7 @@ def test_what_failed_is_tried_again(tmp_path, pretend):
 
 
 def test_two_do_not_measure_into_one_workdir(tmp_path, pretend):
-    with only_run_in(tmp_path), pytest.raises(UserError, match="another run is going on in it"):
+    with lock_workdir(tmp_path), pytest.raises(UserError, match="another run is in progress"):
         run(Pretended(("a",)), tmp_path)
 
 

@@ -60,14 +60,14 @@ def end(process):
     return process.returncode, err.splitlines()
 
 
-AGAIN = "stopped: {}; the same command goes on from the last checkpoint"
+AGAIN = "stopped: {}; the same command resumes from the last checkpoint"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_has_the_step_saved(number):
     process = start("step")
     process.send_signal(number)
-    asked = f"{number.name}: saving; once more to end without"
+    asked = f"{number.name}: saving; send it again to end without saving"
     assert end(process) == (SAVED, [asked, "stopped: step 5 is saved"])
 
 

@@ -16,7 +16,7 @@ from slam_jax.rocket.live import LiveTable
 from slam_jax.rocket.machine import code_version, describe_machine
 from slam_jax.rocket.page import html, markdown
 from slam_jax.rocket.tasks import Comparison, Impossible, Json, Task, failure
-from slam_jax.runtime.lock import only_run_in
+from slam_jax.runtime.lock import lock_workdir
 
 _KEPT = "results.json"
 
@@ -50,7 +50,7 @@ def run(
     require_count("number of models", len(comparison.models))
     require_count("jobs", jobs, most=1_024)
     limits = {"memory_gib": memory_gib, "seconds": seconds, "jobs": jobs}
-    with only_run_in(workdir):
+    with lock_workdir(workdir):
         machine = describe_machine()
         results = _measure(comparison, Path(workdir), limits, machine["cores"], console)
         about = {**_identity(comparison), "limits": limits, "machine": machine}

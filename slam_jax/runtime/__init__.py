@@ -1,1 +1,1 @@
-"""The process around a run: command line, signals, several processes, compile cache, lock."""
+"""What surrounds a run: command line, signals, several processes, compile cache, memory, lock."""

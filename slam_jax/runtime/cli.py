@@ -1,4 +1,4 @@
-"""What the entry points share: flags are read, and what ends a program is told in one line."""
+"""What all commands share: they parse flags and report errors in one line."""
 
 import contextlib
 import logging as python_logging
@@ -11,84 +11,84 @@ from typing import Any
 from absl import app, flags, logging
 
 from slam_jax.errors import UserError, first_line
-from slam_jax.runtime.signals import INTACT, SAVED, PeerLost, Stopped, say
+from slam_jax.runtime.signals import INTACT, RESUME_ALL, SAVED, PeerLost, Stopped, print_line
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Parses the flags that are defined and calls `main` with the other arguments."""
+    """Parses the defined flags and calls `main` with the remaining arguments."""
 
     prepare_process()
 
     def parse(argv: list[str]) -> list[str]:
-        with clear_ends():
+        with exit_on_error():
             try:
                 return flags.FLAGS(argv, known_only=True)
             except flags.Error as error:
                 message = str(error).replace("\n", "; ")
-                raise UserError(f"{message}; --help shows what may be given") from None
+                raise UserError(f"{message}; --help lists all flags") from None
 
     def guarded(argv: list[str]) -> None:
-        with clear_ends():
+        with exit_on_error():
             main(argv[1:])
 
     app.run(guarded, flags_parser=parse)
 
 
 def prepare_process() -> None:
-    """Makes up for how the process was started, and has warnings told plainly; called first.
+    """Repairs the standard streams and the locale, and sets up warnings. Call it first.
 
-    Without one of the standard streams, the next file that is opened would take its place, and be
-    written to by whoever means a terminal. In a locale that is not UTF-8, Python and the libraries
-    beneath it spell the name of a file in different bytes; the program starts over in UTF-8, with
-    its streams as they were.
+    Where a standard stream is closed, the next opened file would get its number and receive what
+    is printed. Where the locale is not UTF-8, Python and the libraries below it encode file names
+    differently; the process then restarts itself in UTF-8 mode.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().setFormatter(python_logging.Formatter("warning: %(message)s"))
-    # Over a write or a read that fails Orbax leaves tasks behind, each with a trace of its own.
+    # After a failed read or write Orbax leaves asyncio tasks behind, which log tracebacks.
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
-    sys.unraisablehook = _show_unless_left_behind
+    sys.unraisablehook = _ignore_closed_event_loop
     if sys.getfilesystemencoding() != "utf-8":
         streams = f"{getattr(sys.stdout, 'encoding', 'ascii')}:replace"
         environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": streams}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
-def _show_unless_left_behind(unraisable: Any) -> None:
+def _ignore_closed_event_loop(unraisable: Any) -> None:
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager
-def clear_ends() -> Iterator[None]:
-    """Ends the program without a traceback where somebody can do something about it: exit code 2
-    and one line for a UserError or a file that the system refuses, SAVED for a run that stopped as
-    it was asked to, and the shell's own code for Ctrl-C and for a pipe that nobody reads."""
+def exit_on_error() -> Iterator[None]:
+    """Ends the process with one line and an exit code instead of a traceback.
+
+    The code is 2 for a UserError or an OSError, SAVED for `Stopped`, INTACT for `PeerLost`, and
+    that of the shell for Ctrl-C and for a closed pipe. Other errors keep their traceback.
+    """
     try:
         yield
         print(end="", flush=True)
     except UserError as error:
-        say(f"error: {error}")
+        print_line(f"error: {error}")
         sys.exit(2)
     except Stopped as stopped:
-        say(f"stopped: {stopped}")
-        # All is on disk; threads that still read ahead are not waited for.
-        os._exit(SAVED)
+        print_line(f"stopped: {stopped}")
+        os._exit(SAVED)  # all is on disk; do not wait for threads that still read ahead
     except PeerLost as lost:
-        say(f"stopped: {lost}; the same command on all of them goes on from the last checkpoint")
-        # The runtime would wait for whom it lost.
-        os._exit(INTACT)
+        print_line(f"stopped: {lost}; {RESUME_ALL}")
+        os._exit(INTACT)  # JAX would wait for the lost process
     except KeyboardInterrupt:
-        say("interrupted")
+        print_line("interrupted")
         os._exit(128 + signal.SIGINT)
     except BrokenPipeError:
         os._exit(128 + getattr(signal, "SIGPIPE", 13))
     except OSError as error:
         what = error.filename or "a file"
-        say(f"error: {what}: {first_line(error)}; check the path, permissions and free space")
+        reason = first_line(error)
+        print_line(f"error: {what}: {reason}; check the path, permissions and free space")
         sys.exit(2)

@@ -1,7 +1,7 @@
-"""Several processes that are one run, on one host or on many: who writes, what all agree on.
+"""Several processes of one run, on one host or on many.
 
-The runtime is that of JAX (`jax.distributed`); every process runs the same program, and whatever is
-said of a workdir holds for one that all of them see.
+Built on `jax.distributed`. Every process runs the same code and sees the same workdir; the first
+process alone writes logs, metrics and small files.
 """
 
 import contextlib
@@ -17,18 +17,18 @@ from slam_jax.errors import ConfigError, UserError, first_line
 from slam_jax.runtime.signals import PeerLost
 
 HEARTBEAT_S = 10
-"""After so long without a sign of life a process counts as dead, and the others end."""
+"""After so many seconds without a heartbeat a process counts as lost, and the others end."""
 
 
 def connect(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Makes this process one of a run; to be called before anything else asks JAX for devices.
+    """Makes this process part of a run. Call it before anything asks JAX for devices.
 
-    What is None is found in the environment: that of Slurm, Open MPI, Kubernetes or a TPU slice, or
+    None is read from the environment: of Slurm, Open MPI, Kubernetes or a TPU slice, or
     $JAX_COORDINATOR_ADDRESS.
 
-    Raises ConfigError where it is not found, or the others cannot be reached.
+    Raises ConfigError where a value is not found or the other processes cannot be reached.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
@@ -41,41 +41,42 @@ def connect(
         )
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"could not join the other processes ({first_line(error)}); give "
-            "--coordinator=HOST:PORT --num_processes=N --process_id=I, the same but for the last "
-            "on all of them"
+            f"could not join the other processes ({first_line(error)}); give every process the "
+            "same --coordinator=HOST:PORT and --num_processes=N, and its own --process_id=I"
         ) from error
 
 
-def is_first() -> bool:
-    """Whether this is the process that logs and writes what is written once."""
+def is_first_process() -> bool:
+    """Whether this is the process that logs and writes."""
     return jax.process_index() == 0
 
 
-def by_first(action: Callable[[], Any]) -> Any:
-    """What `action` returns in the first process, in all of them: something that JSON can hold.
+def run_on_first(action: Callable[[], Any]) -> Any:
+    """Runs `action` in the first process and returns its result in all of them.
 
-    All wait for it. A UserError that it raises there is raised everywhere.
+    The result must be something that JSON can hold. All processes wait for it; a UserError of
+    `action` is raised in all of them.
     """
     if jax.process_count() == 1:
         return action()
-    told, failure = None, None
-    if is_first():
+    result, failure = None, None
+    if is_first_process():
         try:
-            told = {"value": action()}
+            result = {"value": action()}
         except UserError as error:
-            told, failure = {"error": str(error)}, error
-    told = _from_first(told)
+            result, failure = {"error": str(error)}, error
+    result = _broadcast(result)
     if failure is not None:
         raise failure
-    if "error" in told:
-        raise UserError(told["error"])
-    return told["value"]
+    if "error" in result:
+        raise UserError(result["error"])
+    return result["value"]
 
 
-def _from_first(value: Any) -> Any:
-    text = json.dumps(value).encode() if is_first() else b""
-    with losses_named():
+def _broadcast(value: Any) -> Any:
+    """The JSON value of the first process, in all processes."""
+    text = json.dumps(value).encode() if is_first_process() else b""
+    with explain_lost_peers():
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
         text = np.frombuffer(text.ljust(size), np.uint8)
         text = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text), np.uint8))
@@ -83,22 +84,22 @@ def _from_first(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def losses_named() -> Iterator[None]:
+def explain_lost_peers() -> Iterator[None]:
     """Raises PeerLost where JAX fails because another process is gone."""
     try:
         yield
-    except UserError:  # which may hold any of the words below
+    except UserError:  # its message may contain any of the words below
         raise
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        # By whatever way of talking the processes have: over TCP, NCCL, the coordinator.
-        named = ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat", "Connection", "Barrier")
-        if jax.process_count() == 1 or not any(name in str(error) for name in named):
+        # Each transport has its own message: TCP, NCCL, the coordinator.
+        words = ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat", "Connection", "Barrier")
+        if jax.process_count() == 1 or not any(word in str(error) for word in words):
             raise
         raise PeerLost(f"another process of the run is gone ({first_line(error)})") from error
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays as numpy, whole in every process, wherever their parts are."""
+    """The arrays of a tree as whole NumPy arrays, in every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)

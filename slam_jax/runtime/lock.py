@@ -1,4 +1,4 @@
-"""One run at a time in a workdir."""
+"""The lock that keeps a second run out of a workdir."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ from slam_jax.errors import UserError, first_line
 
 
 class WorkdirError(UserError):
-    """A workdir is in use, or cannot be written to: in one line."""
+    """A workdir is in use or cannot be written to."""
 
 
 @contextlib.contextmanager
-def only_run_in(workdir: str | Path) -> Iterator[None]:
-    """Keeps other runs out of `workdir`, which is created if needed.
+def lock_workdir(workdir: str | Path) -> Iterator[None]:
+    """Locks `workdir` against other runs; the folder is created if needed.
 
-    The system lets go of the lock with the process, however that ends: a killed run keeps nobody
-    out. Evaluations read without it.
+    The system releases the lock when the process ends, however it ends. Readers such as
+    evaluations do not take it.
 
     Raises:
       WorkdirError: another run is in the workdir, or it cannot be written to.
@@ -26,20 +26,17 @@ def only_run_in(workdir: str | Path) -> Iterator[None]:
     if not str(workdir):
         raise WorkdirError("workdir is empty; name a folder")
     workdir = Path(workdir)
-    lock = filelock.FileLock(workdir / "lock", timeout=0)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout:
-        raise WorkdirError(
-            f"{workdir}: another run is going on in it; wait for its end, or use another workdir"
-        ) from None
-    except OSError as error:
-        reason = first_line(error)
-        raise WorkdirError(
-            f"{workdir}: cannot be written to ({reason}); use another workdir, or correct this"
-        ) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(filelock.FileLock(workdir / "lock", timeout=0))
+        except filelock.Timeout:
+            raise WorkdirError(
+                f"{workdir}: another run is in progress; wait for its end, or use another workdir"
+            ) from None
+        except OSError as error:
+            raise WorkdirError(
+                f"{workdir}: cannot be written to ({first_line(error)}); correct this, or use "
+                "another workdir"
+            ) from error
         yield
-    finally:
-        lock.release()

@@ -1,4 +1,4 @@
-"""Errors for people where memory runs out, or would."""
+"""Clear errors where memory runs out or would run out."""
 
 import contextlib
 import os
@@ -15,8 +15,8 @@ class OutOfMemory(UserError):
 
 @contextlib.contextmanager
 def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
-    """Raises OutOfMemory("`what` does not fit into memory; `remedy`") where memory runs out, on the
-    host or on a device."""
+    """Raises OutOfMemory("`what` does not fit into memory; `remedy`") where the memory of the host
+    or of a device runs out."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -26,7 +26,7 @@ def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
 
 
 def require_memory(num_bytes: int, what: str) -> None:
-    """Raises ConfigError if the devices of all processes together have less memory than that.
+    """Raises ConfigError if `num_bytes` exceed the memory of the devices of all processes.
 
     An allocation that is too large can end the process without a message, or swap for minutes.
     """

@@ -1,6 +1,6 @@
-"""A process above each one of a run of several, to say how it ended.
+"""A parent process for each process of a run of several: it reports how its child ended.
 
-Nothing heavy is imported here: entry points are watched before they import JAX.
+This module imports nothing heavy: commands call `supervise` before they import JAX.
 """
 
 import ctypes
@@ -10,14 +10,14 @@ import subprocess
 import sys
 from types import FrameType
 
-from slam_jax.runtime.signals import INTACT, SIGNALS, say
+from slam_jax.runtime.signals import INTACT, RESUME_ALL, SIGNALS, print_line
 
 _SUPERVISED = "SLAM_JAX_SUPERVISED"
-_PR_SET_PDEATHSIG = 1  # of Linux' prctl: a signal for the child when its parent dies
+_PR_SET_PDEATHSIG = 1  # Linux prctl: the signal that a child gets when its parent dies
 
 
 def is_supervised() -> bool:
-    """Whether `supervise` has started this process; then it ends with the one that did."""
+    """Whether `supervise` started this process; if so, it will end together with its parent."""
     if os.environ.get(_SUPERVISED) != str(os.getppid()):
         return False
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if os.name == "posix" else None
@@ -27,24 +27,24 @@ def is_supervised() -> bool:
 
 
 def supervise() -> int:
-    """Runs this program once more, beneath, and returns its exit code.
+    """Runs this command again as a child, forwards signals to it, and returns its exit code.
 
-    JAX's runtime ends a process whose peers are gone by aborting it, which no code in it can turn
-    into a message; its parent can. Signals are handed on.
+    JAX aborts a process whose peers are gone. No code in that process can turn this into a
+    message; its parent can.
     """
     environment = {**os.environ, _SUPERVISED: str(os.getpid())}
     child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment)
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         child.send_signal(number)
 
     for number in SIGNALS:
-        signal.signal(number, hand_on)
+        signal.signal(number, forward)
     code = child.wait()
     if code >= 0:
         return code
-    name = signal.Signals(-code).name
-    aborted = "the runtime ended this process: another one of the run, or its host, is gone"
-    why = aborted if -code == signal.SIGABRT else f"this process was ended by {name}"
-    say(f"stopped: {why}; the same command on all of them goes on from the last checkpoint")
+    reason = f"this process was ended by {signal.Signals(-code).name}"
+    if -code == signal.SIGABRT:
+        reason = "JAX ended this process: another process of the run, or its host, is gone"
+    print_line(f"stopped: {reason}; {RESUME_ALL}")
     return INTACT

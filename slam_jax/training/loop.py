@@ -28,7 +28,7 @@ from slam_jax.errors import ConfigError, UserError
 from slam_jax.evaluation import evaluate
 from slam_jax.runtime import distributed
 from slam_jax.runtime.compile_cache import enable_compile_cache
-from slam_jax.runtime.lock import only_run_in
+from slam_jax.runtime.lock import lock_workdir
 from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.runtime.signals import Stop, Stopped
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -78,10 +78,10 @@ def train(
     run, mesh = experiment.run, make_mesh(experiment.mesh)
     require_even(experiment, mesh)
     with (
-        only_run_in(workdir) if distributed.is_first() else contextlib.nullcontext(),
+        lock_workdir(workdir) if distributed.is_first_process() else contextlib.nullcontext(),
         Checkpoints(workdir, keep_every=run.keep_every) as checkpoints,
         in_force(mesh),
-        distributed.losses_named(),
+        distributed.explain_lost_peers(),
     ):
         notes: list[str] = []
         latest = checkpoints.recover(notes.append)
@@ -112,9 +112,11 @@ def train(
         board = run.tensorboard
         with (
             MetricsWriter(workdir, first, evaluated=not owed, tensorboard=board)
-            if distributed.is_first()
+            if distributed.is_first_process()
             else NoMetrics() as writer,
-            Progress(run.num_steps, first_step=first, shown=distributed.is_first()) as progress,
+            Progress(
+                run.num_steps, first_step=first, shown=distributed.is_first_process()
+            ) as progress,
         ):
             for note in notes:
                 progress.log(note)

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from slam_jax.errors import UserError
-from slam_jax.runtime.cli import clear_ends, prepare_process
+from slam_jax.runtime.cli import exit_on_error, prepare_process
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.checkpoint.trees import by_name, describe
 from slam_jax.training.experiment import flatten
@@ -154,6 +154,6 @@ if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()  # there are none; absl would say so before each warning
     # Nothing here needs an accelerator, and another run may have it.
     jax.config.update("jax_platforms", "cpu")
-    with clear_ends():
+    with exit_on_error():
         code = main()
     sys.exit(code)

@@ -101,7 +101,7 @@ class Checkpoints:
         self.wait()
         finite = {name: float(x) for name, x in metrics.items() if math.isfinite(x)}
         items = {"config": config, "tokenizer": tokenizer, "aux": aux, "metrics": finite}
-        if not distributed.by_first(lambda: self._begin(step, items)):
+        if not distributed.run_on_first(lambda: self._begin(step, items)):
             return False
         folder = self._being_written(step)
         try:
@@ -134,9 +134,9 @@ class Checkpoints:
                 shutil.rmtree(self._being_written(step), ignore_errors=True)
                 raise CheckpointError(self._unwritten(step, error)) from error
 
-        if not distributed.is_first():
+        if not distributed.is_first_process():
             finish()
-        distributed.by_first(finish)
+        distributed.run_on_first(finish)
 
     def close(self) -> None:
         """Waits as `wait` does, then stops the thread; a later `save` starts it again."""
@@ -156,7 +156,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints and all of them are damaged.
         """
-        step = distributed.by_first(lambda: self._recover(report, until))
+        step = distributed.run_on_first(lambda: self._recover(report, until))
         if step is not None:
             self._verified.add(step)
         return step
@@ -293,7 +293,7 @@ class Checkpoints:
     def _commit(self, step: int, folder: Path, written: Callable[[], Any]) -> None:
         """The end of a write, in the background."""
         written()
-        if not distributed.is_first():
+        if not distributed.is_first_process():
             return
         manifest.seal(folder)
         final, replaced = self.directory / str(step), self.directory / f"{step}.replaced"
