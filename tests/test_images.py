@@ -1,12 +1,14 @@
-"""Pictures of any kind become the pixels of a model."""
+"""Reading pictures of any size, mode and orientation."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from slam_jax.data.images import MOST_PIXELS, check_image, load_image
+from slam_jax.data.images import MAX_PIXELS, check_image, load_image
+from slam_jax.errors import InputError
 
 GREY = (128, 128, 128)
 
@@ -36,6 +38,9 @@ def test_a_picture_of_the_right_size_is_left_as_it_is():
         ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
         ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
         ("I;16", 200 << 8, (200, 200, 200)),
+        ("I;16", 200, (0, 0, 0)),
+        ("I", 200 << 8, (200, 200, 200)),
+        ("I", 200, (200, 200, 200)),  # a mask or label map
         ("YCbCr", (128, 128, 128), (128, 128, 128)),
     ],
 )
@@ -45,19 +50,70 @@ def test_every_mode_becomes_rgb(mode, colour, expected):
     assert expected is None or (pixels == expected).all()
 
 
-def test_a_picture_is_turned_as_its_camera_says():
-    image = Image.new("RGB", (8, 8), (0, 0, 0))
-    image.paste((255, 255, 255), (0, 0, 8, 4))
-    exif = image.getexif()
-    exif[0x0112] = 3  # upside down
+def encode(image, kind, **options):
     file = io.BytesIO()
-    image.save(file, "png", exif=exif)
-    pixels = load_image(file.getvalue(), 8)
-    assert (pixels[:4] == 0).all() and (pixels[4:] == 255).all()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["tiff", "ppm"])
+def test_integers_of_32_bits_keep_their_range(kind):
+    """Small values in a TIFF are labels; Pillow reads 16-bit PGM as 32 bits of the full range."""
+    values = np.array([[0, 3], [200, 255]], np.int32)
+    pixels = load_image(encode(Image.fromarray(values), kind), 2)
+    expected = values if kind == "tiff" else values >> 8
+    np.testing.assert_array_equal(pixels, np.repeat(expected[..., None], 3, -1))
+
+
+@pytest.mark.parametrize("value", [65_536, -1])
+def test_integers_outside_16_bits_are_refused(value):
+    values = np.array([[0, value]], np.int32)
+    with pytest.raises(InputError, match=r"its values are .*; expected 0\.\.255 or 0\.\.65535"):
+        load_image(encode(Image.fromarray(values), "tiff"), 2)
+
+
+@pytest.mark.parametrize("shape", [(10_000, 50), (50, 10_000), (1, 3_000)])
+def test_a_very_long_picture_keeps_one_pixel_of_its_short_side(shape):
+    pixels = load_image(Image.new("RGB", shape, (250, 0, 0)), 48)
+    red = (pixels == (250, 0, 0)).all(-1)
+    assert red.sum() == 48 and red[24].all() if shape[0] > shape[1] else red[:, 24].all()
+    assert (pixels[~red] == GREY).all()
+
+
+def odd_exif(tag):
+    """EXIF with orientation 6 and one more tag, as bytes: Pillow writes no malformed tags."""
+    entries = [struct.pack("<HHI4s", 0x0112, 3, 1, b"\6\0\0\0"), tag]
+    rational = struct.pack("<ii", -1, 0)
+    header = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    return b"Exif\0\0" + header + b"".join(entries) + bytes(4) + rational
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        struct.pack("<HHI4s", 0x011A, 2, 3, b"72\0\0"),  # XResolution as text
+        struct.pack("<HHII", 0x011A, 5, 1, 38),  # and as a rational of 2**32 - 1 over 0
+        struct.pack("<HHII", 0x9204, 10, 1, 38),  # ExposureBiasValue as -1 over 0
+        struct.pack("<HHII", 0x8769, 4, 1, 9_999),  # a directory beyond the end
+    ],
+)
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_orientation_is_applied_whatever_the_other_tags_hold(kind, tag):
+    image = Image.new("RGB", (96, 48), (255, 0, 0))
+    image.paste((0, 0, 255), (48, 0, 96, 48))
+    pixels = load_image(encode(image, kind, quality=95, exif=odd_exif(tag)), 48).astype(int)
+    np.testing.assert_allclose(pixels[4, 24], (255, 0, 0), atol=4)
+    np.testing.assert_allclose(pixels[44, 24], (0, 0, 255), atol=4)
+    assert (pixels[:, :12] == GREY).all()
+
+
+def test_exif_that_cannot_be_parsed_is_ignored():
+    picture = encode(Image.new("RGB", (8, 8), (255, 0, 0)), "png", exif=b"Exif\0\0no EXIF at all")
+    assert (load_image(picture, 8) == (255, 0, 0)).all()
 
 
 def test_more_pixels_than_the_bound_are_refused_before_they_are_decoded():
-    side = int(MOST_PIXELS**0.5)
+    side = int(MAX_PIXELS**0.5)
     file = io.BytesIO()
     Image.new("1", (side + 1, side + 1)).save(file, "png")
     assert len(file.getvalue()) < 50_000
@@ -71,5 +127,5 @@ def test_a_bomb_beyond_the_librarys_own_bound_is_refused_alike(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     file = io.BytesIO()
     Image.new("1", (8, 8)).save(file, "png")
-    with pytest.raises(ValueError, match="more pixels than the 64,000,000 that are read"):
+    with pytest.raises(ValueError, match="has far too many pixels; at most 64,000,000 are read"):
         load_image(file.getvalue(), 8)

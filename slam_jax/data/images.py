@@ -1,4 +1,4 @@
-"""Pictures as they come, of any size and kind, to the pixels a model reads."""
+"""Reading pictures of any size and format as square uint8 RGB arrays."""
 
 import contextlib
 import io
@@ -11,116 +11,147 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from slam_jax.errors import InputError, first_line
 
-MOST_PIXELS = 64_000_000
-"""Of a picture before it is resized: a small file may hold billions, which would be allocated."""
+MAX_PIXELS = 64_000_000
+"""Largest picture that is decoded: a file of a few kilobytes can hold billions of pixels."""
 
 _GREY = (128, 128, 128)
-_opening = threading.Lock()  # warnings are switched off for the whole process
+_EXIF_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_warnings_lock = threading.Lock()  # warning filters are global to the process
 
 
 def load_image(source: Any, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """The picture in `size` x `size` pixels, its proportions kept, what is left over grey.
+    """Returns the picture scaled to fit `size` x `size` pixels, centred on grey.
 
-    Turned as its camera says; transparency is laid on white; of an animation the first frame.
+    Proportions are kept, the EXIF orientation is applied, transparent pixels are blended with
+    white, and an animation gives its first frame. 16-bit values are divided by 256, and so are
+    32-bit integers unless all of them are below 256, as in masks and label maps.
 
     Args:
-      source: a path, the bytes of a file, a PIL image, or an array of bytes [H, W], [H, W, 3] or
+      source: a path, the bytes of a file, a PIL image, or a uint8 array [H, W], [H, W, 3] or
         [H, W, 4].
 
     Raises:
-      InputError: it is no picture, cannot be read, or has more than `MOST_PIXELS`.
+      InputError: `source` is no picture, cannot be decoded, has more than `MAX_PIXELS` pixels,
+        integers outside 0..65535 or floating-point pixels.
     """
     if isinstance(source, np.ndarray) and source.shape == (size, size, 3):
-        return _pixels(source)
-    with _opened(source) as image:
-        return _fit(image, size, source)
+        return _check_array(source)
+    with _open(source) as image:
+        try:
+            if image is not source:  # draft() changes the image in place
+                image.draft("RGB", (size, size))  # a JPEG is decoded no larger than needed
+            return np.array(_fit(_to_rgb(image), size))
+        except Exception as error:
+            raise _unreadable(source, error) from error
+
+
+def check_image(source: Any) -> tuple[int, int]:
+    """Returns width and height from the header alone; raises as `load_image` for a bad header."""
+    with _open(source) as image:
+        return image.size
 
 
 def crop_at_random(
-    pixels: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator, most: float
+    pixels: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator, max_share: float
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """A window of the picture, brought back to its size; up to `most` of each side is lost."""
+    """Cuts up to `max_share` off each side length at a random place and resizes to [H, W]."""
     height, width = pixels.shape[:2]
-    scale = 1 - most * rng.random()
+    scale = 1 - max_share * rng.random()
     x, y = (rng.random(2) * (1 - scale) * (width, height)).tolist()
     box = (x, y, x + scale * width, y + scale * height)
     image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, box=box)
     return np.array(image)
 
 
-def check_image(source: Any) -> tuple[int, int]:
-    """Width and height, without decoding it; raises as `load_image` for what that can tell."""
-    with _opened(source) as image:
-        return image.size
-
-
 @contextlib.contextmanager
-def _opened(source: Any) -> Iterator[Image.Image]:
+def _open(source: Any) -> Iterator[Image.Image]:
     with contextlib.ExitStack() as stack:
         if isinstance(source, Image.Image):
             image = source
         elif isinstance(source, (str, os.PathLike, bytes)):
             image = stack.enter_context(_open_file(source))
         elif hasattr(source, "__array__"):
-            image = Image.fromarray(_pixels(np.asarray(source)))
+            image = Image.fromarray(_check_array(np.asarray(source)))
         else:
             raise InputError(
                 f"a {type(source).__name__} is no picture; "
                 "give a path, bytes, a PIL image or an array"
             )
-        width, height = image.size
-        if width * height > MOST_PIXELS:
-            raise InputError(
-                f"{_name(source)} has {width:,} x {height:,} pixels; "
-                f"at most {MOST_PIXELS:,} are read: make it smaller"
-            )
+        if image.width * image.height > MAX_PIXELS:
+            raise _too_large(source, f"{image.width:,} x {image.height:,}")
         yield image
 
 
 def _open_file(source: str | os.PathLike[str] | bytes) -> Image.Image:
     file = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
     try:
-        # Pillow's own bound lies higher; it warns of it before ours is seen.
-        with _opening, warnings.catch_warnings():
+        # Pillow warns at a bound of its own, above MAX_PIXELS, before ours can be checked.
+        with _warnings_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(file)
     except Image.DecompressionBombError:
-        raise InputError(
-            f"{_name(source)} has more pixels than the {MOST_PIXELS:,} that are read: "
-            "make it smaller"
-        ) from None
-    except Exception as error:  # each format's reader has errors of its own
-        raise _unreadable(source, error) from error
-
-
-def _fit(image: Image.Image, size: int, source: Any) -> Any:
-    try:
-        if image is not source:  # what somebody gave is not changed
-            image.draft("RGB", (size, size))  # a JPEG is decoded no larger than needed
-        image = _to_rgb(ImageOps.exif_transpose(image))
-        if image.size != (size, size):
-            image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=_GREY)
-        return np.array(image)
-    except Exception as error:
+        raise _too_large(source, "far too many") from None
+    except Exception as error:  # the reader of each format has its own error types
         raise _unreadable(source, error) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits a pixel
-        image = Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    image.load()  # a TIFF applies its orientation here and removes the tag
+    orientation = _orientation(image)
     if image.mode == "F":
-        raise ValueError("its pixels are fractions of no known range")
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = Image.fromarray(_to_bytes(image))
+    if orientation is not None:
+        image = image.transpose(orientation)
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _pixels(array: np.ndarray) -> np.ndarray:
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """What EXIF asks for, if anything. Malformed tags count as none."""
+    try:  # not ImageOps.exif_transpose, which also writes EXIF back and fails for malformed tags
+        return _EXIF_ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # struct.error, SyntaxError, TypeError and others
+        return None
+
+
+def _to_bytes(image: Image.Image) -> UInt8[np.ndarray, "H W"]:
+    """Integers to 0..255. Pillow scales the values of a PGM file to 0..65535 itself."""
+    values = np.asarray(image, np.int64)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65_535:
+        raise ValueError(f"its values are {low}..{high}; expected 0..255 or 0..65535")
+    is_16_bit = image.mode != "I" or image.format == "PPM" or high > 255
+    return (values >> 8 if is_16_bit else values).astype(np.uint8)
+
+
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    """Scales the longer side to `size` and the shorter one to at least one pixel; fills up."""
+    if image.size == (size, size):
+        return image
+    width, height = (max(1, round(side / max(image.size) * size)) for side in image.size)
+    canvas = Image.new("RGB", (size, size), _GREY)
+    corner = (round((size - width) / 2), round((size - height) / 2))
+    canvas.paste(image.resize((width, height), Image.Resampling.BICUBIC), corner)
+    return canvas
+
+
+def _check_array(array: np.ndarray) -> np.ndarray:
     fits = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))
     if array.dtype != np.uint8 or not fits or 0 in array.shape:
         raise InputError(
@@ -128,6 +159,12 @@ def _pixels(array: np.ndarray) -> np.ndarray:
             "expected uint8 [height, width, 3]"
         )
     return array
+
+
+def _too_large(source: Any, pixels: str) -> InputError:
+    return InputError(
+        f"{_name(source)} has {pixels} pixels; at most {MAX_PIXELS:,} are read: make it smaller"
+    )
 
 
 def _unreadable(source: Any, error: Exception) -> InputError:
