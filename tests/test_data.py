@@ -89,7 +89,8 @@ def test_two_builds_hold_the_same_records(config, dataset, tmp_path):
 
 
 def test_splits_share_no_scene_and_have_the_published_sizes(config, dataset, tmp_path):
-    assert SortOfClevr(data_dir=tmp_path).scenes == {"train": 9300, "validation": 500, "test": 200}
+    full: Any = SortOfClevr(data_dir=tmp_path).builder_config
+    assert (full.train, full.validation, full.test) == (9300, 500, 200)
     firsts = {"train": 0, "validation": 9300, "test": 9800}
     for split, first in firsts.items():
         records = built(config.data_dir, split)

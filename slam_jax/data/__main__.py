@@ -1,7 +1,7 @@
-"""Looks at data: python -m slam_jax.data inspect --config=FILE [--config.field=value]
+"""Inspects data: python -m slam_jax.data inspect --config=FILE [--config.field=value]
 
-Prints what a data set has and how a model will see it: records, views, shapes, tokens, answers,
-and of a folder every row that cannot be used. Some training pictures go onto one, --output.
+Prints what a data set holds and how a model sees it: records, views, shapes, tokens, answers and,
+of a folder, every row that cannot be used. Writes a contact sheet of training pictures.
 """
 
 from pathlib import Path
@@ -11,15 +11,17 @@ from absl import flags
 from slam_jax.errors import InputError, writing
 from slam_jax.runtime import cli
 
-CONFIG = flags.DEFINE_string("config", None, "A file of configs/; it is run.", required=True)
-OUTPUT = flags.DEFINE_string("output", "contact_sheet.png", "Where the pictures go, as PNG.")
+CONFIG = flags.DEFINE_string(
+    "config", None, "Path of a file of configs/; its code is executed.", required=True
+)
+OUTPUT = flags.DEFINE_string("output", "contact_sheet.png", "Path of the contact sheet, a PNG.")
 
 
 def main(arguments: list[str]) -> None:
     if arguments[:1] != ["inspect"]:
         given = repr(arguments[0]) if arguments else "nothing"
         raise InputError(f"the command is {given}; expected: inspect --config=FILE")
-    # Not before: importing JAX takes seconds, in which Ctrl-C can come.
+    # Imported late: JAX takes seconds to import, and Ctrl-C should work meanwhile.
     from slam_jax.reporting.contact_sheet import contact_sheet
     from slam_jax.reporting.inspection import inspect_data
     from slam_jax.reporting.inspection_table import print_inspection
@@ -36,7 +38,7 @@ def main(arguments: list[str]) -> None:
     path = Path(OUTPUT.value)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(found.tiles, title).save(path, "PNG")
+        contact_sheet(found.tiles, title).savefig(path, format="png")
     print(f"{count} training pictures: {path}")
 
 

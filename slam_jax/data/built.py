@@ -1,4 +1,4 @@
-"""Data sets that TFDS builds once and reads by index, without TensorFlow."""
+"""Data sets that TFDS builds once; they are read by index and without TensorFlow."""
 
 import contextlib
 import io
@@ -14,13 +14,17 @@ from slam_jax.errors import first_line
 
 
 def build_once(
-    config: DataConfig, make_builder: Callable[..., Any], num_examples: int | None = None
+    config: DataConfig,
+    make_builder: Callable[..., Any],
+    num_examples: int | None = None,
+    advice: str = "check free space and permissions, or set data.data_dir",
 ) -> None:
-    """Builds the data set in `config.directory` if it is not there yet, and says so.
+    """Builds the data set in `config.directory` unless it is there, and prints that it does.
 
-    make_builder: takes `data_dir` and `file_format`. Raises DataError where it cannot be built.
+    `make_builder` takes `data_dir` and `file_format`. Raises DataError, which ends with `advice`,
+    if the data set cannot be built.
     """
-    with reading(config):
+    with _reading(config):
         builder = make_builder(data_dir=config.directory, file_format="array_record")
     if builder.data_path.exists():
         return
@@ -32,39 +36,39 @@ def build_once(
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False)
             )
-    except Exception as error:  # array_record, TFDS and the system each have types of their own
-        # Or another process was faster: each builds in a folder of its own and renames it.
+    except Exception as error:  # array_record, TFDS and the system have their own error types
+        # Another process may have been faster: each builds in its own folder and renames it.
         if not builder.data_path.exists():
             raise DataError(
                 f"{config.directory}: {config.name} could not be built ({first_line(error)}); "
-                "check free space and permissions, or set data.data_dir"
+                + advice
             ) from error
 
 
 def open_splits(
-    config: DataConfig, name: str, splits: Sequence[str], *, pictures: bool = True
+    config: DataConfig, name: str, splits: Sequence[str], *, images: bool = True
 ) -> list[Sequence[Any]]:
-    """Random access to the records of each split; their `pictures` as the bytes of their files.
+    """Returns random access to the records of each split, `images` as undecoded bytes.
 
-    Raises DataError where the data set cannot be read.
+    Raises DataError if the data set cannot be read.
     """
-    with reading(config):
+    with _reading(config):
         sources: Any = tfds.data_source(
             name,
             split=list(splits),
             data_dir=config.directory,
-            decoders={"image": tfds.decode.SkipDecoding()} if pictures else None,
+            decoders={"image": tfds.decode.SkipDecoding()} if images else None,
             download=False,
         )
     return sources
 
 
 @contextlib.contextmanager
-def reading(config: DataConfig) -> Iterator[None]:
-    """Raises DataError for whatever fails in its body."""
+def _reading(config: DataConfig) -> Iterator[None]:
+    """Raises DataError for any error in its body."""
     try:
         yield
-    except Exception as error:  # TFDS, protobuf and array_record have no one type for it
+    except Exception as error:  # TFDS, protobuf and array_record have no common error type
         folder = config.directory / config.name.partition("/")[0]
         raise DataError(
             f"{config.directory}: {config.name} cannot be read ({first_line(error)}); delete "

@@ -1,4 +1,4 @@
-"""Sort-of-CLEVR scenes as images, texts and auxiliary vectors."""
+"""Sort-of-CLEVR scenes rendered as images, texts and auxiliary vectors."""
 
 import contextlib
 import dataclasses
@@ -27,15 +27,15 @@ from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.data.views import VIEWS
 
 _CORPUS_SCENES = 2000
-_SCENES_KEPT = 1 << 14
+_CACHED_SCENES = 1 << 14
 _KINDS = tuple(kind for kind in KINDS for _ in range(QUESTIONS_PER_KIND))
 _NONE_NEEDS_BOTH = (False,) * len(_KINDS)
-# Questions by (colour, kind, subtype), as stored.
+# Indexed [colour][kind][subtype], like a stored question.
 _PROMPTS = [[[p.format(colour) for p in kind] for kind in PROMPTS] for colour in COLOURS]
 
 
 def describe(objects: Int[np.ndarray, "6 3"], order: Sequence[int]) -> str:
-    """One sentence for each object named in `order`: "red circle at 12 40 .", x and y in pixels."""
+    """One sentence per colour index in `order`: "red circle at 12 40 .", x and y in pixels."""
     rows = objects.tolist()
     return " ".join(
         f"{COLOURS[colour]} {SHAPES[rows[colour][0]]} at {rows[colour][1]} {rows[colour][2]} ."
@@ -44,7 +44,7 @@ def describe(objects: Int[np.ndarray, "6 3"], order: Sequence[int]) -> str:
 
 
 def tabulate(objects: Int[np.ndarray, "6 3"], order: Sequence[int]) -> Float[np.ndarray, "A 10"]:
-    """One row for each object: one-hot colour (6), one-hot shape (2), x and y in [-1, 1]."""
+    """One row per colour index in `order`: one-hot colour (6) and shape (2), x and y in [-1, 1]."""
     colour = np.asarray(order)
     shape, centre = objects[colour, 0], objects[colour, 1:]
     place = centre * (2 / (SIZE - 1)) - 1
@@ -52,7 +52,7 @@ def tabulate(objects: Int[np.ndarray, "6 3"], order: Sequence[int]) -> Float[np.
 
 
 class Scene(NamedTuple):
-    """A stored scene: see `SortOfClevr` for the arrays, and its questions as text."""
+    """A stored scene (arrays as in `SortOfClevr`) with its questions and answers as text."""
 
     objects: Int[np.ndarray, "6 3"]
     questions: Int[np.ndarray, "20 3"]
@@ -65,10 +65,9 @@ class Scene(NamedTuple):
 class Scenes:
     """A split of Sort-of-CLEVR as a `Source`.
 
-    records: random access to the features of `SortOfClevr`. The picture is drawn anew from the
-    objects, which is faster than decoding the stored one and equal to it.
-    Objects are listed in random order; a split view shows the first three of that order in one
-    rendering and the other three in the other.
+    records: random access to the features of `SortOfClevr`. Pictures are drawn from the objects,
+    which is faster than decoding the stored, equal ones. Objects come in random order; in a split
+    view one rendering shows the first three of that order and the other one the last three.
     """
 
     records: Sequence[dict[str, Any]]
@@ -84,7 +83,7 @@ class Scenes:
 
     @functools.cached_property
     def _scene(self) -> Any:
-        return functools.lru_cache(maxsize=_SCENES_KEPT)(self._read)
+        return functools.lru_cache(maxsize=_CACHED_SCENES)(self._read)
 
     def _read(self, index: int) -> Scene:
         record = self.records[index]
@@ -113,7 +112,7 @@ class Scenes:
         shown = VIEWS[view].text
         if shown is None:
             return 0, 0
-        # Byte-level BPE never merges across a space, so a text is as long as its words together.
+        # Byte-level BPE never merges across a space: the lengths of the words add up.
         sentences = [
             [f"{start}{colour} {shape} at" for colour in COLOURS for shape in SHAPES]
             for start in ("", " ")

@@ -1,14 +1,14 @@
 """Sort-of-CLEVR: six coloured shapes on a 75x75 image and twenty questions about them.
 
-Generated, no download. After Santoro et al. 2017, "A simple neural network module for relational
-reasoning" (arXiv 1706.01427). Two differences from the published generator, so that every answer is
-defined: bounding boxes never overlap, and from no object are two others equally far.
+The data set is generated. Source: Santoro et al. 2017, "A simple neural network module for
+relational reasoning" (arXiv 1706.01427). Two differences from the published generator make every
+answer unique: bounding boxes never overlap, and no object has two others at the same distance.
 """
 
 import dataclasses
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -42,7 +42,7 @@ _STAMPS = np.stack(
 
 
 def draw(objects: Int[np.ndarray, "6 3"], visible: Iterable[int]) -> UInt8[np.ndarray, "75 75 3"]:
-    """Draws the objects named in `visible` (indices into COLOURS) on white."""
+    """Draws the objects whose colour index is in `visible` on a white image."""
     image = np.full((SIZE, SIZE, 3), 255, np.uint8)
     for colour in visible:
         shape, x, y = objects[colour].tolist()
@@ -54,14 +54,14 @@ def draw(objects: Int[np.ndarray, "6 3"], visible: Iterable[int]) -> UInt8[np.nd
 def answer_table(
     objects: Int[np.ndarray, "6 3"], visible: Bool[np.ndarray, "6 6"] | None = None
 ) -> Int[np.ndarray, "2 6 3"]:
-    """Answers to every question, as indices into ANSWERS: [kind, named colour, subtype].
-
-    Args:
-      objects: per colour its shape (index into SHAPES) and centre x, y in pixels.
-      visible: whether someone asked about object i knows of object j; None = of all. Each row
-        must hold i itself and at least one other.
+    """Answers to all questions as indices into ANSWERS, by [kind, named colour, subtype].
 
     Non-relational answers depend on the named object alone. Distances are between centres.
+
+    Args:
+      objects: per colour its shape (index into SHAPES) and its centre x, y in pixels.
+      visible: whether a question about object i may use object j; None = all objects. Row i must
+        contain i itself and at least one other object.
     """
     shape, centre = objects[:, 0], objects[:, 1:]
     if visible is None:
@@ -86,12 +86,10 @@ def needs_both(
     answers: Int[np.ndarray, "Q"],
     first_half: Sequence[int],
 ) -> Bool[np.ndarray, "Q"]:
-    """Whether each answer needs objects of both halves of a split scene.
+    """Whether each answer needs both halves of a scene: `first_half` and the other three objects.
 
-    The scene's objects are split in two halves, `first_half` and the other three. An answer needs
-    both if whoever sees only the half that holds the named object, and answers from it, is wrong.
-    (From the other half alone the named object is unknown.) Hence never for a non-relational
-    question, and not for a relational one whose answer from the one half happens to be right.
+    It does if the answer computed from the half with the named object is wrong. This is never so
+    for a non-relational question, nor for a relational one that happens to have the same answer.
     """
     in_first = np.zeros(6, bool)
     in_first[list(first_half)] = True
@@ -101,7 +99,7 @@ def needs_both(
 
 
 def make_scene(index: int) -> tuple[Int[np.ndarray, "6 3"], Int[np.ndarray, "20 3"]]:
-    """Scene `index`: (objects, questions). A question is (colour, kind, subtype)."""
+    """Returns objects and questions of scene `index`; a question is (colour, kind, subtype)."""
     rng = np.random.default_rng((_SEED, index))
     centre = _make_centres(rng)
     objects = np.concatenate([rng.integers(2, size=(6, 1)), centre], -1)
@@ -128,7 +126,7 @@ def _make_centres(rng: np.random.Generator) -> Int[np.ndarray, "6 2"]:
 
 @dataclasses.dataclass
 class SortOfClevrConfig(tfds.core.BuilderConfig):
-    """How many scenes each split has."""
+    """Number of scenes in each split."""
 
     train: int = 9300
     validation: int = 500
@@ -136,12 +134,12 @@ class SortOfClevrConfig(tfds.core.BuilderConfig):
 
 
 class SortOfClevr(tfds.core.GeneratorBasedBuilder):
-    """Sort-of-CLEVR as a TFDS data set; configs `full` (10,000 scenes) and `tiny` (for tests).
+    """Sort-of-CLEVR as a TFDS data set with the configs `full` (10,000 scenes) and `tiny`.
 
-    `validation` is set aside from the 9,800 published training scenes. Features: `index` (of the
-    scene over all splits), `image` (PNG), `objects` [6, 3] and `questions` [20, 3] as in
-    `make_scene`, `answers` [20] as indices into ANSWERS. Pixels and numbers are the same on every
-    machine; PNG compression may differ.
+    `validation` is taken from the 9,800 published training scenes. Features: `index` (of the scene
+    over all splits), `image` (PNG), `objects` [6, 3] and `questions` [20, 3] as in `make_scene`,
+    `answers` [20] as indices into ANSWERS. Pixels and numbers are the same on every machine; PNG
+    compression may differ.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -149,13 +147,6 @@ class SortOfClevr(tfds.core.GeneratorBasedBuilder):
         SortOfClevrConfig(name="full"),
         SortOfClevrConfig(name="tiny", train=256, validation=32, test=32),
     ]
-
-    @property
-    def scenes(self) -> dict[str, int]:
-        """Scenes per split."""
-        config = self.builder_config
-        assert isinstance(config, SortOfClevrConfig)
-        return {"train": config.train, "validation": config.validation, "test": config.test}
 
     def _info(self) -> tfds.core.DatasetInfo:
         tensor = tfds.features.Tensor
@@ -176,10 +167,11 @@ class SortOfClevr(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
-        first = {"train": 0, "validation": 9300, "test": 9800}
+        config: Any = self.builder_config
         return {
-            split: self._generate_examples(first[split], count)
-            for split, count in self.scenes.items()
+            "train": self._generate_examples(0, config.train),
+            "validation": self._generate_examples(9300, config.validation),
+            "test": self._generate_examples(9800, config.test),
         }
 
     def _generate_examples(self, first: int, count: int) -> Iterator[tuple[int, dict]]:

@@ -1,16 +1,32 @@
-"""Many small pictures on one, each with a question and its answer below."""
+"""A contact sheet: pictures in a grid, each below its prompt and above its answer."""
 
+import functools
+import itertools
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.transforms import Bbox, TransformedBbox
 
-COLUMNS, SIDE = 6, 168
-_GAP, _MARGIN, _SPACE, _LINE, _HEADER = 16, 24, 6, 18, 40
-_MOST_LINES, _FEW_PIXELS = 3, 32
-_PAPER, _FRAME, _TITLE, _PROMPT, _ANSWER = "#f7f7f5", "#cfcfca", "#333333", "#77776f", "#111111"
+from slam_jax.errors import shorten
+
+COLUMNS, SIDE = 6, 1.68
+_GAP, _MARGIN, _LINE = 0.16, 0.24, 0.135
+_FONT, _MISSING = "DejaVu Sans", "\N{REPLACEMENT CHARACTER}"
+_STYLE: Any = {
+    "font.family": _FONT,
+    "font.size": 8,
+    "text.parse_math": False,  # what users wrote is never TeX
+    "axes.edgecolor": "#cfcfca",
+    "axes.titlesize": 8,
+    "axes.titlelocation": "left",
+    "xaxis.labellocation": "left",
+}
 
 
 class Tile(NamedTuple):
@@ -19,76 +35,56 @@ class Tile(NamedTuple):
     answer: str
 
 
-def contact_sheet(tiles: Sequence[Tile], title: str) -> Image.Image:
-    """Pictures of `SIDE` pixels a side, `COLUMNS` in a row, each row as high as its texts need.
+def contact_sheet(tiles: Sequence[Tile], title: str) -> Figure:
+    """A figure with `COLUMNS` pictures in a row, each `SIDE` inches high and wide.
 
-    Of small pictures the pixels can be seen, larger ones are scaled smoothly; texts of more than
-    three lines end in dots. Raises ValueError without tiles.
+    Texts of more than three lines end in dots. Characters that DejaVu Sans lacks, the font that
+    Matplotlib brings along, are drawn as a replacement character, which a footnote then explains.
+    Raises ValueError if there are no tiles.
     """
     if not tiles:
         raise ValueError("no pictures for a contact sheet; give at least one")
-    fonts = [ImageFont.load_default(size) for size in (17, 13, 14)]
-    texts = [(_wrap(tile.prompt, fonts[1]), _wrap(tile.answer, fonts[2])) for tile in tiles]
-    lines = [len(prompt) + len(answer) for prompt, answer in texts]
-    starts = range(0, len(tiles), COLUMNS)
-    heights = [SIDE + _SPACE + max(lines[i : i + COLUMNS]) * _LINE for i in starts]
-    width = 2 * _MARGIN + COLUMNS * SIDE + (COLUMNS - 1) * _GAP
-    height = 2 * _MARGIN + _HEADER + sum(heights) + (len(heights) - 1) * _GAP
-    sheet = Image.new("RGB", (width, height), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    [shown] = _wrap(title, fonts[0], float(width - 2 * _MARGIN), most=1) or [""]
-    draw.text((_MARGIN, _MARGIN - 4), shown, _TITLE, fonts[0])
-    for i, (tile, (prompt, answer)) in enumerate(zip(tiles, texts, strict=True)):
-        row, column = divmod(i, COLUMNS)
-        x = _MARGIN + column * (SIDE + _GAP)
-        y = _MARGIN + _HEADER + sum(heights[:row]) + row * _GAP
-        picture = _scaled(tile.image)
-        sheet.paste(picture, (x, y))
-        draw.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline=_FRAME)
-        y += SIDE + _SPACE
-        for line in prompt:
-            draw.text((x, y), line, _PROMPT, fonts[1])
-            y += _LINE
-        for line in answer:
-            draw.text((x, y), line, _ANSWER, fonts[2])
-            y += _LINE
-    return sheet
+    prompts = [_lines(tile.prompt) for tile in tiles]
+    answers = [_lines(tile.answer) for tile in tiles]
+    above, below = (_LINE * (1 + max(map(len, texts))) for texts in (prompts, answers))
+    num_rows = -(-len(tiles) // COLUMNS)
+    width = 2 * _MARGIN + COLUMNS * (SIDE + _GAP) - _GAP
+    header, footer = 2 * _MARGIN + above, _MARGIN + below
+    space = above + below + _GAP
+    height = header + num_rows * (SIDE + space) - space + footer
+    grid = dict(left=_MARGIN / width, right=1 - _MARGIN / width, wspace=_GAP / SIDE)
+    grid |= dict(bottom=footer / height, top=1 - header / height, hspace=space / SIDE)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure((width, height), dpi=100, facecolor="#f7f7f5")
+        figure.text(_MARGIN / width, 1 - _MARGIN / height, shorten(_drawable(title), 110), size=11)
+        axes = figure.subplots(num_rows, COLUMNS, squeeze=False, gridspec_kw=grid)
+        shown = itertools.zip_longest(axes.flat, tiles, prompts, answers)
+        for place, tile, prompt, answer in shown:
+            place.set(xticks=[], yticks=[], visible=tile is not None)
+            if tile is None:
+                continue
+            place.imshow(tile.image)
+            column = TransformedBbox(Bbox([[0, -9], [1 + _GAP / SIDE, 9]]), place.transAxes)
+            for text in (
+                place.set_title("\n".join(prompt), color="#66665f"),
+                place.set_xlabel("\n".join(answer)),
+            ):
+                text.set(clip_box=column, clip_on=True)
+        if any(_MISSING in "".join(text) for text in (*prompts, *answers, _drawable(title))):
+            note = f"{_MISSING} a character that the font {_FONT} lacks"
+            figure.text(_MARGIN / width, 0.06 / height, note, color="#66665f")
+    return figure
 
 
-def _scaled(pixels: np.ndarray) -> Image.Image:
-    image = Image.fromarray(pixels)
-    longest = max(image.size)
-    size = (max(1, image.width * SIDE // longest), max(1, image.height * SIDE // longest))
-    few = longest <= _FEW_PIXELS
-    return image.resize(size, Image.Resampling.NEAREST if few else Image.Resampling.LANCZOS)
+def _lines(text: str) -> list[str]:
+    return textwrap.wrap(_drawable(text), 24, max_lines=3, placeholder="...")
 
 
-def _wrap(text: str, font: Any, width: float = float(SIDE), most: int = _MOST_LINES) -> list[str]:
-    """Lines no wider than `width`, broken between words, or within those that are too wide."""
-    lines, line = [], ""
-    for word in text.split():
-        longer = f"{line} {word}" if line else word
-        if line and font.getlength(longer) > width:
-            lines.append(line)
-            longer = word
-        while len(lines) <= most and len(longer) > 1 and font.getlength(longer) > width:
-            fitting = _fitting(longer, font, width)
-            lines.append(longer[:fitting])
-            longer = longer[fitting:]
-        line = longer
-        if len(lines) > most:
-            break
-    lines += [line] if line else []
-    if len(lines) > most:
-        last = lines[most - 1]
-        kept = _fitting(last, font, width - font.getlength("..."))
-        lines = [*lines[: most - 1], last[:kept] + "..."]
-    return lines
+def _drawable(text: str) -> str:
+    """The text with every character that the font lacks replaced; blanks stay."""
+    return "".join(c if c.isspace() or ord(c) in _characters() else _MISSING for c in text)
 
 
-def _fitting(text: str, font: Any, width: float) -> int:
-    """How many letters of `text` fit, at least one."""
-    count = 1
-    while count < len(text) and font.getlength(text[: count + 1]) <= width:
-        count += 1
-    return count
+@functools.cache
+def _characters() -> frozenset[int]:
+    return frozenset(get_font(findfont(_FONT)).get_charmap())
