@@ -23,15 +23,19 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Nearly all of the time goes into compiling what then runs for a millisecond.
 jax.config.update("jax_disable_most_optimizations", True)
 
-# Shapes and types are checked where functions are called, and not where dataclasses are built: JAX
-# builds those of arrays with whatever a tree may hold (shapes without values, shardings, None), and
-# those of settings check themselves.
-for name, module in list(sys.modules.items()):
-    for cls in vars(module).values() if name.startswith("slam_jax.") else ():
-        if dataclasses.is_dataclass(cls) and isinstance(cls, type) and cls.__module__ == name:
-            cls.__init__ = inspect.unwrap(cls.__init__)
-
 VOCAB = 13
+
+
+def pytest_collection_finish() -> None:
+    """Shapes and types are checked where functions are called, not where dataclasses are built.
+
+    JAX builds dataclasses of arrays with whatever a tree may hold (shapes without values,
+    shardings, None); those of settings check themselves.
+    """
+    for name, module in list(sys.modules.items()):
+        for cls in vars(module).values() if name.startswith("slam_jax.") else ():
+            if dataclasses.is_dataclass(cls) and isinstance(cls, type) and cls.__module__ == name:
+                cls.__init__ = inspect.unwrap(cls.__init__)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

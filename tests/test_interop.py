@@ -1,6 +1,7 @@
 """Published weights: read exactly once each, compared with their publishers' own logits, and
 written back to the last bit."""
 
+import functools
 import json
 import shutil
 import struct
@@ -33,13 +34,20 @@ def state(model: Any) -> Any:
     return nnx.to_pure_dict(nnx.state(model))
 
 
+@functools.cache
+def golden(name: str) -> tuple[Any, Any]:
+    """The model of a fixture and its configuration, read once for all tests."""
+    return load_pretrained(GOLDENS / name)
+
+
+@jax.jit
 def logits(model: Any, tokens: Any) -> Any:
-    return jax.jit(lambda model, tokens: model(tokens).logits)(model, tokens)
+    return model(tokens).logits
 
 
 @each_golden
 def test_logits_are_the_publishers(name):
-    model, config = load_pretrained(GOLDENS / name)
+    model, config = golden(name)
     tokens, expected = (np.load(GOLDENS / name / f"{what}.npy") for what in ("tokens", "logits"))
     assert expected.std() > 0.5 and config.dtype == "float32"
     np.testing.assert_allclose(logits(model, tokens), expected, atol=2e-4, rtol=0)
@@ -47,7 +55,7 @@ def test_logits_are_the_publishers(name):
 
 @each_golden
 def test_the_cached_decode_gives_the_publishers_logits_too(name):
-    model, _ = load_pretrained(GOLDENS / name)
+    model, _ = golden(name)
     tokens, expected = (np.load(GOLDENS / name / f"{what}.npy") for what in ("tokens", "logits"))
     rows, length = tokens.shape
     start = length // 2
@@ -61,7 +69,7 @@ def test_the_cached_decode_gives_the_publishers_logits_too(name):
 
 @each_golden
 def test_what_is_saved_is_what_was_read_to_the_last_bit(name, tmp_path):
-    model, config = load_pretrained(GOLDENS / name)
+    model, config = golden(name)
     save_pretrained(model, tmp_path / "copy")
     again, config_again = load_pretrained(tmp_path / "copy")
     assert config_again == config
@@ -101,7 +109,7 @@ def test_every_parameter_has_exactly_one_place(kind):
 @pytest.mark.parametrize("name", ["mixtral", "jamba", "deepseek_v2", "hunyuan_large"])
 def test_experts_of_one_layer_may_be_one_tensor(name, tmp_path):
     """As transformers has them in memory: gate before up, all experts on a leading axis."""
-    model, _ = load_pretrained(GOLDENS / name)
+    model, _ = golden(name)
     shutil.copytree(GOLDENS / name, tmp_path / "fused")
     tensors = load_file(GOLDENS / name / "model.safetensors")
     names = ("w1", "w3", "w2") if name == "mixtral" else ("gate_proj", "up_proj", "down_proj")
@@ -124,7 +132,7 @@ def test_experts_of_one_layer_may_be_one_tensor(name, tmp_path):
 
 
 def test_shards_are_read_by_their_index_and_written_with_one(tmp_path):
-    model, config = load_pretrained(GOLDENS / "mixtral")
+    model, config = golden("mixtral")
     save_pretrained(model, tmp_path / "shards", max_shard_bytes=100_000)
     files = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
     assert len(files) > 5 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -193,7 +201,7 @@ def test_keys_of_another_shape_are_named(folder):
 
 def test_a_weight_in_two_files_is_refused(folder):
     save_file({EXPERT: jnp.zeros((48, 64))}, folder / "other.safetensors")
-    refused(folder, "w1.weight is in two files; expected once")
+    refused(folder, "w1.weight is in two files; expected one")
 
 
 def test_constants_beside_the_weights_are_passed_over(folder):
@@ -209,16 +217,16 @@ def test_other_numbers_than_the_configurations_are_named(folder):
 
 def test_bits_are_not_lost_unasked(folder):
     edit(folder, dtype="bfloat16")
-    refused(folder, "is F32, and config.json makes it BF16: bits would be lost; say which")
+    refused(folder, "is F32, and config.json makes it BF16: bits would be lost; choose a dtype")
     narrow, _ = load_pretrained(folder, param_dtype="bfloat16")
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state(narrow)))
 
 
 def test_more_than_the_files_can_hold_is_refused_before_it_is_built(folder):
     edit(folder, num_hidden_layers=400, num_local_experts=4_000)
-    refused(folder, "config.json has num_layers 400, and there are only")
+    refused(folder, "config.json has num_layers 400, but there are only")
     edit(folder, num_hidden_layers=3, num_local_experts=4_000)
-    refused(folder, "config.json has num_experts 4,000, and there are only")
+    refused(folder, "config.json has num_experts 4,000, but there are only")
 
 
 def test_an_index_may_name_files_of_the_folder_alone(folder, tmp_path):
@@ -226,11 +234,11 @@ def test_an_index_may_name_files_of_the_folder_alone(folder, tmp_path):
     for name in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors"), "no such"):
         index = {"weight_map": {EXPERT: name}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        refused(folder, "is no file of the folder")
+        refused(folder, "is not a file of the folder")
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "b" * 300}})
     )
-    refused(folder, "is no file of the folder")
+    refused(folder, "is not a file of the folder")
     (folder / "model.safetensors.index.json").write_text("[]")
     refused(folder, "no weight_map")
 
@@ -301,14 +309,14 @@ def test_files_that_are_no_weights_are_named(folder, tmp_path):
 def test_what_their_configuration_has_no_word_for_is_not_saved(tmp_path):
     """It would come back as another model."""
     config = make_config("standard", "tiny", rope=Rope(interleaved=True))
-    with pytest.raises(UserError, match="llama has no word for it"):
+    with pytest.raises(UserError, match="llama cannot express it"):
         save_pretrained(make_model(config, rngs=nnx.Rngs(0)), tmp_path / "turned")
     assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_behind(folder, monkeypatch, tmp_path):
-    model, _ = load_pretrained(folder)
-    with pytest.raises(UserError, match="there is something; give a new or an empty folder"):
+    model, _ = golden("mixtral")
+    with pytest.raises(UserError, match="it is not empty; give a new or an empty folder"):
         save_pretrained(model, folder)
     with pytest.raises(UserError, match="a SlamV6Config has no published form; expected Standard"):
         config = make_config("slam_v6", "tiny")

@@ -1,4 +1,4 @@
-"""Weights in and out, in the forms that their publishers use."""
+"""Reads and writes weights in the formats of their publishers."""
 
 from slam_jax.interop.pretrained import load_pretrained, save_pretrained
 

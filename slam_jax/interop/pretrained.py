@@ -1,4 +1,4 @@
-"""Published weights in and out: a folder with config.json and *.safetensors.
+"""Reads and writes published weights: a folder with config.json and *.safetensors.
 
 Only JSON and arrays are read. Nothing in the folder is executed.
 """
@@ -27,9 +27,9 @@ from slam_jax.interop.layouts import LAYOUTS, Layout
 from slam_jax.language_models import make_model
 
 _INDEX = "model.safetensors.index.json"
-_LARGEST_CONFIG, _LARGEST_INDEX = 1 << 20, 1 << 25  # that of DeepSeek-V2 has three megabytes
+_LARGEST_CONFIG, _LARGEST_INDEX = 1 << 20, 1 << 25  # bytes; DeepSeek-V2 has an index of 3 MB
 _DTYPES = ("F32", "BF16", "F16")
-# Constants that older libraries saved beside the weights; they follow from the configuration.
+# Older libraries saved these constants with the weights; they follow from the configuration.
 _CONSTANTS = "rotary_emb.inv_freq"
 _SHOWN = 5
 
@@ -39,20 +39,20 @@ Params = dict[tuple[str | int, ...], Any]
 def load_pretrained(
     folder: str | Path, *, dtype: str = "float32", param_dtype: str | None = None
 ) -> tuple[Any, Any]:
-    """The model of a folder as it is on the hub, and its configuration.
+    """The model in a folder downloaded from the hub, and its configuration.
 
     model_type may be llama, mixtral, jamba, deepseek_v2, hunyuan or hunyuan_v1_moe. Experts may be
-    one tensor each, or one for all of a layer. Tensors are read one by one, and each parameter goes
-    to the device when it is whole: beside the model there are never more than the few, such as the
-    stacked experts of one layer, whose tensors are being read.
+    one tensor each, or one tensor for all experts of a layer. Tensors are read one by one, and a
+    parameter is sent to the device when it is complete, so the host holds only the parameters that
+    are being read, such as the stacked experts of one layer.
 
     Args:
-      dtype: of the computation. param_dtype: of the parameters, None = as config.json says, float32
-        for float16.
+      dtype: of the computation. param_dtype: of the parameters, None = as config.json says, with
+        float32 for float16.
 
     Raises:
-      InputError, ConfigError: what in the folder is missing, left over, of another shape or not
-        understood; nothing is loaded then.
+      InputError, ConfigError: names what in the folder is missing, left over, of another shape or
+        not understood; nothing is loaded then.
     """
     folder = Path(folder)
     kind, config = read_config(_read_json(folder / "config.json", _LARGEST_CONFIG))
@@ -61,11 +61,11 @@ def load_pretrained(
     files = _files(folder)
     stored = _headers(files)
     fused = any(key.endswith("experts.gate_up_proj") for key in stored)
-    # Before anything is made of a configuration that files of this size cannot be of.
+    # A mistyped size must not build a model that is far larger than the files.
     for field in ("num_layers",) if fused else ("num_layers", "num_experts"):
         if getattr(config, field, 0) > len(stored):
             raise InputError(
-                f"{folder}: config.json has {field} {getattr(config, field):,}, and there are only "
+                f"{folder}: config.json has {field} {getattr(config, field):,}, but there are only "
                 f"{len(stored):,} weights"
             )
     model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
@@ -73,7 +73,7 @@ def load_pretrained(
     shapes: Params = flatten_dict(nnx.to_pure_dict(state))
     layout = LAYOUTS[kind](config, fused=fused)
     _check_keys(layout, stored, folder)
-    _check_tensors(layout, shapes, stored, named=param_dtype is not None)
+    _check_tensors(layout, shapes, stored, may_round=param_dtype is not None)
     params = _assemble(layout, shapes, files)
     return nnx.merge(graphdef, nnx.State(unflatten_dict(params))), config
 
@@ -83,17 +83,17 @@ def save_pretrained(
 ) -> None:
     """Writes a model as its publisher would: config.json and one or several *.safetensors.
 
-    What training adds (losses and capacities that the publisher's configuration has no word for)
-    and the dtype of the computation are not part of it.
+    Settings of training that the publisher's configuration has no field for (losses, capacities)
+    and the dtype of the computation are not written.
 
     Raises:
       InputError: the model was never published in this form, or the folder is not empty.
-      WriteError: it cannot be written; nothing is left behind.
+      WriteError: the folder cannot be written; nothing is left behind.
     """
     folder = Path(folder)
     kind, data = write_config(model.config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: there is something; give a new or an empty folder")
+        raise InputError(f"{folder}: it is not empty; give a new or an empty folder")
     params: Params = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     layout = LAYOUTS[kind](model.config)
     with writing(folder):
@@ -125,7 +125,7 @@ def _read_json(path: Path, largest: int) -> Any:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The shards: those of the index where there is one, else all *.safetensors."""
+    """The files with weights: those that the index names, or without an index all of them."""
     if not (folder / _INDEX).exists():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -139,12 +139,14 @@ def _files(folder: Path) -> list[Path]:
     for name in sorted(set(map(str, names.values()))):
         if len(name) > 255 or name != Path(name).name or not (folder / name).is_file():
             shown = shorten(repr(name), 120)
-            raise InputError(f"{folder / _INDEX}: {shown} is no file of the folder")
+            raise InputError(f"{folder / _INDEX}: {shown} is not a file of the folder")
         files.append(folder / name)
     return files
 
 
 class _Stored(NamedTuple):
+    """Where a tensor is stored, and what its file says of it."""
+
     file: Path
     shape: tuple[int, ...]
     dtype: str
@@ -158,7 +160,7 @@ def _open(file: Path) -> Any:
 
 
 def _headers(files: list[Path]) -> dict[str, _Stored]:
-    """What there is of each key, but for constants that follow from the configuration."""
+    """The stored tensor of each key, without constants that follow from the configuration."""
     stored: dict[str, _Stored] = {}
     for file in files:
         with _open(file) as tensors:
@@ -166,32 +168,32 @@ def _headers(files: list[Path]) -> dict[str, _Stored]:
                 if key.endswith(_CONSTANTS):
                     continue
                 if key in stored:
-                    raise InputError(f"{file.parent}: {_shown(key)} is in two files; expected once")
+                    raise InputError(f"{file.parent}: {_shown(key)} is in two files; expected one")
                 found = tensors.get_slice(key)
                 stored[key] = _Stored(file, tuple(found.get_shape()), found.get_dtype())
     return stored
 
 
 def _shown(key: str) -> str:
-    """A key that anybody may have chosen, for people."""
+    """A key from a file, safe to print."""
     return shorten(key if key.isprintable() else repr(key), 120)
 
 
 def _check_keys(layout: Layout, stored: Mapping[str, _Stored], folder: Path) -> None:
     missing = [key for key in layout if key not in stored]
     left_over = sorted(stored.keys() - layout.keys())
-    told = []
+    problems = []
     for what, keys in (("missing", missing), ("left over", left_over)):
         shown = ", ".join(map(_shown, keys[:_SHOWN])) + (", .." if len(keys) > _SHOWN else "")
-        told += [f"{len(keys):,} {what} ({shown})"] if keys else []
-    if told:
-        raise InputError(f"{folder}: weights do not fit config.json: {'; '.join(told)}")
+        problems += [f"{len(keys):,} {what} ({shown})"] if keys else []
+    if problems:
+        raise InputError(f"{folder}: weights do not fit config.json: {'; '.join(problems)}")
 
 
 def _check_tensors(
-    layout: Layout, shapes: Params, stored: Mapping[str, _Stored], *, named: bool
+    layout: Layout, shapes: Params, stored: Mapping[str, _Stored], *, may_round: bool
 ) -> None:
-    """Shapes and dtypes; `named`: the caller chose the dtype of the parameters."""
+    """Checks shapes and dtypes; `may_round`: the caller chose the dtype of the parameters."""
     for key, tensor in layout.items():
         (file, found, dtype), expected = stored[key], tensor.shape(shapes)
         if found != expected:
@@ -200,15 +202,16 @@ def _check_tensors(
             )
         if dtype not in _DTYPES:
             raise InputError(f"{file}: {key} is {dtype}; expected one of {', '.join(_DTYPES)}")
-        narrow = any(shapes[piece.path].dtype == jnp.bfloat16 for piece in tensor.pieces)
-        if narrow and dtype != "BF16" and not named:
+        rounds = any(shapes[piece.path].dtype == jnp.bfloat16 for piece in tensor.pieces)
+        if rounds and dtype != "BF16" and not may_round:
             raise InputError(
                 f"{file}: {key} is {dtype}, and config.json makes it BF16: bits would be lost; "
-                "say which with param_dtype"
+                "choose a dtype with param_dtype"
             )
 
 
 def _assemble(layout: Layout, shapes: Params, files: list[Path]) -> Params:
+    """Reads all tensors, and puts each parameter on the device when its last part was read."""
     left = dict.fromkeys(shapes, 0)
     for tensor in layout.values():
         for piece in tensor.pieces:
@@ -233,9 +236,9 @@ def _assemble(layout: Layout, shapes: Params, files: list[Path]) -> Params:
 
 
 def _read(tensors: Any, key: str) -> np.ndarray:
-    # This library gives bfloat16 as arrays of JAX alone; the device is not to hold what passes by.
+    # safetensors returns bfloat16 only as arrays of JAX; these must not take memory of the device.
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(RuntimeError):  # JAX was told to see no CPU
+        with contextlib.suppress(RuntimeError):  # JAX was configured without a CPU
             host = jax.local_devices(backend="cpu")[0]
             stack.enter_context(jax.default_device(host))
         return np.asarray(tensors.get_tensor(key))
@@ -258,7 +261,7 @@ def _write(layout: Layout, params: Params, folder: Path, max_shard_bytes: int) -
         if len(shards) > 1:
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(keys, name)
-        # In order in memory: the library writes an array as it lies there, transposed or not.
+        # `publish` returns contiguous arrays: safetensors writes the memory of an array as it is.
         tensors: Any = {key: layout[key].publish(params) for key in keys}
         save_file(tensors, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:

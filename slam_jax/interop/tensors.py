@@ -1,4 +1,4 @@
-"""How one published tensor corresponds to parameters here; read in both directions."""
+"""One published tensor and the parameters it corresponds to, converted in both directions."""
 
 import math
 import re
@@ -12,7 +12,7 @@ Path = tuple[str | int, ...]
 
 
 class Piece(NamedTuple):
-    """A parameter, or of a stacked one the part at `index`, and its axes: "ours -> published"."""
+    """A parameter, or the entry `index` of a stacked one, and its axes: "ours -> published"."""
 
     path: Path
     pattern: str
@@ -20,9 +20,9 @@ class Piece(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """Pieces side by side along the axis named `axis`, and then, with `merge`, axes made one.
+    """Pieces concatenated along the axis named `axis`, then rearranged by the pattern `merge`.
 
-    `kv_b_proj`, say, in each of whose heads the rows of keys come before those of values, is
+    For example, each head of `kv_b_proj` has the rows of its keys and then those of its values:
     `Tensor([Piece(.., "r n h -> n h r"), Piece(.., "r n h -> n h r")], "h", "n h r -> (n h) r")`.
     """
 
@@ -31,11 +31,11 @@ class Tensor(NamedTuple):
     merge: str | None = None
 
     def publish(self, params: Mapping[Path, Any]) -> np.ndarray:
-        """The published tensor, from the parameters; on the host, and in order in its memory."""
+        """The published tensor of these parameters, contiguous in the memory of the host."""
         views = []
         for piece in self.pieces:
             value = params[piece.path]
-            # A device that the model fills has room for one expert more, and not for them all.
+            # Indexed on the device first: it may have room for one more expert, not for all.
             value = np.asarray(value if piece.index is None else value[piece.index])
             views.append(einops.rearrange(value, piece.pattern))
         axis = self._view_axes.index(self.axis) if self.axis else 0
@@ -45,21 +45,20 @@ class Tensor(NamedTuple):
         return np.ascontiguousarray(joined)
 
     def shape(self, params: Mapping[Path, Any]) -> tuple[int, ...]:
-        """Of the published tensor; the parameters may be shapes alone."""
+        """The shape of the published tensor; `params` may be shapes alone."""
         sizes = self._joined(params)
         last = (self.merge or self.pieces[0].pattern).split("->")[1]
         groups = re.findall(r"\(([^)]*)\)|(\S+)", last)
         return tuple(
-            math.prod(1 if name == "1" else sizes[name] for name in (many or one).split())
-            for many, one in groups
+            math.prod(1 if name == "1" else sizes[name] for name in (merged or single).split())
+            for merged, single in groups
         )
 
     def parts(self, published: Any, params: Mapping[Path, Any]) -> list[Any]:
-        """Of the published tensor, what belongs to each piece, shaped like it."""
+        """The part of each piece in the published tensor, in the shape of the piece."""
         sizes = [self._sizes(piece, params[piece.path].shape) for piece in self.pieces]
         if self.merge is not None:
-            whole = self._joined(params)
-            published = einops.rearrange(published, _reverse(self.merge), **whole)
+            published = einops.rearrange(published, _reverse(self.merge), **self._joined(params))
         parts, start = [], 0
         for piece, size in zip(self.pieces, sizes, strict=True):
             part = published
@@ -71,7 +70,7 @@ class Tensor(NamedTuple):
         return parts
 
     def _joined(self, params: Mapping[Path, Any]) -> dict[str, int]:
-        """Axes of all pieces side by side, by name."""
+        """The sizes of the concatenated axes, by name."""
         sizes = [self._sizes(piece, params[piece.path].shape) for piece in self.pieces]
         along = {self.axis: sum(size[self.axis] for size in sizes)} if self.axis else {}
         return {**sizes[0], **along}
@@ -110,12 +109,12 @@ def vector(*path: str | int) -> Tensor:
 
 
 def matrix(*path: str | int) -> Tensor:
-    """A matrix as it is, such as a table of embeddings."""
+    """A matrix with the same axes, such as a table of embeddings."""
     return Tensor([Piece(path, "a b -> a b")])
 
 
 def rows(*paths: Path) -> Tensor:
-    """Several maps from one input, published as one matrix with their rows one after the other."""
+    """Several maps of one input, published as one matrix with all their rows."""
     return Tensor([Piece((*path, "kernel"), "i o -> o i") for path in paths], "o")
 
 

@@ -1,8 +1,8 @@
-"""Prints how large the language models are: python -m slam_jax.language_models [--preset=seed]
+"""Prints the sizes of the language models: python -m slam_jax.language_models [--preset=seed]
 
-Counted from the shapes of their arrays; nothing is allocated, whatever their size. "active" are the
-parameters that one token meets, "embedding" the tables and the head among all, "cache" the bytes by
-which a row grows with each token, "state" what it takes besides.
+They are counted from the shapes of the arrays; nothing is allocated. "active" are the parameters
+used for one token, "embedding" the tables and the head, "cache" the bytes that a row needs for each
+token, and "state" the bytes that it needs besides.
 """
 
 from absl import flags
@@ -11,14 +11,14 @@ from slam_jax.errors import InputError
 from slam_jax.runtime import cli
 
 PRESET = flags.DEFINE_string(
-    "preset", "seed", 'Of which size; "published" = all sizes that were published as models.'
+    "preset", "seed", 'The preset to print; "published" = all sizes of published models.'
 )
 
 
 def main(arguments: list[str]) -> None:
     if arguments:
         raise InputError(f"argument {arguments[0]!r}; expected --preset=NAME or nothing")
-    # Not before: importing JAX takes seconds, in which Ctrl-C can come.
+    # Imported here, because importing JAX takes seconds and Ctrl-C must work from the start.
     from slam_jax.language_models.accounting import measure
     from slam_jax.language_models.registry import SYSTEMS, make_config
 
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
         (name, preset)
         for name, system in SYSTEMS.items()
         for preset in system.presets
-        if preset == PRESET.value or (PRESET.value == "published" and preset not in SIZES_OF_OURS)
+        if preset == PRESET.value or (PRESET.value == "published" and preset not in OWN_PRESETS)
     ]
     if not wanted:
         known = sorted({preset for system in SYSTEMS.values() for preset in system.presets})
@@ -34,14 +34,11 @@ def main(arguments: list[str]) -> None:
     print("| system | preset | parameters | active | embedding | cache, B/token | state, B |")
     print("|---|---|---|---|---|---|---|")
     for name, preset in wanted:
-        print(
-            f"| `{name}` | {preset} | "
-            + " | ".join(f"{n:,}" for n in measure(make_config(name, preset)))
-            + " |"
-        )
+        counts = " | ".join(f"{n:,}" for n in measure(make_config(name, preset)))
+        print(f"| `{name}` | {preset} | {counts} |")
 
 
-SIZES_OF_OURS = ("seed", "tiny")
+OWN_PRESETS = ("seed", "tiny")
 
 if __name__ == "__main__":
     cli.run(main)

@@ -1,4 +1,4 @@
-"""What a language model is and keeps, counted from its arrays and without making any."""
+"""The parameters and cache bytes of a language model, counted without allocating anything."""
 
 import functools
 from typing import Any, NamedTuple
@@ -12,11 +12,11 @@ from slam_jax.layers.experts import MixtureOfExperts
 
 
 class Size(NamedTuple):
-    """Parameters: total; active: those that one token meets, which leaves out the experts that it
-    does not go to; embedding: tables looked up by token or position, and the head.
+    """Parameters in total; active: those used for one token, without the experts that it is not
+    sent to; embedding: tables looked up by token or position, and the head.
 
-    cache_bytes_per_token: by which the cache of one row grows with each token. state_bytes: what
-    a row takes besides, however long it is.
+    cache_bytes_per_token: growth of a row's cache with each token. state_bytes: the part of a row's
+    cache that does not depend on its length.
     """
 
     total: int
@@ -48,7 +48,7 @@ def _count(module: Any) -> int:
 
 
 def _cache_bytes(model: Any, length: int) -> int:
-    """Of one row; how many tokens there are of it is not counted."""
+    """Bytes of the cache of one row, without its counts of tokens."""
     cache = jax.eval_shape(lambda: model.init_cache((1,), length))
     arrays = [x for x in jax.tree.leaves(cache) if x.ndim > 1 or x.dtype == jnp.bool_]
     return sum(x.size * x.dtype.itemsize for x in arrays)

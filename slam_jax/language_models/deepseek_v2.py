@@ -10,13 +10,17 @@ from typing import Any
 import jax
 from flax import nnx
 
-from slam_jax.errors import require, require_count
-from slam_jax.language_models import flops
-from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
+from slam_jax.errors import require
+from slam_jax.language_models.base import (
+    LanguageModelConfig,
+    PreNormBlock,
+    Transformer,
+    rms_norm,
+)
+from slam_jax.layers import flops
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.latent_attention import MultiHeadLatentAttention
 from slam_jax.layers.mlp import GatedMLP
-from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.rotary import Rope
 from slam_jax.layers.router import (
     communication_balance_loss,
@@ -24,20 +28,30 @@ from slam_jax.layers.router import (
     sequence_balance_loss,
 )
 
+LATENT = (
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepseekV2Config(LanguageModelConfig):
-    """mlp_dim: F of the dense layers. expert_dim: of one expert.
+    """mlp_dim: F of the dense layers. expert_dim: F of one expert.
 
-    num_dense_layers: the first ones have a dense MLP. kv_lora_rank, q_lora_rank, qk_nope_head_dim,
-      qk_rope_head_dim, v_head_dim: of `MultiHeadLatentAttention`.
-    num_experts, num_experts_per_token: routed ones. num_shared_experts: they are one MLP of as many
-      times expert_dim. num_groups, top_groups, routed_scale, renormalize: of `Router`.
+    num_dense_layers: so many first layers have a dense MLP. kv_lora_rank, q_lora_rank,
+      qk_nope_head_dim, qk_rope_head_dim, v_head_dim: see `MultiHeadLatentAttention`.
+    num_experts, num_experts_per_token: of the routed experts. num_shared_experts: they are one MLP
+      of this many times expert_dim. num_groups, top_groups, routed_scale, renormalize: see
+      `Router`.
     balance_loss, device_balance_loss, communication_balance_loss: weights of the three losses; the
-      paper has 0.003, 0.05 and 0.02, the released code 0.001 and no others. The last two need
+      paper has 0.003, 0.05 and 0.02, the released code 0.001 and no others. The last two assume
       `num_groups` devices, of which a token is sent to at most `top_groups`.
-    capacity_factor: in training, an expert drops the tokens with the least weight beyond so many
-      times its share; the paper has 1.0, by device, the released code nothing.
+    capacity_factor: in training, an expert takes at most this many times its share of the tokens
+      and drops those with the least weight; None = drops none. The paper has 1.0 for each device,
+      the released code none.
     init_std: of all maps and the embeddings; the paper has 0.006.
     """
 
@@ -67,96 +81,53 @@ class DeepseekV2Config(LanguageModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for field in ("mlp_dim", "expert_dim", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
-            require_count(field, getattr(self, field))
-        if self.q_lora_rank is not None:
-            require_count("q_lora_rank", self.q_lora_rank)
-        require_count("num_layers", self.num_layers, most=512)
-        require_count("num_heads", self.num_heads, most=4_096)
-        require_count("num_dense_layers", self.num_dense_layers, least=0, most=512)
-        require_count("num_shared_experts", self.num_shared_experts, least=0, most=512)
-        self.check_experts(self.num_experts, self.num_experts_per_token)
-        factor, most = self.capacity_factor, self.num_experts
-        within = factor is None or 0 < factor <= most
-        require(within, "capacity_factor", factor, f"None, or above 0 and at most {most}")
-        rope, groups = self.qk_rope_head_dim, self.num_groups
-        require_count("qk_rope_head_dim", rope)
+        self.check_experts()
+        k, rope, groups = self.num_experts_per_token, self.qk_rope_head_dim, self.num_groups
         require(rope % 2 == 0, "qk_rope_head_dim", rope, "an even number above 0")
         expected = f"a divisor of num_experts={self.num_experts}"
         require(groups >= 1 and self.num_experts % groups == 0, "num_groups", groups, expected)
         expected = f"1 to num_groups={groups}"
         require(1 <= self.top_groups <= groups, "top_groups", self.top_groups, expected)
-        room = self.top_groups * self.num_experts // groups
-        k, expected = self.num_experts_per_token, f"at most {room}, as many as the groups hold"
-        require(k <= room, "num_experts_per_token", k, expected)
-        for field in ("balance_loss", "device_balance_loss", "communication_balance_loss"):
-            require(getattr(self, field) >= 0, field, getattr(self, field), "0 (off) or more")
+        most = self.top_groups * self.num_experts // groups
+        expected = f"at most {most}, as many as the groups hold"
+        require(k <= most, "num_experts_per_token", k, expected)
 
     def body_flops(self, num_tokens: int) -> int:
-        dense = flops.gated_mlp(num_tokens, self.embed_dim, self.mlp_dim)
-        shared_dim = self.num_shared_experts * self.expert_dim
-        experts = flops.experts(num_tokens, self, self.expert_dim, shared_dim)
-        attention = flops.latents(num_tokens, self) + flops.latent_queries(num_tokens, self)
+        dim, shared_dim = self.embed_dim, self.num_shared_experts * self.expert_dim
+        experts = self.sizes("num_experts", "num_experts_per_token")
+        attention = flops.latent_attention(num_tokens, dim, self.num_heads, **self.sizes(*LATENT))
+        dense = flops.gated_mlp(num_tokens, dim, self.mlp_dim)
+        sparse = flops.mixture_of_experts(
+            num_tokens, dim, self.expert_dim, shared_dim=shared_dim, **experts
+        )
         num_dense = min(self.num_dense_layers, self.num_layers)
-        mlps = num_dense * dense + (self.num_layers - num_dense) * experts
+        mlps = num_dense * dense + (self.num_layers - num_dense) * sparse
         return self.num_layers * attention + mlps
 
 
-class Block(nnx.Module):
-    """h += attention(norm(h)); h += mlp(norm(h))."""
-
-    def __init__(self, config: DeepseekV2Config, layer: int, *, rngs: nnx.Rngs):
-        init = jax.nn.initializers.normal(config.init_std)
-        kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
-        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
-        self.attention_norm = RMSNorm(config.embed_dim, **norm)
-        self.attention = MultiHeadLatentAttention(
-            config.embed_dim,
-            config.num_heads,
-            kv_lora_rank=config.kv_lora_rank,
-            q_lora_rank=config.q_lora_rank,
-            qk_nope_head_dim=config.qk_nope_head_dim,
-            qk_rope_head_dim=config.qk_rope_head_dim,
-            v_head_dim=config.v_head_dim,
-            rope=config.rope,
-            **kw,
-        )
-        self.mlp_norm = RMSNorm(config.embed_dim, **norm)
-        if layer < config.num_dense_layers:
-            self.mlp = GatedMLP(config.embed_dim, config.mlp_dim, **kw)
-        else:
-            self.mlp = MixtureOfExperts(
-                config.embed_dim,
-                config.expert_dim,
-                config.num_experts,
-                config.num_experts_per_token,
-                shared_dim=config.num_shared_experts * config.expert_dim or None,
-                capacity_factor=config.capacity_factor,
-                num_groups=config.num_groups,
-                top_groups=config.top_groups,
-                renormalize=config.renormalize,
-                scale=config.routed_scale,
-                **kw,
-            )
-
-    def init_cache(self, batch_shape, max_length):
-        return self.attention.init_cache(batch_shape, max_length)
-
-    def __call__(self, h, to: Pass, cache, key):
-        a, cache = to.mix(self.attention, self.attention_norm(h), cache)
-        h = h + a
-        if not isinstance(self.mlp, MixtureOfExperts):
-            return h + self.mlp(self.mlp_norm(h)), cache, ()
-        y, routing = self.mlp(self.mlp_norm(h), mask=to.mask, training=to.training)
-        return h + y, cache, [routing]
-
-
 class DeepseekV2(Transformer):
-    """A token keeps kv_lora_rank + qk_rope_head_dim numbers a layer."""
+    """The cache has kv_lora_rank + qk_rope_head_dim numbers for each token and layer."""
 
     def __init__(self, config: DeepseekV2Config, *, rngs: nnx.Rngs):
-        init = jax.nn.initializers.normal(config.init_std)
-        blocks = [Block(config, layer, rngs=rngs) for layer in range(config.num_layers)]
+        dim, init = config.embed_dim, jax.nn.initializers.normal(config.init_std)
+        kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
+        latent = config.sizes("num_heads", "rope", *LATENT)
+        experts = config.sizes(
+            "num_experts", "num_experts_per_token", "num_groups", "top_groups", "renormalize"
+        )
+        experts |= dict(scale=config.routed_scale, capacity_factor=config.capacity_factor)
+        experts |= dict(shared_dim=config.num_shared_experts * config.expert_dim or None)
+        blocks = [
+            PreNormBlock(
+                attention_norm=rms_norm(config),
+                mlp_norm=rms_norm(config),
+                attention=MultiHeadLatentAttention(dim, **latent, **kw),
+                mlp=GatedMLP(dim, config.mlp_dim, **kw)
+                if layer < config.num_dense_layers
+                else MixtureOfExperts(dim, config.expert_dim, **experts, **kw),
+            )
+            for layer in range(config.num_layers)
+        ]
         super().__init__(config, blocks, embedding_init=init, head_init=init, rngs=rngs)
 
     def balance(self, routings, mask):

@@ -1,9 +1,9 @@
-"""Hunyuan-Large: a shared expert beside one routed one, keys and values of every other layer only.
+"""Hunyuan-Large: a shared expert beside one routed expert; every other layer has keys and values.
 
 Source: Sun et al. 2024, "Hunyuan-Large" (arXiv 2411.02265), section 2.2; the numbers that it leaves
-out are those of the released modelling file. That file keeps a cache for every layer; here a layer
-without keys of its own keeps nothing. What the paper has and the release has switched off is not
-built: tokens beyond an expert's capacity being sent on at random ("recycle routing").
+out are those of the released modelling file. That file has a cache for every layer; here a layer
+without its own keys has none. The paper's "recycle routing", which sends tokens beyond an expert's
+capacity to random experts, is switched off in the release and not built here.
 """
 
 import dataclasses
@@ -12,26 +12,30 @@ from typing import Any
 import jax
 from flax import nnx
 
-from slam_jax.errors import require, require_count
-from slam_jax.language_models import flops
-from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
+from slam_jax.language_models.base import (
+    ForwardPass,
+    LanguageModelConfig,
+    Transformer,
+    feed_forward,
+    rms_norm,
+)
+from slam_jax.layers import flops
 from slam_jax.layers.cross_layer_attention import CrossLayerAttention, SharedKeyValues
 from slam_jax.layers.experts import MixtureOfExperts
-from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.rotary import Rope
 from slam_jax.layers.router import load_balancing_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HunyuanLargeConfig(LanguageModelConfig):
-    """mlp_dim: F, of one expert. num_shared_experts: they are one MLP of as many times mlp_dim.
+    """mlp_dim: F of one expert. num_shared_experts: they are one MLP of this many times mlp_dim.
 
-    share_factor: layers that read one layer's keys and values, that layer among them; 1 = each has
-      its own. qk_norm: norms over each head of the turned queries and keys.
+    share_factor: layers that read one layer's keys and values, that layer included; 1 = each has
+      its own. qk_norm: norms over each head of the rotated queries and keys.
     balance_loss: weight of the load-balancing loss. The release computes that loss in each layer
-      and throws it away; the mean over layers, and the weight (Switch Transformers') are ours.
-    capacity_factor: in training, an expert drops the tokens with the least weight beyond so many
-      times its share; None = drops none, as released.
+      and discards it; the mean over layers and the weight (of Switch Transformers) are ours.
+    capacity_factor: in training, an expert takes at most this many times its share of the tokens
+      and drops those with the least weight; None = drops none, as released.
     The others: see `MoEConfig`.
     """
 
@@ -54,37 +58,35 @@ class HunyuanLargeConfig(LanguageModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_count("mlp_dim", self.mlp_dim)
-        require_count("num_layers", self.num_layers, most=512)
-        require_count("share_factor", self.share_factor, most=512)
-        require_count("num_shared_experts", self.num_shared_experts, least=0, most=512)
-        self.check_heads(
-            self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim, turned=True
-        )
-        self.check_experts(self.num_experts, self.num_experts_per_token)
-        factor, most = self.capacity_factor, self.num_experts
-        within = factor is None or 0 < factor <= most
-        require(within, "capacity_factor", factor, f"None, or above 0 and at most {most}")
-        require(self.balance_loss >= 0, "balance_loss", self.balance_loss, "0 (off) or more")
+        self.check_heads()
+        self.check_experts()
 
     def body_flops(self, num_tokens: int) -> int:
+        heads = self.sizes("num_heads", "num_kv_heads", "head_dim")
+        experts = self.sizes("mlp_dim", "num_experts", "num_experts_per_token")
         shared_dim = self.num_shared_experts * self.mlp_dim
-        mlp = flops.experts(num_tokens, self, self.mlp_dim, shared_dim)
-        layers = (layer % self.share_factor == 0 for layer in range(self.num_layers))
-        return sum(flops.attention(num_tokens, self, own_keys=owns) + mlp for owns in layers)
+        mlp = flops.mixture_of_experts(num_tokens, self.embed_dim, **experts, shared_dim=shared_dim)
+        with_keys, without = (
+            mlp + flops.attention(num_tokens, self.embed_dim, **heads, own_keys=own_keys)
+            for own_keys in (True, False)
+        )
+        num_with_keys = -(-self.num_layers // self.share_factor)
+        return num_with_keys * with_keys + (self.num_layers - num_with_keys) * without
 
 
 class Layer(nnx.Module):
-    """h += attention(norm(h)); h += experts(norm(h)). It makes keys and values if it `owns` any."""
+    """h += attention(norm(h)); h += experts(norm(h)).
 
-    def __init__(self, config: HunyuanLargeConfig, *, owns: bool, rngs: nnx.Rngs):
+    own_keys: whether the layer makes keys and values, for itself and the layers after it.
+    """
+
+    def __init__(self, config: HunyuanLargeConfig, *, own_keys: bool, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(config.init_std)
         kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
-        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
         dim, head_dim = config.embed_dim, config.head_dim or config.embed_dim // config.num_heads
         num_kv_heads = config.num_kv_heads or config.num_heads
-        self.attention_norm = RMSNorm(dim, **norm)
-        self.key_values = SharedKeyValues(dim, num_kv_heads, head_dim, **kw) if owns else None
+        self.attention_norm, self.mlp_norm = rms_norm(config), rms_norm(config)
+        self.key_values = SharedKeyValues(dim, num_kv_heads, head_dim, **kw) if own_keys else None
         self.attention = CrossLayerAttention(
             dim,
             config.num_heads,
@@ -93,45 +95,41 @@ class Layer(nnx.Module):
             qk_norm_epsilon=config.norm_epsilon if config.qk_norm else None,
             **kw,
         )
-        self.mlp_norm = RMSNorm(dim, **norm)
         self.mlp = MixtureOfExperts(
             dim,
-            config.mlp_dim,
-            config.num_experts,
-            config.num_experts_per_token,
+            **config.sizes("mlp_dim", "num_experts", "num_experts_per_token", "capacity_factor"),
             shared_dim=config.num_shared_experts * config.mlp_dim or None,
-            capacity_factor=config.capacity_factor,
             renormalize=config.num_experts_per_token > 1,
             **kw,
         )
 
 
 class Block(nnx.Module):
-    """The layers that read one layer's keys and values, and their one cache."""
+    """The layers that read the keys and values of the first of them, and their one cache."""
 
     def __init__(self, config: HunyuanLargeConfig, num_layers: int, *, rngs: nnx.Rngs):
         self.layers: Any = nnx.List(
-            [Layer(config, owns=i == 0, rngs=rngs) for i in range(num_layers)]
+            [Layer(config, own_keys=i == 0, rngs=rngs) for i in range(num_layers)]
         )
 
     def init_cache(self, batch_shape, max_length):
         return self.layers[0].key_values.init_cache(batch_shape, max_length)
 
-    def __call__(self, h, to: Pass, cache, key):
+    def __call__(self, h, forward: ForwardPass, cache, key):
         shared, routings = None, []
         for layer in self.layers:
             x = layer.attention_norm(h)
             if layer.key_values is not None:
-                shared, cache = to.mix(layer.key_values, x, cache)
-            h = h + layer.attention(x, shared, to.positions)
-            y, routing = layer.mlp(layer.mlp_norm(h), mask=to.mask, training=to.training)
+                shared, cache = forward.mix(layer.key_values, x, cache)
+            h = h + layer.attention(x, shared, forward.positions)
+            y, routing = feed_forward(layer.mlp, layer.mlp_norm(h), forward)
             h = h + y
-            routings.append(routing)
+            routings += routing
         return h, cache, routings
 
 
 class HunyuanLarge(Transformer):
-    """A cache for 1 in `share_factor` layers; a single expert is weighted by its probability."""
+    """One cache for `share_factor` layers; a single expert is weighted by its probability."""
 
     def __init__(self, config: HunyuanLargeConfig, *, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(config.init_std)

@@ -1,7 +1,7 @@
-"""Hunyuan-A13B, the smaller and later mixture of experts of the same publisher.
+"""Hunyuan-A13B, the smaller and later mixture of experts of Hunyuan-Large's publisher.
 
-Not one of the nine systems; its weights load through `slam_jax.interop`. Beside Hunyuan-Large it
-lacks cross-layer attention, and the weights of a token's experts sum to 1.
+It is not one of the nine systems; its weights load through `slam_jax.interop`. Unlike Hunyuan-Large
+it has no cross-layer attention, and the weights of a token's experts sum to 1.
 
 Source: `HunYuanMoEV1ForCausalLM` in transformers.
 """
@@ -12,12 +12,15 @@ from typing import Any
 import jax
 from flax import nnx
 
-from slam_jax.errors import require, require_count
-from slam_jax.language_models import flops
-from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
+from slam_jax.language_models.base import (
+    LanguageModelConfig,
+    PreNormBlock,
+    Transformer,
+    rms_norm,
+)
+from slam_jax.layers import flops
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
-from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.rotary import Rope
 from slam_jax.layers.router import load_balancing_loss
 
@@ -41,63 +44,39 @@ class HunyuanV1MoEConfig(LanguageModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_count("mlp_dim", self.mlp_dim)
-        require_count("num_layers", self.num_layers, most=512)
-        self.check_heads(
-            self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim, turned=True
-        )
-        self.check_experts(self.num_experts, self.num_experts_per_token)
-        require(self.balance_loss >= 0, "balance_loss", self.balance_loss, "0 (off) or more")
+        self.check_heads()
+        self.check_experts()
 
     def body_flops(self, num_tokens: int) -> int:
-        mlp = flops.experts(num_tokens, self, self.mlp_dim, self.mlp_dim)
-        return self.num_layers * (flops.attention(num_tokens, self) + mlp)
-
-
-class Block(nnx.Module):
-    """h += attention(norm(h)); h += shared(norm(h)) + experts(norm(h))."""
-
-    def __init__(self, config: HunyuanV1MoEConfig, *, rngs: nnx.Rngs):
-        init = jax.nn.initializers.normal(config.init_std)
-        kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
-        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
-        self.attention_norm = RMSNorm(config.embed_dim, **norm)
-        self.attention = GroupedQueryAttention(
-            config.embed_dim,
-            config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            rope=config.rope,
-            qk_norm_epsilon=config.norm_epsilon,
-            **kw,
+        heads = self.sizes("num_heads", "num_kv_heads", "head_dim")
+        experts = self.sizes("mlp_dim", "num_experts", "num_experts_per_token")
+        attention = flops.attention(num_tokens, self.embed_dim, **heads)
+        mlp = flops.mixture_of_experts(
+            num_tokens, self.embed_dim, **experts, shared_dim=self.mlp_dim
         )
-        self.mlp_norm = RMSNorm(config.embed_dim, **norm)
-        self.mlp = MixtureOfExperts(
-            config.embed_dim,
-            config.mlp_dim,
-            config.num_experts,
-            config.num_experts_per_token,
-            shared_dim=config.mlp_dim,
-            renormalize=True,
-            **kw,
-        )
-
-    def init_cache(self, batch_shape, max_length):
-        return self.attention.init_cache(batch_shape, max_length)
-
-    def __call__(self, h, to: Pass, cache, key):
-        a, cache = to.mix(self.attention, self.attention_norm(h), cache)
-        h = h + a
-        y, routing = self.mlp(self.mlp_norm(h), mask=to.mask, training=to.training)
-        return h + y, cache, [routing]
+        return self.num_layers * (attention + mlp)
 
 
 class HunyuanV1MoE(Transformer):
-    """Grouped queries with norms on queries and keys, one shared MLP beside k experts."""
+    """Grouped queries with norms of queries and keys, one shared MLP beside k experts."""
 
     def __init__(self, config: HunyuanV1MoEConfig, *, rngs: nnx.Rngs):
-        init = jax.nn.initializers.normal(config.init_std)
-        blocks = [Block(config, rngs=rngs) for _ in range(config.num_layers)]
+        dim, init = config.embed_dim, jax.nn.initializers.normal(config.init_std)
+        kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
+        heads = config.sizes("num_heads", "num_kv_heads", "head_dim", "rope")
+        experts = config.sizes("mlp_dim", "num_experts", "num_experts_per_token")
+        experts |= dict(shared_dim=config.mlp_dim, renormalize=True)
+        blocks = [
+            PreNormBlock(
+                attention_norm=rms_norm(config),
+                mlp_norm=rms_norm(config),
+                attention=GroupedQueryAttention(
+                    dim, **heads, qk_norm_epsilon=config.norm_epsilon, **kw
+                ),
+                mlp=MixtureOfExperts(dim, **experts, **kw),
+            )
+            for _ in range(config.num_layers)
+        ]
         super().__init__(config, blocks, embedding_init=init, head_init=init, rngs=rngs)
 
     def balance(self, routings, mask):

@@ -10,24 +10,31 @@ from typing import Any
 import jax
 from flax import nnx
 
-from slam_jax.errors import require, require_count
-from slam_jax.language_models import flops
-from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
+from slam_jax.errors import require
+from slam_jax.language_models.base import (
+    ForwardPass,
+    LanguageModelConfig,
+    Transformer,
+    feed_forward,
+    rms_norm,
+)
+from slam_jax.layers import flops
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.mamba import Mamba
 from slam_jax.layers.mlp import GatedMLP
-from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.router import load_balancing_loss
+
+MAMBA = ("state_dim", "conv_width", "expand", "dt_rank")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JambaConfig(LanguageModelConfig):
-    """mlp_dim: F, of dense MLPs and of each expert alike.
+    """mlp_dim: F of a dense MLP and of each expert.
 
     attention_period, attention_offset: layer i has attention where i % period == offset, and Mamba
       otherwise. expert_period, expert_offset: likewise experts, and a dense MLP otherwise.
-    state_dim, conv_width, expand, dt_rank, conv_bias, proj_bias: of `Mamba`.
+    state_dim, conv_width, expand, dt_rank, conv_bias, proj_bias: see `Mamba`.
     balance_loss: weight of the load-balancing loss.
     The others: see `StandardConfig`.
     """
@@ -53,96 +60,61 @@ class JambaConfig(LanguageModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_count("mlp_dim", self.mlp_dim)
-        require_count("num_layers", self.num_layers, most=512)
-        self.check_heads(self.num_heads, self.num_kv_heads or self.num_heads, None)
-        self.check_experts(self.num_experts, self.num_experts_per_token)
+        self.check_heads()
+        self.check_experts()
         for kind in ("attention", "expert"):
             period, offset = getattr(self, f"{kind}_period"), getattr(self, f"{kind}_offset")
-            require_count(f"{kind}_period", period, most=512)
             expected = f"0 to {kind}_period - 1 = {period - 1}"
             require(0 <= offset < period, f"{kind}_offset", offset, expected)
-        for field in ("state_dim", "conv_width", "expand"):
-            require_count(field, getattr(self, field), most=4_096)
-        if self.dt_rank is not None:
-            require_count("dt_rank", self.dt_rank)
-        require(self.balance_loss >= 0, "balance_loss", self.balance_loss, "0 (off) or more")
 
     def has_attention(self, layer: int) -> bool:
         return layer % self.attention_period == self.attention_offset
 
     def has_experts(self, layer: int) -> bool:
-        """One expert is a dense MLP and needs no router."""
+        """Whether the layer has a mixture; a single expert is a dense MLP without a router."""
         return self.num_experts > 1 and layer % self.expert_period == self.expert_offset
 
     def body_flops(self, num_tokens: int) -> int:
-        total = 0
-        for layer in range(self.num_layers):
-            if self.has_attention(layer):
-                total += flops.attention(num_tokens, self)
-            else:
-                total += self._mamba_flops(num_tokens)
-            if self.has_experts(layer):
-                total += flops.experts(num_tokens, self, self.mlp_dim)
-            else:
-                total += flops.gated_mlp(num_tokens, self.embed_dim, self.mlp_dim)
-        return total
-
-    def _mamba_flops(self, num_tokens: int) -> int:
-        width, rank = self.expand * self.embed_dim, self.dt_rank or -(-self.embed_dim // 16)
-        maps = flops.linear(num_tokens, self.embed_dim, 3 * width)
-        maps += flops.linear(num_tokens, width, 2 * rank + 2 * self.state_dim)
-        convolution = 2 * num_tokens * width * self.conv_width
-        # dt A, times the state, dt x B, their sum, times C, the sum over the state.
-        return maps + convolution + 6 * num_tokens * width * self.state_dim
+        dim, heads = self.embed_dim, self.sizes("num_heads", "num_kv_heads")
+        experts = self.sizes("mlp_dim", "num_experts", "num_experts_per_token")
+        attention = flops.attention(num_tokens, dim, **heads)
+        mamba = flops.mamba(num_tokens, dim, **self.sizes(*MAMBA))
+        sparse = flops.mixture_of_experts(num_tokens, dim, **experts)
+        dense = flops.gated_mlp(num_tokens, dim, self.mlp_dim)
+        return sum(
+            (attention if self.has_attention(layer) else mamba)
+            + (sparse if self.has_experts(layer) else dense)
+            for layer in range(self.num_layers)
+        )
 
 
 class Block(nnx.Module):
-    """h += mixer(norm(h)); h += mlp(norm(h))."""
+    """h += mixer(norm(h)); h += mlp(norm(h)), where the mixer is an attention or Mamba."""
 
     def __init__(self, config: JambaConfig, layer: int, *, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(config.init_std)
         kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
-        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
-        self.mixer_norm = RMSNorm(config.embed_dim, **norm)
+        dim, heads = config.embed_dim, config.sizes("num_heads", "num_kv_heads")
+        self.mixer_norm, self.mlp_norm = rms_norm(config), rms_norm(config)
         if config.has_attention(layer):
-            self.mixer = GroupedQueryAttention(
-                config.embed_dim, config.num_heads, num_kv_heads=config.num_kv_heads, **kw
-            )
+            self.mixer = GroupedQueryAttention(dim, **heads, **kw)
         else:
-            self.mixer = Mamba(
-                config.embed_dim,
-                state_dim=config.state_dim,
-                conv_width=config.conv_width,
-                expand=config.expand,
-                dt_rank=config.dt_rank,
-                norm_epsilon=config.norm_epsilon,
-                conv_bias=config.conv_bias,
-                proj_bias=config.proj_bias,
-                **kw,
-            )
-        self.mlp_norm = RMSNorm(config.embed_dim, **norm)
+            sizes = config.sizes(*MAMBA, "norm_epsilon", "conv_bias", "proj_bias")
+            self.mixer = Mamba(dim, **sizes, **kw)
         if config.has_experts(layer):
-            self.mlp = MixtureOfExperts(
-                config.embed_dim,
-                config.mlp_dim,
-                config.num_experts,
-                config.num_experts_per_token,
-                **kw,
-            )
+            experts = config.sizes("mlp_dim", "num_experts", "num_experts_per_token")
+            self.mlp = MixtureOfExperts(dim, **experts, **kw)
         else:
-            self.mlp = GatedMLP(config.embed_dim, config.mlp_dim, **kw)
+            self.mlp = GatedMLP(dim, config.mlp_dim, **kw)
 
     def init_cache(self, batch_shape, max_length):
         return self.mixer.init_cache(batch_shape, max_length)
 
-    def __call__(self, h, to: Pass, cache, key):
-        y, cache = to.mix(self.mixer, self.mixer_norm(h), cache)
+    def __call__(self, h, forward: ForwardPass, cache, key):
+        y, cache = forward.mix(self.mixer, self.mixer_norm(h), cache)
         h = h + y
-        if not isinstance(self.mlp, MixtureOfExperts):
-            return h + self.mlp(self.mlp_norm(h)), cache, ()
-        y, routing = self.mlp(self.mlp_norm(h), mask=to.mask, training=to.training)
-        return h + y, cache, [routing]
+        y, routings = feed_forward(self.mlp, self.mlp_norm(h), forward)
+        return h + y, cache, routings
 
 
 class Jamba(Transformer):

@@ -9,12 +9,15 @@ from typing import Any
 import jax
 from flax import nnx
 
-from slam_jax.errors import require, require_count
-from slam_jax.language_models import flops
-from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
+from slam_jax.language_models.base import (
+    LanguageModelConfig,
+    PreNormBlock,
+    Transformer,
+    rms_norm,
+)
+from slam_jax.layers import flops
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
-from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.rotary import Rope
 from slam_jax.layers.router import load_balancing_loss
 
@@ -37,61 +40,34 @@ class MoEConfig(LanguageModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_count("mlp_dim", self.mlp_dim)
-        require_count("num_layers", self.num_layers, most=512)
-        self.check_heads(
-            self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim, turned=True
-        )
-        self.check_experts(self.num_experts, self.num_experts_per_token)
-        require(self.balance_loss >= 0, "balance_loss", self.balance_loss, "0 (off) or more")
+        self.check_heads()
+        self.check_experts()
 
     def body_flops(self, num_tokens: int) -> int:
-        mlp = flops.experts(num_tokens, self, self.mlp_dim)
-        return self.num_layers * (flops.attention(num_tokens, self) + mlp)
+        heads = self.sizes("num_heads", "num_kv_heads", "head_dim")
+        experts = self.sizes("mlp_dim", "num_experts", "num_experts_per_token")
+        attention = flops.attention(num_tokens, self.embed_dim, **heads)
+        mlp = flops.mixture_of_experts(num_tokens, self.embed_dim, **experts)
+        return self.num_layers * (attention + mlp)
 
 
-class Block(nnx.Module):
-    """h += attention(norm(h)); h += experts(norm(h)), the weights of the two summing to 1."""
+class MoE(Transformer):
+    """A mixture of experts in every layer; the weights of a token's experts sum to 1."""
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(config.init_std)
         kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
-        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
-        self.attention_norm = RMSNorm(config.embed_dim, **norm)
-        self.attention = GroupedQueryAttention(
-            config.embed_dim,
-            config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            rope=config.rope,
-            **kw,
-        )
-        self.mlp_norm = RMSNorm(config.embed_dim, **norm)
-        self.mlp = MixtureOfExperts(
-            config.embed_dim,
-            config.mlp_dim,
-            config.num_experts,
-            config.num_experts_per_token,
-            renormalize=True,
-            **kw,
-        )
-
-    def init_cache(self, batch_shape, max_length):
-        return self.attention.init_cache(batch_shape, max_length)
-
-    def __call__(self, h, to: Pass, cache, key):
-        a, cache = to.mix(self.attention, self.attention_norm(h), cache)
-        h = h + a
-        y, routing = self.mlp(self.mlp_norm(h), mask=to.mask, training=to.training)
-        return h + y, cache, [routing]
-
-
-class MoE(Transformer):
-    """A mixture of experts in every layer, softmax over all of them, dropless."""
-
-    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
-        init = jax.nn.initializers.normal(config.init_std)
-        blocks = [Block(config, rngs=rngs) for _ in range(config.num_layers)]
+        heads = config.sizes("num_heads", "num_kv_heads", "head_dim", "rope")
+        experts = config.sizes("mlp_dim", "num_experts", "num_experts_per_token")
+        blocks = [
+            PreNormBlock(
+                attention_norm=rms_norm(config),
+                mlp_norm=rms_norm(config),
+                attention=GroupedQueryAttention(config.embed_dim, **heads, **kw),
+                mlp=MixtureOfExperts(config.embed_dim, **experts, renormalize=True, **kw),
+            )
+            for _ in range(config.num_layers)
+        ]
         super().__init__(config, blocks, embedding_init=init, head_init=init, rngs=rngs)
 
     def balance(self, routings, mask):

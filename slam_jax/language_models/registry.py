@@ -1,9 +1,9 @@
-"""Every language model by name, and their sizes by name.
+"""Every language model by name, with its presets by name.
 
 `seed` is the size of the published comparison: width 512, 16 heads, MLPs of 2,048, a vocabulary of
-10,000, 6 layers (5 levels of SLAM v4 to v6). What it leaves open (experts, ranks, groups) is set
-here, near the proportions of the published models. `tiny` is for tests. The others are the models
-that were published.
+10,000, 6 layers (5 blocks in SLAM v4 to v6). The fields that the comparison does not state
+(experts, ranks, groups) are set near the proportions of the published models. `tiny` is for tests.
+The other presets are published models.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ from slam_jax.layers.rotary import Rope, Yarn
 
 
 class System(NamedTuple):
-    """title: as in the published comparison. presets: fields of the config by size."""
+    """title: as in the published comparison. presets: fields of the config by preset."""
 
     title: str
     config: type[LanguageModelConfig]
@@ -36,6 +36,7 @@ class System(NamedTuple):
     presets: Mapping[str, Mapping[str, Any]]
 
 
+_BFLOAT16 = dict(param_dtype="bfloat16", dtype="bfloat16")
 _SEED = dict(vocab_size=10_000, embed_dim=512, mlp_dim=2_048, num_heads=16)
 _SEED_LAYERS = dict(**_SEED, num_layers=6)
 _TINY = dict(vocab_size=61, embed_dim=32, mlp_dim=48, num_heads=4, context_length=64)
@@ -55,32 +56,20 @@ _DEEPSEEK_V2 = dict(
     top_groups=3,
     routed_scale=16.0,
     context_length=163_840,
-    param_dtype="bfloat16",
-    dtype="bfloat16",
+    **_BFLOAT16,
 )
 
 
 def _yarn(mscale: float) -> Rope:
-    """From 4,096 tokens to 40 times as many, with DeepSeek's temperature."""
+    """Stretches 4,096 tokens 40 times, with DeepSeek's temperature."""
     yarn = Yarn(40.0, 4_096, mscale=mscale, mscale_all_dim=mscale)
     return Rope(interleaved=True, yarn=yarn)
 
 
-_JAMBA = dict(
-    vocab_size=65_536,
-    num_kv_heads=8,
-    context_length=262_144,
-    param_dtype="bfloat16",
-    dtype="bfloat16",
-)
+_JAMBA = dict(vocab_size=65_536, num_kv_heads=8, context_length=262_144, **_BFLOAT16)
 
 SYSTEMS: Mapping[str, System] = {
-    "slam_v6": System(
-        "SLAM V6 Jamba killer",
-        SlamV6Config,
-        SlamV6,
-        {"seed": _SEED, "tiny": _TINY},
-    ),
+    "slam_v6": System("SLAM V6 Jamba killer", SlamV6Config, SlamV6, {"seed": _SEED, "tiny": _TINY}),
     "jamba": System(
         "Jamba 1.5",
         JambaConfig,
@@ -99,11 +88,7 @@ SYSTEMS: Mapping[str, System] = {
                 **_JAMBA, embed_dim=4_096, mlp_dim=14_336, num_layers=32, num_heads=32
             ),
             "large_1.5": dict(
-                **_JAMBA,
-                embed_dim=8_192,
-                mlp_dim=24_576,
-                num_layers=72,
-                num_heads=64,
+                **_JAMBA, embed_dim=8_192, mlp_dim=24_576, num_layers=72, num_heads=64
             ),
         },
     ),
@@ -151,8 +136,7 @@ SYSTEMS: Mapping[str, System] = {
                 kv_lora_rank=512,
                 context_length=163_840,
                 rope=_yarn(0.707),
-                param_dtype="bfloat16",
-                dtype="bfloat16",
+                **_BFLOAT16,
             ),
         },
     ),
@@ -173,16 +157,12 @@ SYSTEMS: Mapping[str, System] = {
                 head_dim=80,
                 rope=Rope(ntk_alpha=100_000.0),
                 context_length=262_144,
-                param_dtype="bfloat16",
-                dtype="bfloat16",
+                **_BFLOAT16,
             ),
         },
     ),
     "slam_v4_champion": System(
-        "SLAM V4 Champion",
-        SlamV4ChampionConfig,
-        SlamV4Champion,
-        {"seed": _SEED, "tiny": _TINY},
+        "SLAM V4 Champion", SlamV4ChampionConfig, SlamV4Champion, {"seed": _SEED, "tiny": _TINY}
     ),
     "slam_v5": System(
         "SLAM V5",
@@ -190,23 +170,14 @@ SYSTEMS: Mapping[str, System] = {
         SlamV5,
         {
             "seed": dict(
-                **_SEED,
-                kv_lora_rank=128,
-                qk_nope_head_dim=32,
-                qk_rope_head_dim=16,
-                v_head_dim=32,
+                **_SEED, kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
             ),
             "tiny": dict(
                 **_TINY, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
             ),
         },
     ),
-    "slam_v4": System(
-        "SLAM V4",
-        SlamV4Config,
-        SlamV4,
-        {"seed": _SEED, "tiny": _TINY},
-    ),
+    "slam_v4": System("SLAM V4", SlamV4Config, SlamV4, {"seed": _SEED, "tiny": _TINY}),
     "standard": System(
         "Standard Transformer",
         StandardConfig,
@@ -233,7 +204,7 @@ SYSTEMS: Mapping[str, System] = {
     ),
 }
 
-# The nine systems of the published comparison, as they stood in it.
+# The nine systems of the published comparison, in its order.
 ROCKET = (
     "slam_v6",
     "slam_v4_champion",
@@ -250,7 +221,7 @@ ROCKET = (
 def make_config(name: str, preset: str = "seed", **changes: Any) -> Any:
     """The configuration of a system: a preset with some fields changed.
 
-    Raises ConfigError for a system, a preset or a field that is not there.
+    Raises ConfigError for an unknown system, preset or field.
     """
     if name not in SYSTEMS:
         check_names([name], list(SYSTEMS), "the registry of language models")
@@ -264,8 +235,8 @@ def make_config(name: str, preset: str = "seed", **changes: Any) -> Any:
 
 
 def make_model(config: Any, *, rngs: nnx.Rngs) -> Any:
-    """The model that a configuration is of, with random parameters."""
+    """The model of a configuration, with random parameters."""
     for system in SYSTEMS.values():
         if type(config) is system.config:
             return system.model(config, rngs=rngs)
-    raise ConfigError(f"config is a {type(config).__name__}; expected one of `make_config`")
+    raise ConfigError(f"config is a {type(config).__name__}; expected one that make_config returns")

@@ -1,10 +1,10 @@
 """SLAM v3 with the text stream alone, as a language model.
 
-The encoder looks both ways, so it may only see what is past: text is cut into windows of W tokens,
-counted from its start, and while the decoder writes one window, its memory is the encoder's reading
-of the window before; the first has none. A token thus sees its own window up to itself and all of
-the window before, W + 1 to 2 W tokens, and nothing earlier: less than the other systems, which see
-everything. In return what it keeps while generating does not grow.
+The encoder is not causal, so it may only read past tokens. The text is cut into windows of W
+tokens, counted from its start. While the decoder writes one window, its memory is the encoder's
+output for the window before; the first window has no memory. A token thus sees its own window up to
+itself and the whole window before, W + 1 to 2 W tokens, and nothing earlier, while the other
+systems see everything. In return its cache does not grow.
 """
 
 import dataclasses
@@ -17,9 +17,10 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slam_jax.array_typing import AnyArray
-from slam_jax.errors import require, require_count
+from slam_jax.errors import require
 from slam_jax.language_models.base import LanguageModelConfig
 from slam_jax.layers.dropout import dropout, split
+from slam_jax.layers.flops import linear
 from slam_jax.layers.linear import Linear, project_wide
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.protocol import Hidden, Output
@@ -33,7 +34,7 @@ from slam_jax.slam_v3.streams import Stream
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlamV3TextConfig(LanguageModelConfig):
-    """text_window: W. The others: see `SlamV3Config`."""
+    """text_window: W. The other fields: see `SlamV3Config`."""
 
     mlp_dim: int
     num_heads: int
@@ -49,43 +50,30 @@ class SlamV3TextConfig(LanguageModelConfig):
         require(not self.tie_embeddings, "tie_embeddings", True, "False: the head is its own")
         fixed = "1e-06, that of SLAM v3's norms"
         require(self.norm_epsilon == 1e-6, "norm_epsilon", self.norm_epsilon, fixed)
-        require_count("text_window", self.text_window)
-        _ = self.slam_v3  # checks the rest
+        _ = self.slam_v3  # checks the other fields
 
     @property
     def slam_v3(self) -> SlamV3Config:
-        """The same in SLAM v3's own terms."""
-        return SlamV3Config(
-            vocab_size=self.vocab_size,
-            embed_dim=self.embed_dim,
-            num_heads=self.num_heads,
-            mlp_dim=self.mlp_dim,
-            num_processes=self.num_processes,
-            num_process_layers=self.num_process_layers,
-            num_decoder_layers=self.num_decoder_layers,
-            kv_lora_rank=self.kv_lora_rank,
-            context_length=self.context_length,
-            dropout=self.dropout,
-            remat=self.remat,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
+        """The configuration of SLAM v3's modules."""
+        own = ("text_window", "norm_epsilon", "tie_embeddings")
+        names = [field.name for field in dataclasses.fields(self) if field.name not in own]
+        return SlamV3Config(**self.sizes(*names))
 
     def body_flops(self, num_tokens: int) -> int:
         v3, window = self.slam_v3, self.text_window
-        # The last window is read by nobody; one that is not full is taken as if it were.
+        # The last window is not encoded. A window that is not full costs as much as a full one.
         count = -(-num_tokens // window)
         decoder = decode_flops(v3, prompts=1, length=window, memory=window)
-        decoder -= 2 * window * self.embed_dim * self.vocab_size  # the head is counted elsewhere
+        decoder -= linear(window, self.embed_dim, self.vocab_size)  # the body has no head
         return (count - 1) * encode_flops(v3, text=window) + count * decoder
 
 
 @struct.dataclass
 class TextCache:
-    """What is kept of each row R, the batch being flattened to rows.
+    """What is kept of each row R; the axes of the batch are flattened to rows.
 
-    c_mem: the reading of the window before, of which there is one where `has_memory`. window: the
-    tokens of the present one so far. decoder: its latents. length: tokens seen in all.
+    c_mem: the memory made from the window before, valid where `has_memory`. window: the tokens of
+    the current window so far. decoder: its latents. length: tokens seen in all.
     """
 
     c_mem: Float[Array, "R W r"]
@@ -96,7 +84,7 @@ class TextCache:
 
 
 class SlamV3Text(nnx.Module):
-    """The rooms of SLAM v3 that text goes through, with the protocol of a language model."""
+    """The modules of SLAM v3 for text, with the protocol of a language model."""
 
     def __init__(self, config: SlamV3TextConfig, *, rngs: nnx.Rngs):
         self.config, v3 = config, config.slam_v3
@@ -106,7 +94,7 @@ class SlamV3Text(nnx.Module):
             config.vocab_size, config.embed_dim, embedding_init=normal(0.02), **kw
         )
         self.text_norm = RMSNorm(config.embed_dim, param_dtype=kw["param_dtype"])
-        # Why so wide: see `Streams`.
+        # `Streams` says why its standard deviation is so large.
         self.type = nnx.Param(normal(0.5)(rngs.params(), (config.embed_dim,), kw["param_dtype"]))
         self.level_one = LevelOne(v3, rngs=rngs)
         self.processes = ParallelProcesses(v3, rngs=rngs)
@@ -132,10 +120,10 @@ class SlamV3Text(nnx.Module):
         *,
         key: PRNGKeyArray | None = None,
     ) -> Hidden:
-        """What the head makes logits of, for the same arguments as a forward pass."""
+        """The hidden states before the head, for the same arguments as a forward pass."""
         rows, back = jnp.asarray(tokens).reshape(-1, tokens.shape[-1]), None
         if mask is not None:
-            # Windows are counted from the first real token: pads go to the right, and back.
+            # Windows begin at the first real token: pads are moved to the right, and back later.
             order = jnp.argsort(~jnp.asarray(mask).reshape(rows.shape), axis=-1)
             rows, back = jnp.take_along_axis(rows, order, axis=-1), jnp.argsort(order, axis=-1)
         windows = self._windows(rows)
@@ -186,16 +174,16 @@ class SlamV3Text(nnx.Module):
             self._memory(c_mem[:, :-1]),
             None,
         )
-        # The present window of each row; none of its tokens is known yet where the last is full.
-        present = length // size
+        # The window of each row's next token; it is empty where the last one is full.
+        current = length // size
         row = jnp.arange(len(rows))
-        taken = row * count + jnp.minimum(present, count - 1)
+        taken = row * count + jnp.minimum(current, count - 1)
         decoder = jax.tree.map(lambda x: x[taken], decoder)
-        known = (length - present * size)[:, None]
+        known = (length - current * size)[:, None]
         cache = TextCache(
-            c_mem=c_mem[row, jnp.maximum(present - 1, 0)],
-            has_memory=present > 0,
-            window=windows[row, jnp.minimum(present, count - 1)].astype(jnp.int32),
+            c_mem=c_mem[row, jnp.maximum(current - 1, 0)],
+            has_memory=current > 0,
+            window=windows[row, jnp.minimum(current, count - 1)].astype(jnp.int32),
             decoder=tuple(dataclasses.replace(layer, length=known) for layer in decoder),
             length=length,
         )
@@ -206,8 +194,8 @@ class SlamV3Text(nnx.Module):
     def decode_step(
         self, tokens: Int[AnyArray, "*B"], cache: TextCache, memory: None = None
     ) -> tuple[Float[Array, "*B V"], TextCache]:
-        """The logits after one more token per row; a row whose window is full reads it and goes on
-        to the next."""
+        """The logits after one more token per row; a row whose window is full then encodes it and
+        begins the next one."""
         size, rows = self.config.text_window, jnp.asarray(tokens).reshape(-1)
         before = Memory(
             cache.c_mem, jnp.broadcast_to(cache.has_memory[:, None], cache.window.shape)
@@ -237,20 +225,20 @@ class SlamV3Text(nnx.Module):
         return logits.reshape(*tokens.shape, -1), cache
 
     def _windows(self, rows: Int[Array, "R T"]) -> Int[Array, "R n W"]:
-        """Whole windows, the last one filled up with token 0."""
+        """Whole windows, the last one padded with token 0."""
         size = self.config.text_window
         count = -(-rows.shape[1] // size)
         rows = jnp.pad(rows, [(0, 0), (0, count * size - rows.shape[1])])
         return rows.reshape(len(rows), count, size)
 
     def _embed(self, windows: Int[Array, "R n W"]) -> Float[Array, "Rn 1 W D"]:
-        """As the decoder has them: every window an example with one prompt."""
+        """The embeddings in the shape of the decoder: each window is an example with one prompt."""
         return self.embedding(windows.reshape(-1, 1, windows.shape[-1]))
 
     def _encode(
         self, windows: Int[Array, "R W"], key: PRNGKeyArray | None
     ) -> Float[Array, "R W r"]:
-        """The memory that each window is for the next."""
+        """The memory that each window gives to the next."""
         keys = split(key, 4)
         x = self.text_norm(self.embedding(windows))
         x = dropout(x + self.type[...].astype(x.dtype), self.config.dropout, keys[0])
@@ -259,7 +247,7 @@ class SlamV3Text(nnx.Module):
         return self.memory_bank(*self.fusion(y, streams, key=keys[3])).c_mem
 
     def _memory(self, c_mem: Float[Array, "R m W r"]) -> Memory:
-        """Of windows 0 .. m, given the readings of windows 0 .. m - 1; the first has none."""
+        """The memories of windows 0 .. m, from windows 0 .. m - 1; the first one is empty."""
         c_mem = jnp.pad(c_mem, [(0, 0), (1, 0), (0, 0), (0, 0)])
-        there = jnp.broadcast_to(jnp.arange(c_mem.shape[1])[:, None] > 0, c_mem.shape[:3])
-        return Memory(c_mem.reshape(-1, *c_mem.shape[2:]), there.reshape(-1, c_mem.shape[2]))
+        mask = jnp.broadcast_to(jnp.arange(c_mem.shape[1])[:, None] > 0, c_mem.shape[:3])
+        return Memory(c_mem.reshape(-1, *c_mem.shape[2:]), mask.reshape(-1, c_mem.shape[2]))

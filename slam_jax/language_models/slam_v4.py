@@ -1,10 +1,9 @@
 """SLAM v4, "Improved": the three levels of SLAM v3's text encoder as a language model.
 
-**This definition is ours.** No source of v4 was published; its name and its row in the published
-leaderboard are all there is. It is what v3's public text encoder becomes when every attention looks
-back only: 2 layers; four EF (encoder fusion) blocks that all read the keys and values fixed by
-level 1, each with a query bias of its own, their outputs averaged; 2 layers. LayerNorm, GELU,
-learned positions, no experts.
+**This definition is ours.** Of v4 only its name and its row in the published leaderboard are
+public. It is v3's public text encoder with causal attention: 2 layers; four EF (encoder fusion)
+blocks that all read the keys and values of level 1, each with its own query bias, averaged; 2
+layers. LayerNorm, GELU, learned positions, no experts.
 """
 
 import dataclasses
@@ -14,14 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from slam_jax.errors import require_count
-from slam_jax.language_models import flops
 from slam_jax.language_models.base import (
+    ForwardPass,
     LanguageModelConfig,
-    Pass,
+    PreNormBlock,
     Transformer,
-    last_at_most,
+    layer_norm,
+    within_context,
 )
+from slam_jax.layers import flops
 from slam_jax.layers.cross_layer_attention import CrossLayerAttention, SharedKeyValues
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.mlp import MLP
@@ -31,8 +31,8 @@ INIT = jax.nn.initializers.normal(0.02)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlamV4Config(LanguageModelConfig):
-    """mlp_dim: F. num_heads: N. level_layers: of level 1, and again of level 3. num_blocks: of
-    level 2, side by side. context_length: also the number of learned positions."""
+    """mlp_dim: F. num_heads: N. level_layers: layers of level 1, and as many of level 3.
+    num_blocks: parallel blocks of level 2. context_length: also the number of learned positions."""
 
     mlp_dim: int
     num_heads: int
@@ -41,44 +41,30 @@ class SlamV4Config(LanguageModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_count("mlp_dim", self.mlp_dim)
-        require_count("level_layers", self.level_layers, most=512)
-        require_count("num_blocks", self.num_blocks, most=512)
-        self.check_heads(self.num_heads, self.num_heads, None)
+        self.check_heads()
 
     def body_flops(self, num_tokens: int) -> int:
-        dim = self.embed_dim
-        mlp = 2 * flops.linear(num_tokens, dim, self.mlp_dim)
-        layer = flops.attention(num_tokens, self) + mlp
-        block = flops.attention(num_tokens, self, own_keys=False) + mlp
+        dim, heads = self.embed_dim, self.num_heads
+        rest = 2 * flops.linear(num_tokens, dim, self.mlp_dim)
+        layer = flops.attention(num_tokens, dim, heads) + rest
+        block = flops.attention(num_tokens, dim, heads, own_keys=False) + rest
         keys = 2 * flops.linear(num_tokens, dim, dim)
         return 2 * self.level_layers * layer + keys + self.num_blocks * block
 
 
-def layer_norm(config: SlamV4Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(config.embed_dim, epsilon=config.norm_epsilon, **config.dtypes, rngs=rngs)
-
-
-class Layer(nnx.Module):
-    """Of levels 1 and 3: h += attention(norm(h)); h += mlp(norm(h))."""
-
-    def __init__(self, config: SlamV4Config, *, rngs: nnx.Rngs):
-        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
-        self.attention_norm, self.mlp_norm = layer_norm(config, rngs), layer_norm(config, rngs)
-        self.attention = GroupedQueryAttention(config.embed_dim, config.num_heads, **kw)
-        self.mlp = MLP(config.embed_dim, config.mlp_dim, **kw)
-
-    def init_cache(self, batch_shape, max_length):
-        return self.attention.init_cache(batch_shape, max_length)
-
-    def __call__(self, h, to: Pass, cache, key):
-        a, cache = to.mix(self.attention, self.attention_norm(h), cache)
-        h = h + a
-        return h + self.mlp(self.mlp_norm(h)), cache, ()
+def layer(config: SlamV4Config, *, rngs: nnx.Rngs) -> PreNormBlock:
+    """A layer of level 1 or 3."""
+    kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
+    return PreNormBlock(
+        attention_norm=layer_norm(config, rngs),
+        mlp_norm=layer_norm(config, rngs),
+        attention=GroupedQueryAttention(config.embed_dim, config.num_heads, **kw),
+        mlp=MLP(config.embed_dim, config.mlp_dim, **kw),
+    )
 
 
 class EFBlock(nnx.Module):
-    """One of level 2: h += attention to level 1 with a query bias; h += mlp(norm(h))."""
+    """A block of level 2: h += attention to level 1 with a query bias; h += mlp(norm(h))."""
 
     def __init__(self, config: SlamV4Config, *, rngs: nnx.Rngs):
         kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
@@ -95,7 +81,7 @@ class EFBlock(nnx.Module):
 
 
 class EFLevel(nnx.Module):
-    """Level 2: one set of keys and values, the blocks as one vmap over it, and their mean."""
+    """Level 2: one set of keys and values, read by all blocks in one vmap, and their mean."""
 
     def __init__(self, config: SlamV4Config, *, rngs: nnx.Rngs):
         kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
@@ -108,18 +94,18 @@ class EFLevel(nnx.Module):
     def init_cache(self, batch_shape, max_length):
         return self.key_values.init_cache(batch_shape, max_length)
 
-    def __call__(self, h, to: Pass, cache, key):
-        shared, cache = to.mix(self.key_values, self.norm(h), cache)
-        y = jax.vmap(lambda block: block(h, shared, to.positions))(self.stack)
+    def __call__(self, h, forward: ForwardPass, cache, key):
+        shared, cache = forward.mix(self.key_values, self.norm(h), cache)
+        y = jax.vmap(lambda block: block(h, shared, forward.positions))(self.stack)
         return jnp.mean(y, axis=0), cache, ()
 
 
 class SlamV4(Transformer):
-    """Level 1, level 2, level 3, with caches for all but the four blocks, which need none."""
+    """Level 1, level 2, level 3; the four blocks of level 2 need no cache of their own."""
 
     def __init__(self, config: SlamV4Config, *, rngs: nnx.Rngs):
-        below = [Layer(config, rngs=rngs) for _ in range(config.level_layers)]
-        above = [Layer(config, rngs=rngs) for _ in range(config.level_layers)]
+        below = [layer(config, rngs=rngs) for _ in range(config.level_layers)]
+        above = [layer(config, rngs=rngs) for _ in range(config.level_layers)]
         super().__init__(
             config,
             [*below, EFLevel(config, rngs=rngs), *above],
@@ -133,5 +119,4 @@ class SlamV4(Transformer):
         )
 
     def embed(self, tokens, positions, key):
-        # Pads may stand beyond the last position, and what they hold is no matter; but not NaN.
-        return self.embedding(tokens) + self.positions(last_at_most(positions, self.config))
+        return self.embedding(tokens) + self.positions(within_context(positions, self.config))

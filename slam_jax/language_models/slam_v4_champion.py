@@ -1,10 +1,10 @@
 """SLAM v4 Champion, "Beast Combo": v4 with the parts that v6's source calls enhanced.
 
 **This definition is ours.** No source was published. v6's public source calls three of its parts
-"enhanced", so they were there before it: a gated MLP, attention whose output is gated, and a layer
-whose attention and MLP run side by side. Here they replace v4's, and level 2 runs twice, through
-the same four blocks: it is the slowest row of the published leaderboard. Else as v4: LayerNorm,
-learned positions, averages.
+"enhanced", so an earlier version had them: a gated MLP, attention with a gated output, and a layer
+whose attention and MLP run in parallel. Here they replace those of v4, and level 2 runs twice,
+through the same four blocks: this is the slowest row of the published leaderboard. Otherwise as v4:
+LayerNorm, learned positions, averages.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from slam_jax.errors import require_count
-from slam_jax.language_models import flops
 from slam_jax.language_models.base import (
+    ForwardPass,
     LanguageModelConfig,
-    Pass,
     Transformer,
-    last_at_most,
+    layer_norm,
+    within_context,
 )
+from slam_jax.layers import flops
 from slam_jax.layers.cross_layer_attention import CrossLayerAttention, SharedKeyValues
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.linear import Linear
@@ -32,9 +32,9 @@ INIT = jax.nn.initializers.normal(0.02)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlamV4ChampionConfig(LanguageModelConfig):
-    """mlp_dim: F. num_heads: N. level_layers: of level 1, and again of level 3. num_blocks: of
-    level 2, side by side. num_cycles: how often level 2 runs. context_length: also the number of
-    learned positions."""
+    """mlp_dim: F. num_heads: N. level_layers: layers of level 1, and as many of level 3.
+    num_blocks: parallel blocks of level 2. num_cycles: how often level 2 runs.
+    context_length: also the number of learned positions."""
 
     mlp_dim: int
     num_heads: int
@@ -44,29 +44,24 @@ class SlamV4ChampionConfig(LanguageModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_count("mlp_dim", self.mlp_dim)
-        for field in ("level_layers", "num_blocks", "num_cycles"):
-            require_count(field, getattr(self, field), most=512)
-        self.check_heads(self.num_heads, self.num_heads, None)
+        self.check_heads()
 
     def body_flops(self, num_tokens: int) -> int:
-        dim = self.embed_dim
+        dim, heads = self.embed_dim, self.num_heads
         rest = flops.linear(num_tokens, dim, 3 * dim)
         rest += flops.gated_mlp(num_tokens, dim, self.mlp_dim)
-        layer = flops.attention(num_tokens, self) + rest
-        block = flops.attention(num_tokens, self, own_keys=False) + rest
+        layer = flops.attention(num_tokens, dim, heads) + rest
+        block = flops.attention(num_tokens, dim, heads, own_keys=False) + rest
         keys = 2 * flops.linear(num_tokens, dim, dim)
         blocks = self.num_cycles * self.num_blocks * block
         return 2 * self.level_layers * layer + keys + blocks
 
 
-def layer_norm(config: SlamV4ChampionConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(config.embed_dim, epsilon=config.norm_epsilon, **config.dtypes, rngs=rngs)
+class GatedParallel(nnx.Module):
+    """norm(h + W [gate(x) * a; mlp(norm(h))]), where a is the attention's output for x = norm(h).
 
-
-class SideBySide(nnx.Module):
-    """norm(h + W [gate(x) * a; mlp(norm(h))]) where a is what attention made of x = norm(h): all of
-    a layer but its attention, which levels 1 and 3 have in common with level 2."""
+    It is a layer without its attention, which differs between level 2 and levels 1 and 3.
+    """
 
     def __init__(self, config: SlamV4ChampionConfig, *, rngs: nnx.Rngs):
         kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
@@ -84,24 +79,24 @@ class SideBySide(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Of levels 1 and 3."""
+    """A layer of level 1 or 3."""
 
     def __init__(self, config: SlamV4ChampionConfig, *, rngs: nnx.Rngs):
         kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
         self.attention = GroupedQueryAttention(config.embed_dim, config.num_heads, **kw)
-        self.rest = SideBySide(config, rngs=rngs)
+        self.rest = GatedParallel(config, rngs=rngs)
 
     def init_cache(self, batch_shape, max_length):
         return self.attention.init_cache(batch_shape, max_length)
 
-    def __call__(self, h, to: Pass, cache, key):
+    def __call__(self, h, forward: ForwardPass, cache, key):
         x = self.rest.attention_norm(h)
-        a, cache = to.mix(self.attention, x, cache)
+        a, cache = forward.mix(self.attention, x, cache)
         return self.rest(h, x, a), cache, ()
 
 
 class EFBlock(nnx.Module):
-    """One of level 2."""
+    """A block of level 2."""
 
     def __init__(self, config: SlamV4ChampionConfig, *, rngs: nnx.Rngs):
         kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
@@ -109,7 +104,7 @@ class EFBlock(nnx.Module):
         self.attention = CrossLayerAttention(
             config.embed_dim, config.num_heads, head_dim, query_bias=True, **kw
         )
-        self.rest = SideBySide(config, rngs=rngs)
+        self.rest = GatedParallel(config, rngs=rngs)
 
     def __call__(self, h, shared, positions):
         x = self.rest.attention_norm(h)
@@ -117,7 +112,7 @@ class EFBlock(nnx.Module):
 
 
 class EFLevel(nnx.Module):
-    """Level 2: one set of keys and values, and so many times the blocks over it and their mean."""
+    """Level 2: one set of keys and values; each cycle is the mean of all blocks that read it."""
 
     def __init__(self, config: SlamV4ChampionConfig, *, rngs: nnx.Rngs):
         kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
@@ -131,9 +126,9 @@ class EFLevel(nnx.Module):
     def init_cache(self, batch_shape, max_length):
         return self.key_values.init_cache(batch_shape, max_length)
 
-    def __call__(self, h, to: Pass, cache, key):
-        shared, cache = to.mix(self.key_values, self.norm(h), cache)
-        run = jax.vmap(lambda block, h: block(h, shared, to.positions), in_axes=(0, None))
+    def __call__(self, h, forward: ForwardPass, cache, key):
+        shared, cache = forward.mix(self.key_values, self.norm(h), cache)
+        run = jax.vmap(lambda block, h: block(h, shared, forward.positions), in_axes=(0, None))
         for _ in range(self.num_cycles):
             h = jnp.mean(run(self.stack, h), axis=0)
         return h, cache, ()
@@ -158,5 +153,4 @@ class SlamV4Champion(Transformer):
         )
 
     def embed(self, tokens, positions, key):
-        # Pads may stand beyond the last position, and what they hold is no matter; but not NaN.
-        return self.embedding(tokens) + self.positions(last_at_most(positions, self.config))
+        return self.embedding(tokens) + self.positions(within_context(positions, self.config))

@@ -1,9 +1,9 @@
-"""SLAM v5, "Cutting-Edge": v4 with the parts that language models have today.
+"""SLAM v5, "Cutting-Edge": v4 with the parts of today's language models.
 
 **This definition is ours.** No source was published; it is v4 with RMSNorm, rotary positions,
-SwiGLU and multi-head latent attention in place of the multi-head one. What level 1 fixes for the
-four EF blocks is then a latent a token, and the keys and values that are made of it are the same
-for all four; each has its own queries, with a bias of its own.
+SwiGLU and multi-head latent attention. What level 1 gives the four EF blocks is then one latent for
+each token. All four blocks share the keys and values made from it; each has its own queries, with
+its own bias.
 """
 
 import dataclasses
@@ -13,9 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from slam_jax.errors import require, require_count
-from slam_jax.language_models import flops
-from slam_jax.language_models.base import LanguageModelConfig, Pass, Transformer
+from slam_jax.errors import require
+from slam_jax.language_models.base import (
+    ForwardPass,
+    LanguageModelConfig,
+    PreNormBlock,
+    Transformer,
+    rms_norm,
+)
+from slam_jax.layers import flops
 from slam_jax.layers.attention import Layout, causal_layout
 from slam_jax.layers.latent_attention import LatentCache, MultiHeadLatentAttention, latent_attend
 from slam_jax.layers.linear import Linear
@@ -24,13 +30,14 @@ from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.rotary import rotary
 
 INIT = jax.nn.initializers.normal(0.02)
+LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlamV5Config(LanguageModelConfig):
-    """mlp_dim: F. num_heads: N. kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: of
-    `MultiHeadLatentAttention`. level_layers: of level 1, and again of level 3. num_blocks: of level
-    2, side by side."""
+    """mlp_dim: F. num_heads: N. kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: see
+    `MultiHeadLatentAttention`. level_layers: layers of level 1, and as many of level 3.
+    num_blocks: parallel blocks of level 2."""
 
     mlp_dim: int
     num_heads: int
@@ -43,23 +50,20 @@ class SlamV5Config(LanguageModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for field in ("mlp_dim", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
-            require_count(field, getattr(self, field))
-        require_count("num_heads", self.num_heads, most=4_096)
-        require_count("level_layers", self.level_layers, most=512)
-        require_count("num_blocks", self.num_blocks, most=512)
         rope = self.qk_rope_head_dim
-        require(rope > 0 and rope % 2 == 0, "qk_rope_head_dim", rope, "an even number above 0")
+        require(rope % 2 == 0, "qk_rope_head_dim", rope, "an even number above 0")
 
     def body_flops(self, num_tokens: int) -> int:
-        mlp = flops.gated_mlp(num_tokens, self.embed_dim, self.mlp_dim)
-        latents, queries = flops.latents(num_tokens, self), flops.latent_queries(num_tokens, self)
-        layers = 2 * self.level_layers * (latents + queries + mlp)
-        return layers + latents + self.num_blocks * (queries + mlp)
+        dim, heads, latent = self.embed_dim, self.num_heads, self.sizes(*LATENT)
+        mlp = flops.gated_mlp(num_tokens, dim, self.mlp_dim)
+        keys = flops.latent_keys(num_tokens, dim, heads, **latent)
+        queries = flops.latent_queries(num_tokens, dim, heads, **latent)
+        layers = 2 * self.level_layers * (keys + queries + mlp)
+        return layers + keys + self.num_blocks * (queries + mlp)
 
 
 class Latents(nnx.Module):
-    """Level 1 as the four blocks see it; for all the tokens that they may attend to."""
+    """The latents of level 1: called as a token mixer, it returns a function that reads them."""
 
     def __init__(self, config: SlamV5Config, *, rngs: nnx.Rngs):
         kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
@@ -79,9 +83,9 @@ class Latents(nnx.Module):
 
     def prefill(self, x, cache: LatentCache, lengths):
         layout = causal_layout(x.shape[-2])
-        made = self._latents(x, layout.positions)
-        cache = cache.filled(*made, lengths)
-        return self._bank(*made, layout.visible, absorbed=False), cache
+        latents = self._latents(x, layout.positions)
+        cache = cache.filled(*latents, lengths)
+        return self._bank(*latents, layout.visible, absorbed=False), cache
 
     def decode_step(self, x, cache: LatentCache):
         positions = cache.length[..., None]
@@ -94,7 +98,7 @@ class Latents(nnx.Module):
         return self.norm(self.down(x)), k_rope
 
     def _bank(self, c_kv, k_rope, visible, absorbed):
-        """queries -> what they read."""
+        """A function of the queries that returns what they read from the latents."""
         k_up, v_up = (up.kernel[...].astype(self.dtype) for up in (self.k_up, self.v_up))
 
         def read(q, q_rope):
@@ -105,42 +109,25 @@ class Latents(nnx.Module):
         return read
 
 
-class Layer(nnx.Module):
-    """Of levels 1 and 3: h += attention(norm(h)); h += mlp(norm(h))."""
-
-    def __init__(self, config: SlamV5Config, *, rngs: nnx.Rngs):
-        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
-        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
-        self.attention_norm = RMSNorm(config.embed_dim, **norm)
-        self.attention = MultiHeadLatentAttention(
-            config.embed_dim,
-            config.num_heads,
-            kv_lora_rank=config.kv_lora_rank,
-            qk_nope_head_dim=config.qk_nope_head_dim,
-            qk_rope_head_dim=config.qk_rope_head_dim,
-            v_head_dim=config.v_head_dim,
-            **kw,
-        )
-        self.mlp_norm = RMSNorm(config.embed_dim, **norm)
-        self.mlp = GatedMLP(config.embed_dim, config.mlp_dim, **kw)
-
-    def init_cache(self, batch_shape, max_length):
-        return self.attention.init_cache(batch_shape, max_length)
-
-    def __call__(self, h, to: Pass, cache, key):
-        a, cache = to.mix(self.attention, self.attention_norm(h), cache)
-        h = h + a
-        return h + self.mlp(self.mlp_norm(h)), cache, ()
+def layer(config: SlamV5Config, *, rngs: nnx.Rngs) -> PreNormBlock:
+    """A layer of level 1 or 3."""
+    kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
+    latent = config.sizes("num_heads", *LATENT)
+    return PreNormBlock(
+        attention_norm=rms_norm(config),
+        mlp_norm=rms_norm(config),
+        attention=MultiHeadLatentAttention(config.embed_dim, **latent, **kw),
+        mlp=GatedMLP(config.embed_dim, config.mlp_dim, **kw),
+    )
 
 
 class EFBlock(nnx.Module):
-    """One of level 2: h += attention to level 1 with a query bias; h += mlp(norm(h))."""
+    """A block of level 2: h += attention to level 1 with a query bias; h += mlp(norm(h))."""
 
     def __init__(self, config: SlamV5Config, *, rngs: nnx.Rngs):
         kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
-        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=kw["param_dtype"])
         dim, heads = config.embed_dim, config.num_heads
-        self.attention_norm, self.mlp_norm = RMSNorm(dim, **norm), RMSNorm(dim, **norm)
+        self.attention_norm, self.mlp_norm = rms_norm(config), rms_norm(config)
         self.q_nope = Linear(dim, (heads, config.qk_nope_head_dim), **kw)
         self.q_rope = Linear(dim, (heads, config.qk_rope_head_dim), **kw)
         self.query_bias = nnx.Param(
@@ -158,12 +145,10 @@ class EFBlock(nnx.Module):
 
 
 class EFLevel(nnx.Module):
-    """Level 2: one latent a token, the blocks as one vmap over it, and their mean."""
+    """Level 2: one latent for each token, read by all blocks in one vmap, and their mean."""
 
     def __init__(self, config: SlamV5Config, *, rngs: nnx.Rngs):
-        param_dtype = config.dtypes["param_dtype"]
-        norm: Any = dict(epsilon=config.norm_epsilon, param_dtype=param_dtype)
-        self.norm = RMSNorm(config.embed_dim, **norm)
+        self.norm = rms_norm(config)
         self.latents = Latents(config, rngs=rngs)
         keys = jax.random.split(rngs.params(), config.num_blocks)
         self.stack = jax.vmap(lambda key: EFBlock(config, rngs=nnx.Rngs(key)))(keys)
@@ -171,17 +156,17 @@ class EFLevel(nnx.Module):
     def init_cache(self, batch_shape, max_length):
         return self.latents.init_cache(batch_shape, max_length)
 
-    def __call__(self, h, to: Pass, cache, key):
-        read, cache = to.mix(self.latents, self.norm(h), cache)
-        y = jax.vmap(lambda block: block(h, read, to.positions))(self.stack)
+    def __call__(self, h, forward: ForwardPass, cache, key):
+        read, cache = forward.mix(self.latents, self.norm(h), cache)
+        y = jax.vmap(lambda block: block(h, read, forward.positions))(self.stack)
         return jnp.mean(y, axis=0), cache, ()
 
 
 class SlamV5(Transformer):
-    """Level 1, level 2, level 3, all of whose caches are latents."""
+    """Level 1, level 2, level 3; all caches are latents."""
 
     def __init__(self, config: SlamV5Config, *, rngs: nnx.Rngs):
-        below = [Layer(config, rngs=rngs) for _ in range(config.level_layers)]
-        above = [Layer(config, rngs=rngs) for _ in range(config.level_layers)]
+        below = [layer(config, rngs=rngs) for _ in range(config.level_layers)]
+        above = [layer(config, rngs=rngs) for _ in range(config.level_layers)]
         blocks = [*below, EFLevel(config, rngs=rngs), *above]
         super().__init__(config, blocks, embedding_init=INIT, head_init=INIT, rngs=rngs)

@@ -1,9 +1,9 @@
 """SLAM v6, "Jamba killer": four different encoder-fusion blocks between layers whose attention and
-MLP run side by side.
+MLP run in parallel.
 
-Source: the author's public SLAM v6, whose numbers these are; at the published size it has
-70,292,992 parameters. No biases. Linear maps start as He et al. 2015 (normal, std
-sqrt(2 / fan_in)), embeddings with std 0.01.
+Source: the author's public SLAM v6, with the same sizes; at the published size it has 70,292,992
+parameters. No biases. Linear maps start as He et al. 2015 (normal, std sqrt(2 / fan_in)),
+embeddings with std 0.01.
 """
 
 import dataclasses
@@ -13,19 +13,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from slam_jax.errors import require, require_count
-from slam_jax.language_models import flops
+from slam_jax.errors import require
 from slam_jax.language_models.base import (
+    ForwardPass,
     LanguageModelConfig,
-    Pass,
     Transformer,
-    last_at_most,
+    rms_norm,
+    within_context,
 )
+from slam_jax.layers import flops
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
-from slam_jax.layers.norms import RMSNorm
 
 HE_NORMAL = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 EMBEDDING_INIT = jax.nn.initializers.normal(0.01)
@@ -33,9 +33,9 @@ EMBEDDING_INIT = jax.nn.initializers.normal(0.01)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlamV6Config(LanguageModelConfig):
-    """mlp_dim: F. num_heads: N, even. level_layers: of level 1, and again of level 3. dropout: of
-    the embeddings and of what a layer adds. context_length: also the number of learned positions.
-    """
+    """mlp_dim: F. num_heads: N, even. level_layers: layers of level 1, and as many of level 3.
+    dropout: rate for the embeddings and for what a layer adds to them.
+    context_length: also the number of learned positions."""
 
     mlp_dim: int
     num_heads: int
@@ -44,13 +44,10 @@ class SlamV6Config(LanguageModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_count("mlp_dim", self.mlp_dim)
-        require_count("level_layers", self.level_layers, most=512)
-        self.check_heads(self.num_heads, self.num_heads, None)
+        self.check_heads()
         heads, mlp_dim = self.num_heads, self.mlp_dim
         require(heads % 2 == 0, "num_heads", heads, "an even number: one block has half of them")
         require(mlp_dim % 2 == 0, "mlp_dim", mlp_dim, "an even number: one block has half of it")
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "a rate in [0, 1)")
 
     def body_flops(self, num_tokens: int) -> int:
         dim, mlp_dim = self.embed_dim, self.mlp_dim
@@ -59,7 +56,7 @@ class SlamV6Config(LanguageModelConfig):
             """Attention, its gate, the GLU, and the map of both to one."""
             maps = flops.linear(num_tokens, dim, 3 * dim)
             glu = flops.gated_mlp(num_tokens, dim, mlp_dim)
-            return flops.attention(num_tokens, self) + maps + glu
+            return flops.attention(num_tokens, dim, self.num_heads) + maps + glu
 
         specialists = layer(mlp_dim // 2) + layer(2 * mlp_dim)
         specialists += flops.linear(num_tokens, dim, 2 * dim)
@@ -76,11 +73,6 @@ def linear(config: SlamV6Config, inputs, outputs, rngs: nnx.Rngs) -> Linear:
 def glu(config: SlamV6Config, mlp_dim: int, rngs: nnx.Rngs) -> GatedMLP:
     kw: Any = dict(**config.dtypes, rngs=rngs)
     return GatedMLP(config.embed_dim, mlp_dim, kernel_init=HE_NORMAL, **kw)
-
-
-def rms_norm(config: SlamV6Config) -> RMSNorm:
-    param_dtype = config.dtypes["param_dtype"]
-    return RMSNorm(config.embed_dim, epsilon=config.norm_epsilon, param_dtype=param_dtype)
 
 
 class ParallelLayer(nnx.Module):
@@ -100,9 +92,9 @@ class ParallelLayer(nnx.Module):
     def init_cache(self, batch_shape, max_length):
         return self.attention.init_cache(batch_shape, max_length)
 
-    def __call__(self, h, to: Pass, cache, key):
+    def __call__(self, h, forward: ForwardPass, cache, key):
         x = self.attention_norm(h)
-        a, cache = to.mix(self.attention, x, cache)
+        a, cache = forward.mix(self.attention, x, cache)
         a = a * jax.nn.sigmoid(self.gate(x))
         y = self.out(jnp.stack([a, self.mlp(self.mlp_norm(h))], axis=-2))
         return self.norm(h + dropout(y, self.dropout, key)), cache, ()
@@ -119,7 +111,7 @@ class Sequence(nnx.Module):
     def init_cache(self, batch_shape, max_length):
         return ()
 
-    def __call__(self, m, to: Pass, cache, key):
+    def __call__(self, m, forward: ForwardPass, cache, key):
         return self.down(jax.nn.silu(self.up(self.norm(m)))), cache, ()
 
 
@@ -132,7 +124,7 @@ class Pattern(nnx.Module):
     def init_cache(self, batch_shape, max_length):
         return ()
 
-    def __call__(self, m, to: Pass, cache, key):
+    def __call__(self, m, forward: ForwardPass, cache, key):
         return self.mlp(self.norm(m)), cache, ()
 
 
@@ -150,11 +142,11 @@ class EFBlock(nnx.Module):
         parts = (self.layer, self.specialist)
         return tuple(part.init_cache(batch_shape, max_length) for part in parts)
 
-    def __call__(self, x, to: Pass, caches, key):
+    def __call__(self, x, forward: ForwardPass, caches, key):
         keys, caches = split(key, 2), caches or (None, None)
         x = x + 0.01 * (self.q(x) + self.k(x) + self.v(x)) / 3
-        m, cache, _ = self.layer(x, to, caches[0], keys[0])
-        s, specialist_cache, _ = self.specialist(m, to, caches[1], keys[1])
+        m, cache, _ = self.layer(x, forward, caches[0], keys[0])
+        s, specialist_cache, _ = self.specialist(m, forward, caches[1], keys[1])
         return self.norm(m + s), (cache, specialist_cache), ()
 
 
@@ -178,20 +170,20 @@ class EFLevel(nnx.Module):
     def init_cache(self, batch_shape, max_length):
         return tuple(block.init_cache(batch_shape, max_length) for block in self.blocks)
 
-    def __call__(self, x, to: Pass, caches, key):
-        caches, outputs, new = caches or (None,) * len(self.blocks), [], []
+    def __call__(self, x, forward: ForwardPass, caches, key):
+        caches, outputs, new_caches = caches or (None,) * len(self.blocks), [], []
         keys = split(key, len(self.blocks))
         for block, cache, block_key in zip(self.blocks, caches, keys, strict=True):
-            y, cache, _ = block(x, to, cache, block_key)
+            y, cache, _ = block(x, forward, cache, block_key)
             outputs.append(y)
-            new.append(cache)
+            new_caches.append(cache)
         weights = jax.nn.softmax(self.weights(self.norm(x)), axis=-1)
         y = jnp.sum(jnp.stack(outputs, axis=-2) * weights[..., None], axis=-2)
-        return x + self.mlp(y), tuple(new), ()
+        return x + self.mlp(y), tuple(new_caches), ()
 
 
 class SlamV6(Transformer):
-    """Level 1, level 2, level 3; every attention looks back only."""
+    """Level 1, level 2, level 3; every attention is causal."""
 
     def __init__(self, config: SlamV6Config, *, rngs: nnx.Rngs):
         def layers():
@@ -215,7 +207,6 @@ class SlamV6(Transformer):
         self.input_norm = rms_norm(config)
 
     def embed(self, tokens, positions, key):
-        # Pads may stand beyond the last position, and what they hold is no matter; but not NaN.
-        place = self.positions(last_at_most(positions, self.config))
+        place = self.positions(within_context(positions, self.config))
         h = self.input_norm(self.embedding(tokens) + 0.02 * place)
         return dropout(h, self.config.dropout, key)
