@@ -1,10 +1,10 @@
-"""Measures, keeps the figures and writes the table: python -m benchmarks [--only=name,name]
+"""Measures, stores the figures and writes docs/results.md: python -m benchmarks [--only=a,b]
 
-Without --only, what is for such a device: a CPU, or a GPU.
+Without --only, all benchmarks for this device, a CPU or a GPU.
 
---only=a,b    these benchmarks; the others keep the figures that they have
---rounds=5    rounds of each comparison; figures of fewer than 5 are shown and not kept
---quick       one round at tiny sizes, to see that it works; nothing is kept
+--only=a,b    these benchmarks; the others keep their stored figures
+--rounds=5    rounds of each comparison; figures of fewer than 5 are shown and not stored
+--quick       one round at tiny sizes, to see that it works; nothing is stored
 """
 
 import importlib
@@ -18,18 +18,18 @@ from slam_jax.runtime import cli
 
 ONLY = flags.DEFINE_list("only", [], "Benchmarks to run, by name.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each comparison.")
-QUICK = flags.DEFINE_bool("quick", False, "One round at tiny sizes; nothing is kept.")
+QUICK = flags.DEFINE_bool("quick", False, "One round at tiny sizes; nothing is stored.")
 LEAST_ROUNDS = 5
 
 
 class BenchmarkFailed(UserError):
-    """A benchmark whose arms disagree, or where ours fails."""
+    """A benchmark whose arms disagree, or whose own arm fails."""
 
 
 def main(arguments: list[str]) -> None:
     if arguments:
         raise InputError(f"argument {arguments[0]!r}; expected --only, --rounds or --quick")
-    from benchmarks import BENCHMARKS, ON_CPU, ON_GPU, results, table
+    from benchmarks import BENCHMARKS, ON_CPU, ON_GPU, results, results_page
     from benchmarks.device import settle
 
     for name in ONLY.value:
@@ -55,15 +55,15 @@ def main(arguments: list[str]) -> None:
         elif entry["rows"] and kept:
             results.keep(results.machine_file(), name, entry)
     if kept:
-        table.write()
+        results_page.write()
     else:
-        print(f"not kept: that takes {LEAST_ROUNDS} rounds, and no --quick")
+        print(f"not stored: that takes {LEAST_ROUNDS} rounds, and no --quick")
     if failed:
-        raise BenchmarkFailed(f"{', '.join(failed)}: see above; the figures before were kept")
+        raise BenchmarkFailed(f"{', '.join(failed)}: see above; the earlier figures stay")
 
 
 def run(name: str, rounds: int, quick: bool) -> tuple[Any, str | None]:
-    """The entry of a benchmark, and in a line why it failed, if it did."""
+    """The entry of a benchmark, and a line that says why it failed, or None."""
     from benchmarks.ceilings import measure_ceilings
     from benchmarks.harness import Disagreement, Skipped, measure
     from benchmarks.results import make_entry
@@ -72,7 +72,7 @@ def run(name: str, rounds: int, quick: bool) -> tuple[Any, str | None]:
 
     module, rows, reason = importlib.import_module(f"benchmarks.{name}"), [], None
     title = (module.__doc__ or name).splitlines()[0].rstrip(".")
-    # Anew for each: an hour later the machine may be another.
+    # Measured again for each benchmark: on a shared machine they change within an hour.
     ceilings = measure_ceilings(quick)
     print(
         f"{name}: {title}\n  ceilings: {ceilings['matmul_flops'] / 1e9:,.0f} GFLOP/s by "

@@ -1,34 +1,25 @@
-"""The table and the plot of docs/speed.md, from the figures that are kept.
+"""Tables of measured ratios: in lines for a terminal, in Markdown, and as a plot."""
 
-    python -m benchmarks.table
-
-A row is written as it was measured; one that falls short of its aim is in bold.
-"""
-
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import BENCHMARKS, ON_CPU, ON_GPU
-from benchmarks.results import FOLDER, place, read
-from slam_jax.errors import InputError, write_whole
+from slam_jax.rocket.page import markdown_table
 
 Json = dict[str, Any]
-DOCS = Path(__file__).parents[1] / "docs"
-START, END = "<!-- figures: python -m benchmarks.table -->", "<!-- end of figures -->"
-_HEAD = (
-    "| what | against | aim | measured | ours | theirs | ours, of the ceiling |",
-    "|---|---|---|---|---|---|---|",
-)
+_COLUMNS = ("what", "against", "aim", "measured", "ours", "theirs", "ours, of the ceiling")
+_PROVENANCE = ("benchmark", "ceiling of matmul", "ceiling of copy", "jax", "flax", "torch")
 
 
 def describe(row: Json) -> list[str]:
-    """A row in lines for a terminal."""
+    """A row as lines for a terminal."""
     (first, ours), *others = row["arms"].items()
-    told = row["unchecked"] or "nothing to compare with"
+    text = row["unchecked"] or "nothing to compare with"
     if row["difference"] is not None:
         difference, tolerance = row["difference"], row["tolerance"]
-        told = f"outputs differ by up to {difference:.2g}, tolerance {tolerance:g}"
-    lines = [f"{row['title']}: {first} {_figure(row, ours)}{_shares(ours, ' (', ')')}; {told}"]
+        text = f"outputs differ by up to {difference:.2g}, tolerance {tolerance:g}"
+    lines = [f"{row['title']}: {first} {_figure(row, ours)}{_shares(ours, ' (', ')')}; {text}"]
     for name, arm in others:
         aim = "" if arm["ratio"]["aim"] is None else f", aim {arm['ratio']['aim']:g}"
         lines.append(f"  {name} {_figure(row, arm)}: {_ratio(arm['ratio'])} of ours{aim}")
@@ -36,50 +27,33 @@ def describe(row: Json) -> list[str]:
     return lines
 
 
-def make_table(kept: Json) -> str:
-    """The figures of a machine in Markdown, benchmark after benchmark; of one for such a machine
-    that has none a row says so."""
+def make_table(kept: Json) -> list[str]:
+    """The figures of a machine in lines of Markdown, in the order of the benchmarks. A benchmark
+    for this kind of machine without figures has a row that says so."""
     entries = {name: kept["benchmarks"][name] for name in BENCHMARKS if name in kept["benchmarks"]}
     kinds = [kind for kind in (ON_GPU, ON_CPU) if entries.keys() & set(kind)]
-    lines: list[str] = [*_HEAD]
+    rows: list[Sequence[str]] = []
     for name in (name for kind in kinds for name in kind):
         if name not in entries:
-            lines.append(f"| {name} | | | not measured | | | |")
+            rows.append((name, "", "", "not measured", "", "", "", "", ""))
             continue
         entry = entries[name]
-        for row in entry["rows"]:
-            lines += _table_rows(row)
+        made = [cells for row in entry["rows"] for cells in _table_rows(row)]
         if middle := entry["middle"]:
-            lines.append(
-                f"| {name}, the median of its {middle['n']} ratios | | {middle['aim']:g}x | "
-                f"{_against_aim(middle['aim'], middle['median'])} | | | |"
-            )
-    lines += ["", *(_provenance(name, entry) for name, entry in entries.items())]
-    return "\n".join(lines)
-
-
-def write() -> None:
-    """Puts the tables of all machines between the markers of docs/speed.md, and draws the plot.
-
-    Raises InputError where nothing was measured, or the page has lost its markers.
-    """
-    files = sorted(FOLDER.glob("*.json"))
-    if not files:
-        raise InputError(f"{FOLDER} has no figures; python -m benchmarks takes them")
-    machines = {file.stem: read(file) for file in files}
-    page = DOCS / "speed.md"
-    text = page.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise InputError(f"{page}: expected {START} and then {END}, once each")
-    tables = [f"### {name}\n\n{make_table(kept)}" for name, kept in machines.items()]
-    before, rest = text.split(START)
-    made = "\n\n".join([START, "![ratios](speed.png)", *tables, END])
-    write_whole(page, before + made + rest.split(END)[1])
-    draw(machines, DOCS / "speed.png")
+            title = f"{name}, the median of its {middle['n']} ratios"
+            ratio = _against_aim(middle["aim"], middle["median"])
+            made.append((title, "", f"{middle['aim']:g}x", ratio, "", "", ""))
+        rows += [(*cells, entry["machine"]["slam_jax"], entry["date"]) for cells in made]
+    provenance = [_provenance(name, entry) for name, entry in entries.items()]
+    return [
+        *markdown_table((*_COLUMNS, "version", "date"), rows),
+        "",
+        *markdown_table(_PROVENANCE, provenance),
+    ]
 
 
 def draw(machines: dict[str, Json], file: Path) -> None:
-    """A bar for each ratio, on a logarithmic scale, with a stroke where its aim is."""
+    """A bar for each ratio on a logarithmic scale, with a stroke at its aim."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter
@@ -107,7 +81,7 @@ def draw(machines: dict[str, Json], file: Path) -> None:
 
 
 def _bars(kept: Json) -> list[tuple[str, Json]]:
-    """What was compared, and how it came out, row after row."""
+    """The name and the ratio of every comparison."""
     return [
         (f"{row['title']} / {name}", arm["ratio"])
         for entry in (kept["benchmarks"].get(name, {"rows": []}) for name in BENCHMARKS)
@@ -117,26 +91,26 @@ def _bars(kept: Json) -> list[tuple[str, Json]]:
     ]
 
 
-def _table_rows(row: Json) -> list[str]:
-    (_, ours), *others = row["arms"].items()
-    lines = []
+def _table_rows(row: Json) -> list[Sequence[str]]:
+    title, (_, ours), *others = row["title"], *row["arms"].items()
+    rows: list[Sequence[str]] = []
     for name, arm in others:
         ratio = arm["ratio"]
         aim = "" if ratio["aim"] is None else f"{ratio['aim']:g}x"
-        spread = f" ({ratio['least']:.2f} to {ratio['most']:.2f})"
-        lines.append(
-            f"| {row['title']} | {name} | {aim} | {_against_aim(ratio['aim'], ratio['median'])}"
-            f"{spread} | {_figure(row, ours)} | {_figure(row, arm)} | {_shares(ours)} |"
+        measured = _against_aim(ratio["aim"], ratio["median"])
+        measured += f" ({ratio['least']:.2f} to {ratio['most']:.2f})"
+        rows.append(
+            (title, name, aim, measured, _figure(row, ours), _figure(row, arm), _shares(ours))
         )
     if not others:
-        lines.append(f"| {row['title']} | | | | {_figure(row, ours)} | | {_shares(ours)} |")
+        rows.append((title, "", "", "", _figure(row, ours), "", _shares(ours)))
     for name, reason in row["left_out"].items():
-        lines.append(f"| {row['title']} | {name} | | left out: {reason} | | | |")
-    return lines
+        rows.append((title, name, "", f"left out: {reason}", "", "", ""))
+    return rows
 
 
 def _against_aim(aim: float | None, ratio: float) -> str:
-    """Bold where it falls short, so that nobody has to look for it."""
+    """Bold if the ratio falls short of its aim."""
     text = f"{ratio:.2f}x"
     return f"**{text}**" if aim is not None and ratio < aim else text
 
@@ -153,31 +127,16 @@ def _figure(row: Json, arm: Json) -> str:
 
 
 def _shares(arm: Json, before: str = "", after: str = "") -> str:
-    told = ", ".join(f"{100 * share:.0f}% of {name}" for name, share in arm["shares"].items())
-    return f"{before}{told}{after}" if told else ""
+    text = ", ".join(f"{100 * share:.0f}% of {name}" for name, share in arm["shares"].items())
+    return f"{before}{text}{after}" if text else ""
 
 
-def _provenance(name: str, entry: Json) -> str:
+def _provenance(name: str, entry: Json) -> Sequence[str]:
     machine, ceilings = entry["machine"], entry["ceilings"]
-    versions = ", ".join(
-        f"{package} {machine[package]}"
-        for package in ("jax", "flax", "torch", "transformers")
-        if package in machine
-    )
+    dtype = ceilings.get("matmul_dtype", "float32")
     return (
-        f"- `{name}`: {entry['date']}, commit {entry['commit']}, {place(machine)}, {versions}; "
-        f"ceilings {ceilings['matmul_flops'] / 1e9:,.0f} GFLOP/s ({ceilings['matmul_by']}, "
-        f"{ceilings.get('matmul_dtype', 'float32')}), "
-        f"{ceilings['copy_bytes'] / 1e9:.1f} GB/s ({ceilings['copy_by']})"
+        name,
+        f"{ceilings['matmul_flops'] / 1e9:,.0f} GFLOP/s ({ceilings['matmul_by']}, {dtype})",
+        f"{ceilings['copy_bytes'] / 1e9:.1f} GB/s ({ceilings['copy_by']})",
+        *(machine.get(package, "none") for package in ("jax", "flax", "torch")),
     )
-
-
-def main() -> None:
-    from slam_jax.runtime.cli import exit_on_error
-
-    with exit_on_error():
-        write()
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,7 @@ import json
 import resource
 from collections.abc import Iterator
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -54,3 +55,17 @@ def schema_errors(board: Any) -> list[str]:
         (resources.files("slam_jax.rocket") / "leaderboard.schema.json").read_text()
     )
     return [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(board)]
+
+
+def document(i: int) -> str:
+    """A short text: words for digits, a different stretch each."""
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    return " ".join(names[(i * 7 + j) % 10] for j in range(40 + i % 9)) + f" number {i}\n"
+
+
+def write_texts(folder: Path, count: int = 120) -> Path:
+    """A folder of text files, as the protocol `heldout` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        (folder / f"{i}.txt").write_text(document(i))
+    return folder

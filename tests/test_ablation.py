@@ -13,14 +13,12 @@ from flax import nnx
 
 from slam_jax.errors import ConfigError
 from slam_jax.evaluation.answers import Answer
-from slam_jax.rocket.ablation.board import OVERALL, make_board
 from slam_jax.rocket.ablation.measure import AblationSettings, run, score
-from slam_jax.rocket.ablation.page import make_page
+from slam_jax.rocket.ablation.page import OVERALL, make_page
 from slam_jax.rocket.ablation.protocol import Ablation
 from slam_jax.rocket.machine import describe_machine
 from slam_jax.rocket.page import html, markdown
 from slam_jax.rocket.protocols import make_comparison
-from slam_jax.rocket.tasks import plain
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.slam_v3.flops import encode_flops
 from slam_jax.training import Experiment
@@ -87,20 +85,18 @@ def test_answers_are_counted_by_scene():
     }
 
 
-SETTINGS = AblationSettings(
-    base={
-        "data": {"name": "made up", "batch_size": 2, "stages": [[0, {"aux": 1.0}]]},
-        "run": {"num_steps": 3},
-        "model": {"num_processes": 4},
-    },
-    variants={
+@pytest.fixture(scope="module")
+def protocol(shipped) -> Ablation:
+    base = json.loads(json.dumps(dict(shipped.base)))
+    base["data"] |= {"batch_size": 2, "stages": [[0, {"aux": 1.0}]]}
+    base["run"]["num_steps"] = 3
+    variants = {
         "whole": {},
         "worse": {"model.num_processes": 1},
         "same": {"model.without": ["mean", "concat"]},
         "broken": {},
-    },
-    seeds=(0, 1, 2),
-)
+    }
+    return Ablation(AblationSettings(base, variants, (0, 1, 2)), list(variants), "")
 
 
 def done(right: int, noise: int) -> dict[str, Any]:
@@ -125,18 +121,18 @@ def done(right: int, noise: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def board() -> dict[str, Any]:
+def board(protocol) -> dict[str, Any]:
     results = {"whole": done(14, 1), "worse": done(12, 2), "same": done(14, 3)}
     results["broken"] = {"seed 0": {"reason": "took more than 9 s"}}
     about = {
         "protocol": "ablation",
-        "settings": plain(SETTINGS),
+        "settings": protocol.settings,
         "data": {},
         "limits": {"memory_gib": 16.0, "seconds": 60.0, "jobs": 2},
         "machine": describe_machine(),
         "measured": {"code": ["abc"], "cores": [2], "first": "2026-01-02", "last": "2026-01-03"},
     }
-    return make_board(about, SETTINGS, results)
+    return protocol.board(about, results)
 
 
 def test_differences_are_paired_and_have_an_interval(board):
@@ -157,10 +153,10 @@ def test_differences_are_paired_and_have_an_interval(board):
     assert worse["changes"] == {"model.num_processes": 1}
 
 
-def test_without_the_first_there_are_no_differences(board):
+def test_without_the_first_there_are_no_differences(protocol):
     results = {"whole": {"seed 0": {"reason": "took more than 9 s"}}}
     results |= {"worse": done(12, 2), "same": done(14, 3)}
-    whole, *others = make_board({}, SETTINGS, results)["rows"]
+    whole, *others = protocol.board({}, results)["rows"]
     assert whole["status"] == "failed" and [row["difference"] for row in others] == [None, None]
 
 
@@ -172,7 +168,9 @@ def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
     assert "| without mean, concat |" in text
     assert "- broken: took more than 9 s" in text
     assert re.search(r"\| -\d+\.\d \(-1\d\.\d to -\d\.\d\) \* \|", text)
-    assert "<svg" in whole and "made up, 3 steps of 2 examples (from step 0 on aux 1)" in whole
+    assert (
+        "<svg" in whole and "sort_of_clevr, 3 steps of 2 examples (from step 0 on aux 1)" in whole
+    )
     del board["rows"][1]["difference"]
     assert len(schema_errors(board)) >= 1
     html(make_page({**board, "rows": [], "category_winners": {}}))

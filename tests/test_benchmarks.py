@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from benchmarks import BENCHMARKS, device, results, step_profile, table, worker
+from benchmarks import BENCHMARKS, device, results, results_page, step_profile, table, worker
 from benchmarks.comparison import Arm, Comparison
 from benchmarks.harness import Disagreement, Skipped, measure
 from benchmarks.worker import ArmFailed
@@ -152,20 +152,23 @@ def test_new_figures_replace_those_of_their_benchmark_alone(entry, tmp_path):
         results.read(file)
 
 
+def table_of(name: str, entry: Any) -> str:
+    return "\n".join(table.make_table({"benchmarks": {name: entry}}))
+
+
 def test_the_table_has_every_row_and_marks_what_falls_short_or_was_not_measured(entry):
-    made = table.make_table({"benchmarks": {"standard": entry}})
-    assert "| jamba | | | not measured | | | |" in made and "| standard | | |" not in made
+    made = table_of("standard", entry)
+    assert "| jamba |  |  | not measured |  |" in made and "| standard |  |  |" not in made
     assert "| a row | theirs | 1x | **0.50x** (0.50 to 0.50) | 2 s | 1 s |" in made
     assert "| a row | theirs | 1x | 4.00x (4.00 to 4.00) | 2 s | 8 s |" in made
-    assert "| standard, the median of its 2 ratios | | 2.5x | **2.25x** |" in made
-    assert entry["date"] in made and entry["commit"] in made
+    assert "| standard, the median of its 2 ratios |  | 2.5x | **2.25x** |" in made
+    assert f"| {entry['machine']['slam_jax']} | {entry['date']} |" in made
 
 
-def test_the_table_of_a_machine_has_what_is_for_such_a_machine(entry):
-    made = table.make_table({"benchmarks": {"training": entry}})
-    assert "| decoding | | | not measured | | | |" in made and "| jamba |" not in made
-    made = table.make_table({"benchmarks": {"standard": entry}})
-    assert "| decoding |" not in made
+def test_the_table_of_a_machine_has_the_benchmarks_for_such_a_machine(entry):
+    made = table_of("training", entry)
+    assert "| decoding |  |  | not measured |  |" in made and "| jamba |" not in made
+    assert "| decoding |" not in table_of("standard", entry)
 
 
 def test_figures_are_kept_by_processor_or_by_gpu(monkeypatch):
@@ -213,23 +216,32 @@ def test_what_is_for_a_gpu_is_refused_on_a_cpu():
     assert "--only has 'training', which is for a GPU; here are standard, bf" in told
 
 
-def test_writing_changes_what_is_between_the_markers_and_nothing_else(entry, tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "FOLDER", tmp_path / "results")
-    monkeypatch.setattr(table, "DOCS", tmp_path)
-    page = tmp_path / "speed.md"
-    page.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
+def test_the_page_has_the_figures_of_every_machine_and_every_table(entry, tmp_path, monkeypatch):
+    monkeypatch.setattr(results_page, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(results_page, "DOCS", tmp_path)
     with pytest.raises(InputError, match="no figures"):
-        table.write()
+        results_page.write()
     results.keep(tmp_path / "results" / "machine.json", "standard", entry)
-    table.write()
-    once = page.read_text()
-    assert once.startswith("before\n") and once.endswith("after\n") and "old" not in once
-    assert "4.00x" in once and (tmp_path / "speed.png").stat().st_size > 0
-    table.write()
-    assert page.read_text() == once
-    page.write_text("no markers")
-    with pytest.raises(InputError, match="speed.md: expected"):
-        table.write()
+    runs = {"title": "Runs", "columns": ["score"], "rows": [["3"]]}
+    found = {"title": "A run", "command": "make it", "text": "Text.", "tables": [runs]}
+    for name, more in (("one", {}), ("two", {"machine": "M", "version": "1", "date": "today"})):
+        text = json.dumps({**found, "tables": [{**runs, **more}]})
+        (tmp_path / "results" / f"{name}.json").write_text(text)
+    results_page.write()
+    page = (tmp_path / "results.md").read_text()
+    assert "### machine" in page and "4.00x" in page
+    assert "| score |\n| --- |\n| 3 |\n" in page and "| 3 | M | 1 | today |" in page
+    assert (tmp_path / "results.png").stat().st_size > 0
+    (tmp_path / "results" / "one.json").write_text("{")
+    with pytest.raises(InputError, match=r"one\.json: expected JSON with tables"):
+        results_page.write()
+
+
+def test_the_committed_page_is_that_of_the_committed_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_page, "DOCS", tmp_path)
+    monkeypatch.setattr(results_page, "draw", lambda *_: None)
+    results_page.write()
+    assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text()
 
 
 # --- The benchmarks themselves
@@ -257,7 +269,6 @@ def test_every_arm_of_every_benchmark_can_be_called_as_it_will_be(
 def test_the_page_says_what_each_benchmark_is():
     page = (DOCS / "speed.md").read_text()
     assert [name for name in BENCHMARKS if f"| `{name}` |" not in page] == []
-    assert page.count(table.START) == page.count(table.END) == 1
 
 
 def test_a_profile_has_each_operation_once_by_the_file_that_asked_for_it(tmp_path):

@@ -14,7 +14,7 @@ from slam_jax.language_models import SYSTEMS, registry
 from slam_jax.rocket import worker
 from slam_jax.rocket.engine import run
 from slam_jax.rocket.protocols import make_comparison
-from tests.helpers import schema_errors
+from tests.helpers import schema_errors, write_texts
 
 DOCS = Path(__file__).parents[1] / "docs" / "rocket.md"
 FILE, LINE = "bag.py", "registry.py"
@@ -75,11 +75,7 @@ SMALL = {
 def test_a_new_system_is_in_every_comparison(added, here, protocol, tmp_path):
     settings = dict(SMALL[protocol])
     if protocol == "heldout":
-        for i in range(120):
-            (tmp_path / "texts").mkdir(exist_ok=True)
-            words = " ".join(str(i * j) for j in range(60))
-            (tmp_path / "texts" / f"{i}.txt").write_text(words)
-        settings["text"] = str(tmp_path / "texts")
+        settings["text"] = str(write_texts(tmp_path / "texts"))
     arguments = [f"--config.{field}={value}" for field, value in settings.items()]
     made = make_comparison(protocol, None, arguments, (added.name,), tmp_path / "board")
     board = run(made, tmp_path / "board")

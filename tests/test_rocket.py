@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from slam_jax.errors import ConfigError, UserError
+from slam_jax.rocket.board import Comparison
 from slam_jax.rocket.engine import run
 from slam_jax.rocket.live import LiveTable
 from slam_jax.rocket.machine import code_version
@@ -22,14 +23,15 @@ from slam_jax.runtime.lock import lock_workdir
 from tests.helpers import TINY_SEED
 
 
-class Pretended:
+class Pretended(Comparison):
     """A protocol whose tasks are never run in earnest: see `pretend`."""
 
-    name, data = "pretended", {"from": "nowhere"}
+    name = "pretended"
 
     def __init__(self, models: Sequence[str], settings: Json | None = None, timed: bool = True):
         self.models, self._timed = models, timed
         self.settings: Json = settings or {"width": 1}
+        self.data = {"from": "nowhere"}
 
     def tasks(self, results: Mapping[str, Mapping[str, Json]]) -> list[Task]:
         labels = (("first", False), ("second", False), ("extra", True))
@@ -53,6 +55,12 @@ class Pretended:
             for name, done in results.items()
         }
         return {**about, "results": plain}
+
+    def row(self, name: str, done: Mapping[str, Json]) -> Json:
+        return {}
+
+    def judge(self, rows: list[Json]) -> Json:
+        return {}
 
     def page(self, board: Json) -> Page:
         return Page("Pretended", [], [])
@@ -235,10 +243,10 @@ def test_other_settings_want_another_workdir(tmp_path, pretend):
     kept = json.loads((tmp_path / "results.json").read_text())
     del kept["results"]["a"]["first"]["measured"]
     (tmp_path / "results.json").write_text(json.dumps(kept))
-    with pytest.raises(UserError, match="not what a leaderboard keeps .'measured'."):
+    with pytest.raises(UserError, match="not the results of a leaderboard .'measured'."):
         run(Pretended(("a",)), tmp_path)
     (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(UserError, match="not what a leaderboard keeps"):
+    with pytest.raises(UserError, match="not the results of a leaderboard"):
         run(Pretended(("a",)), tmp_path)
 
 
@@ -274,7 +282,7 @@ def test_the_live_table_has_a_row_a_system():
     with LiveTable(["standard", "moe"], console) as table:
         table.update(tasks[0], 0.5, "loss 9.1")
         table.finished(tasks[1], None, 3.0, tasks[:1])
-        console.print(table._table())
+        console.print(table.table())
     shown = output.getvalue()
     assert "updates: loss 9.1" in shown and "1 of 2 tasks · ETA" in shown
     assert "updates: 3 s" in shown

@@ -1,5 +1,6 @@
 """The board of the held-out comparison: intervals, ranks, costs, the score and the pages."""
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -7,17 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slam_jax.rocket.board import interval
-from slam_jax.rocket.heldout import measure as heldout
-from slam_jax.rocket.heldout.board import make_board
-from slam_jax.rocket.heldout.measure import HeldoutSettings
 from slam_jax.rocket.heldout.page import make_page
+from slam_jax.rocket.heldout.protocol import Heldout
+from slam_jax.rocket.heldout.rates import choose_learning_rate
+from slam_jax.rocket.heldout.settings import HeldoutSettings
 from slam_jax.rocket.machine import describe_machine
+from slam_jax.rocket.metrics import interval
 from slam_jax.rocket.page import html, markdown
 from slam_jax.rocket.tasks import plain
-from tests.helpers import schema_errors
+from tests.helpers import schema_errors, write_texts
 
 SETTINGS = HeldoutSettings(
+    vocab_size=300,
     budget=3e5,
     length=16,
     batch_size=4,
@@ -27,7 +29,7 @@ SETTINGS = HeldoutSettings(
     new_tokens=4,
     rounds=2,
 )
-TITLES = ("standard", "moe", "slam_v4")
+SYSTEMS = ("standard", "moe", "slam_v4", "jamba")
 MEASURED = {
     "code": ["1.0 (abc)"],
     "cores": [2],
@@ -79,8 +81,15 @@ def results() -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def protocol(tmp_path_factory) -> Heldout:
+    folder = tmp_path_factory.mktemp("protocol")
+    settings = dataclasses.replace(SETTINGS, text=str(write_texts(folder / "texts")))
+    return Heldout(settings, SYSTEMS, folder)
+
+
 @pytest.fixture
-def board(results) -> dict[str, Any]:
+def board(results, protocol) -> dict[str, Any]:
     split = {"documents": 30, "bytes": 600, "tokens": 300}
     about = {
         "protocol": "heldout",
@@ -96,8 +105,7 @@ def board(results) -> dict[str, Any]:
         "machine": describe_machine(),
         "measured": MEASURED,
     }
-    sizes: Any = dict.fromkeys(TITLES, heldout.size("standard", SETTINGS, 300))
-    return make_board(about, SETTINGS, sizes, results)
+    return protocol.board(about, results)
 
 
 def test_metrics_are_sums_over_documents_with_an_interval(board):
@@ -161,12 +169,11 @@ def test_intervals_are_of_both_causes_of_chance():
     assert (alone["high"] - alone["low"]) / 2 == pytest.approx(of_units, rel=0.05)
 
 
-def test_seeds_that_differ_widen_the_interval(results):
+def test_seeds_that_differ_widen_the_interval(results, protocol):
     for shift, label in ((-6, "seed 0"), (6, "seed 1")):
         test = results["moe"][label]["test"]
         test["nats"] = [x + shift for x in test["nats"]]
-    sizes: Any = dict.fromkeys(TITLES, heldout.size("standard", SETTINGS, 300))
-    rows = make_board({}, SETTINGS, sizes, results)["rows"]
+    rows = protocol.board({}, results)["rows"]
     assert rows[1]["system"] == "moe" and rows[1]["rank"] == 1  # 0.3 apart, seeds 1.2 apart
 
 
@@ -193,8 +200,8 @@ def test_the_learning_rate_is_the_one_that_the_validation_split_chose(board):
     row = board["rows"][0]
     assert row["learning_rate"] == 0.016 and row["learning_rate_is_at_edge"]
     assert [each["validation_loss"] for each in row["tried"]] == [4.5, 4.4, 4.3]
-    assert heldout.choose_learning_rate({1.0: None, 2.0: 4.0, 3.0: 3.9}) == 3.0
-    assert heldout.choose_learning_rate({1.0: None}) is None
+    assert choose_learning_rate({1.0: None, 2.0: 4.0, 3.0: 3.9}) == 3.0
+    assert choose_learning_rate({1.0: None}) is None
 
 
 def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):

@@ -24,29 +24,24 @@ from slam_jax.rocket.heldout.corpus import (
     save_corpus,
     split_documents,
 )
-from slam_jax.rocket.heldout.measure import HeldoutSettings
 from slam_jax.rocket.heldout.protocol import Heldout
+from slam_jax.rocket.heldout.rates import rates_to_try
+from slam_jax.rocket.heldout.settings import HeldoutSettings
 from slam_jax.rocket.protocols import DEFAULT_MODELS
 from slam_jax.rocket.tasks import Impossible
-from tests.helpers import schema_errors
+from tests.helpers import document, schema_errors, write_texts
 
 
 def quiet(*_: Any) -> None:
     pass
 
 
-def document(i: int) -> str:
-    """Counting in words, a different stretch each."""
-    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-    return " ".join(names[(i * 7 + j) % 10] for j in range(40 + i % 9)) + f" number {i}\n"
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("texts")
+    root = write_texts(tmp_path_factory.mktemp("texts"))
     (root / "inner").mkdir()
-    for i in range(120):
-        (root / ("inner" if i % 2 else ".") / f"{i}.txt").write_text(document(i))
+    for i in range(1, 120, 2):
+        (root / f"{i}.txt").rename(root / "inner" / f"{i}.txt")
     (root / "copy.txt").write_text(document(3))
     (root / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
     (root / ".hidden").write_text("not to be read")
@@ -353,7 +348,7 @@ def test_tasks_choose_the_rate_before_they_use_it(settings, tmp_path):
     assert comparison.tasks({"standard": done}) == more
     assert comparison.arguments(more[3], done)["learning_rate"] == 4e-3
     done |= {tasks[1].label: {"validation_loss": 4.1}, "learning rate 0.00025": {}}
-    assert heldout.rates_to_try(done, settings) == [1e-3, 4e-3, 0.00025]
+    assert rates_to_try(done, settings) == [1e-3, 4e-3, 0.00025]
     for label in (tasks[0].label, tasks[1].label):
         done[label] = {"reason": "took more than 3 s"}
     with pytest.raises(Impossible, match="no learning rate could be tried: took more than 3 s"):

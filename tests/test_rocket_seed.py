@@ -9,13 +9,11 @@ import pytest
 
 from slam_jax.rocket.machine import describe_machine
 from slam_jax.rocket.page import html, markdown
-from slam_jax.rocket.seed.board import SCORE_RULE, make_board
 from slam_jax.rocket.seed.measure import SeedSettings, learn, stability, stress, time_inference
-from slam_jax.rocket.seed.page import make_page
-from slam_jax.rocket.seed.protocol import Seed
+from slam_jax.rocket.seed.protocol import SCORE, Seed
 from slam_jax.rocket.seed.published import PUBLISHED
 from slam_jax.rocket.tasks import plain
-from slam_jax.rocket.timing import Timing
+from slam_jax.rocket.timing import spread
 from tests.helpers import schema_errors
 
 TINY = SeedSettings(
@@ -29,6 +27,8 @@ TINY = SeedSettings(
     stress_length=16,
     learning_rate=3e-3,
 )
+
+PROTOCOL = Seed(TINY, (), "")
 
 
 def quiet(*_: Any) -> None:
@@ -120,7 +120,7 @@ def board(results) -> dict[str, Any]:
         "machine": describe_machine(),
         "measured": {"code": ["abc"], "cores": [2], "first": "2026-01-02", "last": "2026-01-03"},
     }
-    return make_board(about, TINY, results)
+    return Seed(TINY, list(results), "").board(about, results)
 
 
 def test_the_score_is_its_parts_and_the_ranks_are_its_order(board):
@@ -135,7 +135,7 @@ def test_the_score_is_its_parts_and_the_ranks_are_its_order(board):
     )
     assert third["score_parts"]["loss"] == 0.0  # it got worse
     assert first["score"] == pytest.approx(sum(first["score_parts"].values()))
-    assert set(first["score_parts"]) == set(SCORE_RULE)
+    assert set(first["score_parts"]) == set(SCORE)
     assert first["inference_ms"] == pytest.approx(200.0) and first["inference"]["n"] == 3
     assert failed["status"] == "failed" and failed["reason"].startswith("took more than")
 
@@ -143,7 +143,7 @@ def test_the_score_is_its_parts_and_the_ranks_are_its_order(board):
 def test_equal_scores_share_a_rank(results):
     same = {**results, "slam_v4": results["slam_v6"]}
     about = {"protocol": "seed", "settings": plain(TINY)}
-    rows = make_board(about, TINY, same)["rows"]
+    rows = Seed(TINY, list(same), "").board(about, same)["rows"]
     assert [row["rank"] for row in rows[:4]] == [1, 1, 3, 4]
 
 
@@ -187,7 +187,7 @@ def test_published_averages_are_those_of_the_published_rows():
 
 def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
     assert schema_errors(board) == []
-    page = make_page(board)
+    page = PROTOCOL.page(board)
     text, whole = markdown(page), html(page)
     for row in board["rows"]:
         assert f"| {row['system']} |" in text or f"{row['system']}: took more" in text
@@ -195,7 +195,7 @@ def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
     assert "| 1 | slam_v6 | 71.7 | 9.000 → 1.000 | 1.0000 |" in text
     assert whole.count("<svg") == 9 and "http://" not in whole.replace("http://www.w3.org", "")
     assert "moe: took more than 16 GiB of memory" in whole
-    html(make_page({**board, "rows": [], "category_winners": {}}))
+    html(PROTOCOL.page({**board, "rows": [], "category_winners": {}}))
 
 
 def test_a_board_that_lacks_something_does_not_follow_the_schema(board):
@@ -220,4 +220,4 @@ def test_tasks_come_in_turns_and_the_stress_test_last():
 
 
 def test_timings_are_summed_up_by_median_and_range():
-    assert Timing.of([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0, 3)
+    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "least": 1.0, "most": 3.0, "n": 3}

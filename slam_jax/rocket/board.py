@@ -1,93 +1,84 @@
-"""What the leaderboards of all protocols have in common."""
+"""What all protocols have in common: from tasks and their figures to a leaderboard."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
-
-import numpy as np
-from jaxtyping import Float
-from scipy.special import stdtrit
+import abc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 from slam_jax.language_models import SYSTEMS
-from slam_jax.rocket.page import Bullets, Table
-from slam_jax.rocket.tasks import Json
+from slam_jax.rocket.metrics import Part
+from slam_jax.rocket.page import Page
+from slam_jax.rocket.tasks import Json, Task, failure, plain
 
 SCHEMA_VERSION = 2  # of leaderboard.schema.json
-RESAMPLES = 2_000
+Results = Mapping[str, Mapping[str, Json]]  # figures by system and label of the task
 
 
-def head(about: Json) -> Json:
-    """The first fields of a board: protocol, settings, data, limits, machine."""
-    return {"schema_version": SCHEMA_VERSION, **about}
+class Comparison(abc.ABC):
+    """A protocol with its settings.
 
-
-def row_head(name: str, done: Mapping[str, Json], needed: Iterable[str]) -> Json:
-    """The first fields of a system's row: who it is, and whether the tasks it needs were done."""
-    reasons = [done[label]["reason"] for label in needed if "reason" in done[label]]
-    title = SYSTEMS[name].title if name in SYSTEMS else name.replace("_", " ")
-    row: Json = {"system": name, "title": title}
-    if reasons:
-        return {**row, "status": "failed", "reason": reasons[0]}
-    return {**row, "status": "ok"}
-
-
-Weights = Float[np.ndarray, "_ seeds units"]
-
-
-def interval(shape: tuple[int, int], figure: Callable[[Weights], Float[np.ndarray, "_"]]) -> Json:
-    """A figure with its 95% interval, of `shape`: seeds and units, which are documents or scenes.
-
-    figure: of how often each unit counts with each seed. A difference is paired, since both sides
-    are given the same weights.
-
-    Seeds and units are two causes of chance, and the distances that they reach from the mean add up
-    as the sides of a right angle do: over units a bootstrap of 2,000 resamplings; over seeds, too
-    few for one, t s / sqrt(S), with s the standard deviation of the S seeds' figures and t that of
-    Student for S - 1 degrees of freedom. Of a single seed, what others would have given is not
-    known, and not in it.
-
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13.
+    models: the systems that are compared. settings: JSON, given to every worker. data: what else
+    the figures depend on. score: parts of the score, if there is one; rows are then sorted.
     """
-    seeds, units = shape
-    mean = float(figure(np.ones((1, seeds, units)))[0])
-    drawn = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=RESAMPLES)
-    every = figure(np.repeat(drawn[:, None], seeds, axis=1).astype(np.float64))
-    reach = np.quantile(every, [0.025, 0.975]) - mean
-    if seeds > 1:
-        own = figure(np.repeat(np.eye(seeds)[..., None], units, axis=-1))
-        reach = np.hypot(reach, stdtrit(seeds - 1, 0.975) * np.std(own, ddof=1) / np.sqrt(seeds))
-    else:
-        reach = np.abs(reach)
-    return {"mean": mean, "low": float(mean - reach[0]), "high": float(mean + reach[1])}
 
+    name: ClassVar[str]
+    score: ClassVar[Mapping[str, Part]] = {}
 
-def winner(rows: Sequence[Json], value: Callable[[Json], float], sign: int) -> Json:
-    """The system with the highest value (sign 1) or the lowest (-1), and all that share it."""
-    best = max(rows, key=lambda row: sign * value(row))
-    tied = [row["system"] for row in rows if value(row) == value(best)]
-    return {"system": ", ".join(tied), "value": value(best)}
+    def __init__(self, options: Any, models: Sequence[str], workdir: str | Path):
+        self.options, self.settings, self.models = options, plain(options), tuple(models)
+        self.data: Json = {}
 
+    @abc.abstractmethod
+    def tasks(self, results: Results) -> list[Task]:
+        """All tasks in the order in which they run, as far as the results so far determine them."""
 
-def describe_machine_of(board: Json) -> str:
-    """The machine in half a sentence."""
-    machine: dict[str, Any] = board["machine"]
-    measured: dict[str, Any] = board["measured"]
-    codes = measured["code"]
-    days = dict.fromkeys(measured[end][:10] for end in ("first", "last"))
-    return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, device "
-        f"{machine['device']}; Python {machine['python']}, jax {machine['jax']}, slam_jax "
-        f"{' and '.join(codes)}; measured {' to '.join(days)}."
-    )
+    def arguments(self, task: Task, done: Mapping[str, Json]) -> Json:
+        """Arguments of a task, given the figures of its system so far. Raises Impossible."""
+        return {}
 
+    def known(self, name: str) -> Json:
+        """The fields of a system that do not depend on its tasks."""
+        return {}
 
-def winners_table(board: Json) -> Table:
-    """The best of each category."""
-    winners = board["category_winners"].items()
-    cells = [(name, each["system"], f"{each['value']:,.4g}") for name, each in winners]
-    return Table("Winners", ("category", "system", "value"), cells)
+    @abc.abstractmethod
+    def row(self, name: str, done: Mapping[str, Json]) -> Json:
+        """The fields of a system whose tasks have all succeeded."""
 
+    @abc.abstractmethod
+    def judge(self, rows: list[Json]) -> Json:
+        """Sorts and ranks the rows in place; returns the winner of each category."""
 
-def score_bullets(board: Json) -> Bullets:
-    """The rule, a part a line."""
-    rule = [f"{part}: {rule}" for part, rule in board["score_rule"].items()]
-    return Bullets("How the score is made", rule, "Of 100 points, the same rule for every row.")
+    def summary(self, rows: Sequence[Json], measured: Sequence[Json]) -> Json:
+        """More fields of the board; `measured` are the rows that did not fail."""
+        return {}
+
+    @abc.abstractmethod
+    def page(self, board: Json) -> Page: ...
+
+    def board(self, about: Json, results: Results) -> Json:
+        """The leaderboard. about: protocol, settings, data, limits and machine."""
+        tasks, rows = self.tasks(results), []
+        for name, done in results.items():
+            title = SYSTEMS[name].title if name in SYSTEMS else name.replace("_", " ")
+            reason = failure([task for task in tasks if task.system == name], done)
+            row: Json = {"system": name, "title": title, **self.known(name)}
+            if reason is None:
+                rows.append({**row, "status": "ok", **self.row(name, done)})
+            else:
+                rows.append({**row, "status": "failed", "reason": reason})
+        measured = [row for row in rows if row["status"] == "ok"]
+        winners = self.judge(measured) if measured else {}
+        board: Json = {"schema_version": SCHEMA_VERSION, **about}
+        if self.score:
+            board["score_rule"] = {name: part.rule for name, part in self.score.items()}
+            rows = measured + [row for row in rows if row["status"] != "ok"]
+        return {
+            **board,
+            "rows": rows,
+            "category_winners": winners,
+            **self.summary(rows, measured),
+        }
+
+    def each(self, label: str, what: str, weight: float = 1.0, **kw: bool) -> list[Task]:
+        """The same task of every model."""
+        return [Task(name, label, what, weight, **kw) for name in self.models]

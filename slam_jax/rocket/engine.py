@@ -1,27 +1,25 @@
-"""Measures systems task by task, each in its own process, and goes on where it was."""
+"""Runs the tasks of a comparison, each in a process of its own, and resumes where it stopped."""
 
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from slam_jax.errors import InputError, require_count, write_whole
+from slam_jax.rocket.board import Comparison
 from slam_jax.rocket.jobs import run_job
 from slam_jax.rocket.live import LiveTable
 from slam_jax.rocket.machine import code_version, describe_machine
 from slam_jax.rocket.page import html, markdown
-from slam_jax.rocket.tasks import Comparison, Impossible, Json, Task, failure
+from slam_jax.rocket.tasks import Impossible, Json, Task, failure
 from slam_jax.runtime.lock import lock_workdir
 
-_KEPT = "results.json"
-
-# A task, its figures, and the seconds that they took.
-Measured = tuple[Task, Json, float]
+_Measured = tuple[Task, Json, float]  # a task, its figures, and the seconds that it took
 
 
 def run(
@@ -33,19 +31,18 @@ def run(
     jobs: int = 1,
     console: Any = None,
 ) -> Json:
-    """Compares systems; returns and writes the board and its pages.
+    """Runs a comparison, writes its leaderboard to `workdir`, and returns it.
 
-    What is finished is kept in `workdir` at once, with when and by which code it was measured, and
-    not measured again by the same call. What failed is tried again, but where the system went on
-    without it.
+    Every finished task is saved at once, with the time and the version of the code. The same call
+    resumes: it runs what is missing, and what failed unless it was optional.
 
     Args:
-      memory_gib, seconds: limits of each process; one that is ended at them is a row that says so.
-      jobs: processes at once, where nothing is timed, each on its share of the cores.
+      memory_gib, seconds: limits of each process. One that exceeds them becomes a failed row.
+      jobs: processes at a time for tasks that are not timed; each gets its share of the cores.
 
     Raises:
-      InputError: the workdir is of other settings. WorkdirError: another run is in it, or it cannot
-      be written. WriteError: no more.
+      InputError: the workdir is of other settings. WorkdirError: another run uses it, or it cannot
+      be written. WriteError: it can no longer be written.
     """
     require_count("number of models", len(comparison.models))
     require_count("jobs", jobs, most=1_024)
@@ -53,92 +50,91 @@ def run(
     with lock_workdir(workdir):
         machine = describe_machine()
         results = _measure(comparison, Path(workdir), limits, machine["cores"], console)
+        results = {name: results[name] for name in comparison.models}
         about = {**_identity(comparison), "limits": limits, "machine": machine}
-        about["measured"] = _measured(results[name] for name in comparison.models)
-        board = comparison.board(about, {name: results[name] for name in comparison.models})
+        board = comparison.board({**about, "measured": _provenance(results)}, results)
         page = comparison.page(board)
         text = json.dumps(board, indent=2, allow_nan=False) + "\n"
-        # The second name is that of the published file.
-        for name in ("leaderboard.json", "comprehensive_model_results.json"):
-            write_whole(Path(workdir, name), text)
-        write_whole(Path(workdir, "leaderboard.md"), markdown(page))
-        write_whole(Path(workdir, "leaderboard.html"), html(page))
+        for name, content in {
+            "leaderboard.json": text,
+            "comprehensive_model_results.json": text,  # the name of the published file
+            "leaderboard.md": markdown(page),
+            "leaderboard.html": html(page),
+        }.items():
+            write_whole(Path(workdir, name), content)
     return board
 
 
 def _measure(
     comparison: Comparison, workdir: Path, limits: Json, all_cores: int, console: Any
 ) -> dict[str, Any]:
-    """All figures by system and task, those that were there already among them."""
-    models, results = comparison.models, _read_results(workdir / _KEPT, comparison)
-    for name in models:
+    """The figures of all tasks, by system and label, including those of earlier runs."""
+    path = workdir / "results.json"
+    results = _read_results(path, comparison)
+    for name in comparison.models:
         results.setdefault(name, {})
 
-    def still_open() -> list[Task]:
+    def remaining() -> list[Task]:
         tasks = comparison.tasks(results)
-        own = {name: [task for task in tasks if task.system == name] for name in models}
-        return [
-            task
-            for task in tasks
-            if task.label not in results[task.system]
-            and failure(own[task.system], results[task.system]) is None
-        ]
+        own = {name: [task for task in tasks if task.system == name] for name in comparison.models}
+        failed = {name for name in own if failure(own[name], results[name]) is not None}
+        return [t for t in tasks if t.system not in failed and t.label not in results[t.system]]
 
-    def measure(task: Task, cores: Sequence[int], stop: threading.Event) -> Measured:
-        start, count = time.monotonic(), len(cores) or all_cores
-        measured = {"code": code_version(), "cores": count, "at": _now()}
+    def measure(task: Task, cores: Sequence[int], stop: threading.Event) -> _Measured:
+        start = time.monotonic()
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        measured = {"code": code_version(), "cores": len(cores) or all_cores, "at": at}
         try:
-            arguments = comparison.arguments(task, results[task.system])
+            figures = run_job(
+                task.what,
+                task.system,
+                comparison.settings,
+                workdir,
+                arguments=comparison.arguments(task, results[task.system]),
+                memory_gib=limits["memory_gib"],
+                seconds=limits["seconds"],
+                cores=cores,
+                progress=lambda share, text: table.update(task, share, text),
+                stop=stop,
+            )
         except Impossible as error:
-            return task, {"reason": str(error), "measured": measured}, 0.0
-        figures = run_job(
-            task.what,
-            task.system,
-            comparison.settings,
-            workdir,
-            arguments=arguments,
-            memory_gib=limits["memory_gib"],
-            seconds=limits["seconds"],
-            cores=cores,
-            progress=lambda share, text: table.update(task, share, text),
-            stop=stop,
-        )
+            figures = {"reason": str(error)}
         return task, {**figures, "measured": measured}, time.monotonic() - start
 
-    with LiveTable(models, console) as table:
-        for task, figures, took in _side_by_side(measure, still_open, limits["jobs"]):
+    with LiveTable(comparison.models, console) as table:
+        for task, figures, took in _schedule(measure, remaining, limits["jobs"]):
             results[task.system][task.label] = figures
-            kept = {**_identity(comparison), "results": results}
-            write_whole(workdir / _KEPT, json.dumps(kept, indent=1, allow_nan=False))
-            table.finished(task, figures.get("reason"), took, still_open())
+            stored = {**_identity(comparison), "results": results}
+            write_whole(path, json.dumps(stored, indent=1, allow_nan=False))
+            table.finished(task, figures.get("reason"), took, remaining())
     return results
 
 
-def _side_by_side(
-    measure: Callable[[Task, Sequence[int], threading.Event], Measured],
-    still_open: Callable[[], Sequence[Task]],
+def _schedule(
+    measure: Callable[[Task, Sequence[int], threading.Event], _Measured],
+    remaining: Callable[[], Sequence[Task]],
     jobs: int,
-) -> Iterator[Measured]:
-    """What each task gives, as it comes, until none is open. Whatever ends this ends all of them.
+) -> Iterator[_Measured]:
+    """Measures tasks until none remains, and yields each as it finishes. Any exception stops all.
 
-    What is timed has all cores to itself; what is not has its share of them, also where nothing
-    runs beside it: sums come in another order on other numbers of cores.
+    A timed task has all cores. The others have their share, even if nothing runs beside them:
+    another number of cores would add floating-point numbers in another order.
     """
     stop, shares = threading.Event(), _shares(jobs)
-    running: dict[Future[Measured], tuple[Task, Sequence[int]]] = {}
+    running: dict[Future[_Measured], tuple[Task, Sequence[int]]] = {}
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while True:
                 while len(running) < jobs:
-                    task = _next(still_open(), [task for task, _ in running.values()])
+                    task = _next(remaining(), [task for task, _ in running.values()])
                     if task is None:
                         break
                     cores = () if task.timed else shares.pop()
                     running[pool.submit(measure, task, cores, stop)] = task, cores
                 if not running:
                     return
-                ended, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in ended:
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
                     task, cores = running.pop(future)
                     if not task.timed:
                         shares.append(cores)
@@ -147,13 +143,13 @@ def _side_by_side(
             stop.set()
 
 
-def _next(left: Sequence[Task], running: Collection[Task]) -> Task | None:
-    """The first of these that may run beside those: of a system of which none is running, since
-    what its task is told may depend on the one before; and alone where it or another is timed."""
+def _next(remaining: Sequence[Task], running: Collection[Task]) -> Task | None:
+    """The first task that may run now. Tasks of one system run one after the other, because their
+    arguments may depend on the one before; a timed task runs alone."""
     if any(task.timed for task in running):
         return None
     busy = {task.system for task in running}
-    for task in left:
+    for task in remaining:
         if task.timed:
             return None if running else task
         if task.system not in busy:
@@ -162,16 +158,16 @@ def _next(left: Sequence[Task], running: Collection[Task]) -> Task | None:
 
 
 def _shares(jobs: int) -> list[Sequence[int]]:
-    """The cores of each of so many processes; none = all of them."""
+    """The cores of each of `jobs` processes; () = all."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if jobs == 1 or len(cores) < jobs:
         return [()] * jobs
     return [cores[i::jobs] for i in range(jobs)]
 
 
-def _measured(results: Iterable[Mapping[str, Json]]) -> Json:
-    """By which versions of the code, on how many cores, and when."""
-    stamps = [figures["measured"] for done in results for figures in done.values()]
+def _provenance(results: Mapping[str, Mapping[str, Json]]) -> Json:
+    """The versions of the code that measured, the numbers of cores, and the first and last time."""
+    stamps = [figures["measured"] for done in results.values() for figures in done.values()]
     times = [stamp["at"] for stamp in stamps]
     return {
         "code": sorted({stamp["code"] for stamp in stamps}),
@@ -181,39 +177,35 @@ def _measured(results: Iterable[Mapping[str, Json]]) -> Json:
     }
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def _identity(comparison: Comparison) -> Json:
-    """What makes figures comparable."""
+    """What figures must share to be comparable."""
     return {"protocol": comparison.name, "settings": comparison.settings, "data": comparison.data}
 
 
 def _read_results(path: Path, comparison: Comparison) -> dict[str, Any]:
-    """What an earlier run of the same settings has measured already, none where there was none.
+    """The figures that an earlier run of the same settings has stored; none if there was none.
 
-    Without what failed, which may have been for another limit, or a neighbour's memory; with it
-    where it was optional: others have been measured on the strength of it, and how far a system
-    came may be all that was asked."""
+    Failed tasks are left out and run again. Failed optional tasks stay: other tasks have depended
+    on their outcome, and for the stress test it is the result.
+    """
     if not path.exists():
         return {}
     try:
-        kept = json.loads(path.read_text())
-        results = {name: dict(done) for name, done in kept["results"].items()}
-        for stamp in (
-            figures["measured"] for done in results.values() for figures in done.values()
-        ):
-            _ = stamp["code"], stamp["cores"], stamp["at"]
+        stored = json.loads(path.read_text())
+        results = {name: dict(done) for name, done in stored["results"].items()}
+        _ = [
+            (stamp["code"], stamp["cores"], stamp["at"])
+            for done in results.values()
+            for stamp in (figures["measured"] for figures in done.values())
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path}: not what a leaderboard keeps ({error}); give another --workdir, or delete "
-            "this one"
+            f"{path}: not the results of a leaderboard ({error}); give another --workdir, or "
+            "delete this one"
         ) from None
-    if {name: kept.get(name) for name in _identity(comparison)} != _identity(comparison):
-        raise InputError(
-            f"{path}: is of other settings; give another --workdir, or delete this one"
-        )
+    identity = _identity(comparison)
+    if {name: stored.get(name) for name in identity} != identity:
+        raise InputError(f"{path}: is of other settings; give another --workdir, or delete it")
     optional = {(task.system, task.label) for task in comparison.tasks(results) if task.optional}
     return {
         name: {

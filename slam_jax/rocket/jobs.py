@@ -1,4 +1,4 @@
-"""Runs each system in a process of its own, so that one that fails costs one row."""
+"""Runs one task in a process of its own, so that a system that fails costs one row."""
 
 import json
 import os
@@ -7,15 +7,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from slam_jax.errors import write_whole
+from slam_jax.rocket.tasks import Json, Report
 
-_EVERY_S = 0.1
+_POLL_SECONDS = 0.1
 
 
 def run_job(
@@ -27,21 +28,20 @@ def run_job(
     arguments: Mapping[str, Any],
     memory_gib: float,
     seconds: float,
-    progress: Callable[[float, str], None],
+    progress: Report,
     stop: threading.Event,
     cores: Sequence[int] = (),
-) -> dict[str, Any]:
-    """Waits for one task of `slam_jax.rocket.worker`; ends it at its limit of memory or time, and
-    where `stop` is set. cores: on which it runs, where the system can say so; none = all.
+) -> Json:
+    """Runs a task of `slam_jax.rocket.worker` and waits for it. The process is ended when it
+    exceeds its memory or its time, and when `stop` is set. cores: those that it may use; () = all.
 
-    Returns its figures, as far as it came, and under "reason" why it did not come further.
+    Returns its figures, as far as it got, and under "reason" why it did not finish.
     """
     job, out = folder / f"{what}.{system}.job.json", folder / f"{what}.{system}.out.json"
-    asked = {"what": what, "system": system}
-    asked |= {"settings": dict(settings), "arguments": dict(arguments)}
-    write_whole(job, json.dumps(asked))
+    given = {"what": what, "system": system, "settings": {**settings}, "arguments": {**arguments}}
+    write_whole(job, json.dumps(given))
     out.unlink(missing_ok=True)
-    last_words = deque(maxlen=20)
+    last_lines = deque(maxlen=20)
     process = subprocess.Popen(
         [sys.executable, "-m", "slam_jax.rocket.worker", str(job), str(out), str(os.getpid())],
         stdout=subprocess.PIPE,
@@ -50,38 +50,40 @@ def run_job(
         errors="replace",
         env={**os.environ, "PYTHONUTF8": "1"},
     )
-    if cores:  # long before it starts threads, which then keep to them
+    if cores:  # before the process starts threads, which inherit them
         os.sched_setaffinity(process.pid, cores)
-    readers = [
-        threading.Thread(target=_read_progress, args=(process.stdout, progress), daemon=True),
-        threading.Thread(target=last_words.extend, args=(process.stderr,), daemon=True),
-    ]
-    for reader in readers:
-        reader.start()
-    try:
-        reason = _watch(process, memory_gib, seconds, stop)
-    finally:
-        if process.poll() is None:  # a limit, or whoever waits was stopped
-            process.kill()
-        process.wait()
-        for reader, pipe in zip(readers, (process.stdout, process.stderr), strict=True):
-            reader.join()
-            pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
-        job.unlink(missing_ok=True)
+    with process:
+        readers = [
+            _start_thread(_read_progress, process.stdout, progress),
+            _start_thread(last_lines.extend, process.stderr),
+        ]
+        try:
+            reason = _watch(process, memory_gib, seconds, stop)
+        finally:
+            process.kill()  # does nothing if it has ended
+            for reader in readers:
+                reader.join()
+            job.unlink(missing_ok=True)
     if reason is None and process.returncode:
-        said = next((line.strip() for line in reversed(last_words) if line.strip()), "no word")
+        last = next((line.strip() for line in reversed(last_lines) if line.strip()), "no message")
         code = process.returncode
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        reason = f"ended with {how}: {said[:200]}"
+        reason = f"ended with {how}: {last[:200]}"
     figures = json.loads(out.read_text()) if out.exists() else {}
     out.unlink(missing_ok=True)
     return figures if reason is None else {**figures, "reason": reason}
 
 
+def _start_thread(function: Callable[..., Any], *args: Any) -> threading.Thread:
+    thread = threading.Thread(target=function, args=args, daemon=True)
+    thread.start()
+    return thread
+
+
 def _watch(
     process: subprocess.Popen, memory_gib: float, seconds: float, stop: threading.Event
 ) -> str | None:
-    """Until the process ends by itself, or has to be ended; then why."""
+    """Waits until the process ends, or must be ended; returns why it must."""
     end, watched = time.monotonic() + seconds, psutil.Process(process.pid)
     while process.poll() is None:
         try:
@@ -94,16 +96,17 @@ def _watch(
             return f"took more than {seconds:g} s"
         if stop.is_set():
             return "was stopped"
-        time.sleep(_EVERY_S)
+        time.sleep(_POLL_SECONDS)
     return None
 
 
-def _read_progress(lines: Any, progress: Callable[[float, str], None]) -> None:
+def _read_progress(lines: Iterable[str], progress: Report) -> None:
+    """Reports the lines that are progress; libraries print others."""
     for line in lines:
         try:
-            told = json.loads(line)
+            report = json.loads(line)
         except ValueError:
             continue
-        match told:  # anything else is a library's own word
+        match report:
             case [int() | float() as share, str() as text]:
                 progress(share, text)

@@ -1,4 +1,4 @@
-"""What figures depend on besides the code."""
+"""The machine and the versions that figures depend on."""
 
 import hashlib
 import os
@@ -14,8 +14,7 @@ from slam_jax.version import __version__
 
 
 def code_version() -> str:
-    """Of the code as it stands on the disk: its version, and the first digits of a hash of all its
-    sources."""
+    """The version of the code, and the first digits of a hash of all its sources on the disk."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
@@ -25,12 +24,11 @@ def code_version() -> str:
 def describe_machine() -> dict[str, Any]:
     """Processor, device, memory and versions."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    has_affinity = hasattr(os, "sched_getaffinity")
     return {
         "processor": _processor(),
         "device": jax.devices()[0].device_kind,
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
@@ -40,11 +38,9 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's own name where the system tells it."""
+    """The name of the processor, if the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -1,18 +1,18 @@
-"""A leaderboard for people: a page of HTML that needs nothing but itself, Markdown, a terminal."""
+"""A leaderboard for people, as a self-contained HTML page, as Markdown and on a terminal."""
 
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import NamedTuple
 
 import jinja2
-import markupsafe
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
 
 class Table(NamedTuple):
-    """rows: a cell a column. note: what is to be known of it. sortable: on the HTML page, by each
-    column. short: the columns that a terminal has room for; none = it is not shown there."""
+    """rows: one cell a column. note: printed above it. sortable: by a click on a column's title,
+    on the HTML page. short: the columns that a terminal shows; none = it does not show the table.
+    """
 
     title: str
     columns: Sequence[str]
@@ -31,42 +31,37 @@ class Bullets(NamedTuple):
 
 
 class Plots(NamedTuple):
-    """SVG of `slam_jax.reporting.plots`, with what each shows."""
+    """SVG of `slam_jax.reporting.plots`, by caption."""
 
     title: str
     plots: Mapping[str, str]
     note: str = ""
 
 
+Section = Table | Bullets | Plots
+
+
 class Page(NamedTuple):
-    """notes: paragraphs before everything else."""
+    """notes: paragraphs before the sections."""
 
     title: str
     notes: Sequence[str]
-    sections: Sequence[Table | Bullets | Plots]
+    sections: Sequence[Section]
 
 
 def html(page: Page) -> str:
-    """All of it; what comes from users or systems is escaped."""
+    """The whole page; text from users and systems is escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = resources.files("slam_jax.rocket") / "templates" / "leaderboard.html"
-    sections = [
-        section._replace(
-            plots={name: markupsafe.Markup(plot) for name, plot in section.plots.items()}
-        )
-        if isinstance(section, Plots)
-        else section
-        for section in page.sections
-    ]
     return environment.from_string(template.read_text(encoding="utf-8")).render(
-        page=page, sections=[(type(section).__name__, section) for section in sections]
+        page=page, sections=[(type(section).__name__, section) for section in page.sections]
     )
 
 
 def markdown(page: Page) -> str:
-    """All but the plots."""
+    """Everything except the plots."""
     lines = [f"# {page.title}", ""]
     for note in page.notes:
         lines += [note, ""]
@@ -85,22 +80,20 @@ def markdown(page: Page) -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A line a row, after those of the head."""
     lines = [columns, ("---",) * len(columns), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def print_page(page: Page, console: Console | None = None) -> None:
-    """What a terminal has room for: the short columns of those tables that have some."""
+    """Prints the short columns of the tables that have some."""
     console = console or Console(highlight=False)
     for section in page.sections:
-        if isinstance(section, Bullets) or not getattr(section, "short", ()):
+        if not isinstance(section, Table) or not section.short:
             continue
-        assert isinstance(section, Table)
-        places = [section.columns.index(name) for name in section.short]
         table = TerminalTable(title=section.title, box=None, padding=(0, 1), title_justify="left")
         for name in section.short:
             table.add_column(name, justify="left" if name == "system" else "right")
         for row in section.rows:
-            table.add_row(*(row[place] for place in places))
+            cells = dict(zip(section.columns, row, strict=True))
+            table.add_row(*(cells[name] for name in section.short))
         console.print(table)

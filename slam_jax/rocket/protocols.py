@@ -1,4 +1,4 @@
-"""The protocols by name, each with its settings from files and arguments."""
+"""The protocols by name, with their settings from files and arguments."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 from slam_jax.language_models import ROCKET
 from slam_jax.rocket.ablation.measure import AblationSettings
 from slam_jax.rocket.ablation.protocol import Ablation
-from slam_jax.rocket.heldout.measure import HeldoutSettings
+from slam_jax.rocket.board import Comparison
 from slam_jax.rocket.heldout.protocol import Heldout
+from slam_jax.rocket.heldout.settings import HeldoutSettings
 from slam_jax.rocket.seed.measure import SeedSettings
 from slam_jax.rocket.seed.protocol import Seed
-from slam_jax.rocket.tasks import Comparison, plain
+from slam_jax.rocket.tasks import plain
 from slam_jax.training.experiment import build, override, read_config
 
 PROTOCOLS = {
@@ -28,10 +29,10 @@ def make_comparison(
     models: Sequence[str] | None,
     workdir: str | Path,
 ) -> Comparison:
-    """The protocol with its defaults, then what the file says, then `--config.field=value`.
+    """A protocol with its defaults, changed by the config file, then by `--config.field=value`.
 
-    models: None = the published nine and SLAM v3 with its text stream alone, or all variants of an
-    ablation. Raises ConfigError for a field that is not there or cannot be used.
+    models: None = the published nine and SLAM v3 with its text stream alone; in an ablation, all
+    variants. Raises ConfigError for an unknown field or an invalid value.
     """
     comparison, settings = PROTOCOLS[protocol]
     given = {} if config is None else read_config(config)

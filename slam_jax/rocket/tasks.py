@@ -1,20 +1,23 @@
-"""What a protocol asks of the engine: tasks, each for one process, and what they are told."""
+"""Tasks: what a protocol asks the engine to measure, each in a process of its own."""
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from slam_jax.rocket.page import Page
+from slam_jax.errors import require, require_count
 
 Json = dict[str, Any]
+# Progress of a task: the share that is done, and a few words.
+Report = Callable[[float, str], None]
 
 
 class Task(NamedTuple):
-    """A system and what is to be measured of it.
+    """One measurement of one system.
 
-    label: under which the figures are kept. what: of `worker.TASKS`. weight: how long it takes,
-    beside others. optional: a system whose task fails goes on. timed: others that run beside it
+    label: the name under which its figures are stored. what: its function, a key of
+    `worker.TASKS`. weight: its expected duration, relative to other tasks. optional: if it fails,
+    the other tasks of the system still run. timed: it must run alone, because processes beside it
     would change its figures.
     """
 
@@ -27,35 +30,11 @@ class Task(NamedTuple):
 
 
 class Impossible(Exception):
-    """There is nothing that a task could be given; says why."""
-
-
-@runtime_checkable
-class Comparison(Protocol):
-    """One protocol, with its settings.
-
-    models: the systems compared. settings: as workers are given them. data: what figures depend on
-    besides. tasks: in the order in which they are done, as far as they follow from the figures so
-    far, by system and label. arguments: of a task, given the figures of
-    its system so far by label; raises Impossible. board: of figures by system and label.
-    """
-
-    name: str
-    models: Sequence[str]
-    settings: Json
-    data: Json
-
-    def tasks(self, results: Mapping[str, Mapping[str, Json]]) -> list[Task]: ...
-
-    def arguments(self, task: Task, done: Mapping[str, Json]) -> Json: ...
-
-    def board(self, about: Json, results: Mapping[str, Mapping[str, Json]]) -> Json: ...
-
-    def page(self, board: Json) -> Page: ...
+    """A task has no valid arguments; the message says why."""
 
 
 def failure(tasks: Sequence[Task], done: Mapping[str, Json]) -> str | None:
-    """Why a system has no figures, of its own tasks; None where it has or may still have them."""
+    """Why a system failed, from its tasks and their figures; None if it did not (yet)."""
     for task in tasks:
         reason = done.get(task.label, {}).get("reason")
         if reason is not None and not task.optional:
@@ -64,5 +43,20 @@ def failure(tasks: Sequence[Task], done: Mapping[str, Json]) -> str | None:
 
 
 def plain(settings: Any) -> Json:
-    """A dataclass as JSON has it: lists for tuples."""
+    """A dataclass as JSON stores it: with lists for tuples."""
     return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def check_distinct(settings: Any, field: str) -> None:
+    """Stores a field of a frozen dataclass as a tuple; raises ConfigError unless it has values and
+    all are different."""
+    values = tuple(getattr(settings, field))
+    object.__setattr__(settings, field, values)
+    require(0 < len(values) == len(set(values)), field, values, "some, all different")
+
+
+def check_seeds(settings: Any) -> None:
+    """The same for the field `seeds`, whose values must be seeds."""
+    check_distinct(settings, "seeds")
+    for seed in settings.seeds:
+        require_count("seeds", seed, least=0, most=2**32 - 1)

@@ -1,34 +1,28 @@
-"""Seconds and bytes, as honestly as a process can measure its own."""
+"""Seconds and bytes that a process measures of itself."""
 
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 
-class Timing(NamedTuple):
-    """Seconds of `n` repetitions."""
-
-    median: float
-    least: float
-    most: float
-    n: int
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> "Timing":
-        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
-
-    def as_json(self) -> dict[str, float]:
-        return dict(self._asdict())
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, range and number of repeated measurements."""
+    return {
+        "median": statistics.median(values),
+        "least": min(values),
+        "most": max(values),
+        "n": len(values),
+    }
 
 
 def timed(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each of so many calls, waited for; one goes before them and is not counted."""
+    """Seconds of each of `repeats` calls until their result is ready, after one warm-up call."""
     jax.block_until_ready(call())
     seconds = []
     for _ in range(repeats):
@@ -39,8 +33,8 @@ def timed(call: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def compiled(function: Any, *args: Any) -> tuple[Any, float]:
-    """A jitted function compiled for such arguments, and the seconds it took, traces and all; no
-    cache of programs is asked or filled."""
+    """A jitted function compiled for these arguments, and the seconds of tracing and compiling,
+    without reading or filling the compilation cache."""
     before = jax.config.values["jax_enable_compilation_cache"]
     _use_cache(False)
     try:
@@ -52,12 +46,11 @@ def compiled(function: Any, *args: Any) -> tuple[Any, float]:
 
 def _use_cache(used: bool) -> None:
     jax.config.update("jax_enable_compilation_cache", used)
-    # JAX looks at it once.
-    compilation_cache.reset_cache()
+    compilation_cache.reset_cache()  # JAX reads the option only once
 
 
 def peak_memory() -> int:
-    """Bytes: of the device where it tells, else the most this process has ever had."""
+    """Peak bytes: of the device if it reports them, else of this process since it started."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])

@@ -1,8 +1,8 @@
-"""One system in a process of its own: python -m slam_jax.rocket.worker JOB OUT PARENT
+"""Runs one task: python -m slam_jax.rocket.worker JOB OUT PARENT
 
-JOB is a JSON file of {"what", "system", "settings", "arguments"}; the figures go to OUT. Progress
-goes to standard output, a JSON list of share and text a line. PARENT is the number of the process
-that started it.
+JOB: a JSON file of {"what", "system", "settings", "arguments"}. OUT: the file for the figures.
+PARENT: the process that started this one; when it ends, this one ends too. Progress is printed as
+lines of JSON, [share, text].
 """
 
 import json
@@ -17,17 +17,18 @@ from typing import Any
 from slam_jax.errors import write_whole
 from slam_jax.rocket.ablation import measure as ablation
 from slam_jax.rocket.heldout import measure as heldout
+from slam_jax.rocket.heldout.settings import HeldoutSettings
 from slam_jax.rocket.seed import measure as seed
 from slam_jax.runtime.compile_cache import enable_compile_cache
 
-# A task that fails later on yields what it has so far.
+# A task that may fail halfway is a generator, which yields its figures so far.
 TASKS = {
     "seed": (seed.learn, seed.SeedSettings),
     "seed_timing": (seed.time_inference, seed.SeedSettings),
     "seed_stress": (seed.stress, seed.SeedSettings),
     "ablation": (ablation.run, ablation.AblationSettings),
-    "heldout": (heldout.train, heldout.HeldoutSettings),
-    "heldout_timing": (heldout.time_system, heldout.HeldoutSettings),
+    "heldout": (heldout.train, HeldoutSettings),
+    "heldout_timing": (heldout.time_system, HeldoutSettings),
 }
 
 
@@ -38,16 +39,16 @@ def main() -> None:
     given: dict[str, Any] = json.loads(job.read_text())
     task, settings = TASKS[given["what"]]
 
-    def tell(share: float, text: str) -> None:
+    def report(share: float, text: str) -> None:
         print(json.dumps([round(share, 3), text]), flush=True)
 
-    figures = task(given["system"], settings(**given["settings"]), tell, **given["arguments"])
+    figures = task(given["system"], settings(**given["settings"]), report, **given["arguments"])
     for each in figures if isinstance(figures, Iterator) else [figures]:
         write_whole(out, json.dumps(each, allow_nan=False))
 
 
 def _end_with(parent: int) -> None:
-    """An engine that was killed could not end its workers."""
+    """Ends this process when its parent has ended, which could not do it if it was killed."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

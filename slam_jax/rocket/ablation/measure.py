@@ -1,12 +1,12 @@
-"""SLAM v3 with parts of it changed, each variant trained and tested as any run is.
+"""SLAM v3 with parts of it changed; each variant is trained and tested as any run is.
 
-A run is a workdir of its own, as `train.py` would leave it, so that one that is stopped goes on.
+Every run has a workdir of its own, as `train.py` leaves it, so that a stopped run resumes.
 """
 
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,23 @@ import jax
 
 from slam_jax.data import evaluation_batches, prepare
 from slam_jax.data.views import with_halves
-from slam_jax.errors import require, require_count
+from slam_jax.errors import require
 from slam_jax.evaluation import evaluate
 from slam_jax.evaluation.answers import Answer
+from slam_jax.rocket.tasks import Json, Report, check_seeds
 from slam_jax.rocket.timing import peak_memory
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
 from slam_jax.training import Experiment, load, override, split_model, train
-
-Json = dict[str, Any]
-Tell = Callable[[float, str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class AblationSettings:
     """What is compared.
 
-    base: a whole configuration, as `train.py` takes it. variants: by name, the fields in which each
-      differs from it, with dots ("model.num_processes"); the first is what others are compared
-      with. seeds: of each variant's runs: their parameters, order of examples and dropout.
+    base: a whole configuration, as `train.py` takes it. variants: by name, the fields that differ
+      from it, with dots ("model.num_processes"); the others are compared with the first variant.
+    seeds: of each variant's runs: of parameters, order of examples and dropout.
     """
 
     base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -40,11 +38,7 @@ class AblationSettings:
     seeds: Sequence[int] = (0, 1, 2)
 
     def __post_init__(self):
-        object.__setattr__(self, "seeds", tuple(self.seeds))
-        distinct = 0 < len(self.seeds) == len(set(self.seeds))
-        require(distinct, "seeds", self.seeds, "some, all different")
-        for seed in self.seeds:
-            require_count("seeds", seed, least=0, most=2**32 - 1)
+        check_seeds(self)
         for name, changes in self.variants.items():
             mapping = isinstance(changes, Mapping)
             require(mapping, f"variants.{name}", changes, "fields and their values")
@@ -55,33 +49,32 @@ class AblationSettings:
         return override(self.base, [f"--config.{name}={to!r}" for name, to in changes.items()])
 
 
-def run(name: str, settings: AblationSettings, tell: Tell, *, workdir: str, seed: int) -> Json:
-    """Trains a variant from a seed and lets it answer the test questions of every mix it was
-    trained on.
+def run(name: str, settings: AblationSettings, report: Report, *, workdir: str, seed: int) -> Json:
+    """Trains a variant, and tests it on every view that it was trained on.
 
-    The figures of a mix and a kind of question are of each scene: how many were asked of it, how
-    many were answered rightly.
+    Returns its cost and "scores": see `score`.
     """
-    tell(0.0, "training")
+    report(0.0, "training")
     config, folder = settings.config_of(name, seed), Path(workdir) / name / str(seed)
     start = time.perf_counter()
     train(config, folder)
     seconds = time.perf_counter() - start
-    tell(0.9, "answering")
+    report(0.9, "answering")
     loaded, experiment = load(folder, "latest"), Experiment.from_config(config)
     dataset = prepare(experiment.data, loaded.tokenizer, model=loaded.model.config)
     graphdef, params = split_model(loaded.model)
-    batches, sizes = {}, {}
-    for view in with_halves(experiment.data.views):
-        made = evaluation_batches(
-            dataset.test,
-            loaded.tokenizer,
-            view,
-            experiment.data.batch_size,
-            seed=experiment.data.seed,
+    batches = {
+        view: list(
+            evaluation_batches(
+                dataset.test,
+                loaded.tokenizer,
+                view,
+                experiment.data.batch_size,
+                seed=experiment.data.seed,
+            )
         )
-        batches[view] = list(made)
-        sizes[view] = _flops(loaded.model.config, batches[view][0].batch)
+        for view in with_halves(experiment.data.views)
+    }
     results = evaluate(
         graphdef,
         params,
@@ -92,7 +85,10 @@ def run(name: str, settings: AblationSettings, tell: Tell, *, workdir: str, seed
     )
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "flops": {view: sizes[view] for view in experiment.data.views},
+        "flops": {
+            view: _flops(loaded.model.config, batches[view][0].batch)
+            for view in experiment.data.views
+        },
         "scores": score(results.answers),
         "train_seconds": seconds,
         "peak_memory_bytes": peak_memory(),
@@ -100,7 +96,8 @@ def run(name: str, settings: AblationSettings, tell: Tell, *, workdir: str, seed
 
 
 def score(answers: Sequence[Answer]) -> dict[str, dict[str, list[int]]]:
-    """ "view/kind" -> "asked" and "right", a number a scene; "view/needs both" beside the kinds."""
+    """By "view/kind", "asked" and "right": one count per scene. "view/needs both" are the questions
+    of any kind that need both halves of a split scene."""
     asked: Any = defaultdict(lambda: defaultdict(int))
     right: Any = defaultdict(lambda: defaultdict(int))
     for answer in answers:
@@ -122,12 +119,13 @@ def score(answers: Sequence[Answer]) -> dict[str, dict[str, list[int]]]:
 
 
 def _flops(config: SlamV3Config, batch: Any) -> Json:
-    """Of one scene, forward: the encoder's, and the decoder's for all of its questions."""
-    given, (_, prompts, length) = batch.inputs, batch.tokens.shape
+    """Operations of a forward pass over one scene: of the encoder, and of the decoder for all
+    questions."""
+    inputs, (_, prompts, length) = batch.inputs, batch.tokens.shape
     sizes: Any = {
-        "text": 0 if given.text is None else given.text.shape[1],
-        "pixels": None if given.image is None else given.image.shape[1:3],
-        "aux": 0 if given.aux is None else given.aux.shape[1],
+        "text": 0 if inputs.text is None else inputs.text.shape[1],
+        "pixels": None if inputs.image is None else inputs.image.shape[1:3],
+        "aux": 0 if inputs.aux is None else inputs.aux.shape[1],
     }
     memory = num_memory(config, **sizes)
     decoder = decode_flops(config, prompts=prompts, length=length - 1, memory=memory)

@@ -1,62 +1,47 @@
-"""The page of an ablation."""
+"""The page of the protocol `ablation`."""
 
 from slam_jax.reporting.plots import plot_bars
-from slam_jax.rocket.ablation.board import OVERALL
-from slam_jax.rocket.board import describe_machine_of, winners_table
-from slam_jax.rocket.page import Bullets, Page, Plots, Table
+from slam_jax.rocket import sections
+from slam_jax.rocket.page import Page, Plots, Section
 from slam_jax.rocket.tasks import Json
 
+OVERALL = "all questions"
 _WHAT = (
-    "Variants of one model, trained alike on the same examples and tested on the same scenes. What "
-    "differs is named; everything else is as in the first."
+    "Variants of one model, trained alike on the same examples and tested on the same scenes. The "
+    "changes are listed; everything else is as in the first variant."
 )
-_DIFFERENCES = (
-    "Percentage points from the first variant, paired, with intervals of 95% over scenes (2,000 "
-    "resamplings) and seeds (Student's t); * marks those that are clear of 0, as by chance one in "
-    "twenty is."
+_ACCURACIES_NOTE = (
+    "needs both: questions that cannot be answered from one half of a split scene; only: the same "
+    "questions, given one half."
 )
-_SHORT = ("variant", "parameters", "all questions, %", "from the first, points")
+_DIFFERENCES_NOTE = (
+    "Paired differences to the first variant in percentage points, with 95% intervals over scenes "
+    "(2,000 resamples) and seeds (Student's t). * marks differences that are significant at 95%; "
+    "by chance one in twenty is."
+)
+_SHORT = ("variant", "parameters", "all questions, %", "difference to the first, points")
 
 
 def make_page(board: Json) -> Page:
-    """The board in tables and plots."""
-    rows = [row for row in board["rows"] if row["status"] == "ok"]
-    failed = [f"{row['system']}: {row['reason']}" for row in board["rows"] if row["status"] != "ok"]
-    sections: list[Table | Bullets | Plots] = [Bullets("Failed", failed)] if failed else []
+    """The board as tables and plots."""
+    rows, parts = sections.successful(board), sections.failed(board)
     if rows:
-        entries = [entry for entry in rows[0]["accuracy"] if entry != OVERALL]
-        sections += [
-            Table("Variants", _COLUMNS, [_cells(row) for row in rows], "", True, _SHORT),
-            Table(
-                "By kind of question, % right",
-                ("variant", *entries),
-                [(row["system"], *(_share(row["accuracy"][e]) for e in entries)) for row in rows],
-                "needs both: questions that nobody can answer from one half of a split scene "
-                "alone; only: the same questions, given one half.",
-                True,
+        bars = {row["system"]: 100 * row["accuracy"][OVERALL]["mean"] for row in rows}
+        seeds = {f"seed {run['seed']}": i for i, run in enumerate(rows[0]["runs"])}
+        parts += [
+            *_tables(rows),
+            Plots("All questions", {"% right, mean over seeds": plot_bars(bars)}),
+            sections.cross_table(
+                "Seeds",
+                seeds,
+                rows,
+                lambda row, i: f"{100 * row['runs'][i]['accuracy'][OVERALL]:.1f}",
+                "All questions, %.",
+                first="variant",
             ),
-            Table(
-                "By kind of question, points from the first variant",
-                ("variant", *entries),
-                [
-                    (row["system"], *(_points(row["difference"][entry]) for entry in entries))
-                    for row in rows
-                    if row["difference"] is not None
-                ],
-                _DIFFERENCES,
-            ),
-            Plots(
-                "All questions",
-                {
-                    "% right, mean over seeds": plot_bars(
-                        {row["system"]: 100 * row["accuracy"][OVERALL]["mean"] for row in rows}
-                    )
-                },
-            ),
-            _seeds(rows),
         ]
-    sections.append(winners_table(board))
-    return Page("Rocket Engine: ablation", [_WHAT, describe(board)], sections)
+    parts += sections.closing(board)
+    return Page("Rocket Engine: ablation", [_WHAT, describe(board)], parts)
 
 
 def describe(board: Json) -> str:
@@ -69,53 +54,65 @@ def describe(board: Json) -> str:
     return (
         f"{base['data']['name']}, {base['run']['num_steps']:,} steps of "
         f"{base['data']['batch_size']} examples ({stages}), {len(board['settings']['seeds'])} "
-        f"seeds. {describe_machine_of(board)}"
+        f"seeds. {sections.describe_machine(board)}"
     )
 
 
-_COLUMNS = (
-    "variant",
-    "all questions, %",
-    "from the first, points",
-    "changes",
-    "parameters",
-    "encoder, MFLOP a scene",
-    "all, MFLOP a scene",
-)
+def _tables(rows: list[Json]) -> list[Section]:
+    entries = {entry: entry for entry in rows[0]["accuracy"] if entry != OVERALL}
+    return [
+        sections.make_table("Variants", _VARIANTS, rows, short=_SHORT),
+        sections.cross_table(
+            "By kind of question, % right",
+            entries,
+            rows,
+            _percent,
+            _ACCURACIES_NOTE,
+            first="variant",
+            sortable=True,
+        ),
+        sections.cross_table(
+            "By kind of question, difference to the first variant",
+            entries,
+            [row for row in rows if row["difference"] is not None],
+            _points,
+            _DIFFERENCES_NOTE,
+            first="variant",
+        ),
+    ]
 
 
-def _cells(row: Json) -> tuple[str, ...]:
-    difference, flops = row["difference"], list(row["flops"].values())
-    changes = ", ".join(
+def _changes(row: Json) -> str:
+    changes = [
         f"{name.split('.')[-1]} {', '.join(to) if isinstance(to, list) else to}"
         for name, to in row["changes"].items()
-    )
-    return (
-        row["system"],
-        _share(row["accuracy"][OVERALL]),
-        "" if difference is None else _points(difference[OVERALL]),
-        changes or "none",
-        f"{row['parameters']:,}",
-        " / ".join(f"{each['encoder'] / 1e6:.2f}" for each in flops),
-        " / ".join(f"{sum(each.values()) / 1e6:.2f}" for each in flops),
-    )
-
-
-def _share(interval: Json) -> str:
-    mean, low, high = (100 * interval[key] for key in ("mean", "low", "high"))
-    return f"{mean:.1f} ({low:.1f} to {high:.1f})"
-
-
-def _points(interval: Json) -> str:
-    mean, low, high = (100 * interval[key] for key in ("mean", "low", "high"))
-    clear = "" if low <= 0 <= high else " *"
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}){clear}"
-
-
-def _seeds(rows: list[Json]) -> Table:
-    seeds = [run["seed"] for run in rows[0]["runs"]]
-    cells = [
-        (row["system"], *(f"{100 * run['accuracy'][OVERALL]:.1f}" for run in row["runs"]))
-        for row in rows
     ]
-    return Table("Seeds", ("variant", *(f"seed {s}" for s in seeds)), cells, "All questions, %.")
+    return ", ".join(changes) or "none"
+
+
+def _megaflops(row: Json, *parts: str) -> str:
+    totals = [sum(flops[part] for part in parts) for flops in row["flops"].values()]
+    return " / ".join(f"{total / 1e6:.2f}" for total in totals)
+
+
+def _percent(row: Json, entry: str) -> str:
+    return sections.with_range(row["accuracy"][entry], ".1f", 100.0)
+
+
+def _points(row: Json, entry: str) -> str:
+    if row["difference"] is None:
+        return ""
+    difference = row["difference"][entry]
+    significant = not difference["low"] <= 0 <= difference["high"]
+    return sections.with_range(difference, "+.1f", 100.0) + (" *" if significant else "")
+
+
+_VARIANTS = {
+    "variant": "{system}",
+    "all questions, %": lambda row: _percent(row, OVERALL),
+    "difference to the first, points": lambda row: _points(row, OVERALL),
+    "changes": _changes,
+    "parameters": "{parameters:,}",
+    "encoder, MFLOP a scene": lambda row: _megaflops(row, "encoder"),
+    "all, MFLOP a scene": lambda row: _megaflops(row, "encoder", "decoder"),
+}

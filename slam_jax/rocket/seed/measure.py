@@ -1,13 +1,13 @@
 """The published comparison, repeated: a few updates on one batch of random tokens.
 
-It measures how fast a model learns one batch by heart, which is what the published figures are of:
-every accuracy in them is a whole number of 1/1024, and 1024 = 8 x 128 is one batch. Whatever ranks
-high here says nothing about language.
+It measures how fast a model learns one batch by heart. The published figures measure the same:
+every accuracy among them is a whole number of 1/1024, and one batch has 8 x 128 = 1024 tokens. A
+high rank here says nothing about language.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,25 +17,25 @@ import optax
 from flax import nnx
 
 from slam_jax.errors import require, require_count
-from slam_jax.language_models import make_config, make_model, measure
+from slam_jax.language_models import make_config, measure
 from slam_jax.language_models.flops import forward_flops, training_flops
-from slam_jax.rocket.timing import Timing, peak_memory, timed
+from slam_jax.rocket.tasks import Json, Report
+from slam_jax.rocket.timing import peak_memory, spread, timed
+from slam_jax.rocket.training import build_model, start_training
 from slam_jax.training.losses import language_model_loss
-from slam_jax.training.state import init_state, make_train_step, split_model
-
-Tell = Callable[[float, str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class SeedSettings:
-    """The published settings, and values for what they leave open.
+    """The published settings, and values for what was not published.
 
-    num_updates: figures are given before each and after the last, without dropout. The
-      published number is not known; 5 epochs of one batch are 5, v6's figures need about six.
+    num_updates: loss and accuracy are measured before each update and after the last one, without
+      dropout. The published number is unknown; 5 epochs of one batch are 5, the published figures
+      of SLAM v6 take about six.
     weight_decay: of AdamW. seed: of parameters, tokens and dropout.
-    rounds, repeats: timings are taken in so many processes, so often in each.
-    stress_batch, stress_length: where the stress test begins; both double until a forward pass
-      takes more than `stress_seconds` or the process more memory than it may.
+    rounds, repeats: inference is timed in `rounds` processes, `repeats` times in each.
+    stress_batch, stress_length: the first level of the stress test. Both double until a forward
+      pass takes more than `stress_seconds` or the process exceeds its memory limit.
     preset: of the registry; "tiny" is for tests.
     """
 
@@ -53,9 +53,8 @@ class SeedSettings:
     stress_seconds: float = 4.0
 
     def __post_init__(self):
-        for field in ("batch_size", "length", "num_updates", "rounds", "repeats"):
-            require_count(field, getattr(self, field))
-        for field in ("stress_batch", "stress_length"):
+        counts = ("batch_size", "length", "num_updates", "rounds", "repeats")
+        for field in (*counts, "stress_batch", "stress_length"):
             require_count(field, getattr(self, field))
         require_count("seed", self.seed, least=0, most=2**32 - 1)
         for field in ("learning_rate", "stress_seconds"):
@@ -63,35 +62,32 @@ class SeedSettings:
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
 
 
-def learn(name: str, settings: SeedSettings, tell: Tell) -> dict[str, Any]:
-    """Everything but the timings that are taken in turns and the stress test."""
+def learn(name: str, settings: SeedSettings, report: Report) -> Json:
+    """Trains a system on the batch; everything but the timed inference and the stress test."""
     config = make_config(name, settings.preset)
     size = measure(config)
-    tell(0.05, "building")
-    graphdef, params = split_model(_build(config, settings))
-    tokens, fresh = _tokens(config, settings)
-    optimizer = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
-
-    def loss(model, batch, key):
-        # No key, no dropout: the one system that has some would learn the batch more slowly.
-        return language_model_loss(model, batch)
-
-    step = jax.jit(make_train_step(graphdef, loss, optimizer), donate_argnums=0)
-    state = init_state(params, optimizer, jax.random.key(settings.seed), ema=False)
-    del params  # donated with the state
+    report(0.05, "building")
+    batch, other_batch = _tokens(config, settings)
+    graphdef, step, state = start_training(
+        build_model(config, settings.seed),
+        # Without the dropout key: the one system with dropout would learn the batch more slowly.
+        lambda model, batch, key: language_model_loss(model, batch),
+        optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay),
+        settings.seed,
+    )
     losses, accuracies, seconds = [], [], []
     for i in range(settings.num_updates):
         start = time.perf_counter()
-        state, metrics = jax.block_until_ready(step(state, tokens))
+        state, metrics = jax.block_until_ready(step(state, batch))
         seconds.append(time.perf_counter() - start)
         losses.append(float(metrics.loss.cross_entropy))
         accuracies.append(float(metrics.loss.accuracy))
         share = (i + 1) / settings.num_updates
-        tell(0.1 + 0.8 * share, f"update {i + 1}, loss {losses[-1]:.2f}")
+        report(0.1 + 0.8 * share, f"update {i + 1}, loss {losses[-1]:.2f}")
     memory = peak_memory()
     trained = nnx.merge(graphdef, nnx.State(state.params))
     evaluate = jax.jit(language_model_loss)
-    after, other = (evaluate(trained, batch) for batch in (tokens, fresh))
+    after, other = (evaluate(trained, tokens) for tokens in (batch, other_batch))
     losses.append(float(after.cross_entropy))
     accuracies.append(float(after.accuracy))
     return {
@@ -107,17 +103,17 @@ def learn(name: str, settings: SeedSettings, tell: Tell) -> dict[str, Any]:
         "loss_fresh": float(other.cross_entropy),
         "stability": stability(losses),
         "first_step_seconds": seconds[0],
-        "training_step": Timing.of(seconds[1:] or seconds).as_json(),
+        "training_step": spread(seconds[1:] or seconds),
         "peak_memory_bytes": memory,
     }
 
 
-def time_inference(name: str, settings: SeedSettings, tell: Tell) -> dict[str, Any]:
-    """Seconds of forward passes over the batch; one of several visits of a system."""
+def time_inference(name: str, settings: SeedSettings, report: Report) -> Json:
+    """Seconds of forward passes over the batch, in one of several processes of a system."""
     config = make_config(name, settings.preset)
-    model = _build(config, settings)
+    model = build_model(config, settings.seed)
     tokens, _ = _tokens(config, settings)
-    tell(0.3, "timing")
+    report(0.3, "timing")
     forward = jax.jit(lambda model, tokens: model(tokens).logits)
     return {"seconds": timed(lambda: forward(model, tokens[:, :-1]), settings.repeats)}
 
@@ -125,36 +121,32 @@ def time_inference(name: str, settings: SeedSettings, tell: Tell) -> dict[str, A
 def stability(losses: list[float]) -> float:
     """1 / (1 + s), s the standard deviation of the losses.
 
-    The published rule is not known; with losses that fall evenly over five epochs this one comes
-    within a few hundredths of the published figures. It is highest for a model that learns nothing.
+    The published rule is unknown; with losses that fall evenly over five epochs, this rule comes
+    close to the published figures. A model that learns nothing has the highest stability.
     """
     return 1.0 / (1.0 + float(np.std(losses)))
 
 
-def _build(config: Any, settings: SeedSettings) -> Any:
-    return jax.jit(lambda: make_model(config, rngs=nnx.Rngs(settings.seed)))()
-
-
 def _tokens(config: Any, settings: SeedSettings) -> tuple[jax.Array, jax.Array]:
-    """The batch, and another that no update sees: tokens and, one further, their successors."""
+    """The batch and a second one that is never trained on; each [batch_size, length + 1]."""
     shape = (2, settings.batch_size, settings.length + 1)
     drawn = np.random.default_rng(settings.seed).integers(0, config.vocab_size, shape, np.int32)
     return jnp.asarray(drawn[0]), jnp.asarray(drawn[1])
 
 
-def stress(name: str, settings: SeedSettings, tell: Tell) -> Iterator[dict[str, Any]]:
+def stress(name: str, settings: SeedSettings, report: Report) -> Iterator[Json]:
     """Forward passes over twice the batch and twice the length each time, until one is too slow,
-    the context is full, or the process is ended for its memory; all that were taken so far."""
+    the context is full, or the process is ended for its memory. Yields all levels so far."""
     config = make_config(name, settings.preset)
-    model = _build(config, settings)
+    model = build_model(config, settings.seed)
     batch_size, length = settings.stress_batch, settings.stress_length
     forward = jax.jit(lambda model, tokens: jnp.mean(model(tokens).logits))
     seconds, levels = 0.0, []
     while seconds <= settings.stress_seconds and length <= config.context_length:
-        tell(0.5, f"{batch_size} x {length}")
-        # Drawn: a mixture sends equal tokens to the same experts.
-        drawn = np.random.default_rng(settings.seed)
-        tokens = drawn.integers(0, config.vocab_size, (batch_size, length), np.int32)
+        report(0.5, f"{batch_size} x {length}")
+        # Random tokens, because a mixture sends equal tokens to the same experts.
+        rng = np.random.default_rng(settings.seed)
+        tokens = rng.integers(0, config.vocab_size, (batch_size, length), np.int32)
         seconds = min(timed(lambda tokens=tokens: forward(model, tokens), 1))
         levels.append({"batch_size": batch_size, "length": length, "seconds": seconds})
         yield {"levels": [*levels]}

@@ -1,209 +1,151 @@
-"""The page of the published comparison, repeated."""
+"""The page of the protocol `seed`."""
 
-from slam_jax.reporting.plots import plot_bars, plot_curves, plot_points
-from slam_jax.rocket.board import describe_machine_of, score_bullets, winners_table
-from slam_jax.rocket.page import Bullets, Page, Plots, Table
+from slam_jax.reporting.plots import plot_curves
+from slam_jax.rocket import sections
+from slam_jax.rocket.metrics import Metric
+from slam_jax.rocket.page import Bullets, Page, Plots, Section
 from slam_jax.rocket.tasks import Json
 
 _WHAT = (
-    "Each system learns one batch of random tokens by heart, as in the published comparison. It "
-    "says how fast that goes on this machine, and nothing about language."
+    "Each system learns one batch of random tokens by heart, as in the published comparison. The "
+    "ranking says how fast that happens on this machine, and nothing about language."
 )
-_COMPARED_NOTE = (
-    "Published on an Apple M3, by a rule of scoring that was not. Reached after: the first update "
-    "after which loss and accuracy are as good as the published final ones."
+_RANKING = {
+    "rank": "{rank}",
+    "system": "{system}",
+    "score": "{score:.1f}",
+    "loss": "{initial_loss:.3f} → {final_loss:.3f}",
+    "accuracy": "{final_accuracy:.4f}",
+    "perplexity": "{final_perplexity:,.1f}",
+    "inference, ms": sections.ranged("inference", scale=1e3),
+    "step, s": sections.ranged("training_step", ".2f"),
+    "stability": "{stability:.4f}",
+    "parameters": "{parameters[total]:,}",
+    "active": "{parameters[active]:,}",
+    "embedding": "{parameters[embedding]:,}",
+    "peak memory, GiB": sections.PEAK_MEMORY,
+    "cache, B/token": "{cache_bytes_per_token:,}",
+    "stress test": "{stress[max_batch]} x {stress[max_length]}",
+}
+_SHORT = ("rank", "system", "score", "loss", "accuracy", "inference, ms", "peak memory, GiB")
+_PUBLISHED_NOTE = (
+    "The published figures are from an Apple M3, with a scoring rule that was not published. "
+    "Reached after: the first update after which loss and accuracy are as good as the published "
+    "final ones."
 )
+_PUBLISHED = {
+    "system": "{system}",
+    "initial loss": "{initial_loss:.4f}",
+    "published": "{published[initial_loss]:.4f}",
+    "final loss": "{final_loss:.4f}",
+    "published ": "{published[final_loss]:.4f}",
+    "accuracy": "{final_accuracy:.4f}",
+    "published  ": "{published[accuracy]:.4f}",
+    "reached after": lambda row: (
+        "not reached"
+        if row["reaches_published_after"] is None
+        else f"{row['reaches_published_after']} updates"
+    ),
+    "inference, ms": "{inference_ms:,.1f}",
+    "published   ": "{published[inference_ms]:,.1f}",
+    "stability": "{stability:.4f}",
+    "published    ": "{published[stability]:.4f}",
+    "score": "{score:.1f}",
+    "published     ": "{published[score]:.1f}",
+}
+_STRESS = {
+    "system": "{system}",
+    "largest": "{stress[max_batch]} x {stress[max_length]}",
+    "levels, s": lambda row: ", ".join(
+        f"{level['batch_size']} x {level['length']}: {level['seconds']:.2f}"
+        for level in row["stress"]["levels"]
+    ),
+    "ended because": "{stress[ended]}",
+}
+_STRESS_NOTE = "Forward passes, each over twice the batch and twice the length of the one before."
+_WINNER_PLOTS = {
+    "Loss reduction, nats": Metric("loss_reduction"),
+    "Final accuracy, %": Metric("final_accuracy", scale=100.0),
+    "Inference, ms: less is better": Metric("inference_ms", least=True),
+    "Stability": Metric("stability"),
+    "Peak memory, GiB: less is better": Metric("peak_memory_bytes", least=True, scale=2**-30),
+}
+_COST_PLOTS = {
+    "Inference, ms": Metric("inference_ms"),
+    "Peak memory, GiB": Metric("peak_memory_bytes", scale=2**-30),
+}
 
 
 def make_page(board: Json) -> Page:
-    """The board in tables and plots."""
-    rows = [row for row in board["rows"] if row["status"] == "ok"]
-    failed = [row for row in board["rows"] if row["status"] != "ok"]
-    compared = [_compared(row) for row in rows if row["published"] is not None]
-    updates = max((len(row["losses"]) for row in rows), default=0)
-    sections: list[Table | Bullets | Plots] = [
-        Table("Ranking", _COLUMNS, [_cells(row) for row in rows], "", True, _SHORT)
+    """The board as tables and plots."""
+    rows = sections.successful(board)
+    published = [row for row in rows if row["published"] is not None]
+    updates = range(max((len(row["losses"]) for row in rows), default=0))
+    parts = [
+        sections.make_table("Ranking", _RANKING, rows, short=_SHORT),
+        *sections.failed(board),
     ]
-    if failed:
-        sections.append(Bullets("Failed", [f"{row['system']}: {row['reason']}" for row in failed]))
     if rows:
-        sections += _plots(rows)
-    sections += [
-        Table("Beside the published figures", _COMPARED, compared, _COMPARED_NOTE, True),
-        Table(
+        title, loss = "Final loss against cost", Metric("final_loss")
+        parts.append(_learning_curves(rows))
+        parts.append(sections.cost_plots(title, rows, loss, "nats", _COST_PLOTS))
+        parts.append(sections.winner_plots(rows, _WINNER_PLOTS))
+    parts += [
+        sections.make_table("Beside the published figures", _PUBLISHED, published, _PUBLISHED_NOTE),
+        sections.cross_table(
             "Updates",
-            ("system", *map(str, range(updates))),
-            [(row["system"], *(f"{loss:.3f}" for loss in row["losses"])) for row in rows],
-            "Loss before each update, and after the last.",
+            {str(i): i for i in updates},
+            rows,
+            lambda row, i: f"{row['losses'][i]:.3f}",
+            "Loss before each update and after the last one.",
         ),
-        Table(
-            "Stress test",
-            ("system", "largest", "what was tried, s", "then"),
-            [_stressed(row) for row in rows],
-            "Forward passes over twice the batch and twice the length each time.",
-        ),
-        winners_table(board),
-        Bullets("Overall", [f"{name}: {value}" for name, value in _overall(board)]),
-        score_bullets(board),
+        sections.make_table("Stress test", _STRESS, rows, _STRESS_NOTE, sortable=False),
+        _overall(board),
+        *sections.closing(board),
     ]
-    return Page("Rocket Engine leaderboard: one batch", [_WHAT, describe(board)], sections)
+    return Page("Rocket Engine leaderboard: one batch", [_WHAT, describe(board)], parts)
 
 
 def describe(board: Json) -> str:
-    """Settings and machine in a sentence or two."""
+    """Settings and machine in a few sentences."""
     given = board["settings"]
     return (
         f"Preset {given['preset']}, batches of {given['batch_size']} x {given['length']} tokens, "
         f"AdamW {given['learning_rate']:g}, {given['num_updates']} updates, seed {given['seed']}. "
-        f"{describe_machine_of(board)} Inference: median and range of {given['rounds']} x "
-        f"{given['repeats']} forward passes over the batch, taken in turns. Peak memory: of the "
-        "process, after the updates."
+        f"{sections.describe_machine(board)} Inference: median and range of {given['rounds']} x "
+        f"{given['repeats']} forward passes over the batch; systems take turns. Peak memory: of "
+        "the process, after the updates."
     )
 
 
-_COLUMNS = (
-    "rank",
-    "system",
-    "score",
-    "loss",
-    "accuracy",
-    "perplexity",
-    "inference, ms",
-    "step, s",
-    "stability",
-    "parameters",
-    "active",
-    "embedding",
-    "peak memory, GiB",
-    "cache, B/token",
-    "stress test",
-)
-_SHORT = ("rank", "system", "score", "loss", "accuracy", "inference, ms", "peak memory, GiB")
-_COMPARED = (
-    "system",
-    "initial loss",
-    "published",
-    "final loss",
-    "published ",
-    "accuracy",
-    "published  ",
-    "reached after",
-    "inference, ms",
-    "published   ",
-    "stability",
-    "published    ",
-    "score",
-    "published     ",
-)
+def _learning_curves(rows: list[Json]) -> Section:
+    plots = {
+        title: plot_curves(
+            {r["system"]: (list(range(len(r[key]))), [scale * y for y in r[key]]) for r in rows},
+            unit,
+            xlabel="updates",
+        )
+        for title, key, scale, unit in (
+            ("Loss", "losses", 1.0, "cross-entropy, nats"),
+            ("Accuracy", "accuracies", 100.0, "% right"),
+        )
+    }
+    return Plots("How the batch is learned", plots)
 
 
-def _cells(row: Json) -> tuple[str, ...]:
-    inference, step, parameters = row["inference"], row["training_step"], row["parameters"]
-    low, high = 1e3 * inference["least"], 1e3 * inference["most"]
-    stress = row["stress"]
-    return (
-        str(row["rank"]),
-        row["system"],
-        f"{row['score']:.1f}",
-        f"{row['initial_loss']:.3f} → {row['final_loss']:.3f}",
-        f"{row['final_accuracy']:.4f}",
-        f"{row['final_perplexity']:,.1f}",
-        f"{row['inference_ms']:,.0f} ({low:,.0f} to {high:,.0f})",
-        f"{step['median']:.2f} ({step['least']:.2f} to {step['most']:.2f})",
-        f"{row['stability']:.4f}",
-        f"{parameters['total']:,}",
-        f"{parameters['active']:,}",
-        f"{parameters['embedding']:,}",
-        f"{row['peak_memory_bytes'] / 2**30:.2f}",
-        f"{row['cache_bytes_per_token']:,}",
-        f"{stress['max_batch']} x {stress['max_length']}",
-    )
-
-
-def _compared(row: Json) -> tuple[str, ...]:
-    published, updates = row["published"], row["reaches_published_after"]
-    return (
-        row["system"],
-        f"{row['initial_loss']:.4f}",
-        f"{published['initial_loss']:.4f}",
-        f"{row['final_loss']:.4f}",
-        f"{published['final_loss']:.4f}",
-        f"{row['final_accuracy']:.4f}",
-        f"{published['accuracy']:.4f}",
-        f"{updates} updates" if updates is not None else "not reached",
-        f"{row['inference_ms']:,.1f}",
-        f"{published['inference_ms']:,.1f}",
-        f"{row['stability']:.4f}",
-        f"{published['stability']:.4f}",
-        f"{row['score']:.1f}",
-        f"{published['score']:.1f}",
-    )
-
-
-def _stressed(row: Json) -> tuple[str, ...]:
-    stress = row["stress"]
-    tried = [f"{x['batch_size']} x {x['length']}: {x['seconds']:.2f}" for x in stress["levels"]]
-    largest = f"{stress['max_batch']} x {stress['max_length']}"
-    return row["system"], largest, ", ".join(tried), stress["ended"]
-
-
-def _plots(rows: list[Json]) -> list[Plots]:
-    def curves(key: str, scale: float = 1.0):
-        return {
-            row["system"]: (list(range(len(row[key]))), [scale * value for value in row[key]])
-            for row in rows
-        }
-
-    def points(key: str, scale: float = 1.0):
-        return {row["system"]: (scale * row[key], row["final_loss"]) for row in rows}
-
-    def bars(key: str, scale: float = 1.0):
-        return {row["system"]: scale * row[key] for row in rows}
-
-    gib = 2**-30
-    return [
-        Plots(
-            "How the batch is learned",
-            {
-                "Loss": plot_curves(curves("losses"), "cross-entropy, nats", xlabel="updates"),
-                "Accuracy": plot_curves(curves("accuracies", 100.0), "% right", xlabel="updates"),
-            },
-        ),
-        Plots(
-            "Final loss against cost",
-            {
-                "Inference": plot_points(points("inference_ms"), "ms", "nats"),
-                "Peak memory": plot_points(points("peak_memory_bytes", gib), "GiB", "nats"),
-            },
-        ),
-        Plots(
-            "Category winners",
-            {
-                "Loss reduction, nats": plot_bars(bars("loss_reduction")),
-                "Final accuracy, %": plot_bars(bars("final_accuracy", 100.0)),
-                "Inference, ms: less is better": plot_bars(bars("inference_ms"), lowest=True),
-                "Stability": plot_bars(bars("stability")),
-                "Peak memory, GiB: less is better": plot_bars(
-                    bars("peak_memory_bytes", gib), lowest=True
-                ),
-            },
-        ),
-    ]
-
-
-def _overall(board: Json) -> list[tuple[str, str]]:
+def _overall(board: Json) -> Section:
     statistics, targets = board["statistics"], board["targets"]
-    shown = [
-        (name.replace("_", " "), "none" if value is None else f"{value:,.4g}")
+    items = [
+        f"{name.replace('_', ' ')}: {'none' if value is None else f'{value:,.4g}'}"
         for name, value in statistics.items()
         if not isinstance(value, list)
     ]
-    for name, key in (
-        (f"score above {targets['score_above']:g}, the stated target", "above_target_score"),
-        (
-            f"inference below {targets['inference_ms_below']:g} ms, the stated target",
-            "below_target_inference",
-        ),
-    ):
-        shown.append((name, ", ".join(statistics[key]) or "no system"))
-    return shown
+    above, below = (
+        ", ".join(statistics[key]) or "no system"
+        for key in ("above_target_score", "below_target_inference")
+    )
+    items += [
+        f"score above {targets['score_above']:g}, the stated target: {above}",
+        f"inference below {targets['inference_ms_below']:g} ms, the stated target: {below}",
+    ]
+    return Bullets("Overall", items)

@@ -1,12 +1,12 @@
-"""The published Rocket Engine leaderboard, as it stands in the text this project began with."""
+"""The leaderboard that was published for the Rocket Engine."""
 
 from typing import NamedTuple
 
 
 class PublishedRow(NamedTuple):
     """loss and accuracy: of the one batch that was trained on. perplexity: of the final loss.
-    inference: of a batch, on an Apple M3, in milliseconds. Parameters, memory and top-1 were 0 in
-    every row: never measured."""
+    inference_ms: of a batch, on an Apple M3. Parameters, memory and top-1 were 0 in every row: they
+    were never measured."""
 
     rank: int
     score: float

@@ -1,0 +1,92 @@
+"""Numbers of a leaderboard's rows: intervals, winners, scores."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import stdtrit
+
+from slam_jax.rocket.tasks import Json
+
+RESAMPLES = 2_000
+Weights = Float[np.ndarray, "_ seeds units"]
+
+
+class Metric(NamedTuple):
+    """One number of every row.
+
+    path: its field, with dots between nested fields. least: whether the smallest value is best.
+    scale: from the unit in the row to the unit that is shown. Values keep their type without it.
+    """
+
+    path: str
+    least: bool = False
+    scale: float = 1.0
+
+    def of(self, row: Json) -> Any:
+        value: Any = row
+        for field in self.path.split("."):
+            value = value[field]
+        return value if self.scale == 1 else self.scale * value
+
+    def best(self, rows: Sequence[Json]) -> Any:
+        return (min if self.least else max)(map(self.of, rows))
+
+
+class Part(NamedTuple):
+    """A part of the score. rule: what it is, in words. points: the most it can give. metric: each
+    row gets its ratio to the best row; or a function that gives the share of the points."""
+
+    rule: str
+    points: float
+    metric: Metric | Callable[[Json], float]
+
+    def of(self, row: Json, rows: Sequence[Json]) -> float:
+        if not isinstance(self.metric, Metric):
+            return self.points * self.metric(row)
+        own, best = self.metric.of(row), self.metric.best(rows)
+        return self.points * best / own if self.metric.least else self.points * own / best
+
+
+def add_scores(rows: Sequence[Json], parts: Mapping[str, Part]) -> None:
+    """Adds "score_parts" and their sum, "score", to every row."""
+    for row in rows:
+        row["score_parts"] = {name: part.of(row, rows) for name, part in parts.items()}
+        row["score"] = sum(row["score_parts"].values())
+
+
+def winners(rows: Sequence[Json], categories: Mapping[str, Metric]) -> Json:
+    """By category the best value, and all systems that have it."""
+    found = {}
+    for name, metric in categories.items():
+        best = metric.best(rows)
+        systems = [row["system"] for row in rows if metric.of(row) == best]
+        found[name] = {"system": ", ".join(systems), "value": best}
+    return found
+
+
+def interval(shape: tuple[int, int], figure: Callable[[Weights], Float[np.ndarray, "_"]]) -> Json:
+    """A figure with its 95% interval over seeds and units (documents or scenes).
+
+    The figure is a function of weights: how often each unit counts for each seed. The interval of a
+    difference is paired, since both sides get the same weights.
+
+    Seeds and units vary independently, so that the half-widths add in quadrature. Over units, a
+    bootstrap of 2,000 resamples. Over S seeds, too few for a bootstrap, t s / sqrt(S), with s the
+    standard deviation over seeds and t Student's quantile for S - 1 degrees of freedom. With a
+    single seed the interval does not include the variation over seeds, which is then unknown.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13.
+    """
+    seeds, units = shape
+    mean = float(figure(np.ones((1, seeds, units)))[0])
+    drawn = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=RESAMPLES)
+    resampled = figure(np.repeat(drawn[:, None], seeds, axis=1).astype(np.float64))
+    half_widths = np.quantile(resampled, [0.025, 0.975]) - mean
+    over_seeds = 0.0
+    if seeds > 1:
+        each = figure(np.repeat(np.eye(seeds)[..., None], units, axis=-1))
+        over_seeds = stdtrit(seeds - 1, 0.975) * np.std(each, ddof=1) / np.sqrt(seeds)
+    low, high = np.hypot(half_widths, over_seeds)
+    return {"mean": mean, "low": float(mean - low), "high": float(mean + high)}
