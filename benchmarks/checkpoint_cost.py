@@ -21,7 +21,7 @@ from slam_jax.runtime.compile_cache import enable_compile_cache
 from slam_jax.training import Checkpoints, Experiment, make_optimizer, make_train_step, slam_v3_loss
 from slam_jax.training.checkpoint.trees import num_bytes
 from slam_jax.training.experiment import as_json
-from slam_jax.training.loop import initial_state
+from slam_jax.training.start import initial_state
 
 ROUNDS, SEGMENT_S = 5, 60
 CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"

@@ -42,7 +42,7 @@ from slam_jax.training.experiment import as_json
 from slam_jax.training.mesh import MeshConfig, make_mesh
 from slam_jax.training.metrics import read_metrics
 from slam_jax.training.sharding import in_force, layout, place
-from slam_jax.training.start import jit_step
+from slam_jax.training.start import initial_state, jit_step
 
 VOCAB = 16
 slow = pytest.mark.slow
@@ -266,7 +266,7 @@ def experiment_of(sizes: dict[str, int], **changes: Any) -> Experiment:
 
 @functools.cache
 def first_state() -> Any:
-    return loop.initial_state(experiment_of({}), VOCAB)[1]
+    return initial_state(experiment_of({}), VOCAB)[1]
 
 
 @pytest.mark.parametrize("axis", list(HELD))
@@ -282,7 +282,7 @@ def test_each_device_holds_its_part(axis):
 
 def test_a_state_starts_as_on_one_device_and_is_restored_onto_others(tmp_path):
     alone = first_state()
-    _, state = loop.initial_state(experiment_of({}), VOCAB, mesh_of(process=4))
+    _, state = initial_state(experiment_of({}), VOCAB, mesh_of(process=4))
     assert held(state.params["processes"]["stack"]["instruction"]) == (1, 32)
     assert_same(jax.device_get(state), jax.device_get(alone))
     checkpoints = Checkpoints(tmp_path)
@@ -303,8 +303,8 @@ def steps(experiment: Experiment, mesh: Any, count: int) -> tuple[list[float], A
     batch = make_batch(np.float32)
     batch = dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, image=None))
     with in_force(mesh):
-        graphdef, state = loop.initial_state(experiment, VOCAB, mesh)
-        step_fn, losses = loop.run_step(experiment, graphdef, state, mesh), []
+        graphdef, state = initial_state(experiment, VOCAB, mesh)
+        step_fn, losses = jit_step(experiment, graphdef, state), []
         for _ in range(count):
             state, metrics = step_fn(state, place(batch, mesh, 8))
             losses.append(float(metrics.loss.total))
@@ -351,7 +351,7 @@ def test_process_weights_never_move():
     the metrics, and whether any of its gradient is not 0."""
     mesh, experiment, batch = mesh_of(process=4), experiment_of({}), make_batch(np.float32)
     with in_force(mesh):
-        graphdef, state = loop.initial_state(experiment, VOCAB, mesh)
+        graphdef, state = initial_state(experiment, VOCAB, mesh)
         step = jit_step(experiment, graphdef, state)
         compiled = step.lower(state, place(batch, mesh, 8)).compile()
     found = collectives(str(compiled.as_text()), mesh.shape)

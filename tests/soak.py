@@ -34,6 +34,7 @@ from slam_jax.slam_v3 import Inputs
 from slam_jax.training import CheckpointError, Checkpoints, Experiment, loop, read_config, train
 from slam_jax.training.checkpoint.trees import by_name
 from slam_jax.training.metrics import read_metrics
+from slam_jax.training.start import initial_state, jit_step
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "tests" / "configs" / "small_run.py"
@@ -331,8 +332,8 @@ class Soak:
         """The state of a run that never sees the batch of step `bad`, by a loop of its own."""
         experiment = Experiment.from_config(self.config)
         data = prepare(experiment.data)
-        graphdef, state = loop.initial_state(experiment, data.tokenizer.vocab_size)
-        step_fn = loop.run_step(experiment, graphdef, state)
+        graphdef, state = initial_state(experiment, data.tokenizer.vocab_size)
+        step_fn = jit_step(experiment, graphdef, state)
         batches = training_batches(data.train, data.tokenizer, experiment.data)
         for step in range(1, experiment.run.num_steps + 1):
             _, batch = next(batches)

@@ -347,8 +347,8 @@ def test_a_run_goes_on_from_the_newest_step_that_is_whole(tmp_path):
     assert checkpoints.resolve("latest") == checkpoints.resolve() == 1
     assert checkpoints.recover(told.append) == 1
     assert [line.partition(": ")[0] for line in told] == [
-        "checkpoint of step 3 passed over",
-        "checkpoint of step 2 passed over",
+        "checkpoint of step 3 skipped",
+        "checkpoint of step 2 skipped",
     ]
     assert "metrics.json is not what was written; it is now" in told[0]
     # Nothing is lost, and the steps can be saved again; damaged once more they are kept as well.
@@ -477,7 +477,7 @@ def test_folders_that_are_no_steps_are_not_taken_for_some(tmp_path, big):
     assert checkpoints.steps() == [5]
 
 
-def test_an_array_in_pieces_larger_than_itself_is_not_read(tmp_path):
+def test_an_array_in_chunks_larger_than_itself_is_not_read(tmp_path):
     """A piece is allocated whole: here a few bytes on disk would ask for 256 GiB."""
     import tensorstore
 
@@ -492,7 +492,7 @@ def test_an_array_in_pieces_larger_than_itself_is_not_read(tmp_path):
     about["codecs"][0]["configuration"]["chunk_shape"] = [1 << 36]
     files["zarr.json"] = json.dumps(about)
     manifest.seal(folder)
-    with pytest.raises(CheckpointError, match=r"x is float32\[8\] in pieces of \[68719476736\]"):
+    with pytest.raises(CheckpointError, match=r"x is float32\[8\] in chunks of \[68719476736\]"):
         Checkpoints(tmp_path).restore(1, state)
 
 
@@ -553,7 +553,7 @@ def test_the_commands_show_verify_and_compare(tmp_path):
     lines = [line.split() for line in out.splitlines()]
     assert lines[0] == ["step", "written", "MiB", "accuracy"]
     assert [(line[0], *line[4:]) for line in lines[1:]] == [("1", "50.0%", "best"), ("2", "-")]
-    assert command("verify", one) == (0, "step 1: whole\nstep 2: whole\n", "")
+    assert command("verify", one) == (0, "step 1: intact\nstep 2: intact\n", "")
     assert command("diff", one, two)[:2] == (
         0,
         f"a = {one}/checkpoints/2\nb = {two}/checkpoints/2\nequal, bit for bit\n",
@@ -578,7 +578,7 @@ def test_the_commands_show_verify_and_compare(tmp_path):
     code, out, _ = command("verify", one)
     assert (code, out) == (
         1,
-        "step 1: whole\nstep 2: damaged: config.json is not what was written\n",
+        "step 1: intact\nstep 2: damaged: config.json is not what was written\n",
     )
     assert "damaged" in command("list", one)[1]
     for arguments, message in (
@@ -587,10 +587,10 @@ def test_the_commands_show_verify_and_compare(tmp_path):
         (("verify", tmp_path / "nowhere"), "nowhere: no such folder"),
         (("verify", tmp_path), "holds no checkpoint"),
         (("frob", one), "invalid choice: 'frob'"),
-        ((), "arguments are required: command; --help shows"),
+        ((), "arguments are required: command; --help lists"),
     ):
         code, _, err = command(*arguments)
         assert code == 2, arguments
         *warnings, error = err.splitlines()
         assert error.startswith("error: ") and message in error
-        assert all(line.startswith("warning: passed over ") for line in warnings)
+        assert all(line.startswith("warning: skipped ") for line in warnings)

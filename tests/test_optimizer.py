@@ -9,7 +9,9 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from flax import nnx
 
+from slam_jax.slam_v3 import SlamV3, SlamV3Config
 from slam_jax.training import OptimizerConfig, make_optimizer, split_model
 from slam_jax.training.optimizer import decay_mask, make_schedule, muon_axes
 
@@ -23,8 +25,14 @@ def first_updates(config, grads, params) -> Any:
     return optimizer.update(grads, optimizer.init(params), params)[0]
 
 
-def test_weight_decay_is_for_kernels_alone(build):
-    _, params = split_model(build(aux_slots=True, num_memory_tokens=5))
+@pytest.fixture(scope="module")
+def params():
+    """The shapes of a model that has parameters of every kind."""
+    config = SlamV3Config.preset("tiny", 13, aux_slots=True, num_memory_tokens=5)
+    return split_model(nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0))))[1]
+
+
+def test_weight_decay_is_for_kernels_alone(params):
     flat = jax.tree_util.tree_leaves_with_path(decay_mask(params))
     decayed = {path[-1].key for path, yes in flat if yes}
     kept = {path[-1].key for path, yes in flat if not yes}
@@ -56,8 +64,7 @@ def test_gradients_are_clipped_by_their_global_norm_before_adam():
 MUON = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0)
 
 
-def test_muon_takes_every_kernel_but_the_head_as_a_map_from_inputs_to_outputs(build):
-    _, params = split_model(build(num_memory_tokens=5))
+def test_muon_takes_every_kernel_but_the_head_as_a_map_from_inputs_to_outputs(params):
     axes = muon_axes(params)
 
     def axes_of(name):

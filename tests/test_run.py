@@ -1,4 +1,4 @@
-"""A run goes on as if never broken off, whatever broke it off."""
+"""A run resumes as if it had never been interrupted, whatever interrupted it."""
 
 import copy
 import dataclasses
@@ -31,13 +31,15 @@ from slam_jax.training import (
     loop,
     override,
     read_config,
+    resume,
     split_model,
     train,
+    validation,
 )
 from slam_jax.training.losses import LossParts
 from slam_jax.training.metrics import NoMetrics, read_metrics
 from slam_jax.training.optimizer import make_schedule
-from slam_jax.training.start import jit_step, run_step
+from slam_jax.training.start import state_shapes
 from slam_jax.training.state import StepMetrics
 
 ROOT = Path(__file__).parent.parent
@@ -60,8 +62,38 @@ def config(tmp_path_factory):
     return override(read_config(ROOT / "tests" / "configs" / "small_run.py"), arguments)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Runs of one model share its jitted step and its initial state: each is compiled once."""
+    step, initial, shapes = loop.jit_step, resume.initial_state, resume.state_shapes
+
+    def remember(function):
+        results = {}
+
+        def remembered(experiment, *rest):
+            parts = experiment.seed, experiment.model, experiment.optimizer, experiment.loss
+            sizes = [jax.tree.map(jnp.shape, x) if hasattr(x, "params") else x for x in rest]
+            key = repr((parts, experiment.run.num_steps, sizes[-2:]))
+            if key not in results:
+                results[key] = function(experiment, *rest)
+            return results[key]
+
+        return remembered
+
+    def copied(*arguments):
+        graphdef, state = remembered_initial(*arguments)
+        return graphdef, jax.tree.map(jnp.copy, state)  # a step deletes the one that it is given
+
+    remembered_initial = remember(initial)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "jit_step", remember(step))
+        patch.setattr(resume, "initial_state", copied)
+        patch.setattr(resume, "state_shapes", remember(shapes))
+        yield
+
+
 @pytest.fixture(scope="module")
-def finished(config, tmp_path_factory):
+def finished(config, compiled_once, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     return workdir, train(config, workdir)
 
@@ -97,41 +129,28 @@ def test_the_loaded_model_is_the_one_that_was_trained(config, finished):
     assert jnp.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("changes", [{}, {"accumulate_steps": 2, "name": "muon"}])
-def test_views_share_the_program_of_their_update(config, changes):
-    """The update alone takes most of the time of a compilation; what it does stays the same."""
-    config = copy.deepcopy(config)
-    config["data"]["stages"] = [[0, {"aux": 0.5, "text": 0.5}]]
-    config["optimizer"] |= changes
-    experiment = Experiment.from_config(config)
-    dataset = prepare(experiment.data)
-
-    graphdef, state = loop.initial_state(experiment, dataset.tokenizer.vocab_size)
-    step: Any = run_step(experiment, graphdef, state)
-    whole = jit_step(experiment, graphdef, state)
-    other, seen = jax.tree.map(jnp.copy, state), []
-    batches = training_batches(dataset.train, dataset.tokenizer, experiment.data)
-    for view, batch in itertools.islice(batches, 6):
-        if view == "aux" and "aux" in seen:  # a step to skip
-            spoilt = dataclasses.replace(batch.inputs, aux=np.nan * np.asarray(batch.inputs.aux))
-            batch = dataclasses.replace(batch, inputs=spoilt)
-        seen.append(view)
-        (state, metrics), (other, others) = step(state, batch), whole(other, batch)
-        np.testing.assert_allclose(metrics.loss.total, others.loss.total, rtol=1e-5)
-    assert state.skipped == other.skipped == seen.count("aux") - 1 > 0
-    for one, another in ((state.params, other.params), (state.ema, other.ema)):
-        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), one, another)
-    assert set(seen) == {"aux", "text"}
-    assert (step.gradients._cache_size(), step.update._cache_size()) == (2, 1)
-
-
 def test_a_finished_run_returns_its_state_at_once(config, finished, monkeypatch):
     workdir, state = finished
     monkeypatch.setattr(loop, "validate", None)
-    monkeypatch.setattr(loop, "initial_state", None)  # only what is restored needs room
+    monkeypatch.setattr(resume, "initial_state", None)  # only the restored state needs memory
     before = numbers(workdir)
-    assert_same(train(config, workdir), state)
+    # Such as the advice of a run that ended over damaged pictures.
+    other = override(config, [f"--config.{name}={value}" for name, value in MAY_CHANGE.items()])
+    other["data"]["data_dir"] = config["data"]["data_dir"] + "/."
+    assert_same(train(other, workdir), state)
     assert numbers(workdir) == before
+
+
+MAY_CHANGE = {
+    "data.path": "elsewhere",
+    "data.max_damaged_records": 99,
+    "loss.chunk_tokens": 7,
+    "model.remat": "layers",
+    "run.log_every": 3,
+    "run.save_every": 4,
+    "run.keep_every": None,
+    "mesh.data": 1,
+}
 
 
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(config, finished, tmp_path, monkeypatch):
@@ -154,9 +173,9 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(config, finished, tmp_pat
     assert numbers(broken) == numbers(workdir)
 
 
-def ask_at(monkeypatch, name, count):
-    """A stop that is asked for when `loop.NAME` gives its batch number `count`."""
-    stop, made, given = Stop(), getattr(loop, name), itertools.count(1)
+def ask_at(monkeypatch, module, name, count):
+    """A stop that is asked for when `module.NAME` gives its batch number `count`."""
+    stop, made, given = Stop(), getattr(module, name), itertools.count(1)
 
     def asking(*args, **more):
         for batch in made(*args, **more):
@@ -164,26 +183,26 @@ def ask_at(monkeypatch, name, count):
                 stop.request()
             yield batch
 
-    monkeypatch.setattr(loop, name, asking)
+    monkeypatch.setattr(module, name, asking)
     return stop
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "step"),
+    ("module", "name", "count", "step"),
     [
-        ("training_batches", 3, 3),
-        ("training_batches", 4, 4),  # which an evaluation would follow
-        ("evaluation_batches", 3, 4),  # in the midst of the second evaluation
-        ("evaluation_batches", 5, 6),  # and of the last
+        (loop, "training_batches", 3, 3),
+        (loop, "training_batches", 4, 4),  # an evaluation would follow
+        (validation, "evaluation_batches", 3, 4),  # in the middle of the second evaluation
+        (validation, "evaluation_batches", 5, 6),  # and of the last
     ],
 )
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
-    config, finished, tmp_path, monkeypatch, name, count, step
+def test_a_run_that_is_asked_to_stop_saves_and_resumes(
+    config, finished, tmp_path, monkeypatch, module, name, count, step
 ):
     workdir, state = finished
     with monkeypatch.context() as patch:
-        stop = ask_at(patch, name, count)
-        with pytest.raises(Stopped, match=f"step {step} is saved; the same command goes on"):
+        stop = ask_at(patch, module, name, count)
+        with pytest.raises(Stopped, match=f"step {step} is saved; the same command resumes"):
             train(config, tmp_path, stop)
     stopped = Checkpoints(tmp_path)
     assert stopped.steps()[-1] == step
@@ -211,8 +230,8 @@ def test_an_evaluation_that_fails_or_is_cut_short_loses_no_step(
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", full)
-        with pytest.raises(OutOfMemory, match="an evaluation does not fit into memory; go on"):
+        patch.setattr(validation, "evaluate", full)
+        with pytest.raises(OutOfMemory, match="an evaluation does not fit into memory; resume"):
             train(config, tmp_path)
     assert Checkpoints(tmp_path).steps() == [2] and Checkpoints(tmp_path).read_metrics(2) == {}
     # Then a notice of preemption before the second batch of the next evaluation, after two of the
@@ -239,32 +258,32 @@ def test_an_evaluation_takes_its_batches_in_parts(config, finished, monkeypatch)
         taken.append([(len(batch.batch.tokens), len(batch.examples)) for batch in batches])
         return SimpleNamespace(metrics={"views": {"aux": {"relational": {"accuracy": 0.5}}}})
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(validation, "evaluate", evaluate)
     dataset = prepare(Experiment.from_config(config).data)
     for parts in (1, 2):
         experiment = Experiment.from_config(
             override(config, [f"--config.optimizer.accumulate_steps={parts}"])
         )
-        graphdef, _ = loop.state_shapes(experiment, dataset.tokenizer.vocab_size)
-        loop.validate(experiment, graphdef, finished[1], dataset, lambda: False)
+        graphdef, _ = state_shapes(experiment, dataset.tokenizer.vocab_size)
+        validation.validate(experiment, graphdef, finished[1], dataset, lambda: False)
     assert taken == [[(4, 4)] * 2, [(2, 2)] * 4]
 
 
 def test_a_tokenizer_of_other_data_is_refused(config, finished, monkeypatch):
     workdir, _ = finished
-    prepare = loop.prepare
+    prepare = resume.prepare
 
     def changed(data, tokenizer=None, *, whole=True, **more):
         made = prepare(data, tokenizer, **more)
         tokenizer = tokenizer or Tokenizer.train(["other words"], 280)
         return dataclasses.replace(made, tokenizer=tokenizer, corpus_is_whole=whole)
 
-    monkeypatch.setattr(loop, "prepare", changed)
-    message = r"a tokenizer of sha256 \w{12} and that of the data is now \w{12}: the data set has"
+    monkeypatch.setattr(resume, "prepare", changed)
+    message = r"a tokenizer of sha256 \w{12}, and the data now gives \w{12}: the data set has"
     with pytest.raises(CheckpointError, match=message):
         train(config, workdir)
     # Where records are damaged, the words are other ones and the data is the same.
-    monkeypatch.setattr(loop, "prepare", functools.partial(changed, whole=False))
+    monkeypatch.setattr(resume, "prepare", functools.partial(changed, whole=False))
     assert train(config, workdir).step == 6
 
 
@@ -308,18 +327,19 @@ def break_steps(monkeypatch, steps):
 
 def test_rates_are_of_the_whole_batch(config):
     """Of two processes each has half of it."""
-    told: list[dict[str, Any]] = []
-    progress: Any = SimpleNamespace(update=lambda step, **more: told.append(more))
+    shown: list[dict[str, Any]] = []
+    progress: Any = SimpleNamespace(update=lambda step, **more: shown.append(more))
     nothing: Any = None
-    run = loop._Run(
+    trainer = loop.Trainer(
         *(Experiment.from_config(config), config, nothing, nothing, nothing, NoMetrics()),
         *(progress, Stop(), None),
     )
     half = np.full((2, 5), 6, np.int32)
     batch = Batch(Inputs(), np.zeros((2, 5, 8), np.int32), half - 2, half)
     zero: Any = np.zeros((), np.int32)
-    run._report(3, "aux", batch, StepMetrics(LossParts(*[zero] * 5), zero, zero, zero))
-    [rates] = told
+    metrics = StepMetrics(LossParts(*[zero] * 5), zero, zero, zero)
+    trainer._report(loop.StepResult(3, "aux", batch, metrics))
+    [rates] = shown
     assert (rates["examples"], rates["tokens"]) == (4, 4 * 5 * 6)
 
 
@@ -338,7 +358,7 @@ def test_a_run_goes_back_past_bad_batches_and_on(config, tmp_path, monkeypatch, 
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.params))
     shown = capsys.readouterr().out
     assert "step 2 (aux): loss or gradient is not finite, step skipped" in shown
-    assert "step 6: loss or gradient has not been finite for 2 steps; going on with" in shown
+    assert "step 6: loss or gradient has not been finite for 2 steps; resuming with" in shown
     # The schedule counts the updates that the parameters have seen.
     schedule = make_schedule(Experiment.from_config(config).optimizer, 9)
     rates = [r["learning_rate"] for r in read_metrics(tmp_path / "run") if r["split"] == "train"]
@@ -374,17 +394,20 @@ def test_a_workdir_belongs_to_one_configuration(config, finished):
         train(other, finished[0])
 
 
-def test_where_data_lies_and_what_is_logged_may_change(config, finished, tmp_path):
-    changes = {
-        "data.path": "elsewhere",
-        "model.remat": "layers",
-        "run.log_every": 3,
-        "run.keep_every": None,
-        "mesh.process": 2,
-    }
-    other = override(config, [f"--config.{name}={value}" for name, value in changes.items()])
-    other["data"]["data_dir"] = other["run"]["tensorboard"] = None
-    loop._require_same(config, other, tmp_path)
+def test_a_field_that_an_older_config_lacks_has_its_default(config, finished, monkeypatch):
+    read = Checkpoints.read_config
+
+    def older(checkpoints, step):
+        saved = read(checkpoints, step)
+        del saved["optimizer"]["momentum"], saved["mesh"]
+        return saved
+
+    monkeypatch.setattr(Checkpoints, "read_config", older)
+    assert train(config, finished[0]).step == 6
+    with pytest.raises(
+        CheckpointError, match=r"optimizer\.momentum=0\.95 and this one has .*=0\.9;"
+    ):
+        train(override(config, ["--config.optimizer.momentum=0.9"]), finished[0])
 
 
 def test_evaluation_of_a_checkpoint_writes_the_views_it_was_trained_on(finished):
@@ -442,7 +465,7 @@ def test_an_evaluation_changes_the_data_alone(finished):
         evaluate_checkpoint(finished[0], "latest", ["--config.model.embed_dim=64"])
 
 
-def test_a_run_goes_on_only_with_the_numbers_it_was_trained_on(config, tmp_path):
+def test_a_run_resumes_only_with_the_numbers_it_was_trained_on(config, tmp_path):
     folder = tmp_path / "own"
     folder.mkdir()
 

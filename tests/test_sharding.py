@@ -167,7 +167,7 @@ def test_devices_that_cannot_be_laid_out_are_told_in_a_line(monkeypatch):
         raise NotImplementedError("Failed to find assignment for logical_axis_index 3")
 
     monkeypatch.setattr(jax, "make_mesh", refuse)
-    message = "data 2 x fsdp 1 x process 1 x tensor 1, and the devices .* laid out .*Failed to find"
+    message = "data 2 x fsdp 1 x process 1 x tensor 1, and the devices .* arranged .*Failed to find"
     with pytest.raises(ConfigError, match=message):
         make_mesh(MeshConfig(), [None, None])
 

@@ -19,6 +19,7 @@ from slam_jax.training import LossConfig, language_model_loss, slam_v3_loss
 from slam_jax.training.token_losses import token_losses, token_losses_in_chunks
 
 TOKENS, DIM, VOCAB = (3, 7), 8, 50
+slow = pytest.mark.slow
 
 
 def close(x: Any, y: Any, tolerance: float = 2e-5) -> None:
@@ -90,7 +91,13 @@ def test_there_are_never_more_logits_than_those_of_a_chunk(given):
     assert largest(in_chunks) == kernel  # 4 tokens of 50 are fewer
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+# All systems but slam_v3_text share one forward pass.
+FAST = ("standard", "slam_v3_text")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=() if x in FAST else slow) for x in SYSTEMS]
+)
 def test_every_language_model_is_its_head_on_its_hidden_states(name):
     model = nnx_model(name)
     tokens = jnp.arange(14).reshape(2, 7) % model.config.vocab_size
@@ -106,8 +113,10 @@ def test_every_language_model_is_its_head_on_its_hidden_states(name):
     close(*both(model))
 
 
-# A head of its own, tied to the table, and of windows whose pads have to be moved.
-@pytest.mark.parametrize("name", ["moe", "hunyuan_large", "slam_v3_text"])
+# A head of its own, one tied to the embeddings, and windows whose pads have to be moved.
+@pytest.mark.parametrize(
+    "name", ["moe", *(pytest.param(x, marks=slow) for x in ("hunyuan_large", "slam_v3_text"))]
+)
 def test_a_language_model_learns_the_same_from_chunks(name):
     model = nnx_model(name)
     tokens = jnp.arange(16).reshape(2, 8) * 7 % model.config.vocab_size
@@ -127,22 +136,22 @@ def test_a_language_model_learns_the_same_from_chunks(name):
 def test_slam_v3_learns_the_same_from_chunks(build, make_inputs):
     prompt = np.array([[2, 3], [4, 2]], np.int32)
     tokens = np.random.default_rng(0).integers(3, 13, (2, 2, 7), np.int32)
-    whole = make_inputs(2)
-    inputs = Inputs(text=whole.text, image=whole.image)
-    batch = Batch(inputs, tokens, prompt, prompt + 2, paired=True)
+    batch = Batch(Inputs(aux=make_inputs(2).aux), tokens, prompt, prompt + 2)
 
     def learned(chunk_tokens):
-        config = LossConfig(z_loss=0.1, alignment=0.1, chunk_tokens=chunk_tokens)
+        config = LossConfig(z_loss=0.1, chunk_tokens=chunk_tokens)
 
         def loss(model):
             parts = slam_v3_loss(model, batch, config, key=jax.random.key(1))
             return parts.total, parts
 
-        gradient, parts = jax.jit(jax.grad(loss, has_aux=True))(build(dropout=0.1))
+        gradient, parts = jax.jit(jax.grad(loss, has_aux=True))(
+            build(dropout=0.1, num_decoder_layers=1)
+        )
         return nnx.to_pure_dict(nnx.state(gradient)), parts
 
     found, expected = learned(5), learned(None)
-    assert expected[1].z_loss > 0 and expected[1].alignment > 0
+    assert expected[1].z_loss > 0
     close(found, expected, 1e-4)
 
 

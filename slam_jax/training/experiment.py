@@ -1,19 +1,22 @@
-"""The door at which a ConfigDict stops: beyond it there are frozen, checked dataclasses only."""
+"""The configuration of a run: from a ConfigDict, JSON or flags to frozen, checked dataclasses."""
 
 import ast
 import copy
 import dataclasses
 import json
 import runpy
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from slam_jax.data import TRAINING_VIEWS, DataConfig
+from slam_jax.data import TRAINING_VIEWS, DataConfig, Dataset
 from slam_jax.errors import ConfigError, check_names, require, require_count
 from slam_jax.slam_v3 import SlamV3Config
 from slam_jax.slam_v3.config import PRESETS
@@ -21,23 +24,24 @@ from slam_jax.training.losses import LossConfig
 from slam_jax.training.mesh import MeshConfig
 from slam_jax.training.optimizer import OptimizerConfig
 
-_LARGEST = 1e300  # a number that is not far too large is finite after any sum or product
+_LARGEST = 1e300  # sums and products of numbers below it rarely overflow float64
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """num_steps: steps of the whole run. log_every: steps between lines of the metrics file.
-    evaluate_every: steps between evaluations on the validation split, each followed by a
-    checkpoint. evaluate_views: those of `TRAINING_VIEWS` that are evaluated then; () = those that
-    the run trains on.
-    evaluate_batches: batches a view, None = the whole split; they are taken in as many parts as
-    those of training.
+    """How long a run is, and how often it logs, evaluates and saves.
+
+    num_steps: steps of the whole run. log_every: steps between two lines of the metrics file.
+    evaluate_every: steps between evaluations on the validation split; a checkpoint follows each.
+    evaluate_views: the views to evaluate, of `TRAINING_VIEWS`; () = those that the run trains on.
+    evaluate_batches: batches per view, None = the whole split. They are split into
+    `optimizer.accumulate_steps` parts, as training batches are.
     save_every: steps between checkpoints besides those of evaluations, None = no others.
-    keep_every: checkpoints at its multiples are kept for good, None = only the last two and the
-    best.
-    max_bad_steps: after so many steps in a row whose loss or gradient is not finite (each is
-    skipped) the run goes back to its last checkpoint before them; after twice as many it stops.
-    tensorboard: write event files too (extra `tracking`).
+    keep_every: checkpoints at multiples of it are kept for good; None = only the last two and the
+    best are kept.
+    max_bad_steps: steps whose loss or gradient is not finite are skipped. After this many in a row
+    the run goes back to its last checkpoint before them; after twice as many it stops.
+    tensorboard: also write event files (extra `tracking`).
     """
 
     num_steps: int = 1_000
@@ -52,7 +56,7 @@ class RunConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "evaluate_views", tuple(self.evaluate_views))
-        # The half of a split scene is only asked what needs both: it has no score of its own.
+        # One half of a split scene has no score of its own, so it is not a training view.
         known = list(TRAINING_VIEWS)
         check_names(self.evaluate_views, known, "run.evaluate_views: training", "view")
         for field in ("num_steps", "log_every", "evaluate_every", "max_bad_steps"):
@@ -66,15 +70,16 @@ class RunConfig:
         return step % self.evaluate_every == 0 or step == self.num_steps
 
     def saves(self, step: int) -> bool:
-        """Whether a checkpoint alone does."""
+        """Whether a checkpoint without an evaluation follows step `step`."""
         return self.save_every is not None and step % self.save_every == 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A whole run. seed: of the parameters and of dropout.
+    """The configuration of a whole run.
 
-    The model's vocabulary is 1 until the tokenizer is known: see `with_vocabulary`.
+    seed: of the initial parameters and of dropout.
+    model: with a vocabulary of 1 until the tokenizer is known; see `with_vocabulary`.
     """
 
     seed: int
@@ -87,13 +92,28 @@ class Experiment:
 
     def __post_init__(self):
         require_count("seed", self.seed, least=0, most=2**32 - 1)
-        batch, parts = self.data.batch_size, self.optimizer.accumulate_steps
-        even = f"a divisor of data.batch_size={batch}"
-        require(batch % parts == 0, "optimizer.accumulate_steps", parts, even)
+        self.check()
+
+    def check(self, mesh: Mesh | None = None, dataset: Dataset | None = None) -> None:
+        """Raises ConfigError where fields of different groups do not fit together.
+
+        mesh, dataset: of the run, as far as they are known; what is wrong with them is raised too.
+        Each group checks its own fields, `make_mesh` the number of devices, and
+        `slam_jax.data.prepare` whether the model can read the records.
+        """
+        parts = self.optimizer.accumulate_steps
+        require_even_batch("data.batch_size", self.data.batch_size, parts, mesh)
+        if mesh is not None:
+            processes, groups = self.model.num_processes, mesh.shape["process"]
+            even = f"a divisor of model.num_processes={processes}"
+            require(processes % groups == 0, "mesh.process", groups, even)
+        if dataset is not None:
+            views, known = self.run.evaluate_views, list(dataset.validation.views)
+            check_names(views, known, "run.evaluate_views: the data set", "view")
 
     @classmethod
     def from_config(cls, config: ConfigDict | Mapping[str, Any]) -> "Experiment":
-        """Raises ConfigError, naming the field, for whatever cannot be built."""
+        """An experiment from nested mappings. Raises ConfigError, naming a field that is wrong."""
         values = as_json(config)
         if isinstance(values.get("model"), Mapping):
             values["model"] = {"vocab_size": 1, **values["model"]}
@@ -104,36 +124,37 @@ class Experiment:
         return dataclasses.replace(self.model, vocab_size=vocab_size)
 
 
-def default_config(preset: str = "small") -> ConfigDict:
-    """Every field a config may have; a file in configs/ starts from it and changes some.
+def require_even_batch(field: str, batch_size: int, parts: int, mesh: Mesh | None) -> None:
+    """Raises ConfigError unless every part of the batch gives each device as many examples.
 
-    `preset` is one of `slam_jax.slam_v3.config.PRESETS`. None stands for "derived" or "off". The
-    vocabulary is the tokenizer's and no field. Raises ConfigError for another preset.
+    field: the name of the batch size. parts: `OptimizerConfig.accumulate_steps`.
+    """
+    even = f"a divisor of {field}={batch_size}"
+    require(batch_size % parts == 0, "optimizer.accumulate_steps", parts, even)
+    if mesh is not None:
+        parts *= mesh.shape["data"] * mesh.shape["fsdp"]
+        even = f"a multiple of {parts}, optimizer.accumulate_steps times mesh.data times mesh.fsdp"
+        require(batch_size % parts == 0, field, batch_size, even)
+
+
+def default_config(preset: str = "small") -> ConfigDict:
+    """All fields of a configuration; a file in configs/ starts from it and changes some.
+
+    `preset` is one of `slam_jax.slam_v3.config.PRESETS`. None means "derived" or "off". The
+    vocabulary size is no field, as the tokenizer has it. Raises ConfigError for another preset.
     """
     require(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
-    model = _defaults(SlamV3Config)
-    del model["vocab_size"]
-    image = {**model["image"], **PRESETS[preset].get("image", {})}
-    parts = {
-        "data": DataConfig,
-        "loss": LossConfig,
-        "optimizer": OptimizerConfig,
-        "run": RunConfig,
-        "mesh": MeshConfig,
-    }
-    return ConfigDict(
-        {
-            "seed": 0,
-            "model": {**model, **PRESETS[preset], "image": image},
-            **{name: _defaults(part) for name, part in parts.items()},
-        },
-    )
+    config = _defaults(Experiment)
+    del config["model"]["vocab_size"]
+    image = {**config["model"]["image"], **PRESETS[preset].get("image", {})}
+    config["model"] |= {**PRESETS[preset], "image": image}
+    return ConfigDict({**config, "seed": 0})
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """What `get_config()` of a Python file returns, as JSON would hold it. The file is run.
+    """The result of `get_config()` of a Python file, as JSON would hold it. The file is executed.
 
-    Raises ConfigError where there is no such file, or no such function in it, or it fails.
+    Raises ConfigError where there is no such file, it has no such function, or it fails.
     """
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file; give one such as configs/slam_v3_quickstart.py")
@@ -148,53 +169,52 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def as_json(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration as it stands beside a checkpoint: dicts, lists, numbers and texts."""
+    """The configuration as checkpoints store it: dicts, lists, numbers and strings."""
     plain = config.to_dict() if isinstance(config, ConfigDict) else config
     return json.loads(json.dumps(plain))
 
 
-def flatten(config: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     """Nested groups as one level of dotted names."""
-    flat = {}
-    for name, value in config.items():
-        inner = isinstance(value, Mapping)
-        flat |= flatten(value, f"{group}{name}.") if inner else {group + name: value}
-    return flat
+    return flatten_dict(dict(config), sep=".")
 
 
 def _defaults(cls: type) -> dict[str, Any]:
-    """The defaults as written, before a class derives values from them; None keeps its type."""
-    types, defaults = typing.get_type_hints(cls), {}
+    """The defaults of a dataclass as nested dicts; ConfigDict gets the type of a field from them.
+
+    None becomes a placeholder of the field's type.
+    """
+    types_of, defaults = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
-        value = None if field.default is dataclasses.MISSING else field.default
-        if dataclasses.is_dataclass(value):
-            value = _defaults(type(value))
-        elif value is None:
-            value = placeholder(next(t for t in (*typing.get_args(types[field.name]), int) if t))
+        kind, value = types_of[field.name], field.default
+        if dataclasses.is_dataclass(kind):
+            value = _defaults(types_of[field.name])
+        elif value in (None, dataclasses.MISSING):
+            value = placeholder(next(t for t in (*typing.get_args(kind), int) if t))
         defaults[field.name] = value
     return defaults
 
 
 def build(cls: type, values: Mapping[str, Any], group: str = "") -> Any:
-    """The dataclass `cls` from nested mappings, its field types checked.
+    """The dataclass `cls` from nested mappings, with its field types checked.
 
     Raises ConfigError, naming the field after its `group`.
     """
-    types = typing.get_type_hints(cls)
-    check_names(values, list(types), group.rstrip(".") or "the config")
+    types_of = typing.get_type_hints(cls)
+    check_names(values, list(types_of), group.rstrip(".") or "the config")
     built = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(types[name]):
-            require(isinstance(value, Mapping), group + name, value, "a group of fields")
-            built[name] = build(types[name], value, f"{group}{name}.")
+    for field in dataclasses.fields(cls):
+        name, kind = field.name, types_of[field.name]
+        if name not in values:
+            require(field.default is not dataclasses.MISSING, group + name, None, "a value")
+        elif dataclasses.is_dataclass(kind):
+            require(
+                isinstance(values[name], Mapping), group + name, values[name], "a group of fields"
+            )
+            built[name] = build(types_of[name], values[name], f"{group}{name}.")
         else:
-            require(_fits(value, types[name]), group + name, value, _describe(types[name]))
-            built[name] = value
-    required = [
-        field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING
-    ]
-    for name in required:
-        require(name in built, group + name, None, "a value")
+            require(_fits(values[name], kind), group + name, values[name], _describe(kind))
+            built[name] = values[name]
     try:
         return cls(**built)
     except ConfigError as error:
@@ -206,29 +226,23 @@ def build(cls: type, values: Mapping[str, Any], group: str = "") -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    options = typing.get_args(kind) if _is_union(kind) else (kind,)
-    for option in options:
-        origin = typing.get_origin(option) or option
-        if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return -_LARGEST <= value <= _LARGEST  # what is not a number fails both
-        if origin is int and isinstance(value, bool):
-            continue
-        if isinstance(origin, type) and issubclass(origin, Sequence) and origin is not str:
-            # JSON has lists only.
-            element = typing.get_args(option)[0]
-            if isinstance(value, (list, tuple)):
-                return element is Any or all(_fits(each, element) for each in value)
-        elif isinstance(value, origin):
-            return True
-    return False
-
-
-def _is_union(kind: Any) -> bool:
-    return type(None) in typing.get_args(kind)
+    """Whether a value from JSON can be a field of this type; a list fits any sequence."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is float:
+        return isinstance(value, (int, float)) and -_LARGEST <= value <= _LARGEST
+    if origin is not None and issubclass(origin, Sequence):
+        return isinstance(value, (list, tuple)) and all(_fits(x, arguments[0]) for x in value)
+    return isinstance(value, origin or kind)
 
 
 def _describe(kind: Any) -> str:
-    options = typing.get_args(kind) if _is_union(kind) else (kind,)
+    options = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
     names = {
         type(None): "None",
         int: "a whole number",
@@ -240,29 +254,29 @@ def _describe(kind: Any) -> str:
 
 
 def override(config: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
-    """The configuration with `--config.group.field=value` arguments applied.
+    """A copy of the configuration with `--config.group.field=value` arguments applied.
 
-    Values are Python literals, or else text. Raises ConfigError for an argument of another form and
-    for a field that the configuration does not have.
+    Values are Python literals; anything else is text. Raises ConfigError for an argument of another
+    form and for a field that the configuration does not have.
     """
     changed = copy.deepcopy(dict(config))
     for argument in arguments:
         path, equals, text = argument.lstrip("-").partition("=")
-        first, *groups = path.split(".")
-        if first != "config" or not groups or not equals:
+        root, *names = path.split(".")
+        if root != "config" or not names or not equals:
             raise ConfigError(f"argument {argument!r}; expected --config.field=value")
-        target = changed
-        for i, name in enumerate(groups):
-            known = list(target) if isinstance(target, dict) else []
-            check_names([name], known, ".".join(groups[:i]) or "the config")
-            if i < len(groups) - 1:
-                target = target[name]
-        target[groups[-1]] = _literal(text)
+        group: Any = changed
+        for i, name in enumerate(names):
+            known = list(group) if isinstance(group, dict) else []
+            check_names([name], known, ".".join(names[:i]) or "the config")
+            if i < len(names) - 1:
+                group = group[name]
+        group[names[-1]] = _literal(text)
     return changed
 
 
 def _literal(text: str) -> Any:
-    """A Python literal that JSON can hold, too; anything else is text."""
+    """The value of a Python literal that JSON can hold; any other text as it is."""
     try:
         return json.loads(json.dumps(ast.literal_eval(text)))
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):

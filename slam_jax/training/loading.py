@@ -1,4 +1,4 @@
-"""From a workdir to a model that answers."""
+"""Loads the model of a checkpoint."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +15,10 @@ from slam_jax.training.state import merge_model, split_model
 
 
 class Loaded(NamedTuple):
-    """A trained model with all that is needed to use it.
+    """A trained model with everything needed to use it.
 
-    config: the configuration of its run as nested dicts. aux_format: of its auxiliary vectors, None
-    where it has no names for them. step: of the checkpoint it is from.
+    config: the configuration of its run as nested dicts. aux_format: the names and scales of its
+    auxiliary vectors, None where they have no names. step: of its checkpoint.
     """
 
     model: SlamV3
@@ -29,10 +29,10 @@ class Loaded(NamedTuple):
 
 
 def load(workdir: str | Path, step: Step = None) -> Loaded:
-    """The model of a checkpoint: a step's number, "latest", "best", or None for the best.
+    """The model of a checkpoint, with averaged parameters where the run averaged them.
 
-    With an optimizer that averages parameters, the averaged ones. Only arrays and JSON are read;
-    nothing from the workdir is executed.
+    step: a number, "latest", "best", or None for the best. Only arrays and JSON are read; nothing
+    from the workdir is executed.
 
     Raises:
       CheckpointError: there is no such workdir or step, or it does not fit its configuration.

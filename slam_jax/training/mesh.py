@@ -1,4 +1,4 @@
-"""How many devices each kind of parallelism takes."""
+"""The device mesh: how many devices each kind of parallelism uses."""
 
 import dataclasses
 import math
@@ -10,19 +10,19 @@ from jax.sharding import AxisType, Mesh
 
 from slam_jax.errors import ConfigError, first_line, require, require_count
 
-REST = -1
+REST = -1  # the size of an axis that takes all remaining devices
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the axes; one of them may be -1, what is left of the devices. Their product is the
-    number of devices; of 1 in all there is no mesh.
+    """Sizes of the mesh axes. Their product is the number of devices; one of them may be -1, which
+    stands for the remaining devices. A single device needs no mesh.
 
-    data: groups of devices that each take a part of the batch. fsdp: the same, and each keeps only
-    its part of the weights, which it is sent as it needs them. process: groups that each hold and
-    run their part of the parallel processes, whose weights never move. tensor: heads, MLPs,
-    vocabulary and experts in so many parts.
-    zero: optimizer state and averaged parameters are divided over `data` too (ZeRO, stage 1;
+    data: the batch is sharded over this axis. fsdp: the batch and the parameters are sharded over
+    it; parameters are gathered where they are used. process: the parallel processes of the model
+    are sharded over it; their parameters are never gathered. tensor: heads, MLPs, vocabulary and
+    experts are sharded over it.
+    zero: optimizer state and averaged parameters are sharded over `data` too (ZeRO, stage 1;
     Rajbhandari et al. 2020, section 5.1).
     """
 
@@ -41,15 +41,15 @@ class MeshConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Axis -> size, in the order of the mesh: neighbours talk most along the last."""
+        """Axis -> size, in mesh order: neighbouring devices communicate most along the last."""
         return {axis: getattr(self, axis) for axis in ("data", "fsdp", "process", "tensor")}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
-    """The mesh of all `devices` (None = those of JAX); None for a single one.
+    """The mesh of all `devices` (None = all of JAX), or None for a single device.
 
-    Raises ConfigError where the sizes are of another number of devices, with the ones that fit, and
-    where JAX cannot lay the devices out like that.
+    Raises ConfigError where the sizes do not fit the number of devices, with sizes that do, and
+    where JAX cannot arrange the devices like that.
     """
     devices = jax.devices() if devices is None else devices
     sizes = resolve(config, len(devices))
@@ -58,34 +58,34 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh 
     automatic = (AxisType.Auto,) * len(sizes)
     try:
         return jax.make_mesh(tuple(sizes.values()), tuple(sizes), automatic, devices=devices)
-    except (NotImplementedError, ValueError) as error:  # of a TPU's wiring, or several slices
+    except (NotImplementedError, ValueError) as error:  # the topology of a TPU, or slices
         raise ConfigError(
-            f"mesh is {_shown(sizes)}, and the devices cannot be laid out like that "
+            f"mesh is {_format(sizes)}, and the devices cannot be arranged like that "
             f"({first_line(error)}); choose sizes that are products of those of the device grid"
         ) from error
 
 
 def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Axis -> size, with -1 replaced; raises as `make_mesh` does."""
+    """Axis -> size, with -1 replaced by its value; raises as `make_mesh` does."""
     sizes = config.sizes
     known = math.prod(size for size in sizes.values() if size != REST)
     rest = REST in sizes.values()
     if num_devices % known if rest else known != num_devices:
-        fitting = [_fitting(config, axis, num_devices) for axis in sizes]
+        fitting = [_fitting_sizes(config, axis, num_devices) for axis in sizes]
         near = "; or ".join(text for text in fitting if text)
         raise ConfigError(
-            f"mesh is {_shown(sizes)}, and the number of devices is {num_devices}; expected "
+            f"mesh is {_format(sizes)}, and the number of devices is {num_devices}; expected "
             f"{near or f'sizes whose product is {num_devices}'}"
         )
     return {axis: num_devices // known if size == REST else size for axis, size in sizes.items()}
 
 
-def _shown(sizes: Mapping[str, int]) -> str:
+def _format(sizes: Mapping[str, int]) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items())
 
 
-def _fitting(config: MeshConfig, axis: str, num_devices: int) -> str | None:
-    """The sizes of one axis that fit if the others stay, in words."""
+def _fitting_sizes(config: MeshConfig, axis: str, num_devices: int) -> str | None:
+    """The sizes of one axis that fit with the other axes as they are, in words."""
     sizes = config.sizes
     others = [size for name, size in sizes.items() if name != axis]
     left, uneven = divmod(num_devices, math.prod(size for size in others if size != REST))

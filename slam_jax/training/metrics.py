@@ -1,4 +1,4 @@
-"""Metrics of a run: a JSON line a record in `WORKDIR/metrics.jsonl`, and TensorBoard if wanted."""
+"""Metrics of a run: one JSON line per record in `WORKDIR/metrics.jsonl`, and TensorBoard files."""
 
 import contextlib
 import json
@@ -14,17 +14,17 @@ _FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends records to a run's metrics file, each flushed as it is written.
+    """Appends records to the metrics file of a run, and flushes each of them.
 
     Args:
         workdir: folder of the run, created if needed.
-        resume_step: step that the run goes on from. Records of later steps are dropped, since they
-            will be written again, and so is a last line that a killed run left unfinished.
-        evaluated: False drops also the evaluation of that step, which is still to be done.
+        resume_step: step from which the run resumes. Records of later steps are removed, as they
+            will be written again, and so is an unfinished last line of a killed run.
+        evaluated: False removes the evaluation of that step, too, as it is still to be done.
         tensorboard: also write event files to `WORKDIR/tensorboard`.
 
     Raises:
-        ConfigError: TensorBoard is asked for and tensorboardX is not installed.
+        ConfigError: `tensorboard` is set and tensorboardX is not installed.
         WriteError: here and in `write`, the file cannot be written.
     """
 
@@ -54,10 +54,10 @@ class MetricsWriter:
         """Writes one record.
 
         Args:
-            step: step of the run that the values belong to.
+            step: the step that the values belong to.
             split: `train` or `validation`.
-            values: numbers or arrays of one; not-a-number and infinities become null, which keeps
-                every line valid JSON. Texts are kept, in the file alone.
+            values: numbers or arrays of one element; NaN and infinities become null, as JSON has
+                neither. Texts are written to the file only.
         """
         texts = {name: value for name, value in values.items() if isinstance(value, str)}
         numbers = {name: float(value) for name, value in values.items() if name not in texts}
@@ -71,7 +71,7 @@ class MetricsWriter:
                 self._board.add_scalar(f"{split}/{name}", number, int(step))
 
     def sync(self) -> None:
-        """Has the system put what is written on disk: then no power cut takes it back."""
+        """Flushes the file to disk, so that a power cut loses nothing."""
         with writing(self._path):
             os.fsync(self._file.fileno())
 
@@ -83,7 +83,7 @@ class MetricsWriter:
 
 
 class NoMetrics(MetricsWriter):
-    """Writes nothing: for all processes of a run but the first."""
+    """Writes nothing: for every process of a run but the first."""
 
     def __init__(self):
         pass
@@ -99,12 +99,12 @@ class NoMetrics(MetricsWriter):
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """All records of a run in the order written: `step`, `split`, and floats or None by name."""
+    """All records of a run, in order: `step`, `split`, and floats or None by name."""
     return [record for record, _ in _records(Path(workdir) / _FILE)]
 
 
 def _records(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """Records with their lines; a line that a killed run left unfinished is passed over."""
+    """Records and their lines; an unfinished line of a killed run is skipped."""
     if not path.exists():
         return []
     records = []
@@ -132,7 +132,7 @@ def _drop_after(path: Path, step: int, evaluated: bool) -> None:
     kept = "".join(line for record, line in _records(path) if counts(record))
     if kept.encode() == path.read_bytes():
         return
-    # A new file renamed over the old one: a kill in between loses no line.
+    # A new file is renamed over the old one, so that a kill in between loses no line.
     new = path.with_suffix(".tmp")
     new.write_text(kept, encoding="utf-8")
     os.replace(new, path)

@@ -1,4 +1,4 @@
-"""AdamW or Muon with warm-up and cosine, clipping, and decay where decay belongs."""
+"""AdamW or Muon with a warm-up and cosine schedule, clipping, and weight decay of kernels."""
 
 import dataclasses
 from typing import Any
@@ -12,24 +12,26 @@ from optax.contrib import MuonDimensionNumbers, muon
 from slam_jax.errors import require, require_count
 
 OPTIMIZERS = ("adamw", "muon")
-# Of Newton-Schulz, Jordan et al. 2024. A row an iteration, which makes a loop of them: the program
-# is a third as long as with all iterations of all kernels written out.
+# Coefficients of the Newton-Schulz iteration (Jordan et al. 2024). One row per iteration makes
+# optax use a loop, which compiles faster than unrolled iterations.
 _NEWTON_SCHULZ = 5 * ((3.4445, -4.7750, 2.0315),)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """name: "adamw", or "muon" for the kernels inside the network and Adam for the rest (`head`,
-    embeddings, norms, biases); one learning rate serves both.
-    learning_rate: the peak, reached after `warmup_steps` from 0, then a cosine to
-    `final_fraction` of it at the last step. Steps that are skipped do not count.
-    b1, b2: of Adam. momentum: of Muon. epsilon: of both. weight_decay: of the kernels; under Muon
-    not of `head`.
-    clip_norm: global gradient norm, None = no clipping.
-    ema_decay: of the averaged parameters that evaluation then uses, None = no average.
-    accumulate_steps: a batch is taken in that many parts, one after the other. The gradient is that
-    of the whole but for the alignment loss, which sets the pairs of one part against each other and
-    counts each part, as all of them do, by its answer tokens.
+    """The optimizer of a run.
+
+    name: "adamw"; or "muon", which uses Muon for the kernels inside the network and Adam for the
+    rest (`head`, embeddings, norms, biases), with the same learning rate.
+    learning_rate: the peak. It is reached from 0 after `warmup_steps`, then follows a cosine to
+    `final_fraction` of it at the last step. Skipped steps do not count.
+    b1, b2: of Adam. momentum: of Muon. epsilon: of both. weight_decay: of kernels; with Muon not of
+    `head`.
+    clip_norm: largest global gradient norm, None = no clipping.
+    ema_decay: of the moving average of parameters, which evaluations then use; None = no average.
+    accumulate_steps: a batch is split into this many parts, one after the other, and their
+    gradients are averaged by answer tokens. The result is the gradient of the whole batch, except
+    for the alignment loss, which compares the pairs within a part.
     """
 
     name: str = "adamw"
@@ -62,9 +64,9 @@ class OptimizerConfig:
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: the kernels of linear maps and convolutions.
+    """True where weight decay applies: for the kernels of linear maps and convolutions.
 
-    Norm scales, biases, embeddings and learned queries are left alone.
+    Norm scales, biases, embeddings and learned queries do not decay.
     """
 
     def is_kernel(path, _) -> bool:
@@ -74,10 +76,10 @@ def decay_mask(params: Any) -> Any:
 
 
 def muon_axes(params: Any) -> Any:
-    """Which axes of each kernel are its inputs and which its outputs; None = left to Adam.
+    """The input and output axes of each kernel for Muon; None = Adam updates it.
 
-    The stacked kernels of processes and of experts are one matrix each. `head` writes logits and,
-    like the embeddings, is no map inside the network.
+    Each process and each expert of a stacked kernel is a matrix of its own. `head` is left to Adam,
+    like the embeddings.
     """
 
     def axes(path, x) -> MuonDimensionNumbers | None:
@@ -86,8 +88,8 @@ def muon_axes(params: Any) -> Any:
             return None
         first = 1 if {"stack", "experts"} & set(names) else 0
         is_convolution = x.ndim - first == 4
-        # Heads to width (N, H, D) and convolutions take in all but the last axis; the other maps
-        # take in the first: (D, F), (D, N, H).
+        # The inputs of (N, H, D) and of convolutions are all axes but the last; those of other
+        # kernels, (D, F) and (D, N, H), are the first axis.
         split = x.ndim - 1 if names[-2] == "out" or is_convolution else first + 1
         return MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, x.ndim)))
 
@@ -95,7 +97,7 @@ def muon_axes(params: Any) -> Any:
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Number of updates made before -> learning rate."""
+    """The learning rate as a function of the number of earlier updates."""
     return optax.warmup_cosine_decay_schedule(
         0.0,
         config.learning_rate,
@@ -106,26 +108,21 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def updates_made(opt_state: optax.OptState) -> Int[Array, ""] | None:
-    """How many updates an optimizer has made, which is what its schedule goes by; None where it
-    does not count them."""
+    """The number of updates made, as counted for the schedule; None where nothing counts them."""
     counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
-    return counts[0][1] if counts else None  # each of its parts counts, and all alike
+    return counts[0][1] if counts else None  # all parts have the same count
 
 
-def only_reached(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optimizer`, but an array whose gradient is all 0 stands still.
+def skip_zero_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer`, but an array whose gradient is 0 everywhere is not updated.
 
-    A batch without an image has no say on the image stream. Without this its momentum would, and
-    Muon, which gives every update the same size, would go on in the direction of the last image at
-    full length.
+    A batch without images must not change the image stream. Otherwise momentum would, and Muon,
+    whose updates all have the same size, would repeat the last one at full size.
     """
 
     def update(updates, state, params=None):
-        moves, state = optimizer.update(updates, state, params)
-        reached = jax.tree.map(
-            lambda g, move: jnp.where(jnp.any(g != 0), move, 0.0), updates, moves
-        )
-        return reached, state
+        new, state = optimizer.update(updates, state, params)
+        return jax.tree.map(lambda g, u: jnp.where(jnp.any(g != 0), u, 0.0), updates, new), state
 
     return optax.GradientTransformation(optimizer.init, update)
 
@@ -133,9 +130,9 @@ def only_reached(optimizer: optax.GradientTransformation) -> optax.GradientTrans
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """The optimizer of a run of `num_steps` steps.
 
-    Sources: Loshchilov & Hutter 2019 (AdamW); Jordan et al. 2024, "Muon", with the update size that
-    lets it share AdamW's learning rate: Liu et al. 2025, "Muon is Scalable for LLM Training",
-    section 2.2.
+    Sources: Loshchilov & Hutter 2019 (AdamW); Jordan et al. 2024 (Muon); Liu et al. 2025, "Muon is
+    Scalable for LLM Training", section 2.2 (the update size that lets Muon share the learning rate
+    of AdamW).
     """
     schedule = make_schedule(config, num_steps)
     if config.name == "muon":
@@ -161,4 +158,4 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         )
     if config.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-    return only_reached(optimizer)
+    return skip_zero_gradients(optimizer)

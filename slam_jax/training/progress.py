@@ -1,4 +1,4 @@
-"""How a run is doing, for the person who watches: a bar on a terminal, plain lines elsewhere."""
+"""The progress of a run on the console: a bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-_WINDOW = 50  # updates that rates and the remaining time are taken over
+_WINDOW = 50  # updates over which rates are averaged
 
 
 class Progress:
@@ -20,10 +20,10 @@ class Progress:
 
     Args:
         total_steps: step at which the run ends.
-        first_step: step that the run goes on from.
+        first_step: step from which the run resumes.
         every: steps between two plain lines, where there is no terminal.
-        shown: False = nowhere.
-        console: where to show it; by default standard output.
+        shown: False = print nothing.
+        console: where to print; by default standard output.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class Progress:
         self._total = total_steps
         self._every = every
         self._console = console or Console(
-            file=_Lasting(sys.stdout),  # pyright: ignore[reportArgumentType]
+            file=_FailSafe(sys.stdout),  # pyright: ignore[reportArgumentType]
             highlight=False,
             soft_wrap=True,
             quiet=not shown,
         )
         self._recent: deque[tuple[float, int, int, int]] = deque(maxlen=_WINDOW + 1)
         self._recent.append((time.monotonic(), first_step, 0, 0))
-        # A narrow terminal wraps the status; the other columns keep their width.
+        # On a narrow terminal the status wraps; the other columns keep their width.
         width = len(f"step {total_steps}/{total_steps}")
         self._bar = Bar(
             TextColumn("step {task.completed}/{task.total}", table_column=Column(min_width=width)),
@@ -71,9 +71,9 @@ class Progress:
         Args:
             step: its number.
             loss: its loss.
-            examples: how many examples were seen since the last update.
-            tokens: how many tokens were seen since the last update.
-            view: what the examples were given as.
+            examples: number of examples since the last update.
+            tokens: number of tokens since the last update.
+            view: the view of its batch.
         """
         _, _, seen_examples, seen_tokens = self._recent[-1]
         now = time.monotonic()
@@ -84,7 +84,7 @@ class Progress:
             self.log(f"step {step}/{self._total} · {status}")
 
     def log(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
+        """Prints a line, above the bar where there is one."""
         self._console.print(self._writable(text), markup=False)
 
     def _status(self, loss: float, view: str) -> str:
@@ -102,19 +102,19 @@ class Progress:
         return self._writable(" · ".join(parts))
 
     def _writable(self, text: str) -> str:
-        """The text with what the terminal's encoding lacks replaced, which would raise there."""
+        """The text with characters replaced that the encoding of the terminal lacks."""
         encoding = self._console.encoding
         if not encoding.startswith("utf"):
             text = text.replace("·", "|")
         return text.encode(encoding, "replace").decode(encoding)
 
 
-class _Lasting:
-    """A stream that swallows what it can no longer write: the run outlives its terminal, a pipe
-    that nobody reads, and a log on a full disk."""
+class _FailSafe:
+    """A stream that ignores failed writes, so that a run survives the end of its terminal, a closed
+    pipe, and a full disk."""
 
     def __init__(self, stream: Any):
-        self._stream = stream or io.StringIO()  # a process may be started without any
+        self._stream = stream or io.StringIO()  # a process may have no standard output
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed

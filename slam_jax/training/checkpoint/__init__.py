@@ -1,4 +1,4 @@
-"""Checkpoints that verify; `python -m slam_jax.training.checkpoint` looks at those of a workdir."""
+"""Verified checkpoints; `python -m slam_jax.training.checkpoint` inspects those of a workdir."""
 
 from slam_jax.training.checkpoint.store import CheckpointError, Checkpoints, Step
 

@@ -1,12 +1,12 @@
-"""Looks at the checkpoints of a run; nothing is changed, so it may be one in progress.
+"""Inspects the checkpoints of a run. It changes nothing, so the run may be in progress.
 
     python -m slam_jax.training.checkpoint list WORKDIR
     python -m slam_jax.training.checkpoint verify WORKDIR
     python -m slam_jax.training.checkpoint diff WORKDIR[@STEP] [WORKDIR[@STEP]]
 
 `verify` ends with exit code 1 if a step is damaged. `diff` compares configuration, tokenizer and
-arrays: of the last two steps, or of one with the latest before it, or of two workdirs at their
-latest; exit code 1 if anything differs.
+arrays of two checkpoints, with exit code 1 if anything differs. Without @STEP it takes the latest
+step of a workdir; without a second workdir, the step before.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.checkpoint.trees import by_name, describe
 from slam_jax.training.experiment import flatten
 
-_MOST_LINES = 20  # of arrays that differ
+_MAX_LINES = 20  # differing arrays to list
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help shows what may be given")
+        raise UserError(f"{message}; --help lists all arguments")
 
 
 def list_steps(workdir: str) -> int:
@@ -57,16 +57,16 @@ def verify(workdir: str) -> int:
     checkpoints = Checkpoints(workdir)
     damages = checkpoints.verify()
     if not damages:
-        checkpoints.resolve("latest")  # says what is missing
+        checkpoints.resolve("latest")  # raises
     for step, damage in damages.items():
-        print(f"step {step:,}: {'whole' if damage is None else f'damaged: {damage}'}")
+        print(f"step {step:,}: {'intact' if damage is None else f'damaged: {damage}'}")
     return int(any(damages.values()))
 
 
-def diff(ones: str, others: str | None) -> int:
-    one, step = _parse(ones)
-    if others is not None:
-        other, other_step = _parse(others)
+def diff(first: str, second: str | None) -> int:
+    one, step = _parse(first)
+    if second is not None:
+        other, other_step = _parse(second)
     else:
         other, latest = one, one.resolve(step)
         earlier = [known for known in one.steps() if known < latest]
@@ -85,7 +85,7 @@ def diff(ones: str, others: str | None) -> int:
 
 
 def _parse(place: str) -> tuple[Checkpoints, str]:
-    """WORKDIR or WORKDIR@STEP; an @ may also be part of a folder's name."""
+    """The checkpoints and step of WORKDIR or WORKDIR@STEP; folder names may contain an @, too."""
     workdir, at, step = place.rpartition("@")
     if at and not Path(place).is_dir():
         return Checkpoints(workdir), step
@@ -114,21 +114,21 @@ def _by_distance(distances: Mapping[str, float], count: int) -> Iterator[str]:
     order = sorted(distances, key=lambda name: -distances[name])
     if order:
         yield f"{len(order)} of {count} arrays differ, by at most:"
-    for name in order[:_MOST_LINES]:
+    for name in order[:_MAX_LINES]:
         yield f"  {distances[name]:.3g}  {name}"
-    if len(order) > _MOST_LINES:
-        yield f"  .. and {len(order) - _MOST_LINES} more"
+    if len(order) > _MAX_LINES:
+        yield f"  .. and {len(order) - _MAX_LINES} more"
 
 
 def _distance(a: jax.Array, b: jax.Array) -> float | None:
-    """The largest difference; None if all bits are equal."""
+    """The largest difference of two arrays; None if all bits are equal."""
     if jax.numpy.issubdtype(a.dtype, jax.dtypes.prng_key):
         a, b = jax.random.key_data(a), jax.random.key_data(b)
     x, y = np.asarray(a), np.asarray(b)
     if x.tobytes() == y.tobytes():
         return None
-    wide: Any = np.subtract(x, y, dtype=np.float64, casting="unsafe")
-    return float(np.max(np.nan_to_num(np.abs(wide), nan=np.inf)))
+    difference: Any = np.subtract(x, y, dtype=np.float64, casting="unsafe")
+    return float(np.max(np.nan_to_num(np.abs(difference), nan=np.inf)))
 
 
 def main() -> int:
@@ -143,16 +143,16 @@ def main() -> int:
     compare = commands.add_parser("diff")
     compare.add_argument("one", metavar="WORKDIR[@STEP]")
     compare.add_argument("other", metavar="WORKDIR[@STEP]", nargs="?")
-    given = parser.parse_args()
-    if given.command == "diff":
-        return diff(given.one, given.other)
-    return {"list": list_steps, "verify": verify}[given.command](given.workdir)
+    arguments = parser.parse_args()
+    if arguments.command == "diff":
+        return diff(arguments.one, arguments.other)
+    return {"list": list_steps, "verify": verify}[arguments.command](arguments.workdir)
 
 
 if __name__ == "__main__":
     prepare_process()
-    flags.FLAGS.mark_as_parsed()  # there are none; absl would say so before each warning
-    # Nothing here needs an accelerator, and another run may have it.
+    flags.FLAGS.mark_as_parsed()  # or absl complains before each warning
+    # Another run may use the accelerator, which is not needed here.
     jax.config.update("jax_platforms", "cpu")
     with exit_on_error():
         code = main()

@@ -1,4 +1,4 @@
-"""What a checkpoint was when it was written: the sha256 of each file, in a file written last.
+"""The manifest of a checkpoint: size and sha256 of each file, in a file that is written last.
 
 A folder without a manifest was never finished; one that differs from its manifest is damaged.
 """
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NAME = "manifest.json"
-_MOST_BYTES = 64 << 20  # of a manifest; it is read whole
+_MAX_BYTES = 64 << 20  # a manifest is read whole
 
 
 def seal(folder: Path) -> None:
-    """Writes the manifest of the files in `folder`: all of it or, where that fails, none."""
+    """Writes the manifest of the files in `folder`, atomically."""
     files = {}
     for name, path, size in _files(folder):
         sync(path)
@@ -29,7 +29,7 @@ def seal(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Has the system put a file, or the names in a folder, on disk: a power cut then loses none."""
+    """Flushes a file, or the names in a folder, to disk, so that a power cut loses nothing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -38,16 +38,16 @@ def sync(path: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What differs from the manifest, in words; None if nothing does.
+    """The first difference from the manifest, in words; None if there is none.
 
-    Sizes are compared before anything is read, and nothing outside of the folder is.
+    Sizes are compared before any file is read. Nothing outside the folder is read.
     """
     path = folder / NAME
     try:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
-            return f"{NAME} is no file"
-        if status.st_size > _MOST_BYTES:
+            return f"{NAME} is not a file"
+        if status.st_size > _MAX_BYTES:
             return f"{NAME} has {status.st_size:,} bytes"
         listed = json.loads(path.read_bytes())["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
@@ -63,14 +63,14 @@ def find_damage(folder: Path) -> str | None:
             if _sha256(file) != expected[name][1]:
                 return f"{name} is not what was written"
     except FileNotFoundError:
-        return f"it has no {NAME}: its write was broken off"
+        return f"it has no {NAME}: its write was interrupted"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"its files cannot be read ({type(error).__name__}: {error})".splitlines()[0]
     return None
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path, int]]:
-    """Name, path and size of each file below `folder`, the manifest left out."""
+    """Name, path and size of each file below `folder`, without the manifest."""
     for root, folders, names in os.walk(folder):
         for name in sorted((*folders, *names)):
             path = Path(root, name)

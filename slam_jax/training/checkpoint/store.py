@@ -1,12 +1,13 @@
-"""Checkpoints of a run: one folder a step, written in the background, restored only if it is what
-was written and only if it fits.
+"""Checkpoints of a run: one folder per step, written in the background and verified when read.
 
-`WORKDIR/checkpoints/STEP/` holds `arrays` (of Orbax), `config.json`, `tokenizer.json`, `aux.json`,
-`metrics.json` and their `manifest.json`. It gets its name, by one rename, when all of that is on
-disk: a step that can be seen is whole. Nothing in it is pickled or run.
+`WORKDIR/checkpoints/STEP/` holds `arrays` (written by Orbax), `config.json`, `tokenizer.json`,
+`aux.json`, `metrics.json` and their `manifest.json`. The folder gets its final name by one rename
+after all files are on disk, so a step that is visible is complete. No file is unpickled or
+executed.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -26,13 +27,13 @@ from slam_jax.runtime.memory import require_memory
 from slam_jax.runtime.signals import PeerLost
 from slam_jax.training.checkpoint import manifest, trees
 
-_MOST_BYTES = 64 << 20  # of a JSON file; it is read whole
+_MAX_JSON_BYTES = 64 << 20  # files are read whole
 
 Step = int | str | None
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, does not fit, or could not be read or written: in one line."""
+    """A checkpoint is missing, does not fit, or could not be read or written."""
 
 
 class Checkpoints:
@@ -42,9 +43,9 @@ class Checkpoints:
 
     Args:
         workdir: folder of the run; created by the first `save`.
-        keep_every: besides the last two (should the last be damaged) and the best, keep the steps
-            that this number divides.
-        best_by: name of the metric, higher is better, that makes a checkpoint the best.
+        keep_every: keep the steps that this number divides, besides the best one and the last two
+            (in case the last one is damaged).
+        best_by: name of the metric that chooses the best checkpoint; higher is better.
     """
 
     def __init__(
@@ -64,9 +65,9 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
         if kind is not None and issubclass(kind, PeerLost):
-            return  # what is being written has lost a writer, and waits for it
+            return  # the write in progress would wait for the lost process
         if kind is not None and jax.process_count() > 1:
-            # The others may be in a step, and would not come to agree on how the write ended.
+            # The other processes may be in a step, and would not join in `wait`.
             self._pending = None
         self.close()
 
@@ -80,17 +81,16 @@ class Checkpoints:
         aux: dict | None = None,
         metrics: Mapping[str, Any],
     ) -> bool:
-        """Starts to write a checkpoint and returns once the arrays are copied off the device.
+        """Starts to write a checkpoint, and returns once the arrays are copied off the device.
 
         Args:
-            step: number of the step; one that is already saved is left as it is, unless it was
-                saved without metrics and here they are.
+            step: number of the step. A step that is already saved is not written again, unless it
+                was saved without metrics and has some now.
             state: any pytree of arrays, typed PRNG keys included; it may be donated afterwards.
-            config: what JSON can hold.
-            tokenizer: its JSON text, kept letter for letter.
-            aux: the format of auxiliary vectors, if there is one; what JSON can hold.
-            metrics: what is known about this step, maybe nothing (see `best_by`); values
-                that are not finite are left out.
+            config: anything that JSON can hold.
+            tokenizer: its JSON text, stored unchanged.
+            aux: the format of auxiliary vectors, if there is one; anything that JSON can hold.
+            metrics: of this step, possibly none; values that are not finite are left out.
 
         Returns:
             Whether a write was started.
@@ -113,8 +113,11 @@ class Checkpoints:
         return True
 
     def poll(self) -> None:
-        """Raises CheckpointError if the write in progress has failed; never waits. Of several
-        processes each would see it at another step: they hear of it in `wait`."""
+        """Raises CheckpointError if the write in progress has failed; never blocks.
+
+        With several processes it does nothing, as each could notice it at another step; `wait`
+        then raises it.
+        """
         if jax.process_count() > 1:
             return
         if self._pending is not None and self._pending[1].done():
@@ -148,10 +151,10 @@ class Checkpoints:
                 background.shutdown()
 
     def recover(self, report: Callable[[str], None], until: int | None = None) -> int | None:
-        """The newest step that is what was written, for a run to go on from; None in a new workdir.
+        """The newest intact step, for a run to resume from; None in a new workdir.
 
-        Damaged steps after it are kept under another name, and `report` is told which and why.
-        until: the newest that is wanted; where there is none as old, it is the first one after.
+        Damaged steps after it are renamed, and `report` gets a line for each.
+        until: the newest step that is wanted; if all steps are newer, the oldest of them is taken.
 
         Raises:
             CheckpointError: there are checkpoints and all of them are damaged.
@@ -175,29 +178,30 @@ class Checkpoints:
                 shown = "; ".join(f"{step}: {damage}" for step, damage in damaged.items())
                 raise CheckpointError(
                     f"{self.directory}: no checkpoint can be read ({shown}); "
-                    "put a good one there, or use another workdir"
+                    "restore an intact one, or use another workdir"
                 )
             return None
         for number, damage in damaged.items():
-            name = _free(self.directory / f"{number}.damaged")
+            name = _unused(self.directory / f"{number}.damaged")
             os.rename(self.directory / str(number), name)
-            report(f"checkpoint of step {number:,} passed over: {damage}; it is now {name}")
+            report(f"checkpoint of step {number:,} skipped: {damage}; it is now {name}")
         return step
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, ascending; empty for a new workdir."""
+        """The steps that have a checkpoint, ascending; empty for a new workdir."""
         if not self.directory.is_dir():
             return []
         names = (path.name for path in self.directory.iterdir() if path.is_dir())
         return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
     def best(self) -> int | None:
-        """The step with the highest `best_by`; of equals the later; None where none has it."""
+        """The step with the highest `best_by`, the later of equal ones; None where none has it."""
         return next(iter(self._by_score()), None)
 
     def resolve(self, step: Step = None) -> int:
-        """The step meant by a number, `latest`, `best`, or None (best, else latest). What the names
-        mean is undamaged: damaged steps are passed over, and a warning logged.
+        """The step that a number, "latest", "best" or None (best, else latest) refers to.
+
+        Names refer to intact steps: damaged ones are skipped with a logged warning.
 
         Raises:
             CheckpointError: there is no such step; the message says which there are.
@@ -231,17 +235,17 @@ class Checkpoints:
 
         Args:
             step: as in `resolve`.
-            like: a pytree of arrays or ShapeDtypeStructs as it was saved. Arrays come back with the
-                shardings it names, whatever they were saved with; by default on one device.
+            like: a pytree of arrays or ShapeDtypeStructs of the saved structure. Arrays get its
+                shardings, whatever they were saved with; by default they are on one device.
 
         Raises:
-            CheckpointError: an array is missing, left over, or has another shape or dtype (nothing
-                is read then, and the message names it and both sides), or the files are damaged.
+            CheckpointError: the files are damaged, or an array is missing, left over, or has
+                another shape or dtype. The message names it; nothing is read then.
         """
         return self._read_state(step, like)
 
     def restore_subtree(self, step: Step, name: str, like: Any) -> Any:
-        """Reads one top-level part of the state alone, such as `params`; else as `restore`."""
+        """Reads one top-level part of the state, such as `params`; see `restore`."""
         return self._read_state(step, {name: like}, part=name)[name]
 
     def read_config(self, step: Step) -> dict:
@@ -267,20 +271,20 @@ class Checkpoints:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
 
     def verify(self) -> dict[int, str | None]:
-        """Each step with what is wrong with it, or None."""
+        """The damage of each step in words, None where it is intact."""
         return {step: self._damage(step) for step in self.steps()}
 
     def _being_written(self, step: int) -> Path:
         return self.directory / f"{step}.writing"
 
     def _begin(self, step: int, items: Mapping[str, Any]) -> bool:
-        """Everything of a checkpoint but its arrays; False where the step has one already."""
+        """Writes all but the arrays; returns False where the step has a checkpoint already."""
         if step in self.steps() and (not items["metrics"] or self.read_metrics(step)):
             return False
         folder = self._being_written(step)
         try:
-            for left in self.directory.glob("*.writing"):  # by a killed run, or not gone yet
-                shutil.rmtree(left, ignore_errors=left != folder)
+            for unfinished in self.directory.glob("*.writing"):  # left behind by a killed run
+                shutil.rmtree(unfinished, ignore_errors=unfinished != folder)
             folder.mkdir(parents=True)
             for name, value in items.items():
                 if value is None:
@@ -291,7 +295,7 @@ class Checkpoints:
         return True
 
     def _commit(self, step: int, folder: Path, written: Callable[[], Any]) -> None:
-        """The end of a write, in the background."""
+        """Finishes a write; runs in the background."""
         written()
         if not distributed.is_first_process():
             return
@@ -305,7 +309,7 @@ class Checkpoints:
         self._prune()
 
     def _undo_replacement(self) -> None:
-        """A run that was killed between the two renames of `_commit` left the step aside."""
+        """Restores a step from a run that was killed between the two renames of `_commit`."""
         for replaced in self.directory.glob("*.replaced"):
             if replaced.with_suffix("").exists():
                 shutil.rmtree(replaced)
@@ -318,12 +322,12 @@ class Checkpoints:
         for step in steps:
             if step in keep or (self._keep_every and step % self._keep_every == 0):
                 continue
-            # Under its own name a step is whole, also while it goes. The new step is safe by now:
-            # what cannot go yet goes with the next save.
-            going = self._being_written(step)
+            # Renamed first: a folder with the name of a step must be complete. A folder that cannot
+            # be deleted now is deleted by the next save.
+            doomed = self._being_written(step)
             with contextlib.suppress(OSError):
-                os.rename(self.directory / str(step), going)
-                shutil.rmtree(going)
+                os.rename(self.directory / str(step), doomed)
+                shutil.rmtree(doomed)
 
     def _damage(self, step: int) -> str | None:
         if step in self._verified:
@@ -339,16 +343,16 @@ class Checkpoints:
             damage = self._damage(step)
             if damage is None:
                 for problem in problems:
-                    logging.getLogger("slam_jax").warning("passed over %s", problem)
+                    logging.getLogger("slam_jax").warning("skipped %s", problem)
                 return step
             problems.append(f"{self.directory / str(step)}: {damage}")
         raise CheckpointError(f"no checkpoint can be read: {'; '.join(problems)}")
 
     def _by_score(self) -> list[int]:
-        """Steps that have a score, the best first; of equals the later."""
+        """The steps that have a score, best first; of equal ones the later first."""
         scores = {}
         for step in self.steps():
-            # A damaged file has no say here; whoever reads the step hears of it.
+            # A damaged file does not count here; reading that step raises.
             with contextlib.suppress(CheckpointError):
                 metrics = _read_json(self.directory / str(step) / "metrics.json", dict)
                 score = metrics.get(self._best_by)
@@ -377,7 +381,7 @@ class Checkpoints:
         require_memory(trees.num_bytes(like), f"{path}: the checkpoint")
         context = ocp.Context()
         context.pytree.loading.partial_load = part is not None
-        with _damage_named(path), context:
+        with _explain_damage(path), context:
             items = ocp.load_checkpointables(
                 str(path / "arrays"), {"state": jax.tree.map(_target, like)}
             )
@@ -391,7 +395,7 @@ class Checkpoints:
 
 
 def _read_metadata(path: Path) -> Any:
-    with _damage_named(path):
+    with _explain_damage(path):
         saved = ocp.checkpointables_metadata(str(path / "arrays")).metadata["state"]
         if saved is None:
             raise ValueError("the list of its arrays is damaged")
@@ -401,8 +405,8 @@ def _read_metadata(path: Path) -> Any:
 
 
 def _read_json(path: Path, kind: type) -> Any:
-    with _damage_named(path):
-        if path.stat().st_size > _MOST_BYTES:
+    with _explain_damage(path):
+        if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, kind):
@@ -410,24 +414,23 @@ def _read_json(path: Path, kind: type) -> Any:
     return value
 
 
-def _free(path: Path) -> Path:
+def _unused(path: Path) -> Path:
     """`path`, or the first of path-2, path-3, .. that does not exist."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([path], numbered) if not each.exists())
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
-    # Over one failed write it logs a thousand lines of traces; here that is one CheckpointError.
+    # Orbax logs a thousand lines of tracebacks for one failed write; here it is a CheckpointError.
     return "orbax" not in Path(record.pathname).parts
 
 
 @contextlib.contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    # Orbax, TensorStore and JSON raise a dozen unrelated types over broken files. What JAX itself
-    # raises is about memory, or another process, and no reason to choose another step.
+def _explain_damage(path: Path) -> Iterator[None]:
+    """Raises CheckpointError for whatever Orbax, TensorStore or JSON raise over broken files.
+
+    Errors of JAX itself are about memory or another process, and are raised as they are.
+    """
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What arrays a tree has, and in what two of them differ, before a byte of either is read."""
+"""Names, shapes and dtypes of the arrays of a tree, and how two trees differ in them."""
 
 import math
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ def by_name(tree: PyTree[Any]) -> dict[str, Any]:
 
 
 def find_difference(saved: PyTree[Any], like: PyTree[Any]) -> str | None:
-    """The first array that the two trees do not have alike, in words; None if there is none.
+    """The first array in which two trees differ by shape or dtype, in words; None if none does.
 
-    Orbax would cast dtypes without a word, and not name an array of another shape.
+    Orbax itself casts dtypes silently and does not name an array of another shape.
     """
     ours, theirs = describe(like), describe(saved)
     for name in ours | theirs:
@@ -35,21 +35,21 @@ def find_difference(saved: PyTree[Any], like: PyTree[Any]) -> str | None:
 
 
 def find_oversized_chunk(saved: Mapping[str, Any]) -> str | None:
-    """The first array stored in pieces larger than itself; None if there is none.
+    """The first array whose stored chunks are larger than itself; None if there is none.
 
-    A piece is allocated whole before any of it is read, so its size is not for a file to choose.
+    A chunk is allocated before it is read, so a damaged file could ask for any amount of memory.
     """
     for name, leaf in by_name(saved).items():
         chunk = tuple(leaf.storage_metadata.chunk_shape)
         if len(chunk) != len(leaf.shape) or any(
-            piece > max(whole, 1) for piece, whole in zip(chunk, leaf.shape, strict=True)
+            size > max(whole, 1) for size, whole in zip(chunk, leaf.shape, strict=True)
         ):
-            return f"{name} is {_words(leaf)} in pieces of {list(chunk)}"
+            return f"{name} is {_words(leaf)} in chunks of {list(chunk)}"
     return None
 
 
 def num_bytes(tree: PyTree[Any]) -> int:
-    """Memory that the arrays of a tree take, where a typed PRNG key is the integers beneath it."""
+    """The memory that the arrays of a tree take; a typed PRNG key counts as its integers."""
     stored = [_stored(leaf) for leaf in jax.tree.leaves(tree)]
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in stored)
 

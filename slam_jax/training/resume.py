@@ -1,0 +1,107 @@
+"""Starts a run, or resumes it from the newest intact checkpoint of its workdir."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from slam_jax.data import Dataset, Tokenizer, prepare
+from slam_jax.runtime.memory import explain_out_of_memory
+from slam_jax.training.checkpoint import CheckpointError, Checkpoints
+from slam_jax.training.experiment import Experiment, flatten
+from slam_jax.training.start import initial_state, require_room_for, state_shapes
+from slam_jax.training.state import TrainState
+
+MAY_CHANGE = (
+    *("data.data_dir", "data.path", "data.max_damaged_records"),
+    *("loss.chunk_tokens", "model.remat"),
+    *("run.keep_every", "run.log_every", "run.save_every", "run.tensorboard"),
+)
+"""Fields that may change between two starts of a run, as those of `mesh` may: where its data is,
+how it saves memory, and what it writes. What is computed from an undamaged record is the same."""
+
+
+class OpenedRun(NamedTuple):
+    """What the training loop begins with.
+
+    pending_evaluation: the last step was saved without its evaluation, which is still to be done.
+    notes: what to tell the user, one line each.
+    """
+
+    graphdef: nnx.GraphDef
+    state: TrainState
+    dataset: Dataset
+    pending_evaluation: bool
+    notes: list[str]
+
+
+def open_run(experiment: Experiment, checkpoints: Checkpoints, mesh: Mesh | None) -> OpenedRun:
+    """The initial state of a run, or the newest one of its checkpoints, and the data set.
+
+    Raises:
+      CheckpointError: the checkpoints belong to another configuration or to other data, or none
+        of them can be read.
+      ConfigError, OutOfMemory: the run cannot be built, or does not fit.
+    """
+    notes: list[str] = []
+    latest = checkpoints.recover(notes.append)
+    if latest is not None:
+        _require_same_config(experiment, checkpoints, latest)
+    dataset = _open_dataset(experiment, checkpoints, latest)
+    experiment.check(mesh, dataset)
+    vocab_size = dataset.tokenizer.vocab_size
+    with explain_out_of_memory("the training state", "choose smaller sizes or a larger machine"):
+        if latest is None:
+            graphdef, state = initial_state(experiment, vocab_size, mesh)
+            return OpenedRun(graphdef, state, dataset, False, notes)
+        graphdef, like = state_shapes(experiment, vocab_size, mesh)
+        require_room_for(like, mesh)
+        state = checkpoints.restore(latest, like)
+    pending = experiment.run.evaluates(latest) and not checkpoints.read_metrics(latest)
+    return OpenedRun(graphdef, state, dataset, pending, notes)
+
+
+def _open_dataset(experiment: Experiment, checkpoints: Checkpoints, latest: int | None) -> Dataset:
+    """The data set. Of a resumed run it must give the tokenizer and the format of numbers that the
+    checkpoint has, or token ids and standardised numbers would change their meaning."""
+    dataset = prepare(experiment.data, model=experiment.model)
+    if latest is None:
+        return dataset
+    advice = "the data set has changed; restore the old one, or use another workdir"
+    tokenizer = Tokenizer.from_json(checkpoints.read_tokenizer(latest))
+    if dataset.corpus_is_whole and tokenizer.sha256 != dataset.tokenizer.sha256:
+        raise CheckpointError(
+            f"{checkpoints.workdir} holds a run with a tokenizer of sha256 "
+            f"{tokenizer.sha256[:12]}, and the data now gives {dataset.tokenizer.sha256[:12]}: "
+            f"{advice}"
+        )
+    saved, format_now = checkpoints.read_aux(latest), dataset.aux_format
+    if saved is not None and (format_now is None or saved != format_now.to_json()):
+        raise CheckpointError(
+            f"{checkpoints.workdir} holds a run with other columns of numbers, or other numbers in "
+            f"them: {advice}"
+        )
+    if dataset.tokenizer != tokenizer:  # damaged records were missing from the text it learned
+        dataset = prepare(experiment.data, tokenizer, model=experiment.model)
+    return dataset
+
+
+def _require_same_config(experiment: Experiment, checkpoints: Checkpoints, latest: int) -> None:
+    """Raises CheckpointError where a field differs that may not change."""
+    saved = _fields(Experiment.from_config(checkpoints.read_config(latest)))
+    for name, value in _fields(experiment).items():
+        may_change = name in MAY_CHANGE or name.startswith("mesh.")
+        # It says how a folder's table is read, and nothing about other data sets.
+        may_change |= name == "data.table_version" and experiment.data.name != "folder"
+        if saved[name] != value and not may_change:
+            raise CheckpointError(
+                f"{checkpoints.workdir} holds a run with {name}={saved[name]!r} and this one has "
+                f"{name}={value!r}; use another workdir or the same configuration"
+            )
+
+
+def _fields(experiment: Experiment) -> Mapping[str, Any]:
+    """Dotted names and values, with the defaults of fields that an old configuration lacks."""
+    return flatten(dataclasses.asdict(experiment))
