@@ -1,7 +1,8 @@
-"""Greedy decoding: what it says, when it stops, and that the cache changes nothing."""
+"""Greedy decoding: what it says, when it stops, and that neither the cache nor pads change it."""
 
-from functools import partial
-from typing import NamedTuple
+import dataclasses
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from slam_jax.errors import InputError
 from slam_jax.generation import greedy_decode
+from slam_jax.language_models import make_config, make_model
+from slam_jax.layers import LatentCache
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 
 VOCAB, PAD, EOS = 11, 0, 1
@@ -135,3 +139,60 @@ def test_slam_v3_says_with_its_cache_what_it_says_reading_everything_again_at_ea
                 tokens[row][lengths[row] + i] = naive[row][i]
     assert len({tuple(row) for row in naive.reshape(6, -1)}) > 3
     np.testing.assert_array_equal(cached(params), naive)
+
+
+@cache
+def language_model(name: str, **changes: Any) -> Any:
+    """A tiny model of random weights, larger than an initialisation's: its answers differ."""
+    config = make_config(name, "tiny", **changes)
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda p: jnp.array(rng.normal(0, 0.3, p.shape), p.dtype), shapes)
+    )
+
+
+@pytest.mark.parametrize("name", ["standard", "slam_v3_text"])
+def test_pads_change_nothing_whatever_their_id(name):
+    model, lengths = language_model(name), np.array([4, 6])
+    real = np.arange(6) < lengths[:, None]
+    text = np.random.default_rng(0).integers(2, 61, real.shape, np.int32)
+
+    @jax.jit
+    def read(tokens):
+        logits, _ = model.prefill(tokens, model.init_cache((2,), 6), None, lengths=lengths)
+        return model(tokens, real).logits, logits
+
+    # -100 is the usual label of a pad, and 128,256 the first id beyond a usual vocabulary.
+    usual, *others = (read(np.where(real, text, pad)) for pad in (0, -100, 128_256))
+    for other in others:
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[real], y[real]), usual, other)
+
+
+@pytest.mark.parametrize("name", ["standard", "slam_v3_text"])
+@pytest.mark.parametrize(
+    ("num_tokens", "lengths", "stored", "message"),
+    [
+        (4, [4, 0], 0, "a prompt length is 0; expected 1 to 4"),
+        (4, [-1, 4], 0, "a prompt length is -1; expected 1 to 4"),
+        (4, [4, 5], 0, "a prompt length is 5; expected 1 to 4"),
+        (40, None, 0, "40 tokens; the context is 16"),
+        (40, [40, 1], 0, "40 tokens; the context is 16"),
+        (0, None, 0, "prefill of 0 tokens; give at least one a row"),
+        (4, None, 3, "prefill into a cache that stores 3 tokens; give it an empty one"),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_refused(name, num_tokens, lengths, stored, message):
+    model = language_model(name, context_length=16)
+    empty = model.init_cache((2,), 40)
+    filled = dataclasses.replace(empty, length=empty.length + stored)
+    lengths = None if lengths is None else np.array(lengths)
+    with pytest.raises(InputError, match=message):
+        model.prefill(np.ones((2, num_tokens), np.int32), filled, None, lengths=lengths)
+
+
+def test_the_cache_of_a_layer_is_filled_once():
+    latents = jnp.ones((1, 2, 4))
+    cache = LatentCache.empty((1,), 8, 4, 4, jnp.float32).filled(latents, latents, None)
+    with pytest.raises(InputError, match="prefill into a cache that stores 2 tokens"):
+        cache.filled(latents, latents, None)

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slam_jax.array_typing import AnyArray
@@ -23,7 +25,9 @@ from slam_jax.layers.attention import causal_layout
 from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import split
 from slam_jax.layers.experts import MixtureOfExperts
+from slam_jax.layers.kv_cache import check_prompts
 from slam_jax.layers.linear import Initializer, Linear, project_wide
+from slam_jax.layers.masks import without_unknown_pads
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.remat import POLICIES, remat
 from slam_jax.layers.router import Routing
@@ -148,6 +152,25 @@ def within_context(positions: Int[Array, "*B T"], config: LanguageModelConfig) -
     return jnp.minimum(positions, config.context_length - 1)
 
 
+def check_length(num_tokens: int, config: LanguageModelConfig) -> None:
+    """Raises InputError for more tokens than the context has."""
+    if num_tokens > config.context_length:
+        raise InputError(f"{num_tokens:,} tokens; the context is {config.context_length:,}")
+
+
+def check_prefill(num_tokens: int, lengths: Any, stored: Any, config: LanguageModelConfig) -> None:
+    """Raises InputError for what `prefill` cannot read: a length outside of the row, more tokens
+    than the context has, or a cache that already stores tokens.
+
+    Only concrete `lengths` and `stored` are checked; under `jax.jit` the caller must see to them.
+    """
+    check_prompts(lengths, stored, num_tokens)
+    if lengths is None:
+        check_length(num_tokens, config)
+    elif not isinstance(lengths, Tracer):
+        check_length(int(np.max(lengths)), config)
+
+
 class ForwardPass(NamedTuple):
     """What the blocks have to know of one call of a model.
 
@@ -262,8 +285,9 @@ class Transformer(nnx.Module):
     ) -> Hidden:
         """The hidden states before the head, for the same arguments as a forward pass."""
         mask = None if mask is None else jnp.asarray(mask)
+        tokens = without_unknown_pads(tokens, mask, self.config.vocab_size)
         if mask is None:
-            self._check_length(tokens)
+            check_length(tokens.shape[-1], self.config)
         layout = causal_layout(tokens.shape[-1], mask)
 
         def mix(mixer, x, cache):
@@ -288,15 +312,14 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "*B T V"], Cache]:
         """The logits of right-padded prompts, and the empty cache filled with them.
 
-        Raises InputError for more tokens than the context has, unless `lengths` says which are
-        real.
+        Raises InputError as `check_prefill` does.
         """
         num_tokens, mask = tokens.shape[-1], None
-        if lengths is None:
-            self._check_length(tokens)
-        else:
+        check_prefill(num_tokens, lengths, cache.length, self.config)
+        if lengths is not None:
             lengths = jnp.asarray(lengths, jnp.int32)
             mask = jnp.arange(num_tokens) < lengths[..., None]
+        tokens = without_unknown_pads(tokens, mask, self.config.vocab_size)
 
         def mix(mixer, x, cache):
             return mixer.prefill(x, cache, lengths)
@@ -340,12 +363,6 @@ class Transformer(nnx.Module):
     ) -> Float[Array, ""] | float:
         """The auxiliary loss; `routings`: how each layer with experts routed its tokens."""
         return 0.0
-
-    def _check_length(self, tokens):
-        if tokens.shape[-1] > self.config.context_length:
-            raise InputError(
-                f"{tokens.shape[-1]:,} tokens; the context is {self.config.context_length:,}"
-            )
 
     def _run(self, tokens, forward: ForwardPass, caches, key):
         """Embedding, all blocks and the norm: hidden states, new caches and all routings."""

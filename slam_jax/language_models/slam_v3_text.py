@@ -18,10 +18,15 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slam_jax.array_typing import AnyArray
 from slam_jax.errors import require
-from slam_jax.language_models.base import LanguageModelConfig
+from slam_jax.language_models.base import (
+    LanguageModelConfig,
+    check_length,
+    check_prefill,
+)
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.flops import linear
 from slam_jax.layers.linear import Linear, project_wide
+from slam_jax.layers.masks import without_unknown_pads
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.protocol import Hidden, Output
 from slam_jax.slam_v3.config import SlamV3Config
@@ -121,8 +126,11 @@ class SlamV3Text(nnx.Module):
         key: PRNGKeyArray | None = None,
     ) -> Hidden:
         """The hidden states before the head, for the same arguments as a forward pass."""
-        rows, back = jnp.asarray(tokens).reshape(-1, tokens.shape[-1]), None
-        if mask is not None:
+        tokens = without_unknown_pads(tokens, mask, self.config.vocab_size)
+        rows, back = tokens.reshape(-1, tokens.shape[-1]), None
+        if mask is None:
+            check_length(tokens.shape[-1], self.config)
+        else:
             # Windows begin at the first real token: pads are moved to the right, and back later.
             order = jnp.argsort(~jnp.asarray(mask).reshape(rows.shape), axis=-1)
             rows, back = jnp.take_along_axis(rows, order, axis=-1), jnp.argsort(order, axis=-1)
@@ -160,10 +168,17 @@ class SlamV3Text(nnx.Module):
         *,
         lengths: Int[AnyArray, "*B"] | None = None,
     ) -> tuple[Float[Array, "*B T V"], TextCache]:
-        """The logits of right-padded prompts, and an empty cache filled with them."""
-        rows, size = jnp.asarray(tokens).reshape(-1, tokens.shape[-1]), self.config.text_window
-        length = jnp.full(len(rows), rows.shape[1]) if lengths is None else jnp.asarray(lengths)
-        length = length.reshape(-1).astype(jnp.int32)
+        """The logits of right-padded prompts, and an empty cache filled with them.
+
+        Raises InputError as `check_prefill` does.
+        """
+        num_tokens, size = tokens.shape[-1], self.config.text_window
+        check_prefill(num_tokens, lengths, cache.length, self.config)
+        length = jnp.full(tokens.shape[:-1], num_tokens) if lengths is None else lengths
+        length = jnp.asarray(length, jnp.int32).reshape(-1)
+        real = jnp.arange(num_tokens) < length[:, None]
+        rows = tokens.reshape(-1, num_tokens)
+        rows = without_unknown_pads(rows, real, self.config.vocab_size)
         windows = self._windows(rows)
         count = windows.shape[1]
         c_mem = self._encode(windows.reshape(-1, size), None)

@@ -1,7 +1,11 @@
 """The cache of plain attention, and how any cache of fixed capacity is written."""
 
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from slam_jax.errors import InputError
@@ -64,15 +68,36 @@ def _swapped(x: Float[Array, "*B T K H"]) -> Float[Array, "*B K T H"]:
     return jnp.swapaxes(x, -2, -3)
 
 
+def check_prompts(lengths: Any, stored: Any, num_tokens: int) -> None:
+    """Raises InputError unless there are tokens, lengths are 1 to `num_tokens` and the cache stores
+    no tokens yet.
+
+    lengths: tokens of each prompt, None = all. stored: tokens of each row that the cache holds.
+    Only concrete values are checked. Under `jax.jit` neither is known: the caller must see to it.
+    """
+    if num_tokens < 1:
+        raise InputError("prefill of 0 tokens; give at least one a row")
+    if lengths is not None and not isinstance(lengths, Tracer):
+        wrong = np.asarray(lengths)[(np.asarray(lengths) < 1) | (np.asarray(lengths) > num_tokens)]
+        if wrong.size:
+            raise InputError(f"a prompt length is {wrong[0]}; expected 1 to {num_tokens:,}")
+    if not isinstance(stored, Tracer) and np.any(np.asarray(stored)):
+        raise InputError(
+            f"prefill into a cache that stores {np.max(stored):,} tokens; give it an empty one of "
+            "init_cache, or add tokens with decode_step"
+        )
+
+
 def write_prompt(
     buffers: tuple, prompts: tuple, length: Int[Array, "*B"], lengths: Int[Array, "*B"] | None
 ) -> tuple:
     """Buffers [*B, T, ..] with prompts [*B, t, ..] at their start, and then the new length.
 
-    Raises InputError where t exceeds the capacity T.
+    Raises InputError where t exceeds the capacity T, and as `check_prompts` does.
     """
     axis = length.ndim
     num_tokens, capacity = prompts[0].shape[axis], buffers[0].shape[axis]
+    check_prompts(lengths, length, num_tokens)
     if num_tokens > capacity:
         raise InputError(
             f"prefill of {num_tokens} tokens into a cache of {capacity}: "

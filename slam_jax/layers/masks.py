@@ -2,8 +2,9 @@
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
+from slam_jax.array_typing import AnyArray
 from slam_jax.errors import InputError
 
 
@@ -40,3 +41,16 @@ def require_square(mask: Mask, num_queries: int, num_keys: int) -> None:
             f"a Causal mask over {num_queries} queries and {num_keys} keys; expected as many of "
             "these as of those, or an array for a mask"
         )
+
+
+def without_unknown_pads(
+    tokens: Int[AnyArray, "*B T"], mask: Bool[AnyArray, "*B T"] | None, vocab_size: int
+) -> Int[Array, "*B T"]:
+    """The tokens, with 0 for each pad whose id is outside of the vocabulary.
+
+    The embedding of such an id is NaN, and 0 times NaN would reach the real tokens.
+    """
+    tokens = jnp.asarray(tokens)
+    if mask is None:
+        return tokens
+    return jnp.where(mask | ((tokens >= 0) & (tokens < vocab_size)), tokens, 0)

@@ -11,6 +11,7 @@ from slam_jax.array_typing import AnyArray
 from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear, project_wide
+from slam_jax.layers.masks import without_unknown_pads
 from slam_jax.protocol import Hidden, Output
 from slam_jax.slam_v3.alignment import AlignmentHead
 from slam_jax.slam_v3.config import SlamV3Config
@@ -135,9 +136,15 @@ class SlamV3(nnx.Module):
         *,
         lengths: Int[AnyArray, "B *Q"] | None = None,
     ) -> tuple[Float[Array, "B *Q T V"], DecoderCache]:
-        """`decode`, and an empty cache filled; `lengths` are the real tokens of each row."""
+        """`decode`, and an empty cache filled; `lengths` are the real tokens of each row.
+
+        Raises InputError as `check_prompts` does.
+        """
         if lengths is not None:
-            lengths = jnp.asarray(lengths).reshape(_rows(lengths.shape))
+            lengths = jnp.asarray(lengths)
+            real = jnp.arange(tokens.shape[-1]) < lengths[..., None]
+            tokens = without_unknown_pads(tokens, real, self.config.vocab_size)
+            lengths = lengths.reshape(_rows(lengths.shape))
         h, cache = self.decoder.prefill(self._embed(tokens), cache, memory, lengths)
         return self.logits(h).reshape(*tokens.shape, self.config.vocab_size), cache
 
@@ -151,7 +158,10 @@ class SlamV3(nnx.Module):
     def _streams(self, inputs: Inputs, key: PRNGKeyArray | None) -> list[Stream]:
         check_inputs(inputs)
         inputs = jax.tree.map(jnp.asarray, inputs)
-        text = None if inputs.text is None else self.embedding(jnp.asarray(inputs.text))
+        text = inputs.text
+        if text is not None:
+            text = without_unknown_pads(text, inputs.text_mask, self.config.vocab_size)
+            text = self.embedding(text)
         streams, rate = [], self.config.dropout
         for stream, stream_key in zip(self.streams(inputs, text), split(key, 3), strict=False):
             tokens = constrain(dropout(stream.tokens, rate, stream_key), ("batch",))
