@@ -18,7 +18,8 @@ class Loaded(NamedTuple):
     """A trained model with everything needed to use it.
 
     config: the configuration of its run as nested dicts. aux_format: the names and scales of its
-    auxiliary vectors, None where they have no names. step: of its checkpoint.
+    auxiliary vectors, None where they have no names. step: of its checkpoint. max_new_tokens: the default length of answers,
+    which the longest answer of the training data fits into.
     """
 
     model: SlamV3
@@ -26,6 +27,7 @@ class Loaded(NamedTuple):
     aux_format: AuxFormat | None
     config: dict[str, Any]
     step: int
+    max_new_tokens: int = 32
 
 
 def load(workdir: str | Path, step: Step = None) -> Loaded:
@@ -52,4 +54,7 @@ def load(workdir: str | Path, step: Step = None) -> Loaded:
     part = "params" if experiment.optimizer.ema_decay is None else "ema"
     with explain_out_of_memory("the model", "load it on a larger machine"):
         params = jax.device_put(checkpoints.restore_subtree(found, part, like))
-    return Loaded(merge_model(graphdef, params), tokenizer, aux_format, config, found)
+    longest = checkpoints.read_generation(found).get("max_new_tokens", 0)
+    return Loaded(
+        merge_model(graphdef, params), tokenizer, aux_format, config, found, max(32, longest)
+    )

@@ -228,12 +228,15 @@ class Trainer:
     def _save(self, step: int, state: TrainState, scores: Mapping[str, float] | None) -> None:
         self.writer.sync()
         dataset = self.dataset
+        splits = (dataset.train, dataset.validation)
+        longest_answer = max(split.answer_length(dataset.tokenizer) for split in splits)
         self.checkpoints.save(
             step,
             state,
             config=self.config,
             tokenizer=dataset.tokenizer.to_json(),
             aux=None if dataset.aux_format is None else dataset.aux_format.to_json(),
+            generation={"max_new_tokens": longest_answer + 1},
             metrics=scores or {},
         )
 

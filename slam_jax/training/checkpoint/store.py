@@ -1,9 +1,9 @@
 """Checkpoints of a run: one folder per step, written in the background and verified when read.
 
 `WORKDIR/checkpoints/STEP/` holds `arrays` (written by Orbax), `config.json`, `tokenizer.json`,
-`aux.json`, `metrics.json` and their `manifest.json`. The folder gets its final name by one rename
-after all files are on disk, so a step that is visible is complete. No file is unpickled or
-executed.
+`aux.json`, `generation.json`, `metrics.json` and their `manifest.json`. The folder gets its final
+name by one rename after all files are on disk, so a step that is visible is complete. No file is
+unpickled or executed.
 """
 
 import contextlib
@@ -79,6 +79,7 @@ class Checkpoints:
         config: dict,
         tokenizer: str,
         aux: dict | None = None,
+        generation: dict | None = None,
         metrics: Mapping[str, Any],
     ) -> bool:
         """Starts to write a checkpoint, and returns once the arrays are copied off the device.
@@ -90,6 +91,7 @@ class Checkpoints:
             config: anything that JSON can hold.
             tokenizer: its JSON text, stored unchanged.
             aux: the format of auxiliary vectors, if there is one; anything that JSON can hold.
+            generation: defaults of generating with the model; anything that JSON can hold.
             metrics: of this step, possibly none; values that are not finite are left out.
 
         Returns:
@@ -101,6 +103,7 @@ class Checkpoints:
         self.wait()
         finite = {name: float(x) for name, x in metrics.items() if math.isfinite(x)}
         items = {"config": config, "tokenizer": tokenizer, "aux": aux, "metrics": finite}
+        items["generation"] = generation
         if not distributed.run_on_first(lambda: self._begin(step, items)):
             return False
         folder = self._being_written(step)
@@ -258,8 +261,12 @@ class Checkpoints:
 
     def read_aux(self, step: Step) -> dict | None:
         """The format of auxiliary vectors saved with a step, None where there is none."""
-        path = self._path(step) / "aux.json"
-        return _read_json(path, dict) if path.exists() else None
+        return self._read_optional(step, "aux")
+
+    def read_generation(self, step: Step) -> dict:
+        """The defaults of generating saved with a step, none for a step of version 0.11 or older.
+        max_new_tokens: the longest answer of the training data, its <eos> included."""
+        return self._read_optional(step, "generation") or {}
 
     def read_metrics(self, step: Step) -> dict[str, float]:
         """The metrics saved with a step."""
@@ -371,6 +378,10 @@ class Checkpoints:
 
     def _read_json(self, step: Step, item: str, kind: type) -> Any:
         return _read_json(self._path(step) / f"{item}.json", kind)
+
+    def _read_optional(self, step: Step, item: str) -> dict | None:
+        path = self._path(step) / f"{item}.json"
+        return _read_json(path, dict) if path.exists() else None
 
     def _read_state(self, step: Step, like: Any, part: str | None = None) -> Any:
         path = self._path(step)
