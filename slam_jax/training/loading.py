@@ -18,8 +18,8 @@ class Loaded(NamedTuple):
     """A trained model with everything needed to use it.
 
     config: the configuration of its run as nested dicts. aux_format: the names and scales of its
-    auxiliary vectors, None where they have no names. step: of its checkpoint. max_new_tokens: the default length of answers,
-    which the longest answer of the training data fits into.
+    auxiliary vectors, None where they have no names. step: of its checkpoint. max_new_tokens: the
+    default length of answers, which the longest answer of the training data fits into.
     """
 
     model: SlamV3
