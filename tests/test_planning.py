@@ -18,7 +18,7 @@ from slam_jax.language_models import make_config
 from slam_jax.language_models.flops import training_flops
 from slam_jax.layers.linear import Linear
 from slam_jax.planning import LanguageRun, Machine, Plan, SlamV3Run, describe, subject_of
-from slam_jax.planning.compiled import Step, extrapolated, kept_for_gradients
+from slam_jax.planning.compiled import Step, extrapolated, residuals
 from slam_jax.planning.meshes import factors
 from slam_jax.planning.plans import StateBytes
 from slam_jax.slam_v3 import Inputs
@@ -119,7 +119,7 @@ def test_activations_are_what_differentiation_keeps_of_the_examples():
         decay = jnp.sum(jnp.square(params["kernel"]))
         return decay + jnp.sum(jnp.where(jnp.arange(5) < 3, y, 0.0))
 
-    kept = kept_for_gradients(loss, params, jax.ShapeDtypeStruct((4, 3), jnp.float32))
+    kept = residuals(loss, params, jax.ShapeDtypeStruct((4, 3), jnp.float32))
     assert sorted((x.shape, str(x.dtype)) for x in kept) == [
         ((4, 3), "float32"),
         ((4, 5), "float32"),

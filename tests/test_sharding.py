@@ -250,5 +250,5 @@ def test_collectives_are_read_with_their_axes_and_as_often_as_they_run():
         Collective("collective-permute", ("data",), 16, 1, ""),
     ]
     unknown = TEXT.replace("replica_groups={{0,1,2,3},{4,5,6,7}}", "replica_groups=new")
-    with pytest.raises(ValueError, match="in another form than those known: %scatter = bf16"):
+    with pytest.raises(ValueError, match="in an unknown form: %scatter = bf16"):
         collectives(unknown, {"data": 2, "process": 4})

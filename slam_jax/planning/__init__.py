@@ -1,4 +1,4 @@
-"""What a run would take of each device and of the wires, told before there are any."""
+"""Planning: memory, operations and communication of a run, without its devices."""
 
 from slam_jax.planning.machine import Machine
 from slam_jax.planning.meshes import Found, search

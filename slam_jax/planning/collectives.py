@@ -1,4 +1,4 @@
-"""What the devices send each other in a compiled program, read from its text."""
+"""The collectives of a compiled executable, parsed from its HLO text."""
 
 import math
 import re
@@ -9,26 +9,26 @@ import numpy as np
 
 _OPS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) (\(.*)?\{$")
-_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?[\w.-]+ = (?P<kind>.*?) (?P<op>[a-z-]+)\(")
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<op>[a-z-]+)\(")
 _CALLED = re.compile(r"(?:to_apply|calls|body|condition)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
-# Groups of devices: written out, as a transposed range, or as axes of a mesh of XLA's own.
-_WRITTEN = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
-_ORDER = r"\[[\d,]+\](?:T\([\d,]+\))?"
-_RANGE = re.compile(rf"replica_groups=(\[[\d,]+\])<=({_ORDER})")
+# Three spellings of groups of devices: as lists, as a transposed range, and as axes of a mesh.
+_LISTS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
+_IOTA = r"\[[\d,]+\](?:T\([\d,]+\))?"
+_RANGE = re.compile(rf"replica_groups=(\[[\d,]+\])<=({_IOTA})")
 _MESH = re.compile(
-    rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(({_ORDER})\))? \{{([^}}:]*)\}}"
+    rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(({_IOTA})\))? \{{([^}}:]*)\}}"
 )
 
 
 class Collective(NamedTuple):
-    """axes: of the mesh, along which devices exchange. num_bytes: of
-    what the operation gives each device, for a reduce-scatter of what it takes. count: how often
-    it runs; a loop of an unknown number of rounds counts once.
+    """One collective operation.
 
-    name: what the program calls it, which says what part of the source it is from.
+    axes: mesh axes along which devices exchange. num_bytes: size of the result on a device, of a
+    reduce-scatter that of the operand. count: how often it runs; a loop with an unknown number of
+    iterations counts as one. name: `op_name` of the instruction, which tells the source.
     """
 
     op: str
@@ -39,16 +39,11 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """The collectives of one run of a compiled program, such as `compiled.as_text()`.
+    """The collectives of one run of an executable whose `as_text()` is `text`.
 
-    mesh: axis -> size, in the order of the mesh. Of the branches of a conditional the one that
-    sends the most counts. Raises ValueError for groups of devices that it cannot read.
+    mesh: axis -> size, in the order of the mesh. Of a conditional, the branch that sends the most
+    counts. Raises ValueError for groups of devices in an unknown form.
     """
-    computations, entry = _computations(text)
-    return list(_walk(entry, computations, mesh, 1))
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     computations, entry, name = {}, "", ""
     for line in text.splitlines():
         if found := _COMPUTATION.match(line):
@@ -57,74 +52,68 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             entry = name if found["entry"] else entry
         elif name:
             computations[name].append(line)
-    return computations, entry
+    return list(_walk(entry, computations, mesh, 1))
 
 
-def _walk(name: str, computations, mesh: Mapping[str, int], count: int) -> Iterator[Collective]:
+def _walk(
+    name: str, computations: Mapping[str, list[str]], mesh: Mapping[str, int], count: int
+) -> Iterator[Collective]:
     for line in computations.get(name, ()):
         found = _INSTRUCTION.match(line)
-        if found is None:
+        if found is None or found["op"].endswith("-done"):
             continue
         op = found["op"].removesuffix("-start")
         if op in _OPS:
-            axes, size = _axes(line, mesh)
-            num_bytes = _num_bytes(found["kind"]) * (size if op == "reduce-scatter" else 1)
+            group = _first_group(line, math.prod(mesh.values()))
+            coordinates = np.array(np.unravel_index(group, tuple(mesh.values())))
+            axes = tuple(a for a, c in zip(mesh, coordinates, strict=True) if np.any(c != c[0]))
+            num_bytes = _num_bytes(found["type"]) * (len(group) if op == "reduce-scatter" else 1)
             source = re.search(r'op_name="([^"]*)"', line)
             yield Collective(op, axes, num_bytes, count, source[1] if source else "")
             continue
-        if op.endswith("-done"):
-            continue
-        trips = _TRIPS.search(line)
-        rounds = count * int(trips[1]) if trips and op == "while" else count
+        trips = _TRIP_COUNT.search(line)
+        runs = count * int(trips[1]) if trips and op == "while" else count
         for called in _CALLED.findall(line):
-            yield from _walk(called, computations, mesh, rounds)
+            yield from _walk(called, computations, mesh, runs)
         if branches := _BRANCHES.search(line):
             names = [each.strip().lstrip("%") for each in branches[1].split(",")]
             found_in = [list(_walk(each, computations, mesh, count)) for each in names]
             yield from max(found_in, key=lambda those: sum(c.num_bytes * c.count for c in those))
 
 
-def _num_bytes(kind: str) -> int:
-    """Of an array, or of all arrays of a tuple."""
+def _num_bytes(type_text: str) -> int:
+    """Bytes of an array type or of all arrays of a tuple type."""
     total = 0
-    for name, bits, shape in _ARRAY.findall(kind):
-        size = math.prod(int(n) for n in shape.split(",") if n)
+    for name, bits, shape in _ARRAY.findall(type_text):
+        size = math.prod(_integers(shape))
         total += size if name == "pred" else size * int(bits) // 8
     return total
 
 
-def _axes(line: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
-    """The axes along which the devices of a group differ, and how many devices are in it."""
-    group = _first_group(line, math.prod(mesh.values()))
-    places = np.array(np.unravel_index(group, tuple(mesh.values())))
-    pairs = zip(mesh, places, strict=True)
-    return tuple(axis for axis, place in pairs if np.any(place != place[0])), len(group)
-
-
 def _first_group(line: str, num_devices: int) -> list[int]:
-    if found := _WRITTEN.search(line):
-        written = re.findall(r"\{([\d, ]+)\}", found[1])
-        groups = [[int(n) for n in each.split(",")] for each in written]
-        # A device may also send to itself.
+    """The devices of one group of a collective; all groups are alike."""
+    if found := _LISTS.search(line):
+        groups = [_integers(each) for each in re.findall(r"\{([\d, ]+)\}", found[1])]
+        # In a permutation a device may send to itself.
         return next((group for group in groups if len(set(group)) > 1), groups[0])
     if found := _RANGE.search(line):
-        return _in_order(found[2]).reshape(_numbers(found[1]))[0].tolist()
+        return _iota(found[2]).reshape(_integers(found[1]))[0].tolist()
     if found := _MESH.search(line):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        order = np.arange(num_devices) if found[2] is None else _in_order(found[2])
+        devices = np.arange(num_devices) if found[2] is None else _iota(found[2])
         chosen = [slice(None) if f"'{name}'" in found[3].split(",") else 0 for name in sizes]
-        return order.reshape(list(sizes.values()))[tuple(chosen)].reshape(-1).tolist()
+        return devices.reshape(list(sizes.values()))[tuple(chosen)].reshape(-1).tolist()
     if "replica_groups={}" in line:
         return list(range(num_devices))
-    raise ValueError(f"groups of devices in another form than those known: {line.strip()[:300]}")
+    raise ValueError(f"groups of devices in an unknown form: {line.strip()[:300]}")
 
 
-def _in_order(text: str) -> np.ndarray:
-    """[2,4]T(1,0): the numbers from 0 on in this shape, transposed."""
+def _iota(text: str) -> np.ndarray:
+    """The numbers from 0 on in a shape and order such as [2,4]T(1,0)."""
     shape, _, axes = text.partition("T")
-    numbers = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
-    return numbers.transpose(_numbers(axes)) if axes else numbers
+    numbers = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
+    return numbers.transpose(_integers(axes)) if axes else numbers
 
 
-def _numbers(text: str) -> list[int]:
+def _integers(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]

@@ -1,9 +1,9 @@
-"""What a step sends and takes, from its program as XLA compiles it for as many CPU devices.
+"""What a training step sends and how much memory it takes, from its compiled executable.
 
-A program for 1,024 devices is one program, as fast to compile as for two; one of a hundred layers
-is not. So models of one and of two layers of a kind are compiled, and what the second one adds is
-added for every layer more. Of bytes sent, and of activations, that is exact where all layers of a
-kind are alike, and a test compares it; of what the program takes it is an estimate.
+An executable for 1,024 virtual CPU devices compiles as fast as one for two, but compile time grows
+with the number of layers. So models with one and with two layers of a kind are compiled, and the
+difference is added for every further layer. For bytes sent and activations this is exact if all
+layers of a kind are alike, as a test checks; for temporary memory it is an estimate.
 """
 
 from collections import Counter
@@ -22,15 +22,15 @@ from slam_jax.planning.subjects import Subject
 from slam_jax.training.sharding import bytes_per_device, in_force, laid_out
 from slam_jax.training.state import merge_model
 
-# Nothing of it is run: the text is the same without these.
-_QUICK: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# The executable is not run, and these passes do not change what is read from it.
+_FAST: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class Step(NamedTuple):
-    """Of one device, in bytes.
+    """Bytes of one device.
 
-    taken: beside the state, by the program at its fullest. activations: kept from the forward pass
-    for the backward one. sent: by axes and operation.
+    taken: peak of the executable's temporary memory, the state not included. activations: kept
+    from the forward pass for the backward pass. sent: by mesh axes and operation.
     """
 
     taken: int
@@ -39,26 +39,30 @@ class Step(NamedTuple):
 
 
 def compiled_step(subject: Subject, mesh: Mesh | None) -> Step:
-    """Of the step as it stands, all of its layers compiled."""
+    """The figures of a subject's step with all of its layers compiled."""
     sizes = {"data": 1} if mesh is None else dict(mesh.shape)
 
-    def like(x: Any) -> jax.ShapeDtypeStruct:
-        if mesh is None:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype)
-        sharding = NamedSharding(mesh, fit(x.shape, [AXES["batch"]], sizes))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    def shapes(batch: Any, parts: int) -> Any:
+        def one(x: Any) -> jax.ShapeDtypeStruct:
+            shape = (x.shape[0] // parts, *x.shape[1:])
+            if mesh is None:
+                return jax.ShapeDtypeStruct(shape, x.dtype)
+            sharding = NamedSharding(mesh, fit(shape, [AXES["batch"]], sizes))
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
-    def loss(params: Any, given: Any) -> Any:
-        part, key = given
-        return subject.loss(merge_model(graphdef, params), part, key=key).total
+        return jax.tree.map(one, batch)
 
-    graphdef, shapes = subject.state()
-    state = laid_out(shapes, mesh, zero=subject.mesh.zero)
+    def loss(params: Any, batch_and_key: Any) -> Any:
+        batch, key = batch_and_key
+        return subject.loss(merge_model(graphdef, params), batch, key=key).total
+
+    graphdef, state = subject.state()
+    state = laid_out(state, mesh, zero=subject.mesh.zero)
     with in_force(mesh), for_accelerators():
-        lowered = subject.step(graphdef, state).lower(state, jax.tree.map(like, subject.batch))
-        compiled = lowered.compile(compiler_options=_QUICK)
-        given = (jax.tree.map(like, subject.part), state.key)
-        activations = kept_for_gradients(loss, state.params, given)
+        lowered = subject.step(graphdef, state).lower(state, shapes(subject.batch, 1))
+        compiled = lowered.compile(compiler_options=_FAST)
+        part = shapes(subject.batch, subject.optimizer.accumulate_steps)
+        activations = residuals(loss, state.params, (part, state.key))
     sent: Counter = Counter()
     for each in collectives(compiled.as_text(), sizes):
         sent[each.axes, each.op] += each.count * each.num_bytes
@@ -66,62 +70,60 @@ def compiled_step(subject: Subject, mesh: Mesh | None) -> Step:
     return Step(taken, bytes_per_device(activations), dict(sent))
 
 
-def kept_for_gradients(
-    loss: Callable[[Any, Any], Any], params: Any, given: Any
+def residuals(
+    loss: Callable[[Any, Any], Any], params: Any, inputs: Any
 ) -> list[jax.ShapeDtypeStruct]:
-    """What differentiation keeps of the loss of what is given, such as examples and a key: each
-    array once and where XLA has it stand.
+    """Arrays that `jax.vjp` keeps of `loss(params, inputs)`, each once, with XLA's shardings.
 
-    Left out is what is made of parameters alone, as by a cast, or of nothing, as a causal mask.
+    Only those that depend on `inputs` count: not casts of parameters, nor causal masks.
     """
 
-    def forward(params: Any, given: Any) -> list[Any]:
-        return jax.tree.leaves(jax.vjp(lambda params: loss(params, given), params)[1])
+    def forward(params: Any, inputs: Any) -> list[Any]:
+        return jax.tree.leaves(jax.vjp(lambda params: loss(params, inputs), params)[1])
 
-    traced = jax.jit(forward).trace(params, given)
-    shardings = traced.lower().compile(compiler_options=_QUICK).output_shardings
+    traced = jax.jit(forward).trace(params, inputs)
+    shardings = traced.lower().compile(compiler_options=_FAST).output_shardings
     jaxpr = traced.jaxpr.jaxpr
-    first = len(jax.tree.leaves(params))
-    made = _made_of(jaxpr.invars[first:], jaxpr)
-    kept = {
+    kept = _dependent(jaxpr.invars[len(jax.tree.leaves(params)) :], jaxpr)
+    found = {
         var: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        for var, x, sharding in zip(made, traced.out_info, shardings, strict=True)
+        for var, x, sharding in zip(kept, traced.out_info, shardings, strict=True)
         if var is not None
     }
-    return list(kept.values())
+    return list(found.values())
 
 
-def _made_of(given: Sequence[Var], jaxpr: Jaxpr) -> list[Var | None]:
-    """The results of a program; None for those that none of the given arrays goes into."""
-    made = set(given)
+def _dependent(inputs: Sequence[Var], jaxpr: Jaxpr) -> list[Var | None]:
+    """The results of a jaxpr, None in place of those that do not depend on `inputs`."""
+    dependent = set(inputs)
 
-    def into(vars: Sequence[Any]) -> list[Var | None]:
-        return [var if isinstance(var, Var) and var in made else None for var in vars]
+    def select(vars: Sequence[Any]) -> list[Var | None]:
+        return [var if isinstance(var, Var) and var in dependent else None for var in vars]
 
     for eqn in jaxpr.eqns:
-        used, results = into(eqn.invars), eqn.outvars
-        if eqn.primitive.name == "jit":  # its results need not all be made of all that it takes
+        used, results = select(eqn.invars), eqn.outvars
+        if eqn.primitive.name == "jit":  # not every result depends on every argument
             inner = eqn.params["jaxpr"].jaxpr
             taken = [own for own, var in zip(inner.invars, used, strict=True) if var is not None]
-            those = _made_of(taken, inner)
-            results = [var for var, own in zip(results, those, strict=True) if own is not None]
-        made.update(results if any(var is not None for var in used) else ())
-    return into(jaxpr.outvars)
+            own = _dependent(taken, inner)
+            results = [var for var, own in zip(results, own, strict=True) if own is not None]
+        dependent.update(results if any(var is not None for var in used) else ())
+    return select(jaxpr.outvars)
 
 
 def extrapolated(
     subject: Subject, measure: Callable[[Subject], Step]
 ) -> tuple[Step, Sequence[Mapping[str, int]]]:
-    """The step of the whole subject, and the numbers of layers for which `measure` was asked."""
+    """The step of the whole subject, and the numbers of layers that `measure` was called with."""
     deep = {name: depth for name, depth in subject.depths.items() if depth.repeats > 2}
     base = {name: depth.layers(1) for name, depth in deep.items()}
-    first, asked = measure(subject.with_layers(base)), [base]
+    first, measured = measure(subject.with_layers(base)), [base]
     taken, activations, sent = first.taken, first.activations, Counter(first.sent)
     for name, depth in deep.items():
-        asked.append({**base, name: depth.layers(2)})
-        second, times = measure(subject.with_layers(asked[-1])), depth.repeats - 1
-        taken += times * (second.taken - first.taken)
-        activations += times * (second.activations - first.activations)
+        measured.append({**base, name: depth.layers(2)})
+        second, more = measure(subject.with_layers(measured[-1])), depth.repeats - 1
+        taken += more * (second.taken - first.taken)
+        activations += more * (second.activations - first.activations)
         for key in {*first.sent, *second.sent}:
-            sent[key] += times * (second.sent.get(key, 0) - first.sent.get(key, 0))
-    return Step(taken, activations, dict(sent)), asked
+            sent[key] += more * (second.sent.get(key, 0) - first.sent.get(key, 0))
+    return Step(taken, activations, dict(sent)), measured

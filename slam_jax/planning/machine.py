@@ -1,4 +1,4 @@
-"""What devices and the wires between them are taken to do, and how long a step then is."""
+"""The assumed speed of devices and their links, and the time that a step takes on them."""
 
 import dataclasses
 import math
@@ -8,29 +8,28 @@ import numpy as np
 
 from slam_jax.errors import require, require_count
 
-Exchange = tuple[tuple[str, ...], str]  # the axes along which, and the operation
-Sent = Mapping[Exchange, int]
+Exchange = tuple[tuple[str, ...], str]  # mesh axes along which devices exchange, operation
+Sent = Mapping[Exchange, int]  # -> bytes that each device is sent
 
-# What a ring of n devices has each of them send, of the bytes that an operation gives a device, for
-# a reduce-scatter of those that it takes. Source: Thakur, Rabenseifner & Gropp 2005, "Optimization
-# of Collective Communication Operations in MPICH", section 4.
+# Share of the exchanged bytes that each of n devices in a ring sends. The bytes are those of the
+# result, or of the operand of a reduce-scatter. Source: Thakur, Rabenseifner & Gropp 2005,
+# "Optimization of Collective Communication Operations in MPICH", section 4.
 _RING = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: (n - 1) / n,
     "all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1.0,
+    "collective-permute": lambda n: float(n > 1),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Devices, all alike; nothing of it is measured. The defaults are what NVIDIA states of an H100
-    SXM in a host of eight.
+    """Equal devices. The defaults are NVIDIA's figures of an H100 SXM in a host of eight.
 
-    device_memory_gib: 2**30 bytes. device_tflops: 1e12 floating-point operations a second.
-    link_gb_s: 1e9 bytes a second that a device sends to others of its host; network_gb_s: the same
-    to other hosts, through a card of its own. devices_per_host: neighbours in the mesh share one.
+    device_memory_gib: in 2**30 bytes. device_tflops: in 1e12 floating-point operations a second.
+    link_gb_s, network_gb_s: 1e9 bytes a second that a device sends within and out of its host.
+    devices_per_host: that many neighbours in the mesh share a host.
     """
 
     device_memory_gib: float = 80.0
@@ -48,27 +47,27 @@ class Machine:
     def __str__(self) -> str:
         return (
             f"{self.device_memory_gib:g} GiB and {self.device_tflops:g} TFLOP/s a device, "
-            f"{self.link_gb_s:g} GB/s to others of its host of {self.devices_per_host}, "
+            f"{self.link_gb_s:g} GB/s within its host of {self.devices_per_host}, "
             f"{self.network_gb_s:g} GB/s to other hosts"
         )
 
     def bandwidth(self, axes: tuple[str, ...], sizes: Mapping[str, int]) -> float:
-        """Bytes a second that a device of a ring along `axes` sends.
+        """Bytes a second that a device sends in a ring along `axes`.
 
-        Where a ring leaves the host, as many rings as it has devices in one share their cards.
+        If the ring leaves the host, its devices in one host use their network cards together.
         """
-        places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        chosen = tuple(slice(None) if axis in axes else 0 for axis in sizes)
-        hosts = places[chosen].reshape(-1) // self.devices_per_host
-        if len(set(hosts)) == 1:
+        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        ring = devices[tuple(slice(None) if axis in axes else 0 for axis in sizes)].reshape(-1)
+        _, devices_in_host = np.unique(ring // self.devices_per_host, return_counts=True)
+        if len(devices_in_host) == 1:
             return self.link_gb_s * 1e9
-        together = int(np.bincount(hosts - hosts[0]).max())
-        return min(self.link_gb_s, together * self.network_gb_s) * 1e9
+        return min(self.link_gb_s, int(devices_in_host.max()) * self.network_gb_s) * 1e9
 
     def seconds(self, sent: Sent, sizes: Mapping[str, int]) -> dict[Exchange, float]:
-        """Of each collective of a step, alone: without waiting, and without the time of a start."""
-        told = {}
-        for (axes, op), num_bytes in sent.items():
-            n = math.prod(sizes[axis] for axis in axes)
-            told[axes, op] = num_bytes * _RING[op](n) / self.bandwidth(axes, sizes) if axes else 0.0
-        return told
+        """Time of each collective by bandwidth alone: without latency and waiting."""
+        return {
+            (axes, op): num_bytes
+            * _RING[op](math.prod(sizes[axis] for axis in axes))
+            / self.bandwidth(axes, sizes)
+            for (axes, op), num_bytes in sent.items()
+        }
