@@ -109,7 +109,7 @@ def test_the_figures_of_a_folder_are_those_of_its_usable_rows(folder):
         f"width {np.mean(widths):.6g} {np.std(widths):.6g}",
         "height 2.5 1",
     ]
-    assert "columns that are not used: note" in lines
+    assert "columns that are not used: 'note' (row 1: 'by hand' is no number)" in lines
 
 
 def test_a_folder_without_pictures_has_no_tiles(tmp_path):

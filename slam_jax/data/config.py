@@ -37,6 +37,10 @@ class DataConfig:
     max_damaged_records: how many records of a split may be damaged; they are passed over, and one
       more ends the run.
     vocab_size: most tokens the tokenizer may learn.
+    table_version: how the table of a folder is read. 2 = equal pictures are in one split whatever
+      their names, answers and kinds are stripped and in Unicode NFC, true and false are read alike
+      from every format, and outliers do not count for the scale of numbers. None = as version
+      0.11.0 did, whose checkpoints go on with it. `default_config` gives 2.
     stages: (first step, {view: rate}); from that step on a batch is of that view with probability
       proportional to the rate. Lists, as JSON gives them, are accepted.
 
@@ -53,12 +57,15 @@ class DataConfig:
     drop_inputs: float = 0.0
     max_damaged_records: int = 10
     vocab_size: int = 512
+    table_version: int | None = None
     stages: Sequence[Any] = ((0, {"image": 1.0}),)
 
     def __post_init__(self) -> None:
         require_count("batch_size", self.batch_size)
         require_count("vocab_size", self.vocab_size, least=SMALLEST_VOCABULARY)
         require_count("max_damaged_records", self.max_damaged_records, least=0)
+        versions = (None, 2)
+        require(self.table_version in versions, "table_version", self.table_version, "None or 2")
         require(0 <= self.augment < 1, "augment", self.augment, "a share from 0 to below 1")
         require(0 <= self.drop_inputs < 1, "drop_inputs", self.drop_inputs, "a rate in [0, 1)")
         if not 0 <= self.seed < 2**32:

@@ -11,8 +11,8 @@ import numpy as np
 from slam_jax.data.built import build_once, open_splits
 from slam_jax.data.config import DataConfig
 from slam_jax.data.digits import read_digits
-from slam_jax.data.folder import SPLITS, Table, read_table, without_long_rows
-from slam_jax.data.numbers import AuxFormat
+from slam_jax.data.folder import SPLITS, Table, line_of, read_table, without_long_rows
+from slam_jax.data.numbers import AuxFormat, find_outliers
 from slam_jax.data.pipeline import Source
 from slam_jax.data.public import (
     MNIST_TEXTS,
@@ -35,7 +35,7 @@ class Dataset:
     """Three splits, the tokenizer of their text and the format of their auxiliary vectors.
 
     corpus_is_whole: no record that a tokenizer is trained on is damaged, so that the same data give
-    the same tokenizer.
+    the same tokenizer. table: of a folder. notes: what the user should know of the data.
     """
 
     train: Source
@@ -44,6 +44,8 @@ class Dataset:
     tokenizer: Tokenizer
     aux_format: AuxFormat | None = None
     corpus_is_whole: bool = True
+    table: Table | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +132,18 @@ def _read_folder(wanted: _Wanted) -> Dataset:
     config, model = wanted.config, wanted.model
     if config.path is None:
         raise ConfigError("data.path is not given; give it the folder with your table")
-    table = read_table(config.path)
+    trained = wanted.aux_format
+    columns = () if trained is None or not trained.has_columns else trained.names
+    table = read_table(
+        config.path,
+        version=config.table_version,
+        # Without a tokenizer there is no checkpoint, and the table says which columns there are.
+        columns=None if wanted.tokenizer is None else columns,
+        context_length=model.context_length,
+    )
     tokenizer = wanted.tokenizer_of(_texts(table.rows["train"]))
     table = without_long_rows(table, tokenizer, model.context_length)
-    _pass_over(table, config.max_damaged_records)
+    _skip_bad_rows(table, config.max_damaged_records)
     for split, kept in table.rows.items():
         if not kept:
             raise DataError(f"{table.path}: no row is left for {split}; mend the bad ones")
@@ -155,12 +165,16 @@ def _read_folder(wanted: _Wanted) -> Dataset:
         "aux": [row.numbers is None or np.isnan(row.numbers).any() for row in given],
     }
     streams = [name for name, missing in lacks.items() if not all(missing)]
-    aux_format = wanted.aux_format
+    aux_format, notes = wanted.aux_format, list(table.notes)
     if aux_format is None and table.columns:
         streams = list(dict.fromkeys((*streams, "aux")))
+        robust = config.table_version is not None
         numbers = np.array([row.numbers for row in rows["train"]])
-        aux_format = AuxFormat.of_columns(table.columns, numbers)
-    return _from_rows(
+        aux_format = AuxFormat.of_columns(table.columns, numbers, robust=robust)
+        notes += _outlier_notes(table, numbers, robust)
+    for note in notes:
+        logging.getLogger("slam_jax").warning("%s: %s", table.path, note)
+    dataset = _from_rows(
         wanted,
         rows,
         str(table.path),
@@ -169,9 +183,22 @@ def _read_folder(wanted: _Wanted) -> Dataset:
         aux_format=aux_format,
         lacking=[name for name in streams if any(lacks[name])],
     )
+    return dataclasses.replace(dataset, table=table, notes=tuple(notes))
 
 
-def _pass_over(table: Table, most: int) -> None:
+def _outlier_notes(table: Table, numbers: np.ndarray, robust: bool) -> Iterator[str]:
+    effect = "left out of mean and scale" if robust else "the other numbers hardly differ for it"
+    for name, column in zip(table.columns, numbers.T, strict=True):
+        (places,) = np.nonzero(find_outliers(column))
+        if len(places):
+            line = line_of(table.rows["train"][places[0]])
+            yield (
+                f"column {name!r}: {len(places):,} of {len(column):,} training numbers far from "
+                f"the others, {effect} (first in row {line}: {column[places[0]]:.6g})"
+            )
+
+
+def _skip_bad_rows(table: Table, most: int) -> None:
     if len(table.bad) > most:
         line, reason = table.bad[0]
         more = f" (and {len(table.bad) - 1} more such)" if len(table.bad) > 1 else ""

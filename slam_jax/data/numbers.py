@@ -4,17 +4,68 @@ import csv
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from slam_jax.errors import InputError, check_names, first_line
+from slam_jax.errors import InputError, check_names, first_line, shorten
 
 _MOST_DEVIATIONS = 8.0
+_OUTLIER_RANGES = 10.0
 _MOST_BYTES = 1 << 24  # of a file of numbers; it is read whole
+
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_MISSING = ("", "na", "n/a", "nan", "null", "none")
+_WORDS = {"true": 1.0, "false": 0.0}
+
+
+def is_missing(value: Any) -> bool:
+    """Whether it stands for a number that is not known: None, NaN, or a text such as "" or "NA"."""
+    if isinstance(value, str):
+        return value.strip().lower() in _MISSING
+    return value is None or value != value
+
+
+def parse_number(value: Any, *, words: bool = True) -> float | None:
+    """A finite number, or None for anything else, such as "1_1", "1,5" and "12%".
+
+    words: "true" and "false" in any case are 1 and 0, as are those of JSON and Python.
+    """
+    if isinstance(value, str):
+        value = value.strip()
+        if words and value.lower() in _WORDS:
+            return _WORDS[value.lower()]
+        if not _NUMBER.fullmatch(value):
+            return None
+    elif not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def find_outliers(numbers: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+    """Which numbers lie more than ten interquartile ranges beyond the quartiles; NaN never does.
+
+    Where half of the numbers are equal, the range is the median distance of the others from them.
+    """
+    known = numbers[~np.isnan(numbers)]
+    if not len(known):
+        return np.zeros(len(numbers), bool)
+    low, middle, high = np.quantile(known, (0.25, 0.5, 0.75))
+    spread = high - low
+    if spread == 0:
+        distances = np.abs(known - middle)
+        spread = np.median(distances[distances > 0]) if distances.any() else 0.0
+    reach = _OUTLIER_RANGES * spread
+    return (numbers < low - reach) | (numbers > high + reach)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +92,19 @@ class AuxFormat:
         return self.mean is not None
 
     @classmethod
-    def of_columns(cls, names: Sequence[str], rows: Float[np.ndarray, "n A"]) -> "AuxFormat":
-        """For a table whose training rows are `rows`; NaN = missing."""
+    def of_columns(
+        cls, names: Sequence[str], rows: Float[np.ndarray, "n A"], *, robust: bool = True
+    ) -> "AuxFormat":
+        """For a table whose training rows are `rows`; NaN = missing.
+
+        robust: mean and scale are computed without outliers (`find_outliers`), of which one would
+        make all other numbers look the same.
+        """
         mean, scale = [], []
         for column in rows.T:
             known = column[~np.isnan(column)]
+            if robust:
+                known = known[~find_outliers(known)]
             mean.append(float(known.mean()) if len(known) else 0.0)
             spread = float(known.std()) if len(known) else 0.0
             # A column that does not change tells nothing: any scale will do.
@@ -155,11 +214,11 @@ def read_numbers(path: str) -> Any:
         if file.suffix.lower() != ".csv":
             return json.loads(text)
         rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if row]
-        if rows and not all(map(_is_number, rows[0])):
+        if rows and not all(is_missing(x) or parse_number(x) is not None for x in rows[0]):
             names, *rows = rows
             if len(rows) == 1:
-                return {name: float(x) if x else None for name, x in zip(names, *rows, strict=True)}
-        return [[float(cell) for cell in row] for row in rows]
+                return dict(zip(names, map(_cell, *rows), strict=True))
+        return [[_cell(cell) for cell in row] for row in rows]
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise InputError(
             f"aux: {path} cannot be read ({first_line(error)}); expected rows of numbers, "
@@ -167,8 +226,8 @@ def read_numbers(path: str) -> Any:
         ) from error
 
 
-def _is_number(cell: str) -> bool:
-    try:
-        return not cell or math.isfinite(float(cell))
-    except ValueError:
-        return False
+def _cell(cell: str) -> float | None:
+    number = parse_number(cell)
+    if number is None and not is_missing(cell):
+        raise ValueError(f"{shorten(repr(cell), 60)} is no number")
+    return number

@@ -11,7 +11,7 @@ import numpy as np
 
 from slam_jax.data.config import DataConfig
 from slam_jax.data.datasets import Dataset, prepare
-from slam_jax.data.folder import BadRow, Table, read_table, without_long_rows
+from slam_jax.data.folder import BadRow, Table, line_of
 from slam_jax.data.images import load_image
 from slam_jax.data.pipeline import Example, Source, evaluation_batches
 from slam_jax.data.records import DamagedRecord
@@ -64,8 +64,8 @@ def inspect_data(config: DataConfig, model: SlamV3Config) -> Inspection:
     lenient = dataclasses.replace(whole, max_damaged_records=_MOST_DAMAGED)
     with _without_warnings():  # the report lists what they would tell
         found = _inspect(config, prepare(lenient, model=model))
-        table = read_table(config.path)
-        table = without_long_rows(table, found.dataset.tokenizer, model.context_length)
+        table = found.dataset.table
+        assert table is not None
         bad = sorted([*table.bad, *_unreadable(table, model.image.size)])
     return dataclasses.replace(found, table=table, bad=tuple(bad))
 
@@ -149,7 +149,7 @@ def _unreadable(table: Table, size: int) -> Iterator[BadRow]:
             except InputError as error:
                 reasons[row.image] = f"image: {error}"
         if (reason := reasons[row.image]) is not None:
-            yield BadRow(int(row.where.rpartition(" ")[-1]), reason)
+            yield BadRow(line_of(row), reason)
 
 
 @contextlib.contextmanager

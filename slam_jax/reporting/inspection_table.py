@@ -31,8 +31,8 @@ def print_inspection(found: Inspection, file: Any = None) -> None:
     _print_texts(page, found)
     _print_numbers(page, found)
     if found.table is not None:
-        if found.table.ignored:
-            page.line(f"columns that are not used: {', '.join(found.table.ignored)}")
+        for note in found.dataset.notes:
+            page.line(note)
         most = found.config.max_damaged_records
         refused = "; training refuses more" if len(found.bad) > most else ""
         page.line(

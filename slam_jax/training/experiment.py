@@ -148,6 +148,8 @@ def default_config(preset: str = "small") -> ConfigDict:
     del config["model"]["vocab_size"]
     image = {**config["model"]["image"], **PRESETS[preset].get("image", {})}
     config["model"] |= {**PRESETS[preset], "image": image}
+    # Not the default of the field: a stored configuration that lacks it means None.
+    config["data"]["table_version"] = 2
     return ConfigDict({**config, "seed": 0})
 
 
