@@ -1,10 +1,13 @@
-"""DeepSeek V2, 236 billion parameters, to be planned: language models have no data set here.
+"""DeepSeek V2 with 236 billion parameters, for planning only.
 
-    python -m slam_jax.planning --config=configs/deepseek_v2_plan.py --devices=1024
+Command:   python -m slam_jax.planning --config=configs/deepseek_v2_plan.py --devices=1024
+Hardware:  a CPU; the plan is for 1,024 accelerators.
+Duration and score: it is not trained, as language models have no data set here. docs/planning.md
+shows the plan.
 
-The published sizes with float32 parameters and optimizer, computed in bfloat16, on 8,192 rows of
-4,096 tokens a step (DeepSeek-AI 2024, section 3.1.2, has 9,216), which are taken in 64 parts: of
-each a device has one row. docs/planning.md has the plan.
+The sizes are the published ones, with float32 parameters and optimizer state and bfloat16
+computation. A step has 8,192 rows of 4,096 tokens (DeepSeek-AI 2024, section 3.1.2, has 9,216 rows)
+in 64 parts, of which each device gets one row.
 """
 
 from typing import Any

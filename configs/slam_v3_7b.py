@@ -1,10 +1,13 @@
-"""A SLAM v3 of seven billion parameters, to be planned; nobody has trained it.
+"""A SLAM v3 with seven billion parameters, for planning.
 
-    python -m slam_jax.planning --config=configs/slam_v3_7b.py --devices=256 --device_memory_gib=80
+Command:   python -m slam_jax.planning --config=configs/slam_v3_7b.py --devices=256 \
+               --device_memory_gib=80
+Hardware:  a CPU; the plan is for 256 accelerators of 80 GiB.
+Duration and score: it has not been trained. docs/planning.md shows the plan.
 
-2,048 wide, four processes of sixteen layers, a ViT of 24 and a decoder of 32, computed in bfloat16
-on float32 parameters. It reads Sort-of-CLEVR, image and text together, so that the command runs as
-it stands: change `data` and `model.image` to yours. docs/planning.md has the plan.
+The model is 2,048 wide, with four processes of 16 layers, a ViT of 24 layers and a decoder of 32
+layers, computed in bfloat16 on float32 parameters. It reads image and text of Sort-of-CLEVR, so the
+command works as it is; change `data` and `model.image` for your own data.
 """
 
 from typing import Any

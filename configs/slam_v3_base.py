@@ -1,11 +1,12 @@
-"""A ViT-B sized SLAM v3, the starting point for a data set of your own.
+"""A SLAM v3 of the width of ViT-B, as a starting point for your own data.
 
-    python train.py --config=configs/slam_v3_base.py --workdir=runs/base
+Command:   python train.py --config=configs/slam_v3_base.py --workdir=runs/base
+Hardware:  an accelerator of 40 GB or more.
+Duration and score: it has not been trained.
 
-768 wide, four processes of six layers, a ViT of twelve, a bottleneck of 128 memory tokens and a
-decoder of twelve layers. The preset is for images of 224 pixels in patches of 16; here it reads
-Sort-of-CLEVR, so that the command runs as it stands: change `data` and `model.image` to yours.
-It wants an accelerator of 40 GB or more and has not been trained: no duration or score stands here.
+The model is 768 wide, with four processes of six layers, a ViT of 12 layers, 128 memory tokens and
+a decoder of 12 layers. The preset is for images of 224 pixels in patches of 16. Here it reads
+Sort-of-CLEVR, so the command works as it is; change `data` and `model.image` for your own data.
 """
 
 from typing import Any

@@ -1,15 +1,16 @@
-"""Captions of COCO pictures: 82,783 for training, with five captions each.
+"""Captions of COCO pictures: 82,783 pictures for training, with five captions each.
 
-    pip install tensorflow
-    python train.py --config=configs/slam_v3_coco_captions.py --workdir=runs/coco_captions
+Command:   pip install tensorflow
+           python train.py --config=configs/slam_v3_coco_captions.py --workdir=runs/coco_captions
+Hardware:  an accelerator.
+Duration and score: it has not been trained.
 
-TFDS downloads 40 GB and builds the data set once, for which alone TensorFlow is needed; where it
-was built before with file_format='array_record', its folder `coco_captions` can be copied into
-`data.data_dir`. A model of medium width reads 224 pixels in patches of 16. It wants an accelerator
-and has not been trained: no duration or score stands here.
+TFDS downloads 40 GB and builds the data set once; only this needs TensorFlow. If the data set was
+built elsewhere with file_format='array_record', its folder `coco_captions` can be copied into
+`data.data_dir`. A model of medium width reads 224 pixels in patches of 16.
 
-The accuracy counts captions that are word for word the one that was drawn, which hardly happens:
-follow the loss, and evaluate and generate with --step=latest rather than the best.
+The accuracy counts captions that equal the drawn one word for word, which hardly happens. Follow
+the loss instead, and evaluate and generate with --step=latest, not with the best step.
 """
 
 from typing import Any

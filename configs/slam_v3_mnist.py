@@ -1,12 +1,13 @@
-"""The digits of MNIST: the picture goes in, the digit comes out as text.
+"""The digits of MNIST: the model reads the picture and writes the digit.
 
-    pip install tensorflow
-    python train.py --config=configs/slam_v3_mnist.py --workdir=runs/mnist
+Command:   pip install tensorflow
+           python train.py --config=configs/slam_v3_mnist.py --workdir=runs/mnist
+Hardware:  2 CPU cores or an accelerator.
+Duration and score: it has not been trained; configs/slam_v3_digits.py is similar.
 
-TFDS downloads 12 MB and builds the data set once, for which alone TensorFlow is needed; where it
-was built before with file_format='array_record', its folder `mnist` can be copied into
-`data.data_dir`. This has not been trained: no duration or score stands here. Nearest to it is
-configs/slam_v3_digits.py, which needs no download.
+TFDS downloads 12 MB and builds the data set once; only this needs TensorFlow. If the data set was
+built elsewhere with file_format='array_record', its folder `mnist` can be copied into
+`data.data_dir`.
 """
 
 from typing import Any

@@ -1,11 +1,13 @@
-"""SLAM v3 in JAX: any mix of text, image and vectors through four encoder processes that always
-run side by side, one fused memory, and a decoder with multi-head latent attention.
+"""SLAM v3 in JAX: a multimodal transformer that reads any mix of text, image and vectors.
+
+Four encoder processes run in parallel on every input, their outputs are fused into one memory, and
+a decoder with multi-head latent attention generates text.
 
     loaded = slam_jax.load("runs/quickstart")  # model, tokenizer, config, step
     [answer] = slam_jax.generate(loaded, [slam_jax.Request("shape of red", image="scene.png")])
     print(answer.text)
 
-Layers stand alone in `slam_jax.layers`; the model's rooms are in `slam_jax.slam_v3`.
+Layers are in `slam_jax.layers`, the parts of the model in `slam_jax.slam_v3`.
 """
 
 import importlib
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from slam_jax.slam_v3 import ImageConfig, Inputs, Memory, SlamV3, SlamV3Config
     from slam_jax.training import CheckpointError, load, train
 
-# Loaded when first asked for: who takes one layer need not wait for data sets and checkpoints.
-_ROOMS = {
+# Imported on first use, so that importing one layer does not import data sets and checkpoints.
+_PACKAGES = {
     "generation": ("Request", "Sampling", "encode", "generate", "score", "stream"),
     "layers": ("LatentCache", "MultiHeadLatentAttention"),
     "slam_v3": ("ImageConfig", "Inputs", "Memory", "SlamV3", "SlamV3Config"),
@@ -52,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for room, names in _ROOMS.items():
+    for package, names in _PACKAGES.items():
         if name in names:
-            return getattr(importlib.import_module(f"slam_jax.{room}"), name)
+            return getattr(importlib.import_module(f"slam_jax.{package}"), name)
     raise AttributeError(f"module 'slam_jax' has no attribute {name!r}")

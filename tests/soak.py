@@ -1,10 +1,10 @@
-"""Runs are killed, stopped, starved and lied to at random, and must come out as if never disturbed.
+"""Disturbs runs at random (kills, stops, full disks, damaged files) and compares their results.
 
     python tests/soak.py --minutes=60 --seed=0
 
-Ends when every kind of trial has been done as often as its target says, or the time is up and each
-was done once; prints a table, and exits with 1 if a trial failed. The trials use a run of 24 steps
-(configs/small_run.py), processes of their own and the real train.py.
+It ends when each kind of trial was done as often as TARGETS says, or when the time is up and each
+was done once. It prints a table and exits with 1 if a trial failed. The trials use a run of 24
+steps (configs/small_run.py) in processes of their own, started by train.py.
 """
 
 import argparse
@@ -48,7 +48,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 
 
 class Failure(Exception):
-    """A trial did not come out as it must."""
+    """A trial did not give the expected result."""
 
 
 def check(ok: bool, what: str) -> None:
@@ -68,7 +68,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 class Soak:
-    """Everything the trials share: a place, a reference run, and the run that is disturbed."""
+    """What the trials share: a folder, a finished reference run, and the run to disturb."""
 
     def __init__(self, folder: Path, seed: int):
         self.folder = folder
@@ -88,7 +88,7 @@ class Soak:
         self.best = None
         self.metrics = b""
         self.run = 0
-        self.interrupted: list[str] = []  # kinds of what happened to the current run
+        self.interrupted: list[str] = []  # kinds of the trials on the current run
 
     # --- The reference, and comparisons with it
 
@@ -189,7 +189,7 @@ class Soak:
     # --- Trials
 
     def finish(self) -> None:
-        """Lets the disturbed run go on to its end and compares it."""
+        """Resumes the disturbed run to its end and compares it with the reference."""
         process = self.start(self.workdir)
         check(process.wait(300) == 0, f"{self.workdir}: {(self.folder / 'err').read_text()}")
         self.compare_finished(self.workdir)
@@ -206,7 +206,7 @@ class Soak:
             self.finish()
             steps = []
         phase = self.random.choice(phases)
-        # Programs are compiled anew, which takes ten times as long.
+        # With an empty compile cache, compiling takes ten times as long.
         cold = phase in ("compile", "evaluation") and self.random.random() < 0.3
         process = self.start(self.workdir, cold=cold)
         at = self.wait_for(process, phase)
@@ -257,7 +257,7 @@ class Soak:
         self.interrupt("stop", self.random.choices(SIGNALS, k=count))
 
     def damage(self, kind: str, change: Callable[[Path], str]) -> None:
-        """A damaged step is refused, and a run goes on from the one before."""
+        """A damaged step is refused, and a run resumes from the step before."""
         workdir = self.folder / "damaged"
         shutil.rmtree(workdir, ignore_errors=True)
         shutil.copytree(self.reference, workdir)
@@ -273,10 +273,10 @@ class Soak:
             check("\n" not in str(error), f"more than a line: {error}")
         else:
             raise Failure(silent)
-        told: list[str] = []
+        reported: list[str] = []
         check(Checkpoints(workdir).resolve("latest") == before, silent)
-        check(Checkpoints(workdir).recover(told.append) == before, silent)
-        check(len(told) == 1 and f"step {last}" in told[0], f"not told: {told}")
+        check(Checkpoints(workdir).recover(reported.append) == before, silent)
+        check(len(reported) == 1 and f"step {last}" in reported[0], f"reported: {reported}")
         self.outcomes[kind]["refused"] += 1
 
     def flip(self) -> None:
@@ -305,7 +305,7 @@ class Soak:
         self.damage("cut or deleted", change)
 
     def nan(self) -> None:
-        """A NaN in the batch of step k: the run is the one that skipped batch k."""
+        """With a NaN in the batch of one step, the run ends as if it had skipped that batch."""
         bad = self.random.randrange(1, 25)
         made = loop.training_batches
 
@@ -329,7 +329,7 @@ class Soak:
         self.outcomes["NaN"]["as if skipped"] += 1
 
     def skipping(self, bad: int) -> Any:
-        """The state of a run that never sees the batch of step `bad`, by a loop of its own."""
+        """The final state of a run that skips the batch of step `bad`, from a separate loop."""
         experiment = Experiment.from_config(self.config)
         data = prepare(experiment.data)
         graphdef, state = initial_state(experiment, data.tokenizer.vocab_size)
@@ -349,7 +349,7 @@ class Soak:
         return state
 
     def full_disk(self) -> None:
-        """No file may grow over a limit; the run ends, says which, and goes on later."""
+        """No file may grow over a limit: the run ends, names the file, and resumes later."""
         workdir = self.folder / "full"
         # From the smallest file that a run writes to the largest.
         limit = int(2 ** self.random.uniform(0, 20))
@@ -366,12 +366,12 @@ class Soak:
             check(str(workdir) in errors[0], f"limit {limit}: no path: {errors[0]}")
             what = "metrics" if "metrics.jsonl" in errors[0] else "checkpoint"
         self.outcomes["disk full"][f"at {what}"] += 1
-        check(self.start(workdir).wait(300) == 0, f"limit {limit}: does not go on")
+        check(self.start(workdir).wait(300) == 0, f"limit {limit}: does not resume")
         self.compare_finished(workdir)
         shutil.rmtree(workdir)
 
     def full_disk_elsewhere(self) -> None:
-        """The same for an evaluation's file and for the data set's."""
+        """The same for the files of an evaluation and of the data set."""
         results = self.reference / "eval" / "metrics.json"
         limit = int(2 ** self.random.uniform(0, 11))
         results.parent.mkdir(exist_ok=True)
@@ -402,7 +402,7 @@ class Soak:
             self.outcomes["fuzzed"][trial.__name__] += examples
 
 
-# Kind of trial: how often a long soak does it.
+# Trial -> number of times in a long soak.
 TARGETS: dict[str, int] = {
     "kill": 100,
     "stop": 30,

