@@ -1,11 +1,11 @@
 """Trains: python train.py --config=configs/NAME.py --workdir=DIR [--config.field=value]
 
-The same command again resumes the run. SIGTERM, SIGINT (Ctrl-C) and SIGHUP end it early: exit code
-75 means that the last step is saved, 76 that the run resumes from the checkpoint before.
+The same command resumes the run. SIGTERM, SIGINT (Ctrl-C) and SIGHUP end it early. Exit code 75
+means that the last step is saved, 76 that the run will resume from an earlier checkpoint.
 
-Each process of a run over several hosts gets --coordinator=HOST:PORT --num_processes=N
---process_id=I, or finds them in the environment with --distributed; see docs/distributed.md.
-`python -m slam_jax.planning` says beforehand what a run takes of each device.
+On several hosts, start each process with --coordinator=HOST:PORT --num_processes=N --process_id=I,
+or with --distributed where the environment has them; see docs/distributed.md.
+`python -m slam_jax.planning` estimates beforehand what a run needs of each device.
 """
 
 import sys
@@ -16,15 +16,25 @@ from slam_jax.runtime import cli
 from slam_jax.runtime.signals import Stop
 from slam_jax.runtime.supervisor import is_supervised, supervise
 
-CONFIG = flags.DEFINE_string("config", None, "A file of configs/; it is run.", required=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
-GRACE = flags.DEFINE_float("grace_seconds", 10.0, "Time to save when asked to stop.", 0.0)
-DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Be one process of several, as Slurm, Kubernetes or a TPU slice says."
+CONFIG = flags.DEFINE_string(
+    "config", None, "A Python file such as those in configs/; it is executed.", required=True
 )
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for checkpoints and metrics of the run.", required=True
+)
+GRACE = flags.DEFINE_float(
+    "grace_seconds", 10.0, "Seconds that a save may take after a signal.", 0.0
+)
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Read the three flags below from the environment of Slurm, Kubernetes or a TPU slice.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first process of a run of several."
+)
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", 1)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", 0)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, counted from 0.", 0)
 flags.register_multi_flags_validator(
     ["num_processes", "process_id", "coordinator", "distributed"],
     lambda values: (

@@ -20,7 +20,7 @@ import numpy as np
 from slam_jax import planning
 from slam_jax.training import override, read_config
 from slam_jax.training.mesh import make_mesh
-from slam_jax.training.sharding import in_force, place
+from slam_jax.training.sharding import place, use_mesh
 from slam_jax.training.start import initial_state, jit_step
 
 CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
@@ -32,7 +32,7 @@ def main() -> None:
     told = planning.plan(config)
     mesh = make_mesh(subject.mesh)
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), subject.batch)
-    with in_force(mesh):
+    with use_mesh(mesh):
         graphdef, state = initial_state(subject.experiment, subject.vocab_size, mesh)
         batch = place(batch, mesh, subject.experiment.data.batch_size)
         compiled = jit_step(subject.experiment, graphdef, state).lower(state, batch).compile()

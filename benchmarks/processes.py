@@ -48,7 +48,7 @@ def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices
     from slam_jax.slam_v3.processes import LevelOne, ParallelProcesses
     from slam_jax.slam_v3.streams import Stream
     from slam_jax.training.mesh import MeshConfig, make_mesh
-    from slam_jax.training.sharding import in_force, layout
+    from slam_jax.training.sharding import shardings_of, use_mesh
     from slam_jax.training.state import merge_model, split_model
 
     enable_compile_cache()
@@ -63,7 +63,7 @@ def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices
 
     graphdef, params = split_model(jax.jit(Part)())
     mesh = make_mesh(MeshConfig(data=1, process=devices), jax.devices()[:devices])
-    params = jax.device_put(params, layout(params, mesh))
+    params = jax.device_put(params, shardings_of(params, mesh))
     x = jax.random.normal(jax.random.key(2), (rows, length, config.embed_dim))
     # Not their mean square: normed as they are, it hardly depends on anything.
     weights = jax.random.normal(jax.random.key(3), (config.num_processes, *x.shape))
@@ -82,7 +82,7 @@ def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices
     program = jax.jit(both)
 
     def call():
-        with in_force(mesh):
+        with use_mesh(mesh):
             return jax.block_until_ready(program(params, x))[0]
 
     return call

@@ -41,7 +41,7 @@ from slam_jax.training.checkpoint.trees import by_name
 from slam_jax.training.experiment import as_json
 from slam_jax.training.mesh import MeshConfig, make_mesh
 from slam_jax.training.metrics import read_metrics
-from slam_jax.training.sharding import in_force, layout, place
+from slam_jax.training.sharding import place, shardings_of, use_mesh
 from slam_jax.training.start import initial_state, jit_step
 
 VOCAB = 16
@@ -62,9 +62,9 @@ def mesh_of(**sizes: Any) -> Any:
 
 def first_step(loss: Any, params: Any, batch: Any, mesh: Any) -> tuple[Any, Any]:
     """The loss and its gradients, as a step under this mesh has them."""
-    shardings = layout(params, mesh)
+    shardings = shardings_of(params, mesh)
     params = jax.device_put(params, shardings)
-    with in_force(mesh):
+    with use_mesh(mesh):
         run = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
         return run(params, place(batch, mesh, 8))
 
@@ -206,7 +206,7 @@ def test_a_kernel_takes_what_a_callers_shard_map_has_divided():
 
     mesh = mesh_of(data=4)
     divided = jax.shard_map(attend, mesh=mesh, in_specs=rows, out_specs=rows)
-    with in_force(mesh):
+    with use_mesh(mesh):
         np.testing.assert_allclose(jax.jit(divided)(q), attend(q), atol=1e-6)
 
 
@@ -272,7 +272,7 @@ def first_state() -> Any:
 @pytest.mark.parametrize("axis", list(HELD))
 def test_each_device_holds_its_part(axis):
     mesh = mesh_of(**{axis: SIZES[axis]})
-    state = jax.device_put(first_state(), layout(first_state(), mesh))
+    state = jax.device_put(first_state(), shardings_of(first_state(), mesh))
     moments = state.opt_state[1][0]
     for part in (state.params, state.ema, moments.mu, moments.nu):
         arrays = by_name(part)
@@ -288,7 +288,7 @@ def test_a_state_starts_as_on_one_device_and_is_restored_onto_others(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state, config={}, tokenizer="", metrics={})
     checkpoints.wait()
-    for like in (jax.device_put(alone, layout(alone, mesh_of(fsdp=4))), alone):
+    for like in (jax.device_put(alone, shardings_of(alone, mesh_of(fsdp=4))), alone):
         restored = checkpoints.restore(1, like)
         assert_same(jax.device_get(restored), jax.device_get(alone))
         pairs = zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True)
@@ -302,7 +302,7 @@ def steps(experiment: Experiment, mesh: Any, count: int) -> tuple[list[float], A
     """The loss of each of the first steps, and the state after them."""
     batch = make_batch(np.float32)
     batch = dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, image=None))
-    with in_force(mesh):
+    with use_mesh(mesh):
         graphdef, state = initial_state(experiment, VOCAB, mesh)
         step_fn, losses = jit_step(experiment, graphdef, state), []
         for _ in range(count):
@@ -332,7 +332,7 @@ def test_twenty_steps_end_at_the_same_loss(sizes, changes):
     losses, state = steps(experiment, make_mesh(experiment.mesh), 20)
     np.testing.assert_allclose(losses, steps_alone(**changes), rtol=1e-3)
     assert losses[-1] < 0.7 * losses[0]
-    shardings = layout(state, make_mesh(experiment.mesh), zero=True)
+    shardings = shardings_of(state, make_mesh(experiment.mesh), zero=True)
     jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y, x.ndim) or 1 / 0, state, shardings)
     if sizes.get("data") == 2:  # of the moments and the average each half of the devices has half
         name = "head/kernel"
@@ -350,7 +350,7 @@ def test_process_weights_never_move():
     Beside it a few numbers of each array that stands apart: its squared norm, for clipping and for
     the metrics, and whether any of its gradient is not 0."""
     mesh, experiment, batch = mesh_of(process=4), experiment_of({}), make_batch(np.float32)
-    with in_force(mesh):
+    with use_mesh(mesh):
         graphdef, state = initial_state(experiment, VOCAB, mesh)
         step = jit_step(experiment, graphdef, state)
         compiled = step.lower(state, place(batch, mesh, 8)).compile()
@@ -371,8 +371,8 @@ def test_expert_kernels_never_move():
     """Each device runs its experts on the tokens that chose them: what is sent are tokens."""
     loss, params, tokens = language_model("moe")
     mesh = mesh_of(tensor=2)
-    shardings = layout(params, mesh)
-    with in_force(mesh):
+    shardings = shardings_of(params, mesh)
+    with use_mesh(mesh):
         gradient = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
         compiled = gradient.lower(
             jax.device_put(params, shardings), place(tokens, mesh, 8)
@@ -392,7 +392,7 @@ def test_a_plan_is_what_a_run_takes():
     experiment, batch = experiment_of({"zero": True}), make_batch(np.float32)
     mesh = mesh_of(data=2, process=4)
     told = plan_step(SlamV3Run(experiment, VOCAB, shaped(batch)), mesh)
-    state = jax.device_put(first_state(), layout(first_state(), mesh, zero=True))
+    state = jax.device_put(first_state(), shardings_of(first_state(), mesh, zero=True))
 
     def on_one_device(tree: Any) -> int:
         return sum(x.addressable_shards[-1].data.nbytes for x in jax.tree.leaves(tree))

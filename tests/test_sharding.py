@@ -23,7 +23,7 @@ from slam_jax.training.checkpoint.trees import by_name
 from slam_jax.training.experiment import Experiment, as_json
 from slam_jax.training.mesh import MeshConfig, make_mesh, resolve
 from slam_jax.training.optimizer import OPTIMIZERS
-from slam_jax.training.sharding import RULES, place, rules_of
+from slam_jax.training.sharding import RULES, matching_rules, place
 from slam_jax.training.start import state_shapes
 
 FILE = Path(__file__).with_name("eight_devices.py")
@@ -105,7 +105,7 @@ def test_every_parameter_of_every_system_has_exactly_one_rule(shapes):
         f"{system}: {path}": rules
         for system, parameters in shapes.items()
         for path in parameters
-        if len(rules := rules_of(path)) != 1
+        if len(rules := matching_rules(path)) != 1
     }
     assert not wrong
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ def test_the_most_probable_token_is_the_right_one_or_not(given):
     kernel, hidden, _ = given
     best = jnp.argmax(hidden @ kernel, axis=-1)
     targets = jnp.where(jnp.arange(TOKENS[1]) < 3, best, (best + 1) % VOCAB)
-    right = in_chunks(kernel, hidden, targets).right
+    right = in_chunks(kernel, hidden, targets).correct
     np.testing.assert_array_equal(right, np.broadcast_to(np.arange(7) < 3, TOKENS))
 
 
@@ -153,6 +154,13 @@ def test_slam_v3_learns_the_same_from_chunks(build, make_inputs):
     found, expected = learned(5), learned(None)
     assert expected[1].z_loss > 0
     close(found, expected, 1e-4)
+
+
+def test_a_mask_that_would_broadcast_is_refused():
+    tokens, mask = np.zeros((2, 8), np.int32), np.ones((1, 8), bool)
+    # Without the types that are checked in tests alone.
+    with pytest.raises(AssertionError, match="shape"):
+        inspect.unwrap(language_model_loss)(None, tokens, mask)
 
 
 def test_a_chunk_has_at_least_one_token():

@@ -19,7 +19,7 @@ from slam_jax.layers.constrain import AXES, fit
 from slam_jax.planning.collectives import collectives
 from slam_jax.planning.machine import Sent
 from slam_jax.planning.subjects import Subject
-from slam_jax.training.sharding import bytes_per_device, in_force, laid_out
+from slam_jax.training.sharding import bytes_per_device, use_mesh, with_shardings
 from slam_jax.training.state import merge_model
 
 # The executable is not run, and these passes do not change what is read from it.
@@ -57,8 +57,8 @@ def compiled_step(subject: Subject, mesh: Mesh | None) -> Step:
         return subject.loss(merge_model(graphdef, params), batch, key=key).total
 
     graphdef, state = subject.state()
-    state = laid_out(state, mesh, zero=subject.mesh.zero)
-    with in_force(mesh), for_accelerators():
+    state = with_shardings(state, mesh, zero=subject.mesh.zero)
+    with use_mesh(mesh), for_accelerators():
         lowered = subject.step(graphdef, state).lower(state, shapes(subject.batch, 1))
         compiled = lowered.compile(compiler_options=_FAST)
         part = shapes(subject.batch, subject.optimizer.accumulate_steps)

@@ -15,7 +15,7 @@ from slam_jax.planning.machine import Machine
 from slam_jax.planning.subjects import LanguageRun, SlamV3Run, Subject
 from slam_jax.training.experiment import Experiment, as_json, build
 from slam_jax.training.mesh import make_mesh
-from slam_jax.training.sharding import bytes_per_device, laid_out
+from slam_jax.training.sharding import bytes_per_device, with_shardings
 
 
 class StateBytes(NamedTuple):
@@ -77,7 +77,7 @@ class Plan(NamedTuple):
 
 def state_bytes(state: Any, mesh: Mesh | None, zero: bool) -> StateBytes:
     """Bytes per device of a `TrainState` of shapes, sharded over the mesh."""
-    state = laid_out(state, mesh, zero=zero)
+    state = with_shardings(state, mesh, zero=zero)
     return StateBytes(*map(bytes_per_device, (state.params, state.opt_state, state.ema)))
 
 

@@ -25,7 +25,7 @@ def run(main: Callable[[list[str]], None]) -> None:
                 return flags.FLAGS(argv, known_only=True)
             except flags.Error as error:
                 message = str(error).replace("\n", "; ")
-                raise UserError(f"{message}; --help lists all flags") from None
+                raise UserError(f"{message}; --help lists the flags") from None
 
     def guarded(argv: list[str]) -> None:
         with exit_on_error():

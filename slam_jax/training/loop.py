@@ -28,7 +28,7 @@ from slam_jax.training.metrics import MetricsWriter, NoMetrics
 from slam_jax.training.optimizer import make_schedule
 from slam_jax.training.progress import Progress
 from slam_jax.training.resume import open_run
-from slam_jax.training.sharding import in_force, local_rows, place
+from slam_jax.training.sharding import local_rows, place, use_mesh
 from slam_jax.training.start import jit_step
 from slam_jax.training.state import StepMetrics, TrainState
 from slam_jax.training.validation import EvaluationStopped, summarize, validate
@@ -68,7 +68,7 @@ def train(
         if is_first:
             stack.enter_context(lock_workdir(workdir))
         checkpoints = stack.enter_context(Checkpoints(workdir, keep_every=run.keep_every))
-        stack.enter_context(in_force(mesh))
+        stack.enter_context(use_mesh(mesh))
         stack.enter_context(distributed.explain_lost_peers())
         graphdef, state, dataset, pending_evaluation, notes = open_run(
             experiment, checkpoints, mesh

@@ -1,8 +1,9 @@
-"""What training minimises."""
+"""The losses that training minimises."""
 
 import dataclasses
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -17,12 +18,12 @@ from slam_jax.training.token_losses import TokenLosses, token_losses, token_loss
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of what is added to the cross-entropy of the answers.
+    """The weights of the terms that are added to the cross-entropy of the answers.
 
     z_loss: of the squared log-normaliser of the logits. alignment: of the sigmoid loss between
     text and image of a scene, on batches that show both in full.
-    chunk_tokens: logits are made for so many tokens at a time, and made again for the gradient,
-    which saves memory where the vocabulary is large; None = for all at once, which is faster.
+    chunk_tokens: number of tokens whose logits are computed at a time, and recomputed for the
+    gradient, which saves memory where the vocabulary is large. None = all at once, which is faster.
     """
 
     z_loss: float = 0.0
@@ -38,7 +39,7 @@ class LossConfig:
 
 
 class LossParts(NamedTuple):
-    """Scalars: the sum that is minimised, its parts unweighted, and the share of right tokens."""
+    """The minimised total, its terms without their weights, and the share of correct tokens."""
 
     total: Float[Array, ""]
     cross_entropy: Float[Array, ""]
@@ -55,18 +56,18 @@ def answer_mask(batch: Batch) -> Bool[Array, "B Q _"]:
 
 
 def num_answer_tokens(batch: Batch) -> Int[Array, ""]:
-    """What the mean of `slam_v3_loss` is over."""
+    """The number of tokens that the mean of `slam_v3_loss` is over."""
     return answer_mask(batch).sum()
 
 
 def _token_losses(
-    model: Any, targets: Int[AnyArray, "*B"], chunk_tokens: int | None, *given: Any, key: Any
+    model: Any, targets: Int[AnyArray, "*B"], chunk_tokens: int | None, *inputs: Any, key: Any
 ) -> tuple[TokenLosses, Float[Array, ""] | float]:
-    """Of the forward pass of `given`, and what the model adds to its loss."""
+    """The losses of the tokens that `model(*inputs)` predicts, and the auxiliary loss."""
     if chunk_tokens is None:
-        output = model(*given, key=key)
+        output = model(*inputs, key=key)
         return token_losses(output.logits, targets), output.aux_loss
-    hidden = model.hidden(*given, key=key)
+    hidden = model.hidden(*inputs, key=key)
     losses = token_losses_in_chunks(model.logits, hidden.states, targets, chunk_tokens)
     return losses, hidden.aux_loss
 
@@ -74,13 +75,15 @@ def _token_losses(
 def slam_v3_loss(
     model: SlamV3, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None
 ) -> LossParts:
-    """Mean cross-entropy over answer tokens, and what the config adds.
+    """The mean cross-entropy over answer tokens, and the terms that the config adds.
 
-    The alignment loss takes two more encodes, of the text alone and of the image alone: fused
-    tokens would have seen each other.
+    The alignment loss encodes text and image once more, each alone, because fused tokens have seen
+    both.
     """
-    given, targets = (batch.tokens[..., :-1], batch.inputs), batch.tokens[..., 1:]
-    losses, _ = _token_losses(model, targets, config.chunk_tokens, *given, key=key)
+    chex.assert_equal_shape([batch.prompt_length, batch.length])
+    chex.assert_equal_shape_prefix([batch.tokens, batch.length], 2)
+    inputs, targets = (batch.tokens[..., :-1], batch.inputs), batch.tokens[..., 1:]
+    losses, _ = _token_losses(model, targets, config.chunk_tokens, *inputs, key=key)
     mask = answer_mask(batch)
     count = jnp.maximum(num_answer_tokens(batch), 1)
 
@@ -99,12 +102,12 @@ def slam_v3_loss(
         cross_entropy=cross_entropy,
         z_loss=z,
         alignment=alignment,
-        accuracy=mean(losses.right),
+        accuracy=mean(losses.correct),
     )
 
 
 class LanguageLossParts(NamedTuple):
-    """Scalars: the sum that is minimised, its parts, and the share of right tokens."""
+    """The minimised total, its terms, and the share of correct tokens."""
 
     total: Float[Array, ""]
     cross_entropy: Float[Array, ""]
@@ -120,12 +123,16 @@ def language_model_loss(
     key: PRNGKeyArray | None = None,
     chunk_tokens: int | None = None,
 ) -> LanguageLossParts:
-    """Mean cross-entropy of each token after the first given those before it, and what the model
-    adds. mask: True = a real token, None = all are. chunk_tokens: see `LossConfig`; the model has
-    to be `slam_jax.protocol.Headed`."""
+    """The mean cross-entropy of each token given those before it, and the model's auxiliary loss.
+
+    mask: True = a real token, None = all are; of the shape of `tokens`. chunk_tokens: see
+    `LossConfig`; the model must then be a `slam_jax.protocol.Headed`.
+    """
+    if mask is not None:
+        chex.assert_equal_shape([tokens, mask])  # any other mask could broadcast
     targets = tokens[..., 1:]
-    given = (tokens[..., :-1], None if mask is None else mask[..., :-1])
-    losses, aux_loss = _token_losses(model, targets, chunk_tokens, *given, key=key)
+    inputs = (tokens[..., :-1], None if mask is None else mask[..., :-1])
+    losses, aux_loss = _token_losses(model, targets, chunk_tokens, *inputs, key=key)
     both = True if mask is None else mask[..., :-1] & mask[..., 1:]
     real = jnp.broadcast_to(jnp.float32(both), targets.shape)
     count = jnp.maximum(real.sum(), 1.0)
@@ -135,5 +142,5 @@ def language_model_loss(
         total=cross_entropy + aux_loss,
         cross_entropy=cross_entropy,
         aux_loss=aux_loss,
-        accuracy=jnp.sum(losses.right * real) / count,
+        accuracy=jnp.sum(losses.correct * real) / count,
     )

@@ -1,6 +1,6 @@
-"""Where every array of a run stands: one table, from a parameter's path to the axes of the mesh.
+"""The sharding of every array of a run: one table from parameter paths to mesh axes.
 
-Layers know nothing of it, but for the names that they give to dimensions (`layers.constrain`).
+Layers do not know it; they only name dimensions of activations (`layers.constrain`).
 """
 
 import contextlib
@@ -19,35 +19,35 @@ from slam_jax.training.checkpoint.trees import num_bytes
 Axes = tuple[str | EllipsisType | None, ...]
 WHOLE: Axes = ()
 
-# The end of a path -> the axis of each dimension, None = whole, ... = whole as often as is needed;
-# those after the last are whole. Maps are divided where heads, hidden units or the vocabulary are
-# (`tensor`) and along the width of the residual stream (`fsdp`).
+# The end of a path -> the mesh axis of each dimension. None = replicated, ... = as many replicated
+# dimensions as are needed; dimensions after the last are replicated. Kernels are sharded along
+# heads, hidden units or vocabulary (`tensor`) and along the width D (`fsdp`).
 RULES: tuple[tuple[str, Axes], ...] = (
-    # Tables of V or T rows, and what writes V logits.
+    # Embeddings of V tokens or T positions, and the output head.
     (r"(embedding|positions)/embedding", ("tensor", "fsdp")),
     (r"head/kernel", ("fsdp", "tensor")),
-    # Into heads and hidden units: D or R by (N, H), F or I.
+    # Projections to heads and hidden units: D or R by (N, H), F or I.
     (r"(?<!experts/)(query|key|value|q|k|v|gate|up)/kernel", ("fsdp", "tensor")),
     (r"(q_nope|q_rope|k_up|v_up)/kernel", ("fsdp", "tensor")),
     (r"query_bias", ("tensor",)),
-    # And out of them: (N, V), F or I by D.
+    # Projections from them: (N, V), F or I by D.
     (r"(\w*attention|isolated|mixer|stack|layers/\d+)/out/kernel", ("tensor", ..., "fsdp")),
     (r"(mlp|shared|specialist)/down/kernel", ("tensor", "fsdp")),
-    # Two results side by side, (2, D) by D.
+    # Projections of two concatenated results, (2, D) by D.
     (r"(blocks/\d+|layer|specialist|rest)/out/kernel", (None, "tensor", "fsdp")),
-    # D by a latent, a rotary key, or whatever else is narrow and shared by all heads.
+    # D by a latent or a rotary key that all heads share.
     (r"(q_down|kv_down|k_rope|(memory_bank|latents)/down)/kernel", ("fsdp",)),
-    # Expert parallel: E by D by F, and back.
+    # Expert parallelism: (E, D, F) and (E, F, D).
     (r"experts/(gate|up)/kernel", ("tensor", "fsdp")),
     (r"experts/down/kernel", ("tensor", None, "fsdp")),
-    # P times D by D: the part of each process stands with it.
+    # (P times D) by D: each process holds its own part.
     (r"concat/kernel", ("process", "fsdp")),
-    # Mamba: its channels I, by the states N or the rank of dt.
+    # Mamba: channels I, by states N or the rank of dt.
     (r"(a_log|skip|conv_bias|(b|c|dt_down)/kernel|(dt_up|value|gate)/bias)", ("tensor",)),
     (r"(conv_filter|dt_up/kernel)", (None, "tensor")),
-    # From pictures and vectors, and to the retrieval embedding: the last dimension is D.
+    # Projections of images and vectors, and to the retrieval embedding: the last dimension is D.
     (r"(stem|conv1|conv2|shortcut|project|aux)/kernel", (..., "fsdp")),
-    # Small, or one value for many.
+    # Small parameters.
     (r"(router/scores|weights)/kernel", WHOLE),
     (r"\w*norm\w*(/\d+)?/(scale|bias)", WHOLE),
     (r"(stem|project|aux|alignment|out)/bias", WHOLE),
@@ -55,17 +55,17 @@ RULES: tuple[tuple[str, Axes], ...] = (
 )
 
 
-def rules_of(path: str) -> list[Axes]:
-    """The axes of every rule that the path of a parameter ends in; there is exactly one."""
+def matching_rules(path: str) -> list[Axes]:
+    """The axes of each rule that matches the path of a parameter; exactly one rule matches."""
     return [axes for pattern, axes in RULES if re.search(rf"(^|/){pattern}$", path)]
 
 
-def layout(state: PyTree[Any], mesh: Mesh | None, *, zero: bool = False) -> PyTree[Sharding]:
-    """The sharding of each array of a `TrainState` or of its parameters, which may be shapes alone.
+def shardings_of(state: PyTree[Any], mesh: Mesh | None, *, zero: bool = False) -> PyTree[Sharding]:
+    """The sharding of each array, or shape, of a `TrainState` or of its parameters.
 
-    Optimizer state and average stand where their parameter does, since their paths end in its. Of
-    what the table says an axis is left out that does not divide its dimension. zero: see
-    `MeshConfig`. Without a mesh all of it stands on the first device.
+    Optimizer state and average are sharded as their parameter, because their paths end in its path.
+    An axis that does not divide its dimension is left out. Without a mesh everything is on the
+    first device. zero: see `MeshConfig`.
     """
     if mesh is None:
         one = SingleDeviceSharding(jax.local_devices()[0])
@@ -73,27 +73,27 @@ def layout(state: PyTree[Any], mesh: Mesh | None, *, zero: bool = False) -> PyTr
 
     def sharding(path, leaf) -> Sharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        kept = zero and not name.startswith("params/")
-        return NamedSharding(mesh, fit(leaf.shape, _axes(name, leaf.ndim, kept), mesh.shape))
+        over_data = zero and not name.startswith("params/")
+        return NamedSharding(mesh, fit(leaf.shape, _axes(name, leaf.ndim, over_data), mesh.shape))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def laid_out(shapes: PyTree[Any], mesh: Mesh | None, *, zero: bool = False) -> PyTree[Any]:
-    """The shapes of a state, each with its sharding; see `layout`."""
+def with_shardings(shapes: PyTree[Any], mesh: Mesh | None, *, zero: bool = False) -> PyTree[Any]:
+    """The shapes of a state with their shardings; see `shardings_of`."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
-        layout(shapes, mesh, zero=zero),
+        shardings_of(shapes, mesh, zero=zero),
     )
 
 
 def _axes(name: str, ndim: int, zero: bool) -> list[tuple[str, ...]]:
     """The mesh axes of each dimension."""
-    if ndim == 0 or name.endswith("/ns_coeffs"):  # counters, keys, numbers of Muon's
+    if ndim == 0 or name.endswith("/ns_coeffs"):  # counters, keys, coefficients of Muon
         return []
-    [axes] = rules_of(name)
-    # What is stacked is run side by side: the processes, and the blocks of a level of SLAM v4, v5.
+    [axes] = matching_rules(name)
+    # Stacked modules run in parallel: the processes, and the blocks of a level of SLAM v4 and v5.
     stacked = [("process",)] if "stack" in name.split("/") else []
     if ... in axes:
         at, missing = axes.index(...), ndim - len(stacked) - (len(axes) - 1)
@@ -105,7 +105,7 @@ def _axes(name: str, ndim: int, zero: bool) -> list[tuple[str, ...]]:
 
 
 def bytes_per_device(tree: PyTree[Any]) -> int:
-    """What arrays that are laid out, or their shapes, take on each device."""
+    """The memory that sharded arrays, or their shapes, take on each device."""
 
     def part(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
@@ -114,10 +114,10 @@ def bytes_per_device(tree: PyTree[Any]) -> int:
 
 
 def local_rows(batch_size: int, mesh: Mesh | None) -> Sequence[int]:
-    """The rows of a batch that stand on devices of this process, ascending; processes whose devices
-    run different parts of the model on the same rows have those rows in common.
+    """The rows of a batch that are on devices of this process, ascending.
 
-    They need not follow each other: a mesh orders devices by where they are on a TPU.
+    They need not be contiguous, as a mesh orders TPU devices by topology. Processes whose devices
+    run different parts of the model on the same rows share those rows.
     """
     if mesh is None:
         return range(batch_size)
@@ -127,8 +127,10 @@ def local_rows(batch_size: int, mesh: Mesh | None) -> Sequence[int]:
 
 
 def place(batch: PyTree[Any], mesh: Mesh | None, batch_size: int) -> PyTree[Any]:
-    """A batch, its examples divided among the devices; as it is without a mesh. Each process gives
-    its `local_rows` of the `batch_size`, in their order."""
+    """Shards a batch over the devices; without a mesh it is returned unchanged.
+
+    Each process passes its `local_rows` of the `batch_size` rows, in order.
+    """
     if mesh is None:
         return batch
     sharding = NamedSharding(mesh, PartitionSpec(AXES["batch"]))
@@ -140,6 +142,6 @@ def place(batch: PyTree[Any], mesh: Mesh | None, batch_size: int) -> PyTree[Any]
     return jax.tree.map(put, batch)
 
 
-def in_force(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Within it, what layers say by `constrain` holds."""
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """A context in which `layers.constrain` applies to this mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

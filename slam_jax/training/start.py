@@ -14,7 +14,7 @@ from slam_jax.slam_v3 import SlamV3
 from slam_jax.training.experiment import Experiment
 from slam_jax.training.losses import num_answer_tokens, slam_v3_loss
 from slam_jax.training.optimizer import make_optimizer
-from slam_jax.training.sharding import bytes_per_device, laid_out
+from slam_jax.training.sharding import bytes_per_device, with_shardings
 from slam_jax.training.state import (
     TrainState,
     TrainStep,
@@ -52,7 +52,7 @@ def state_shapes(
     config = experiment.with_vocabulary(vocab_size)
     model = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
     shapes = jax.eval_shape(_maker(experiment, vocab_size))
-    return split_model(model)[0], laid_out(shapes, mesh, zero=experiment.mesh.zero)
+    return split_model(model)[0], with_shardings(shapes, mesh, zero=experiment.mesh.zero)
 
 
 def run_step(

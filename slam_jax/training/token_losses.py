@@ -1,4 +1,4 @@
-"""What a loss asks of each token's logits: for all tokens at once, or for some at a time."""
+"""The losses of single tokens: with the logits of all tokens at once, or of a chunk at a time."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,19 +13,19 @@ from slam_jax.layers.constrain import constrain
 
 
 class TokenLosses(NamedTuple):
-    """Of each token: its cross-entropy in nats, the squared log-normaliser of its logits, and 1
-    where the most probable token is the right one, else 0."""
+    """Of each token: the cross-entropy in nats, the squared log-normaliser of its logits, and 1
+    where the most probable token is the target, else 0."""
 
     cross_entropy: Float[Array, "*B"]
     z: Float[Array, "*B"]
-    right: Float[Array, "*B"]
+    correct: Float[Array, "*B"]
 
 
 def token_losses(logits: Float[Array, "*B V"], targets: Int[AnyArray, "*B"]) -> TokenLosses:
     return TokenLosses(
         cross_entropy=optax.softmax_cross_entropy_with_integer_labels(logits, targets),
         z=jax.nn.logsumexp(logits, axis=-1) ** 2,
-        right=jnp.float32(logits.argmax(-1) == targets),
+        correct=jnp.float32(logits.argmax(-1) == targets),
     )
 
 
@@ -35,24 +35,24 @@ def token_losses_in_chunks(
     targets: Int[AnyArray, "*B"],
     chunk_tokens: int,
 ) -> TokenLosses:
-    """`token_losses(head(hidden), targets)`, the logits of `chunk_tokens` tokens at a time.
+    """`token_losses(head(hidden), targets)`, with the logits of `chunk_tokens` tokens at a time.
 
-    A gradient makes the logits of each chunk again: one more product of the head, and never more
-    than a chunk of them. The gradient of the head's parameters is summed chunk by chunk.
+    A gradient recomputes the logits of each chunk, so never more than one chunk is in memory. The
+    gradient of the parameters of the head is summed over the chunks.
     """
     flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), jnp.asarray(targets).reshape(-1)
     count = -(-len(flat) // chunk_tokens)
     pads = count * chunk_tokens - len(flat)
 
-    def in_chunks(x: jax.Array) -> jax.Array:
+    def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, pads)] + [(0, 0)] * (x.ndim - 1))
-        # Of each chunk every device takes its share: neighbouring tokens stand on one.
+        # Each device takes a share of every chunk; neighbouring tokens may be on one device.
         return constrain(x.reshape(count, chunk_tokens, *x.shape[1:]), (None, "batch"))
 
     @jax.checkpoint
-    def of_chunk(h: jax.Array, t: jax.Array) -> TokenLosses:
+    def chunk_losses(h: jax.Array, t: jax.Array) -> TokenLosses:
         return token_losses(head(h), t)
 
-    chunks = (in_chunks(flat), in_chunks(flat_targets))
-    _, losses = jax.lax.scan(lambda _, chunk: (None, of_chunk(*chunk)), None, chunks)
+    chunks = (split(flat), split(flat_targets))
+    _, losses = jax.lax.scan(lambda _, chunk: (None, chunk_losses(*chunk)), None, chunks)
     return TokenLosses(*(x.reshape(-1)[: len(flat)].reshape(targets.shape) for x in losses))
