@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from slam_jax import planning
+from slam_jax.planning.plans import plan, subject_of
 from slam_jax.training import override, read_config
 from slam_jax.training.mesh import make_mesh
 from slam_jax.training.sharding import place, use_mesh
@@ -28,8 +28,8 @@ CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
 
 def main() -> None:
     config = override(read_config(CONFIG), ["--config.mesh.process=4"])
-    subject: Any = planning.subject_of(config)
-    told = planning.plan(config)
+    subject: Any = subject_of(config)
+    told = plan(config)
     mesh = make_mesh(subject.mesh)
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), subject.batch)
     with use_mesh(mesh):

@@ -17,10 +17,12 @@ from slam_jax.data import Batch
 from slam_jax.errors import ConfigError
 from slam_jax.language_models.registry import SYSTEMS, make_config, make_model
 from slam_jax.layers import Causal, cudnn_attention
-from slam_jax.planning import LanguageRun, Machine, SlamV3Run, plan_step, search
 from slam_jax.planning.collectives import collectives
 from slam_jax.planning.compiled import compiled_step, extrapolated
-from slam_jax.planning.meshes import factors
+from slam_jax.planning.machine import Machine
+from slam_jax.planning.meshes import factors, search
+from slam_jax.planning.plans import plan_step
+from slam_jax.planning.subjects import LanguageRun, SlamV3Run
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 from slam_jax.training import (
     Checkpoints,

@@ -17,10 +17,12 @@ from slam_jax.errors import ConfigError
 from slam_jax.language_models import make_config
 from slam_jax.language_models.flops import training_flops
 from slam_jax.layers.linear import Linear
-from slam_jax.planning import LanguageRun, Machine, Plan, SlamV3Run, describe, subject_of
 from slam_jax.planning.compiled import Step, extrapolated, residuals
+from slam_jax.planning.machine import Machine
 from slam_jax.planning.meshes import factors
-from slam_jax.planning.plans import StateBytes
+from slam_jax.planning.plans import Plan, StateBytes, subject_of
+from slam_jax.planning.report import describe
+from slam_jax.planning.subjects import LanguageRun, SlamV3Run
 from slam_jax.slam_v3 import Inputs
 from slam_jax.slam_v3.flops import decode_flops, encode_flops
 from slam_jax.training import Experiment, default_config, merge_model, read_config, split_model
@@ -47,8 +49,8 @@ def run_of(**changes: Any) -> SlamV3Run:
 
 def plan_of(taken: int = 0, activations: int = 0, **sent: int) -> Plan:
     """2 GiB of parameters and 4 of optimizer on devices of 1 GiB."""
-    told = {((name,), "all-reduce"): num_bytes for name, num_bytes in sent.items()}
-    step = Step(taken, activations, told)
+    found = {((name,), "all-reduce"): num_bytes for name, num_bytes in sent.items()}
+    step = Step(taken, activations, found)
     return Plan(SIZES, StateBytes(2**31, 2**32, 0), step, 2e12, MACHINE, [{}])
 
 
@@ -73,8 +75,8 @@ def test_a_ring_within_a_host_has_its_links_and_one_beyond_it_the_cards():
     ],
 )
 def test_a_ring_sends_each_byte_nearly_once_and_a_sum_nearly_twice(op, share):
-    told = MACHINE.seconds({(("tensor",), op): 100_000_000_000}, SIZES)
-    assert told == {(("tensor",), op): pytest.approx(share)}
+    found = MACHINE.seconds({(("tensor",), op): 100_000_000_000}, SIZES)
+    assert found == {(("tensor",), op): pytest.approx(share)}
 
 
 def test_a_step_is_its_operations_and_what_it_sends():
@@ -96,8 +98,8 @@ def test_a_plan_says_whether_it_fits_and_what_is_exact():
     def of_memory(gib: float) -> Plan:
         return plan._replace(machine=dataclasses.replace(MACHINE, device_memory_gib=gib))
 
-    told = {gib: of_memory(gib).exceeding for gib in (8.9, 9.0, 25.9, 26.0)}
-    assert told == {8.9: 2, 9.0: 1, 25.9: 1, 26.0: 0}
+    found = {gib: of_memory(gib).exceeding for gib in (8.9, 9.0, 25.9, 26.0)}
+    assert found == {8.9: 2, 9.0: 1, 25.9: 1, 26.0: 0}
     assert "may fit: 90.0% of 10 GiB are needed, 260.0% are taken here" in describe(of_memory(10.0))
     assert "does not fit: 900.0% of 1 GiB are needed" in describe(plan)
     text = describe(of_memory(52.0))
@@ -183,8 +185,8 @@ def test_layers_are_added_from_the_first_two():
         sent = {(("data",), "all-reduce"): 7 + 3 * deep, (("fsdp",), "all-gather"): 11 * wide - 11}
         return Step(100 + 10 * deep + wide, 7 * deep + 13 * wide, sent)
 
-    told, layers = extrapolated(run, measure)
-    assert told == measure(run)
+    found, layers = extrapolated(run, measure)
+    assert found == measure(run)
     assert [tuple(each.values()) for each in layers] == [(1, 1), (2, 1), (1, 2)]
     shallow = run_of(num_process_layers=2)
     assert extrapolated(shallow, measure) == (measure(shallow), [{}])

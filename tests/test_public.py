@@ -265,7 +265,7 @@ def test_a_sample_of_all_texts_can_be_had_of_captions(directory):
 
 def test_captions_can_be_inspected(directory):
     found = inspect_data(config_of("coco_captions", directory), model())
-    assert found.sampled == len(found.tiles) == len(CAPTIONS) - 3
+    assert found.num_examples == len(found.tiles) == len(CAPTIONS) - 3
     assert found.shapes["image"] == {"tokens": f"8x1x{CONTEXT}", "image": "8x24x24x3"}
     assert {tile.prompt for tile in found.tiles} == {"caption"}
 

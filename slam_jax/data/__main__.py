@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] != ["inspect"]:
         given = repr(arguments[0]) if arguments else "nothing"
         raise InputError(f"the command is {given}; expected: inspect --config=FILE")
-    # Imported late: JAX takes seconds to import, and Ctrl-C should work meanwhile.
+    # Imported here, where Ctrl-C is handled, because it takes seconds.
     from slam_jax.reporting.contact_sheet import contact_sheet
     from slam_jax.reporting.inspection import inspect_data
     from slam_jax.reporting.inspection_table import print_inspection

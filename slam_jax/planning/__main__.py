@@ -26,24 +26,25 @@ PER_HOST = flags.DEFINE_integer("devices_per_host", 8, "Devices of one host.")
 
 
 def main(arguments: list[str]) -> None:
-    # XLA would warn about slow compilation and about resharding, which the plan reports.
+    # XLA would warn about slow compilation and about resharding, which the plan reports. It reads
+    # the variable when JAX is imported.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # CPU devices represent those of any kind
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
-    from slam_jax import planning
+    from slam_jax.planning.machine import Machine
+    from slam_jax.planning.meshes import search
+    from slam_jax.planning.plans import plan, subject_of
+    from slam_jax.planning.report import describe, describe_search
     from slam_jax.training import override, read_config
 
-    machine = planning.Machine(
-        MEMORY.value, TFLOPS.value, LINK.value, NETWORK.value, PER_HOST.value
-    )
+    machine = Machine(MEMORY.value, TFLOPS.value, LINK.value, NETWORK.value, PER_HOST.value)
     config = override(read_config(CONFIG.value), arguments)
     if SEARCH.value:
-        found = planning.search(planning.subject_of(config), machine, SEARCH.value)
-        print(planning.describe_search(found))
+        print(describe_search(search(subject_of(config), machine, SEARCH.value)))
     else:
-        print(planning.describe(planning.plan(config, machine)))
+        print(describe(plan(config, machine)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a data set holds, and what of it a model will see."""
+"""Inspection of a data set: what it holds and what a model is shown of it."""
 
 import contextlib
 import dataclasses
@@ -20,83 +20,82 @@ from slam_jax.errors import InputError
 from slam_jax.reporting.contact_sheet import Tile
 from slam_jax.slam_v3.config import SlamV3Config
 
-_MOST_DAMAGED = 1 << 20
-_SAMPLED = 2_000
-_TILES = 30
+_NO_LIMIT = 1 << 20
+_MAX_EXAMPLES = 2_000
+_MAX_TILES = 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What was found.
+    """Findings about a data set.
 
-    table: of a folder. bad: its rows that cannot be used, for whatever reason.
-    shapes: of a batch by view and input. sampled: examples in which was counted how many tokens
-    each text, prompt and answer has (`lengths`), and how often each answer occurs (`answers`).
+    bad: all rows of a folder's table that cannot be used.
+    shapes: view -> input -> shape of a batch.
+    num_examples: examples of the training split that were counted.
+    lengths: of each text, prompt and answer among these, the number of tokens.
+    answers: how often each answer occurs among these.
     tiles: pictures for a contact sheet.
     """
 
     config: DataConfig
     dataset: Dataset
-    table: Table | None
     bad: tuple[BadRow, ...]
     shapes: Mapping[str, Mapping[str, str]]
-    sampled: int
+    num_examples: int
     lengths: Mapping[str, Sequence[int]]
     answers: Mapping[str, int]
     tiles: tuple[Tile, ...]
 
     @property
     def name(self) -> str:
-        return self.config.name if self.table is None else str(self.table.path)
+        table = self.dataset.table
+        return self.config.name if table is None else str(table.path)
 
 
 def inspect_data(config: DataConfig, model: SlamV3Config) -> Inspection:
-    """Prepares a data set and looks through it: at 2,000 training examples, spread over the split,
-    and at every row and picture of a folder, whatever `max_damaged_records` says. Examples are
-    shown as they are: nothing is cropped or left out.
+    """Prepares a data set and looks through up to 2,000 training examples, without augmentation.
+
+    Of a folder every row and picture is checked, and `max_damaged_records` does not apply.
 
     Raises:
-      ConfigError, DataError: it cannot be prepared, or no row can be used.
+      ConfigError, DataError: the data set cannot be prepared, or no row can be used.
     """
-    whole = dataclasses.replace(config, augment=0.0, drop_inputs=0.0)
-    if config.name != "folder" or config.path is None:
-        return _inspect(config, prepare(whole, model=model))
-    lenient = dataclasses.replace(whole, max_damaged_records=_MOST_DAMAGED)
-    with _without_warnings():  # the report lists what they would tell
-        found = _inspect(config, prepare(lenient, model=model))
-        table = found.dataset.table
+    plain = dataclasses.replace(config, augment=0.0, drop_inputs=0.0)
+    if config.name != "folder":
+        return _inspect(config, prepare(plain, model=model))
+    lenient = dataclasses.replace(plain, max_damaged_records=_NO_LIMIT)
+    with _without_warnings():  # the report lists their content
+        dataset = prepare(lenient, model=model)
+        found, table = _inspect(config, dataset), dataset.table
         assert table is not None
-        bad = sorted([*table.bad, *_unreadable(table, model.image.size)])
-    return dataclasses.replace(found, table=table, bad=tuple(bad))
+        bad = sorted([*table.bad, *_undecodable(table, model.image.size)])
+    return dataclasses.replace(found, bad=tuple(bad))
 
 
 def _inspect(config: DataConfig, dataset: Dataset) -> Inspection:
     source, tokenizer = dataset.train, dataset.tokenizer
     views = [view for view in source.views if view in TRAINING_VIEWS]
     fullest = "all" if "all" in views else views[0]
-    lengths, answers, pictured, sampled = defaultdict(list), Counter(), [], 0
-    for i, example in _examples(source, fullest, _spread(range(len(source)), _SAMPLED)):
-        sampled += 1
+    lengths, answers, pictured, num_examples = defaultdict(list), Counter(), [], 0
+    for i, example in _examples(source, fullest, _spread(range(len(source)), _MAX_EXAMPLES)):
+        num_examples += 1
         answers.update(example.answers)
         texts = () if example.text is None else (example.text,)
         parts = {"text": texts, "prompt": example.prompts, "answer": example.answers}
-        for part, given in parts.items():
-            lengths[part] += [len(tokenizer.encode(text)) for text in given]
+        for part, texts in parts.items():
+            lengths[part] += [len(tokenizer.encode(text)) for text in texts]
         if example.image is not None:
             pictured.append(i)
+    shown = _examples(source, fullest, _spread(pictured, _MAX_TILES))
     return Inspection(
         config,
         dataset,
-        table=None,
         bad=(),
         shapes={view: _shapes(config, dataset, view) for view in views},
-        sampled=sampled,
+        num_examples=num_examples,
         lengths={part: counts for part, counts in lengths.items() if counts},
         answers=answers,
-        tiles=tuple(
-            _tile(i, example)
-            for i, example in _examples(source, fullest, _spread(pictured, _TILES))
-        ),
+        tiles=tuple(_tile(i, example) for i, example in shown),
     )
 
 
@@ -106,17 +105,16 @@ def _examples(source: Source, view: str, indices: Iterable[int]) -> Iterator[tup
             yield i, source.render(source[i], view, np.random.default_rng((0, i)))
 
 
-def _spread(items: Sequence[int], most: int) -> list[int]:
-    """At most so many of them, evenly."""
-    if len(items) <= most:
-        return list(items)
-    return [items[i * len(items) // most] for i in range(most)]
+def _spread(items: Sequence[int], count: int) -> list[int]:
+    """Up to `count` of the items, evenly spaced."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _tile(i: int, example: Example) -> Tile:
-    asked = i % len(example.prompts)  # another question for each scene
+    question = i % len(example.prompts)  # scenes differ in the question that is shown
     assert example.image is not None
-    return Tile(example.image, example.prompts[asked], example.answers[asked])
+    return Tile(example.image, example.prompts[question], example.answers[question])
 
 
 def _shapes(config: DataConfig, dataset: Dataset, view: str) -> dict[str, str]:
@@ -126,11 +124,10 @@ def _shapes(config: DataConfig, dataset: Dataset, view: str) -> dict[str, str]:
     first = next(batches, None)
     if first is None:
         return {}
-    inputs = first.batch.inputs
     shapes = {"tokens": _shape(first.batch.tokens)}
     for name in ("text", "image", "aux"):
-        if (value := getattr(inputs, name)) is not None:
-            masked = getattr(inputs, f"{name}_mask") is not None
+        if (value := getattr(first.batch.inputs, name)) is not None:
+            masked = getattr(first.batch.inputs, f"{name}_mask") is not None
             shapes[name] = _shape(value) + (", mask" if masked else "")
     return shapes
 
@@ -139,7 +136,8 @@ def _shape(array: Any) -> str:
     return "x".join(map(str, array.shape))
 
 
-def _unreadable(table: Table, size: int) -> Iterator[BadRow]:
+def _undecodable(table: Table, size: int) -> Iterator[BadRow]:
+    """The rows whose picture cannot be decoded; each picture is tried once."""
     reasons: dict[Any, str | None] = {None: None}
     for row in (row for rows in table.rows.values() for row in rows):
         if row.image not in reasons:
