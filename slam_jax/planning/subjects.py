@@ -11,15 +11,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from slam_jax.data import Batch
-from slam_jax.errors import require, require_count
+from slam_jax.errors import require_count
 from slam_jax.language_models.flops import training_flops
 from slam_jax.language_models.registry import make_config, make_model
 from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
-from slam_jax.training.experiment import Experiment
+from slam_jax.training.experiment import Experiment, require_even_batch
 from slam_jax.training.losses import language_model_loss
 from slam_jax.training.mesh import MeshConfig
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
-from slam_jax.training.start import jit_step, loss_of, require_even, state_shapes
+from slam_jax.training.start import jit_step, loss_of, state_shapes
 from slam_jax.training.state import TrainState, init_state, make_train_step, split_model
 
 _NUM_STEPS = 1_000  # of a language model's schedule; no figure depends on it
@@ -145,7 +145,7 @@ class SlamV3Run:
         return jit_step(self.experiment, graphdef, state)
 
     def require_even(self, mesh: Mesh | None) -> None:
-        require_even(self.experiment, mesh)
+        self.experiment.check(mesh)
 
     @property
     def _sizes(self) -> dict[str, Any]:
@@ -184,9 +184,7 @@ class LanguageRun:
     def __post_init__(self):
         require_count("batch_size", self.batch_size)
         require_count("num_tokens", self.num_tokens, most=self.config.context_length)
-        parts = self.optimizer.accumulate_steps
-        even = f"a divisor of batch_size={self.batch_size}"
-        require(self.batch_size % parts == 0, "optimizer.accumulate_steps", parts, even)
+        self.require_even(None)
 
     @property
     def config(self) -> Any:
@@ -254,11 +252,8 @@ class LanguageRun:
         return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
     def require_even(self, mesh: Mesh | None) -> None:
-        if mesh is None:
-            return
-        parts = self.optimizer.accumulate_steps * mesh.shape["data"] * mesh.shape["fsdp"]
-        even = f"a multiple of {parts}, optimizer.accumulate_steps times mesh.data times mesh.fsdp"
-        require(self.batch_size % parts == 0, "batch_size", self.batch_size, even)
+        parts = self.optimizer.accumulate_steps
+        require_even_batch("batch_size", self.batch_size, parts, mesh)
 
 
 Subject = SlamV3Run | LanguageRun

@@ -8,7 +8,6 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from slam_jax.errors import require
 from slam_jax.runtime.memory import require_memory
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.training.experiment import Experiment
@@ -97,20 +96,6 @@ def _make_step(experiment: Experiment, graphdef: nnx.GraphDef) -> TrainStep:
 def loss_of(experiment: Experiment) -> Callable[..., Any]:
     """(model, batch, key=) -> LossParts."""
     return functools.partial(slam_v3_loss, config=experiment.loss)
-
-
-def require_even(experiment: Experiment, mesh: Mesh | None) -> None:
-    """Raises ConfigError unless each device takes as many examples, and runs as many processes, as
-    any other."""
-    if mesh is None:
-        return
-    size, batch = mesh.shape, experiment.data.batch_size
-    parts = experiment.optimizer.accumulate_steps * size["data"] * size["fsdp"]
-    even = f"a multiple of {parts}, optimizer.accumulate_steps times mesh.data times mesh.fsdp"
-    require(batch % parts == 0, "data.batch_size", batch, even)
-    processes = experiment.model.num_processes
-    even = f"a divisor of model.num_processes={processes}"
-    require(processes % size["process"] == 0, "mesh.process", size["process"], even)
 
 
 def _maker(experiment: Experiment, vocab_size: int) -> Callable[[], TrainState]:
