@@ -30,7 +30,7 @@ from slam_jax.language_models import make_config, make_model
 from slam_jax.runtime import cli
 from slam_jax.runtime.compile_cache import enable_compile_cache
 from slam_jax.training import Experiment, read_config, split_model
-from slam_jax.training.start import initial_state, jit_halves
+from slam_jax.training.start import initial_state, jit_step
 
 CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
 SYSTEM = flags.DEFINE_string("system", None, "A language model, at its seed size.")
@@ -66,40 +66,27 @@ def quickstart() -> None:
     experiment = Experiment.from_config(read_config(CONFIG))
     dataset = prepare(experiment.data, model=experiment.model)
     graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
-    halves = jit_halves(experiment, graphdef)
+    step = jit_step(experiment, graphdef, state)
     ends = [*(start for start, _ in experiment.data.stages[1:]), experiment.run.num_steps]
-    total, compiled, programs, updates = 0.0, 0.0, {}, None
+    total, compiled, programs = 0.0, 0.0, {}
     jax.config.update("jax_enable_compilation_cache", False)
-
-    def compile_of(part: Any, *given: Any) -> Any:
-        nonlocal compiled
-        start = time.perf_counter()
-        program = part.lower(*given).compile()
-        compiled += time.perf_counter() - start
-        return program
 
     for (first, mix), end in zip(experiment.data.stages, ends, strict=True):
         made = training_batches(dataset.train, dataset.tokenizer, experiment.data, start_step=first)
-        # A batch has inputs of one kind, and each kind a program of its own for its gradients.
+        # A batch has inputs of one kind, and each kind a compiled step of its own.
         kinds = collections.defaultdict(list)
         for _, batch in itertools.islice(made, BATCHES):
             kinds[str(jax.tree.map(jnp.shape, batch))].append(batch)
         spent = collections.Counter()
         for kind, (batch, *others) in kinds.items():
             if kind not in programs:
-                programs[kind] = compile_of(halves.gradients, state, batch)
+                start = time.perf_counter()
+                programs[kind] = step.lower(state, batch).compile()
+                compiled += time.perf_counter() - start
             program = programs[kind]
-
-            def in_place(state, batch, program=program):
-                return state, program(state, batch)
-
-            _, each = measured(in_place, program.as_text(), state, batch)
-            if updates is None:
-                given = program(state, batch)
-                last = compile_of(halves.update, state, given)
-                state, updates = measured(last, last.as_text(), state, given)
+            state, each = measured(program, program.as_text(), state, batch)
             weight = (1 + len(others)) / BATCHES
-            spent.update({part: weight * ms for part, ms in (each + updates).items()})
+            spent.update({part: weight * ms for part, ms in each.items()})
         total += (end - first) * spent.total()
         print(f"steps {first} to {end}, {' '.join(mix)}: {spent.total():.0f} ms a step")
         say(spent)

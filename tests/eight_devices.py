@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec
 
 from slam_jax.data import Batch
 from slam_jax.errors import ConfigError
+from slam_jax.kernels import cudnn_attention
 from slam_jax.language_models.registry import SYSTEMS, make_config, make_model
-from slam_jax.layers import Causal, cudnn_attention
+from slam_jax.layers import Causal
 from slam_jax.planning.collectives import collectives
 from slam_jax.planning.compiled import compiled_step, extrapolated
 from slam_jax.planning.machine import Machine

@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 
 from slam_jax.errors import InputError
+from slam_jax.kernels import cudnn_attention
+from slam_jax.kernels.backend import cuda_capability
 from slam_jax.language_models.registry import SYSTEMS, make_config, make_model
-from slam_jax.layers import MultiHeadLatentAttention, attend, cudnn_attention, latent_attend
-from slam_jax.layers.backend import cuda_capability
+from slam_jax.layers import MultiHeadLatentAttention, attend, latent_attend
 from slam_jax.layers.masks import Causal, as_array
 from slam_jax.layers.rotary import Rope, Yarn
 from slam_jax.training import language_model_loss, merge_model, split_model

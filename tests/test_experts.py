@@ -1,19 +1,17 @@
 """Mixtures of experts: each token gets what its experts make of it, whatever the loads."""
 
-import chex
+import contextlib
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from slam_jax.layers.expert_blocks import (
-    cut,
-    gated_mlp,
-    looped_gated_mlp,
-    picked_product,
-    read_product,
-)
+from slam_jax.kernels.backend import for_accelerators
+from slam_jax.kernels.grouped_matmul import grouped_matmul, ragged_dot
+from slam_jax.kernels.row_product import picked_row_product, plain_row_product, row_product
 from slam_jax.layers.experts import Experts, MixtureOfExperts
 from slam_jax.layers.router import (
     Router,
@@ -25,7 +23,7 @@ from slam_jax.layers.router import (
 )
 
 DIM, MLP, EXPERTS = 6, 10, 8
-PRODUCTS = (read_product, picked_product)
+FORMS = {"cpu": contextlib.nullcontext, "accelerator": for_accelerators}
 
 
 def normal(seed, *shape):
@@ -47,18 +45,14 @@ def make_routing(chosen, seed=1):
     return Routing(weights, chosen, jnp.full((*chosen.shape[:-1], EXPERTS), 1 / EXPERTS))
 
 
-def loop(experts, x, routing, mask=None):
-    """Token after token, choice after choice."""
-    rows = []
+def dense(experts, x, routing, mask=None):
+    """The plain twin: every expert on every token, summed by weight."""
     gate, up, down = (m.kernel[...] for m in (experts.gate, experts.up, experts.down))
-    for b, t in np.ndindex(*x.shape[:2]):
-        y = jnp.zeros(DIM)
-        for weight, e in zip(routing.weights[b, t], routing.experts[b, t], strict=True):
-            if mask is None or mask[b, t]:
-                h = jax.nn.silu(x[b, t] @ gate[e]) * (x[b, t] @ up[e])
-                y += weight * (h @ down[e])
-        rows.append(y)
-    return jnp.stack(rows).reshape(x.shape)
+    h = jax.nn.silu(jnp.einsum("btd,edf->btef", x, gate)) * jnp.einsum("btd,edf->btef", x, up)
+    y = jnp.einsum("btef,efd->bted", h, down)
+    weights = jnp.einsum("btk,btke->bte", routing.weights, jax.nn.one_hot(routing.experts, EXPERTS))
+    y = jnp.einsum("bte,bted->btd", weights, y)
+    return y if mask is None else jnp.where(jnp.asarray(mask)[..., None], y, 0)
 
 
 def draw(num_tokens, k, seed=0):
@@ -69,73 +63,56 @@ def draw(num_tokens, k, seed=0):
 
 
 ROUTES = {
-    "a few tokens": draw(2, 2),
-    "every expert sees all": draw(3, 4),
-    "even loads": np.arange(32).reshape(2, 8, 2) % EXPERTS,
-    "one expert takes all": np.concatenate([np.full((2, 9, 1), 5), draw(9, 1) * 0], axis=-1),
-    "some experts idle": draw(9, 2) // 3,
+    "few tokens": draw(2, 2),
+    "random": draw(20, 2),
+    "even loads": np.arange(80).reshape(2, 20, 2) % EXPERTS,
+    "one expert takes all": np.full((2, 20, 2), 5),
+    "most experts idle": draw(20, 2) // 3,
 }
 
 
-# The most tokens that all experts look at, and whether blocks are gone through one by one.
-WAYS = {"_by_token": (99, True), "_by_block, in a loop": (3, True), "_by_block": (3, False)}
+def _pulled(f, weights, *inputs):
+    """The output of f, and its gradients for a sum of the outputs by `weights`."""
+    y, pull = jax.vjp(f, *inputs)
+    return y, pull(weights)
 
 
-@pytest.fixture
-def go(monkeypatch):
-    """Chooses one of WAYS; gives the list of the ways that were really gone."""
+@pytest.fixture(scope="module")
+def gradients():
+    """Of `Experts` in each form, and of `dense`: jitted once a shape, for all routes and masks."""
 
-    def choose(way):
-        few, loops = WAYS[way]
-        monkeypatch.setattr("slam_jax.layers.experts._FEW", few)
-        monkeypatch.setattr("slam_jax.layers.experts._loops", lambda: loops)
-        return taken
+    def of(function, form):
+        def call(weights, mask, routing, experts, x):
+            def f(experts, x, routing_weights):
+                return function(experts, x, routing._replace(weights=routing_weights), mask=mask)
 
-    taken = []
-    for method in ("_by_choice", "_by_token", "_by_block"):
-        original = getattr(Experts, method)
+            with FORMS[form]():
+                return _pulled(f, weights, experts, x, routing.weights)
 
-        def seen(self, *args, method=method, original=original):
-            taken.append(method)
-            return original(self, *args)
+        return jax.jit(call)
 
-        monkeypatch.setattr(Experts, method, seen)
-    return choose
+    compiled = {form: of(Experts.__call__, form) for form in FORMS}
+    return compiled | {"dense": of(dense, "cpu")}
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ROUTES)
-@pytest.mark.parametrize("way", WAYS)
-def test_dropless_is_the_loop_over_experts(experts, go, way, name, masked):
-    taken = go(way)
+@pytest.mark.parametrize("form", FORMS)
+def test_dropless_experts_are_the_dense_sum(experts, gradients, form, name, masked):
     routing = make_routing(ROUTES[name])
     x = normal(2, *routing.experts.shape[:2], DIM)
-    mask = None
-    if masked:
-        mask = np.arange(x.shape[1]) < np.array([[x.shape[1] - 1], [1]])
-
-    def total(f):
-        def of(experts, x, weights):
-            y = f(experts, x, routing._replace(weights=weights), mask=mask)
-            return (y * (jnp.arange(y.size).reshape(y.shape) % 7 - 3.0)).sum()
-
-        return of
-
-    def ours(experts, x, routing, mask):
-        return experts(x, routing, mask=None if mask is None else jnp.asarray(mask))
-
-    close(jax.jit(ours)(experts, x, routing, mask), loop(experts, x, routing, mask))
-    given = (experts, x, routing.weights)
-    one = jax.jit(jax.grad(total(ours), (0, 1, 2)))(*given)
-    other = jax.jit(jax.grad(total(loop), (0, 1, 2)))(*given)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+    lengths = np.array([[x.shape[1] - 1], [1]]) if masked else x.shape[1]
+    mask = np.arange(x.shape[1]) < np.broadcast_to(lengths, (2, 1))
+    weights = normal(3, *x.shape)
+    found, expected = (
+        gradients[which](weights, mask, routing, experts, x) for which in (form, "dense")
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         close(a, b, 1e-4)
-    assert set(taken) == {"_by_choice" if name == "a few tokens" else way.split(",")[0]}
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_models_side_by_side_are_the_same_one_by_one(go, way):
-    go(way)
+@pytest.mark.parametrize("form", FORMS)
+def test_models_side_by_side_are_the_same_one_by_one(form):
     keys, x = jax.random.split(jax.random.key(0)), normal(9, 2, 2, 9, DIM)
     routing = make_routing(np.stack([draw(9, 2, seed) for seed in (1, 2)]))
 
@@ -143,69 +120,72 @@ def test_models_side_by_side_are_the_same_one_by_one(go, way):
         experts = Experts(EXPERTS, DIM, MLP, rngs=nnx.Rngs(key))
         return jax.grad(lambda experts, x: (experts(x, routing) ** 2).sum(), (0, 1))(experts, x)
 
-    both = jax.vmap(gradient)(keys, x, routing)
-    for i in range(2):
-        one = gradient(keys[i], x[i], jax.tree.map(lambda leaf, i=i: leaf[i], routing))
-        jax.tree.map(lambda all_, leaf, i=i: close(all_[i], leaf, 1e-4), both, one)
+    with FORMS[form]():
+        both = jax.jit(jax.vmap(gradient))(keys, x, routing)
+        single = jax.jit(gradient)
+        for i in range(2):
+            one = single(keys[i], x[i], jax.tree.map(lambda leaf, i=i: leaf[i], routing))
+            jax.tree.map(lambda all_, leaf, i=i: close(all_[i], leaf, 1e-4), both, one)
 
 
-def test_blocks_taken_together_are_blocks_one_by_one():
-    """An expert of 23 blocks takes 8, 8, 4, 2 and 1 of them at once."""
-    size, loads = 3, (23, 0, 6, 9, 1)
-    chosen = jnp.repeat(jnp.arange(len(loads)), size * jnp.array(loads))
-    blocks = cut(chosen, len(loads), size)
-    x = normal(1, *blocks.choices.shape, DIM) * (blocks.choices < chosen.size)[..., None]
-    shapes = ((DIM, MLP), (DIM, MLP), (MLP, DIM))
-    gate, up, down = (normal(2 + i, len(loads), *shape) for i, shape in enumerate(shapes))
-    kernels = (gate, up, down)
-    weights = normal(5, *x.shape)
+SIZES = {
+    "few rows": (5, (2, 0, 1)),
+    "one block a group": (70, (30, 0, 32)),
+    "several blocks": (200, (100, 1, 67)),
+    "all in the last group": (200, (0, 0, 200)),
+    "no rows": (40, (0, 0, 0)),
+}
 
-    def gradients(mlp):
-        return jax.grad(lambda x, kernels: (mlp(x, blocks, kernels) * weights).sum(), (0, 1))
 
-    close(looped_gated_mlp(x, blocks, kernels), gated_mlp(x, blocks, kernels))
-    for one, other in zip(
-        jax.tree.leaves(gradients(looped_gated_mlp)(x, kernels)),
-        jax.tree.leaves(gradients(gated_mlp)(x, kernels)),
-        strict=True,
-    ):
-        close(one, other, 1e-4)
+@pytest.mark.parametrize("name", SIZES)
+def test_the_grouped_product_is_ragged_dot(name):
+    num_rows, sizes = SIZES[name]
+    x, kernels, weights = normal(1, num_rows, 5), normal(2, 3, 5, 7), normal(3, num_rows, 7)
+    found, expected = (
+        _pulled(lambda x, kernels, f=f: f(x, kernels, jnp.array(sizes)), weights, x, kernels)
+        for f in (grouped_matmul, ragged_dot)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        close(a, b, 1e-4)
+    assert not found[0][sum(sizes) :].any()
 
 
 @pytest.mark.parametrize(("inputs", "dtype"), [(48, "float32"), (7, "float32"), (48, "bfloat16")])
-def test_a_kernel_read_where_it_stands_multiplies_like_its_copy(inputs, dtype):
+def test_the_row_products_are_plain_products(inputs, dtype):
     row, kernels = (
         jax.random.normal(jax.random.key(i), shape).astype(dtype)
         for i, shape in enumerate([(inputs,), (3, inputs, 5)])
     )
-    exact = dict(rtol=1e-5, atol=1e-5) if dtype == "float32" else dict(rtol=0.02, atol=0.1)
+    exact: Any = dict(rtol=1e-5, atol=1e-5) if dtype == "float32" else dict(rtol=0.02, atol=0.1)
+    weights = jnp.arange(1.0, 6.0).astype(dtype)
     for pick in jnp.arange(3):
-        read, plain = (_with_derivatives(f, row, kernels, pick) for f in PRODUCTS)
-        chex.assert_trees_all_equal_dtypes(read, plain)
-        chex.assert_trees_all_close(read, plain, **exact)
+        values = [
+            _pulled(
+                lambda row, kernels, f=f, pick=pick: f(row, kernels, pick), weights, row, kernels
+            )
+            for f in (
+                plain_row_product,
+                picked_row_product,
+                lambda row, kernels, pick: row_product(row, kernels[pick]),
+            )
+        ]
+        expected, *found = (jax.tree.leaves(each) for each in values)
+        for leaves in found:
+            for a, b in zip(leaves, expected, strict=True):
+                assert a.dtype == b.dtype
+                np.testing.assert_allclose(jnp.float32(a), jnp.float32(b), **exact)
 
 
-def _with_derivatives(product, row, kernels, pick):
-    def picked(row, kernels):
-        return product(row, kernels, pick)
+def test_gradients_of_bfloat16_kernels_are_summed_in_float32():
+    """A sum of ones in bfloat16 stops growing at 256."""
+    x, kernels = jnp.ones((2_000, 3), jnp.bfloat16), jnp.ones((2, 3, 4), jnp.bfloat16)
 
-    gradients = jax.grad(lambda *given: (picked(*given) ** 2).sum(), (0, 1))(row, kernels)
-    return picked(row, kernels), gradients, jax.jvp(picked, (row, kernels), (row, kernels))
+    def total(kernels):
+        return grouped_matmul(x, kernels, jnp.array([1_500, 500])).sum(dtype=jnp.float32)
 
-
-def test_bfloat16_kernels_sum_the_gradients_of_their_blocks_in_float32():
-    """A sum of equal numbers in bfloat16 stops growing at 256 of them."""
-    x = jnp.broadcast_to(normal(8, 2, DIM), (1_000, 2, DIM)).astype(jnp.bfloat16)
-    shapes = ((1, DIM, MLP), (1, DIM, MLP), (1, MLP, DIM))
-    kernels = tuple(normal(i, *shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes))
-
-    def gradient(x):
-        blocks = cut(jnp.zeros(2 * len(x), int), 1, 2)
-        return jax.grad(lambda kernels: looped_gated_mlp(x, blocks, kernels).mean())(kernels)
-
-    for all_, one in zip(gradient(x), gradient(x[:1]), strict=True):
-        assert all_.dtype == jnp.bfloat16
-        close(all_.astype(jnp.float32), one.astype(jnp.float32), 0.02)
+    gradient = jax.grad(total)(kernels)
+    assert gradient.dtype == jnp.bfloat16
+    close(jnp.float32(gradient[:, 0, 0]), [1_500, 500], 1e-2)
 
 
 def test_beyond_its_capacity_an_expert_leaves_out_the_least_weight(experts):
@@ -215,9 +195,9 @@ def test_beyond_its_capacity_an_expert_leaves_out_the_least_weight(experts):
     x = normal(3, 1, 5, DIM)
     kept = weights.at[0, 0, 0].set(0).at[0, 3, 0].set(0)  # expert 0 has five, takes three
     kept = kept.at[0, 4, 1].set(0.6)
-    expected = loop(experts, x, routing._replace(weights=kept))
+    expected = dense(experts, x, routing._replace(weights=kept))
     close(experts(x, routing, capacity=3), expected)
-    close(experts(x, routing, capacity=5), loop(experts, x, routing))
+    close(experts(x, routing, capacity=5), dense(experts, x, routing))
 
 
 def test_capacity_is_for_training_alone():
@@ -248,7 +228,7 @@ def test_a_shared_mlp_is_added():
     x = normal(6, 2, 3, DIM)
     y, routing = layer(x)
     assert layer.shared is not None
-    close(y, layer.shared(x) + loop(layer.experts, x, routing))
+    close(y, layer.shared(x) + dense(layer.experts, x, routing))
 
 
 def softmax(router, x):

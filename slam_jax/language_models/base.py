@@ -26,7 +26,7 @@ from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import split
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.kv_cache import check_prompts
-from slam_jax.layers.linear import Initializer, Linear, project_wide
+from slam_jax.layers.linear import Initializer, Linear, project_to_float32
 from slam_jax.layers.masks import without_unknown_pads
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.remat import POLICIES, remat
@@ -347,8 +347,8 @@ class Transformer(nnx.Module):
     def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head: logits (float32 or wider) of hidden states."""
         if self.head is None:
-            return project_wide(states, self.embedding.embedding[...].T)
-        return project_wide(states, self.head.kernel[...])
+            return project_to_float32(states, self.embedding.embedding[...].T)
+        return project_to_float32(states, self.head.kernel[...])
 
     def embed(
         self,

@@ -25,7 +25,7 @@ from slam_jax.language_models.base import (
 )
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.flops import linear
-from slam_jax.layers.linear import Linear, project_wide
+from slam_jax.layers.linear import Linear, project_to_float32
 from slam_jax.layers.masks import without_unknown_pads
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.protocol import Hidden, Output
@@ -146,7 +146,7 @@ class SlamV3Text(nnx.Module):
 
     def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head: logits (float32 or wider) of hidden states."""
-        return project_wide(states, self.head.kernel[...])
+        return project_to_float32(states, self.head.kernel[...])
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> TextCache:
         """An empty cache; it takes any number of tokens, whatever `max_length`."""

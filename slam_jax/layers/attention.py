@@ -8,10 +8,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from slam_jax.errors import InputError
-from slam_jax.layers import cudnn_attention
+from slam_jax.kernels import cudnn_attention
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.masks import Causal, Mask, as_array, require_square
-from slam_jax.layers.precision import wide
+from slam_jax.layers.precision import upcast
 from slam_jax.layers.rotary import rotary
 
 
@@ -22,7 +22,7 @@ def masked_softmax(
 
     Gradients are finite for such rows too: no infinity ever enters.
     """
-    logits = logits.astype(wide(logits.dtype))
+    logits = logits.astype(upcast(logits.dtype))
     if mask is None:
         return jax.nn.softmax(logits, axis=-1)
     logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
@@ -64,7 +64,7 @@ def attention_weights(
     q, k = jnp.swapaxes(q, -2, -3), jnp.swapaxes(k, -2, -3)
     shape = (*q.shape[:-1], k.shape[-2])
     q = _by_group(q, k.shape[-3])
-    logits = jnp.einsum("...th,...sh->...ts", q, k, preferred_element_type=wide(q.dtype))
+    logits = jnp.einsum("...th,...sh->...ts", q, k, preferred_element_type=upcast(q.dtype))
     visible = as_array(mask, *shape[-2:])
     visible = None if visible is None else visible[..., None, :, :]
     return masked_softmax(logits.reshape(shape) * q.shape[-1] ** -0.5, visible)

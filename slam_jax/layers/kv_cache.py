@@ -1,4 +1,4 @@
-"""The cache of plain attention, and how any cache of fixed capacity is written."""
+"""The cache of plain attention, and how tokens are written to a cache of fixed capacity."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from slam_jax.errors import InputError
 
 @struct.dataclass
 class KVCache:
-    """What one layer remembers: keys and values of every token, right-padded to a capacity T.
+    """The keys and values of every token of one layer, right-padded to a capacity T.
 
-    They stand heads first, as products read them, where a decoding step would otherwise lay all of
-    them out anew; what is written and `tokens_first` have the order of attention.
-    length: tokens stored per row; entries at and beyond it are never attended to.
+    They are stored as [*B, K, T, H], the order in which attention reads them, so that a decoding
+    step transposes nothing. `filled` and `extended` take, and `tokens_first` gives, [*B, T, K, H].
+    length: number of tokens stored per row; entries at and beyond it are never attended to.
     """
 
     k: Float[Array, "*B K T H"]
@@ -37,7 +37,7 @@ class KVCache:
         return self.k.shape[-2]
 
     def tokens_first(self) -> tuple[Float[Array, "*B T K H"], Float[Array, "*B T K V"]]:
-        """Keys and values as `attend` takes them, which turns them back: no program does either."""
+        """Keys and values as `attend` takes them; XLA cancels this transpose with its own."""
         return _swapped(self.k), _swapped(self.v)
 
     def filled(
@@ -46,18 +46,18 @@ class KVCache:
         v: Float[Array, "*B t K V"],
         lengths: Int[Array, "*B"] | None,
     ) -> "KVCache":
-        """An empty cache with a right-padded prompt in it; `lengths`: of its rows, None = all."""
+        """This empty cache with right-padded prompts of `lengths` tokens (None = all t) in it."""
         lengths = None if lengths is None else self._of_heads(lengths)
         prompts, length = (_swapped(k), _swapped(v)), self._of_heads(self.length)
         return self._written(*write_prompt((self.k, self.v), prompts, length, lengths))
 
     def extended(self, k: Float[Array, "*B 1 K H"], v: Float[Array, "*B 1 K V"]) -> "KVCache":
-        """With one more token a row; a full row keeps what it has."""
+        """This cache with one more token per row; a full row stays as it is."""
         tokens, length = (_swapped(k), _swapped(v)), self._of_heads(self.length)
         return self._written(*write_token((self.k, self.v), tokens, length))
 
     def _of_heads(self, length: Int[Array, "*B"]) -> Int[Array, "*B K"]:
-        """Each head of a row is written like a row of its own."""
+        """The length of each head, which is written like a row of its own."""
         return jnp.broadcast_to(length[..., None], self.k.shape[:-2])
 
     def _written(self, k, v, length: Int[Array, "*B K"]) -> "KVCache":
@@ -115,17 +115,13 @@ def write_prompt(
 def write_token(buffers: tuple, tokens: tuple, length: Int[Array, "*B"]) -> tuple:
     """Buffers [*B, T, ..] with tokens [*B, 1, ..] at each row's own length, and the new length.
 
-    What would stand beyond T is dropped.
+    A token of a row that is full is dropped.
     """
-    axis = length.ndim
-    # The write of a single row XLA:CPU repeats for each reader, into copies of the buffer; where
-    # there are two, here twice the same, it writes once and in place.
-    times = 2 if length.size == 1 else 1
-    rows, places = jnp.tile(jnp.arange(length.size), times), jnp.tile(length.reshape(-1), times)
+    axis, rows = length.ndim, jnp.arange(length.size)
     written = []
     for buffer, x in zip(buffers, tokens, strict=True):
         flat = buffer.reshape(-1, *buffer.shape[axis:])
         x = x.reshape(-1, *x.shape[axis + 1 :]).astype(buffer.dtype)
-        flat = flat.at[rows, places].set(jnp.concatenate([x] * times), mode="drop")
+        flat = flat.at[rows, length.reshape(-1)].set(x, mode="drop")
         written.append(flat.reshape(buffer.shape))
     return *written, jnp.minimum(length + 1, buffers[0].shape[axis])

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
-from slam_jax.layers import cudnn_attention
+from slam_jax.kernels import cudnn_attention
 from slam_jax.layers.attention import Layout, causal_layout, masked_softmax
 from slam_jax.layers.kv_cache import write_prompt, write_token
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear, project
 from slam_jax.layers.masks import Causal, Mask, as_array, require_square
 from slam_jax.layers.norms import RMSNorm
-from slam_jax.layers.precision import wide
+from slam_jax.layers.precision import upcast
 from slam_jax.layers.rotary import Rope, rotary
 
 
@@ -65,7 +65,7 @@ def latent_attention_weights(
     absorbed: bool,
 ) -> Float[Array, "*B N T S"]:
     """How much each query attends to each latent, float32 or wider; see `latent_attend`."""
-    sums = dict(preferred_element_type=wide(q.dtype))
+    sums = dict(preferred_element_type=upcast(q.dtype))
     visible = as_array(mask, q.shape[-3], latents.shape[-2])
     width = q.shape[-1] + (0 if q_rope is None else q_rope.shape[-1])
     # Heads first throughout, as in `attend`.

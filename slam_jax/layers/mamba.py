@@ -5,7 +5,7 @@ Lieber et al. 2024, "Jamba" (arXiv 2403.19887), section 6.4.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from slam_jax.layers.attention import Layout
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
 from slam_jax.layers.norms import RMSNorm
-from slam_jax.layers.precision import wide
+from slam_jax.layers.precision import upcast
 
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
 
@@ -43,97 +43,34 @@ def selective_scan(
 ) -> tuple[Float[Array, "*B T I"], Float[Array, "*B I N"]]:
     """h_t = exp(dt_t a) h_(t-1) + dt_t b_t x_t and y_t = c_t h_t, from the state given to the last.
 
-    States [T, I, N] never exist all at once: chunk after chunk is gone through, what a chunk needs
-    for its gradient is made anew, and only the states between chunks are kept. A token whose dt is
-    0 leaves the state as it is.
+    States [T, I, N] never exist all at once: chunks of tokens are scanned one after the other, only
+    the states between chunks are stored for the gradient, and the rest of a chunk is recomputed. A
+    token whose dt is 0 leaves the state as it is.
     """
     num_tokens = x.shape[-2]
     num_chunks = -(-num_tokens // chunk_size)
 
     def in_chunks(z):
-        """[*B, T, C] -> [chunks, chunk_size, *B, C], dt = 0 where there is no token."""
+        """[*B, T, C] -> [chunks, chunk_size, *B, C], with dt = 0 after the last token."""
         z = jnp.moveaxis(z, -2, 0)
         z = jnp.pad(z, [(0, num_chunks * chunk_size - num_tokens)] + [(0, 0)] * (z.ndim - 1))
         return z.reshape(num_chunks, chunk_size, *z.shape[1:])
 
+    def step(state, token):
+        x, dt, b, c = token
+        decay = jnp.exp(dt[..., None, :] * a.T)
+        state = decay * state + (dt * x)[..., None, :] * b[..., :, None]
+        return state, jnp.sum(state * c[..., :, None], axis=-2)
+
+    @jax.checkpoint
+    def chunk(state, tokens):
+        return jax.lax.scan(step, state, tokens)
+
     # Inside, states are [*B, N, I]: sums over the few N are then sums of whole rows.
-    inputs = _Inputs(*map(in_chunks, (x, dt, b, c)))
-    y, state = _scan_chunks(inputs, a.T, jnp.swapaxes(state, -1, -2))
+    inputs = tuple(map(in_chunks, (x, dt, b, c)))
+    state, y = jax.lax.scan(chunk, jnp.swapaxes(state, -1, -2), inputs)
     y = y.reshape(num_chunks * chunk_size, *y.shape[2:])[:num_tokens]
     return jnp.moveaxis(y, 0, -2), jnp.swapaxes(state, -1, -2)
-
-
-class _Inputs(NamedTuple):
-    """Of one token, or with leading axes of a chunk of them, or of all chunks."""
-
-    x: Float[Array, "*B I"]
-    dt: Float[Array, "*B I"]
-    b: Float[Array, "*B N"]
-    c: Float[Array, "*B N"]
-
-
-@jax.custom_vjp
-def _scan_chunks(inputs: _Inputs, a: Float[Array, "N I"], state: Float[Array, "*B N I"]):
-    """The outputs, in chunks as the inputs are, and the last state."""
-    return _scan_chunks_forward(inputs, a, state)[0]
-
-
-def _advance(state, token: _Inputs, a):
-    decay = jnp.exp(token.dt[..., None, :] * a)
-    return decay * state + (token.dt * token.x)[..., None, :] * token.b[..., :, None]
-
-
-def _scan_chunks_forward(inputs, a, state):
-    def step(state, token: _Inputs):
-        state = _advance(state, token, a)
-        return state, jnp.sum(state * token.c[..., :, None], axis=-2)
-
-    def chunk(state, tokens):
-        end, y = jax.lax.scan(step, state, tokens)
-        return end, (y, state)
-
-    end, (y, starts) = jax.lax.scan(chunk, state, inputs)
-    return (y, end), (inputs, a, starts)
-
-
-def _scan_chunks_backward(kept, gradients):
-    """The recurrence the other way: g_t = c_t dy_t + exp(dt_(t+1) a) g_(t+1) is the gradient of
-    h_t, and all others are sums of products with it.
-
-    0.44 of the time of what autodiff makes of [*B, I, N] (2 cores of an Intel Xeon, 2026-11-26:
-    python benchmarks/selective_scan.py).
-    """
-    inputs, a, starts = kept
-    dy, dend = gradients
-
-    def chunk(carry, of_chunk):
-        tokens, start, dy = of_chunk
-
-        def again(state, inputs):
-            token, dy = inputs
-            after = _advance(state, token, a)
-            return after, (state, jnp.einsum("...ni,...i->...n", after, dy))
-
-        def back(carry, inputs):
-            (g, da), (token, before, dy) = carry, inputs
-            g = g + token.c[..., :, None] * dy[..., None, :]
-            du = jnp.sum(g * token.b[..., :, None], axis=-2)  # u = dt x
-            db = jnp.einsum("...ni,...i->...n", g, token.dt * token.x)
-            g = jnp.exp(token.dt[..., None, :] * a) * g
-            dlog = g * before  # of dt a, the logarithm of the decay
-            ddt = jnp.sum(dlog * a, axis=-2) + du * token.x
-            return (g, da + dlog * token.dt[..., None, :]), (du * token.dt, ddt, db)
-
-        _, (before, dc) = jax.lax.scan(again, start, (tokens, dy))
-        carry, (dx, ddt, db) = jax.lax.scan(back, carry, (tokens, before, dy), reverse=True)
-        return carry, _Inputs(dx, ddt, db, dc)
-
-    carry = (dend, jnp.zeros_like(dend))
-    (dstart, da), dinputs = jax.lax.scan(chunk, carry, (inputs, starts, dy), reverse=True)
-    return dinputs, da.reshape(-1, *a.shape).sum(axis=0), dstart
-
-
-_scan_chunks.defvjp(_scan_chunks_forward, _scan_chunks_backward)
 
 
 def _uniform(bound: float) -> Initializer:
@@ -193,9 +130,9 @@ class Mamba(nnx.Module):
             self.b_norm, self.c_norm = RMSNorm(state_dim, **norm), RMSNorm(state_dim, **norm)
         # dt starts between 0.001 and 0.1 whatever the token (Mamba, section 3.6).
         dt_init = _uniform(dt_rank**-0.5)
-        own: Any = {"kernel_init": dt_init, "dtype": wide(dtype)}
+        own: Any = {"kernel_init": dt_init, "dtype": upcast(dtype)}
         self.dt_up = Linear(dt_rank, width, use_bias=True, **{**kw, **own})
-        kept = wide(param_dtype)
+        kept = upcast(param_dtype)
         log_dt = jax.random.uniform(
             rngs.params(), (width,), kept, math.log(_DT_MIN), math.log(_DT_MAX)
         )
@@ -212,7 +149,7 @@ class Mamba(nnx.Module):
         """An empty cache for rows of `batch_shape`; it takes any number of tokens."""
         return MambaCache(
             conv=jnp.zeros((*batch_shape, self.conv_width - 1, self.width), self.dtype),
-            state=jnp.zeros((*batch_shape, self.width, self.state_dim), wide(self.dtype)),
+            state=jnp.zeros((*batch_shape, self.width, self.state_dim), upcast(self.dtype)),
         )
 
     def __call__(
@@ -277,7 +214,7 @@ class Mamba(nnx.Module):
         dt, b, c = self.dt_down(v), self.b(v), self.c(v)
         if self.norm_epsilon is not None:
             dt, b, c = self.dt_norm(dt), self.b_norm(b), self.c_norm(c)
-        own = wide(self.dtype)
+        own = upcast(self.dtype)
         dt = jax.nn.softplus(self.dt_up(dt))
         a = -jnp.exp(self.a_log[...].astype(own))
         return v.astype(own), dt, a, b.astype(own), c.astype(own)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from slam_jax.layers.precision import wide
+from slam_jax.layers.precision import upcast
 
 
 class RMSNorm(nnx.Module):
@@ -21,6 +21,6 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.full((dim,), init_scale, param_dtype))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        h = x.astype(wide(x.dtype))
+        h = x.astype(upcast(x.dtype))
         h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.epsilon)
         return (h * self.scale[...].astype(h.dtype)).astype(x.dtype)

@@ -1,10 +1,10 @@
-"""In what sums, norms and softmaxes are computed."""
+"""The dtype in which sums, norms and softmaxes are computed."""
 
 from typing import Any
 
 import jax.numpy as jnp
 
 
-def wide(dtype: Any) -> Any:
-    """float32, or `dtype` where that is wider."""
+def upcast(dtype: Any) -> Any:
+    """float32, or `dtype` where that has more bits."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -1,4 +1,4 @@
-"""What a layer keeps for its gradient, and what is made anew on the way back."""
+"""What a layer stores for its gradient, and what is recomputed in the backward pass."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,24 +6,25 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_policies
 
-MAP = "map"
+# The name of the results of linear maps (`jax.ad_checkpoint.checkpoint_name`).
+LINEAR = "linear"
 
-# "maps": the results of linear maps are kept; norms, activations and attention are made anew.
-# "layers": only what goes into a layer is kept, at the price of a second forward pass.
+# "maps": the results of linear maps are stored; norms, activations and attention are recomputed.
+# "layers": only the input of a layer is stored, at the price of a second forward pass.
 POLICIES: Mapping[str, Any] = {
-    "maps": checkpoint_policies.save_only_these_names(MAP),
+    "maps": checkpoint_policies.save_only_these_names(LINEAR),
     "layers": checkpoint_policies.nothing_saveable,
 }
 
 
 def remat(layer: Callable[..., Any], policy: str | None) -> Callable[..., Any]:
-    """`layer`, that is called alike and gives the same; None = all of it is kept.
+    """`layer` rematerialised by one of `POLICIES`, with the same arguments and results.
 
-    Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 3.
+    policy: None = everything is stored. Source: Chen et al. 2016, "Training Deep Nets with
+    Sublinear Memory Cost", section 3.
     """
     if policy is None:
         return layer
-    kept = POLICIES[policy]
     return lambda *args, **kwargs: jax.checkpoint(
-        lambda args, kwargs: layer(*args, **kwargs), policy=kept
+        lambda args, kwargs: layer(*args, **kwargs), policy=POLICIES[policy]
     )(args, kwargs)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from slam_jax.errors import require, require_count
-from slam_jax.layers.precision import wide
+from slam_jax.layers.precision import upcast
 
 _LARGEST = 1e12
 
@@ -113,9 +113,9 @@ def rotary(
     Source: Su et al. 2021, "RoFormer", section 3.2.2.
     """
     rope = rope or Rope()
-    angle = positions[..., None, None].astype(wide(x.dtype)) * rope.frequencies(x.shape[-1])
+    angle = positions[..., None, None].astype(upcast(x.dtype)) * rope.frequencies(x.shape[-1])
     sin, cos = jnp.sin(angle) * rope.magnitude, jnp.cos(angle) * rope.magnitude
-    y = x.astype(wide(x.dtype))
+    y = x.astype(upcast(x.dtype))
     if rope.interleaved:
         pairs = y.reshape(*y.shape[:-1], -1, 2)
         a, b = pairs[..., 0], pairs[..., 1]

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
-from slam_jax.layers.precision import wide
+from slam_jax.layers.precision import upcast
 
 
 class Routing(NamedTuple):
@@ -52,7 +52,7 @@ class Router(nnx.Module):
         self.num_groups, self.top_groups = num_groups, top_groups
         self.renormalize, self.scale = renormalize, scale
         kw: Any = dict(kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs)
-        self.scores = Linear(embed_dim, num_experts, dtype=wide(param_dtype), **kw)
+        self.scores = Linear(embed_dim, num_experts, dtype=upcast(param_dtype), **kw)
 
     def __call__(self, x: Float[Array, "*B T D"]) -> Routing:
         # Accelerators multiply float32 in fewer bits by default: near ties would fall otherwise.

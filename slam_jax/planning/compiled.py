@@ -14,7 +14,7 @@ import jax
 from jax.extend.core import Jaxpr, Var
 from jax.sharding import Mesh, NamedSharding
 
-from slam_jax.layers.backend import for_accelerators
+from slam_jax.kernels.backend import for_accelerators
 from slam_jax.layers.constrain import AXES, fit
 from slam_jax.planning.collectives import collectives
 from slam_jax.planning.machine import Sent

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from slam_jax.layers.linear import Linear, project_wide
-from slam_jax.layers.precision import wide
+from slam_jax.layers.linear import Linear, project_to_float32
+from slam_jax.layers.precision import upcast
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.decoder import Memory
 
@@ -26,11 +26,11 @@ class AlignmentHead(nnx.Module):
 
     def __call__(self, memory: Memory) -> Float[Array, "B E"]:
         present = 1.0 if memory.mask is None else memory.mask[..., None]
-        present = jnp.asarray(present, wide(memory.c_mem.dtype))
+        present = jnp.asarray(present, upcast(memory.c_mem.dtype))
         weights = jnp.broadcast_to(present, (*memory.c_mem.shape[:2], 1))
         total = jnp.sum(memory.c_mem * weights, axis=1)
         mean = total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
-        e = project_wide(mean.astype(memory.c_mem.dtype), self.project.kernel[...])
+        e = project_to_float32(mean.astype(memory.c_mem.dtype), self.project.kernel[...])
         # Cut before the root, which has no gradient at 0: a row that shows nothing.
         return e / jnp.sqrt(jnp.maximum(jnp.sum(e * e, axis=-1, keepdims=True), 1e-12))
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from slam_jax.array_typing import AnyArray
 from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import dropout, split
-from slam_jax.layers.linear import Linear, project_wide
+from slam_jax.layers.linear import Linear, project_to_float32
 from slam_jax.layers.masks import without_unknown_pads
 from slam_jax.protocol import Hidden, Output
 from slam_jax.slam_v3.alignment import AlignmentHead
@@ -118,7 +118,7 @@ class SlamV3(nnx.Module):
 
     def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head: logits (float32 or wider) of hidden states."""
-        return project_wide(states, self.head.kernel[...])
+        return project_to_float32(states, self.head.kernel[...])
 
     def embed(self, inputs: Inputs, *, key: PRNGKeyArray | None = None) -> Float[Array, "B E"]:
         """A unit vector for retrieval; give one input alone (see `AlignmentHead`)."""

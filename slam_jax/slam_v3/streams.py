@@ -11,7 +11,7 @@ from slam_jax.array_typing import AnyArray
 from slam_jax.errors import InputError
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.norms import RMSNorm
-from slam_jax.layers.precision import wide
+from slam_jax.layers.precision import upcast
 from slam_jax.layers.remat import remat
 from slam_jax.slam_v3.block import TransformerBlock
 from slam_jax.slam_v3.config import SlamV3Config
@@ -212,7 +212,7 @@ class Streams(nnx.Module):
         encoder = ResNet if config.image.encoder == "resnet" else ViT
         self.image = encoder(config, rngs=rngs)
         # Numbers are read as they are: 1,001 would be 1,000 in bfloat16.
-        exact = {**kw, "dtype": wide(kw["dtype"])}
+        exact = {**kw, "dtype": upcast(kw["dtype"])}
         self.aux = Linear(config.aux_dim, config.embed_dim, use_bias=True, **exact)
         embedding = nnx.initializers.normal(0.02)
         if config.aux_slots:
@@ -241,7 +241,7 @@ class Streams(nnx.Module):
                 Stream(self.text_norm(text_embeddings) + types[0], inputs.text_mask, positions)
             )
         if inputs.image is not None:
-            pixels = jnp.asarray(inputs.image, wide(dtype)) / 127.5 - 1.0
+            pixels = jnp.asarray(inputs.image, upcast(dtype)) / 127.5 - 1.0
             tokens = self.image_norm(self.image(pixels.astype(dtype))) + types[1]
             mask = inputs.image_mask
             if mask is not None:

@@ -1,4 +1,4 @@
-"""What a run begins with: its first state, or the shapes of it, and the step that it repeats."""
+"""The initial state of a run, or its shapes, and the jitted training step."""
 
 import functools
 from collections.abc import Callable
@@ -54,36 +54,10 @@ def state_shapes(
     return split_model(model)[0], with_shardings(shapes, mesh, zero=experiment.mesh.zero)
 
 
-def run_step(
-    experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState, mesh: Mesh | None = None
-) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
-    """The step that a run repeats, of as few programs as are quick to compile.
-
-    A program serves batches of one kind. Of many kinds only the gradients differ, so that these are
-    programs of their own, and the update is compiled once. Over a mesh the step stays whole: XLA
-    sums gradients where the update needs them.
-    """
-    if mesh is not None or len(experiment.data.views) == 1:
-        return jit_step(experiment, graphdef, state)
-    return jit_halves(experiment, graphdef)
-
-
-def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) -> Any:
-    """`make_train_step` of a run, jitted; it takes `state` and gives it back laid out as it is."""
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = _make_step(experiment, graphdef)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-
-
-def jit_halves(experiment: Experiment, graphdef: nnx.GraphDef) -> TrainStep:
-    """The same on one device, each half jitted by itself."""
-    step = _make_step(experiment, graphdef)
-    return TrainStep(jax.jit(step.gradients), jax.jit(step.update, donate_argnums=0))
-
-
-def _make_step(experiment: Experiment, graphdef: nnx.GraphDef) -> TrainStep:
+def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) -> TrainStep:
+    """The jitted training step of a run. It donates its state and returns it sharded as `state`."""
     options = experiment.optimizer
-    return make_train_step(
+    step = make_train_step(
         graphdef,
         loss_of(experiment),
         make_optimizer(options, experiment.run.num_steps),
@@ -91,6 +65,8 @@ def _make_step(experiment: Experiment, graphdef: nnx.GraphDef) -> TrainStep:
         accumulate_steps=options.accumulate_steps,
         weight_of=num_answer_tokens,
     )
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def loss_of(experiment: Experiment) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from slam_jax.layers.backend import cuda_capability
+from slam_jax.kernels.backend import cuda_capability
 from slam_jax.layers.constrain import per_device
 from slam_jax.layers.masks import Causal
 

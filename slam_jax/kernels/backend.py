@@ -1,4 +1,4 @@
-"""For what kind of device a program is traced, where the best form depends on it."""
+"""The kind of device that a function is traced for, where the best form depends on it."""
 
 import contextlib
 import contextvars
@@ -16,18 +16,18 @@ def on_cpu() -> bool:
 
 @functools.cache
 def cuda_capability() -> float:
-    """What the GPUs of this process can do, as NVIDIA counts it (9.0: Hopper); 0 without one."""
+    """NVIDIA's compute capability of the GPUs of this process (9.0: Hopper); 0 without one."""
     if jax.default_backend() != "gpu":
         return 0.0
     try:
         return float(jax.local_devices()[0].compute_capability)
-    except (AttributeError, ValueError):  # of another maker
+    except (AttributeError, ValueError):  # a GPU of another vendor
         return 0.0
 
 
 @contextlib.contextmanager
 def for_accelerators() -> Iterator[None]:
-    """Within it a program is traced as for an accelerator, also on a CPU that stands for one."""
+    """Functions traced within it take the form for accelerators, also on a CPU."""
     token = _FOR_ACCELERATORS.set(True)
     try:
         yield
