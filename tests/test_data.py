@@ -562,7 +562,7 @@ def test_too_much_damage_ends_the_run(dataset, damaged):
     few = dataclasses.replace(damaged, max_damaged_records=1)
     assert not prepare(damaged).corpus_is_whole
     assert dataset.corpus_is_whole
-    message = r"train: 2 damaged, more than data.max_damaged_records=1; record \d+: .*; mend"
+    message = r"train: 2 damaged, more than data.max_damaged_records=1; record \d+: .*; repair"
     with pytest.raises(DataError, match=message):
         prepare(few)
     batches = training_batches(prepare(few, dataset.tokenizer).train, dataset.tokenizer, few)

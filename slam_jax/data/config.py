@@ -99,7 +99,7 @@ class DataConfig:
         return self.stages[bisect.bisect([stage.first for stage in self.stages], step) - 1]
 
     def view(self, step: int) -> str:
-        """The view of step `step`, drawn at the rates of its stage; depends on (seed, step) alone."""
+        """The view of step `step`, drawn at the rates of its stage from (seed, step) alone."""
         rates = self.stage(step).rates
         # Sorted: JSON and ConfigDict do not keep the order in which rates were written.
         names = sorted(rates)
