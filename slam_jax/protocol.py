@@ -13,11 +13,13 @@ class Output:
     """What a full forward pass returns.
 
     logits: of the next token, at every position. aux_loss: what training adds to the cross-entropy
-    for this call, in nats and already weighted, such as the load balance of experts.
+    for this call, in nats and already weighted, such as the load balance of experts. attention:
+    the attention weights, where a model was asked for them.
     """
 
     logits: Float[Array, "*B T V"]
     aux_loss: Float[Array, ""] | float = 0.0
+    attention: Any = None
 
 
 @struct.dataclass
@@ -26,6 +28,7 @@ class Hidden:
 
     states: Float[Array, "*B T D"]
     aux_loss: Float[Array, ""] | float = 0.0
+    attention: Any = None
 
 
 @runtime_checkable

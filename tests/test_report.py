@@ -43,27 +43,30 @@ def test_weights_times_values_are_what_attention_gives():
 
 
 def test_attention_is_that_of_the_forward_pass(loaded):
-    """The memory that processes and heads are said to have read gives back what they computed."""
+    """The values, averaged by the weights, are what the attention layers computed."""
     model, inputs = loaded.model, read_inputs(loaded, [EVERYTHING])
     tokens = np.array([[1, 5, 6]], np.int32)
-    found = jax.jit(model.attention)(tokens, inputs)
+    output = jax.jit(lambda model: model(tokens, inputs, attention=True))(model)
+    found: Any = output.attention
+    np.testing.assert_allclose(output.logits, model(tokens, inputs).logits, atol=1e-5)
     for shares in (found.processes, found.memory, found.decoder):
         np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-5)
     streams, bank = model.level_one(model._streams(inputs, None))
     process = jax.tree.map(lambda x: x[1], model.processes.stack)
-    h = process._instructed(streams)
+    h = jnp.concatenate([stream.tokens for stream in streams], axis=1) + process.instruction[...]
     layer = process.layers[0]
-    h = h + layer._isolated(h, streams)
+    h = h + layer._isolated_attention(h, streams)
     read = jnp.einsum("bnts,bsnv->btnv", found.processes[1][:, 0], bank.v)
-    expected = attend(layer._queries(h), bank.k, bank.v, bank.mask)
+    queries = layer.query(layer.norms[1](h)) + layer.query_bias[...]
+    expected = attend(queries, bank.k, bank.v, bank.mask)
     np.testing.assert_allclose(read, expected, atol=1e-4)
     memory = model.encode(inputs)
     layer, h = model.decoder.layers[0], model._embed(tokens)
     h = h + layer.attention(layer.norms[0](h))
     values = jnp.einsum("bmr,rnv->bmnv", memory.c_mem, layer.memory_attention.v_up.kernel[...])
     read = layer.memory_attention.out(jnp.einsum("bntm,bmnv->btnv", found.decoder[:, 0], values))
-    masked = memory.mask if memory.mask is None else memory.mask[:, None, :]
-    expected = layer.memory_attention(layer._queries(h), memory.c_mem, masked)
+    queries, mask = layer._memory_queries(h, memory)
+    expected = layer.memory_attention(queries, memory.c_mem, mask)
     np.testing.assert_allclose(read, expected, atol=1e-3)
 
 

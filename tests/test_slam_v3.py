@@ -42,7 +42,7 @@ def run_parts(model, inputs):
     """Streams after level 1, the bank, the outputs of the processes."""
     embeddings = None if inputs.text is None else model.embedding(inputs.text)
     streams, bank = model.level_one(model.streams(inputs, embeddings))
-    return streams, bank, model.processes(streams, bank)
+    return streams, bank, model.processes(streams, bank)[0]
 
 
 def close(x, y, tolerance=1e-5):
@@ -101,7 +101,9 @@ def test_no_logit_depends_on_a_later_token(model, inputs):
     memory = encode(model, without(inputs, "text", "image"))
     memory = jax.tree.map(lambda x: x[:1], memory)
     h = jax.random.normal(jax.random.key(0), (1, 1, LENGTH, model.config.embed_dim))
-    jacobian = jax.jit(jax.jacrev(lambda h: model.logits(model.decoder(h, memory))[0, 0, :, 0]))(h)
+    jacobian = jax.jit(jax.jacrev(lambda h: model.logits(model.decoder(h, memory)[0])[0, 0, :, 0]))(
+        h
+    )
     depends = np.abs(jacobian[:, 0, 0]).max(axis=-1) > 0
     np.testing.assert_array_equal(depends, np.tri(LENGTH, dtype=bool))
 
@@ -239,14 +241,14 @@ def test_the_four_processes_drop_out_differently(build, inputs):
 def test_the_vmapped_processes_are_a_loop_over_them(model, parts):
     streams, bank, y = parts
     assert y.shape[0] == 4
-    one = jax.jit(lambda process: process(streams, bank))
+    one = jax.jit(lambda process: process(streams, bank)[0])
     for p in range(4):
         close(one(jax.tree.map(lambda x, p=p: x[p], model.processes.stack)), y[p])
 
 
 def test_one_process_changed_changes_its_own_output_only(model, parts):
     streams, bank, _ = parts
-    run = jax.jit(lambda processes: processes(streams, bank))
+    run = jax.jit(lambda processes: processes(streams, bank)[0])
     y = run(model.processes)
     changed = run(jax.tree.map(lambda x: x.at[2].mul(1.1), model.processes))
     for p in range(4):
@@ -260,7 +262,9 @@ def test_isolated_attention_sees_its_own_stream_only(model, parts):
     for i in range(len(streams)):
 
         def outputs(h, i=i):
-            return split_streams(process.layers[0]._isolated(h, streams), streams)[i].sum()
+            return split_streams(process.layers[0]._isolated_attention(h, streams), streams)[
+                i
+            ].sum()
 
         grads = split_streams(jax.jit(jax.grad(outputs))(h), streams)
         assert [bool(g.any()) for g in grads] == [i == j for j in range(len(streams))]
@@ -272,7 +276,7 @@ def test_shared_attention_sees_every_stream(model, parts):
     @jax.jit
     @jax.grad
     def influence(values, i):
-        y = model.processes(streams, bank._replace(v=values))
+        y, _ = model.processes(streams, bank._replace(v=values))
         return sum(jnp.where(i == j, p.sum(), 0) for j, p in enumerate(split_streams(y, streams)))
 
     for i in range(len(streams)):
@@ -317,7 +321,7 @@ def test_fusion_is_its_formula(model, parts):
     q, k, v = attention.query(tokens), attention.key(tokens), attention.value(tokens)
     f += attention.out(attend(q, k, v, other))
     f += fusion.mlp(fusion.norm(f))
-    fused, mask = fusion(y, streams)
+    fused, mask, _ = fusion(y, streams)
     close(fused, f)
     np.testing.assert_array_equal(mask, present)
 

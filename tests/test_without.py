@@ -79,7 +79,7 @@ def test_the_sum_of_the_fusion_lacks_one_term(part, inputs):
     inputs = jax.tree.map(jnp.asarray, inputs)
     embedded = full.embedding(inputs.text)
     streams, bank = full.level_one(full.streams(inputs, embedded))
-    y = full.processes(streams, bank)
+    y, _ = full.processes(streams, bank)
     x = jnp.concatenate([stream.tokens for stream in streams], axis=1)
     fusion: Any = cut.fusion
     f = (x if part == "mean" else 0.0) + (jnp.mean(y, axis=0) if part == "residual" else 0.0)
@@ -122,9 +122,9 @@ def test_every_gradient_without_a_part_is_finite_and_there(part, inputs):
         assert np.any(gradient) or path.startswith("alignment"), path
 
 
-def test_attention_maps_without_a_bank_are_0(inputs):
+def test_without_a_bank_there_are_no_weights_of_shared_attention(inputs):
     model = build(without=("shared",))
-    assert not model.attention(TOKENS, inputs).processes.any()
+    assert model(TOKENS, inputs, attention=True).attention.processes is None
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ class SlamV3Text(nnx.Module):
         keys = split(key, 2)
         c_mem = self._encode(windows[:, :-1].reshape(-1, self.config.text_window), keys[0])
         memory = self._memory(c_mem.reshape(len(rows), -1, *c_mem.shape[1:]))
-        h = self.decoder(self._embed(windows), memory, key=keys[1])
+        h, _ = self.decoder(self._embed(windows), memory, key=keys[1])
         h = h.reshape(len(rows), -1, h.shape[-1])[:, : rows.shape[1]]
         if back is not None:
             h = jnp.take_along_axis(h, back[..., None], axis=1)
@@ -258,8 +258,9 @@ class SlamV3Text(nnx.Module):
         x = self.text_norm(self.embedding(windows))
         x = dropout(x + self.type[...].astype(x.dtype), self.config.dropout, keys[0])
         streams, bank = self.level_one([Stream(x, None, jnp.arange(x.shape[1]))], key=keys[1])
-        y = self.processes(streams, bank, key=keys[2])
-        return self.memory_bank(*self.fusion(y, streams, key=keys[3])).c_mem
+        y, _ = self.processes(streams, bank, key=keys[2])
+        fused = self.fusion(y, streams, key=keys[3])
+        return self.memory_bank(fused.tokens, fused.mask).c_mem
 
     def _memory(self, c_mem: Float[Array, "R m W r"]) -> Memory:
         """The memories of windows 0 .. m, from windows 0 .. m - 1; the first one is empty."""

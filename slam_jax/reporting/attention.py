@@ -63,13 +63,13 @@ def attention_maps(loaded: Any, request: Request, answer: str) -> AttentionMaps:
 
 @jax.jit
 def _maps(model, tokens, inputs, predicts):
-    found = model.attention(tokens, inputs)
+    found = model(tokens, inputs, attention=True).attention
     # Of the one example: heads over memory tokens, then over the tokens that those have read.
     heads = jnp.einsum("lntm,t,ms->lns", found.decoder[0], predicts, found.memory[0])
     read = heads.mean(axis=(0, 1))
-    processes = jnp.einsum("plnsk,s->pk", found.processes[:, 0], read)
-    count = found.processes.shape[2] * found.processes.shape[3]
-    return processes / count, heads
+    if found.processes is None:  # an ablated model without shared attention
+        return jnp.zeros((model.config.num_processes, read.shape[0])), heads
+    return jnp.einsum("psk,s->pk", found.processes[:, 0].mean((1, 2)), read), heads
 
 
 def _count(mask: np.ndarray) -> int:

@@ -1,5 +1,6 @@
-"""The decoder: causal latent attention over the text so far, latent attention over the memory."""
+"""The decoder: causal latent attention to the text so far, and latent attention to the memory."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,15 +23,16 @@ from slam_jax.layers.remat import remat
 from slam_jax.layers.rotary import Rope
 from slam_jax.slam_v3.config import SlamV3Config
 
-# One per layer and no stack of them: a decoding step then updates each in place. A `KVCache` where
-# the decoder is without its latents.
+# One cache per layer and not a stack, so that a decoding step updates each in place. A `KVCache`
+# where `config.without` has "latent".
 LayerCache = LatentCache | KVCache
 DecoderCache = tuple[LayerCache, ...]
 
 
 @struct.dataclass
 class Memory:
-    """One encode: a latent per memory token, shared by every decoder layer, question and sample.
+    """The result of one encode: a latent per memory token, shared by all decoder layers, questions
+    and samples.
 
     mask: True = present, None = all present.
     """
@@ -40,7 +42,7 @@ class Memory:
 
 
 class MemoryBank(nnx.Module):
-    """From fused tokens to their normed latents; without "latent", to themselves, normed."""
+    """Compresses fused tokens to normed latents; without "latent" it only norms them."""
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         kw = dict(**config.dtypes, rngs=rngs)
@@ -83,7 +85,7 @@ class DecoderLayer(nnx.Module):
             self.attention = GroupedQueryAttention(
                 dim, config.num_heads, rope=Rope(), out_scale=scale, **kw
             )
-        # To a memory of full width the same is plain attention.
+        # With a memory of full width this is plain attention.
         self.memory_attention = LatentCrossAttention(
             dim,
             config.num_heads,
@@ -95,48 +97,44 @@ class DecoderLayer(nnx.Module):
         )
         self.mlp = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw)
 
-    def __call__(self, h, memory: Memory, *, key: PRNGKeyArray | None = None):
+    def __call__(
+        self, h, memory: Memory, *, key: PRNGKeyArray | None = None, weights: bool = False
+    ) -> tuple[Float[Array, "B Q T D"], Float[Array, "B N Q T M"] | None]:
+        """The new tokens, and with `weights` those of the memory attention (else None)."""
         keys = split(key, 2)
         h = h + dropout(self.attention(self.norms[0](h)), self.dropout, keys[0])
-        return self._rest(h, memory, keys[1], absorbed=False)
+        queries, mask = self._memory_queries(h, memory)
+        h = self._read_memory(h, memory, keys[1], absorbed=False)
+        if not weights:
+            return h, None
+        found = self.memory_attention.weights(queries, memory.c_mem, mask)
+        return h, found.reshape(*found.shape[:2], *h.shape[1:3], -1)
 
     def prefill(self, h, cache: LayerCache, memory: Memory, lengths):
         a, cache = self.attention.prefill(self.norms[0](h), cache, lengths)
-        return self._rest(h + a, memory, None, absorbed=False), cache
+        return self._read_memory(h + a, memory, None, absorbed=False), cache
 
     def decode_step(self, h, cache: LayerCache, memory: Memory):
         a, cache = self.attention.decode_step(self.norms[0](h), cache)
-        return self._rest(h + a, memory, None, absorbed=True), cache
+        return self._read_memory(h + a, memory, None, absorbed=True), cache
 
-    def memory_weights(
-        self, h: Float[Array, "B Q T D"], memory: Memory
-    ) -> Float[Array, "B N Q T M"]:
-        """How much each token, as the layer is given it, attends to each memory token."""
-        h = h + self.attention(self.norms[0](h))
-        weights = self.memory_attention.weights(self._queries(h), memory.c_mem, _row_mask(memory))
-        return weights.reshape(*weights.shape[:2], *h.shape[1:3], -1)
+    def _memory_queries(self, h, memory: Memory):
+        """Every position of every question of an example [B, QT, D], and the mask [B, 1, M]."""
+        batch, prompts, length, dim = h.shape
+        mask = None if memory.mask is None else memory.mask[:, None, :]
+        return self.norms[1](h).reshape(batch, prompts * length, dim), mask
 
-    def _queries(self, h):
-        """Every position of every question of an example, one after the other."""
-        queries = self.norms[1](h)
-        batch, prompts, length, dim = queries.shape
-        return queries.reshape(batch, prompts * length, dim)
-
-    def _rest(self, h, memory, key, *, absorbed):
+    def _read_memory(self, h, memory, key, *, absorbed):
+        """The memory attention and the MLP."""
         keys = split(key, 2)
-        read = self.memory_attention(
-            self._queries(h), memory.c_mem, _row_mask(memory), absorbed=absorbed
-        )
+        queries, mask = self._memory_queries(h, memory)
+        read = self.memory_attention(queries, memory.c_mem, mask, absorbed=absorbed)
         h = h + dropout(read.reshape(h.shape), self.dropout, keys[0])
         return h + dropout(self.mlp(self.norms[2](h)), self.dropout, keys[1])
 
 
-def _row_mask(memory: Memory) -> Bool[Array, "B 1 M"] | None:
-    return None if memory.mask is None else memory.mask[:, None, :]
-
-
 class Decoder(nnx.Module):
-    """The layers and the final norm, from embedded tokens to what the head reads."""
+    """The layers and the final norm, from embedded tokens to the states that the head reads."""
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         self.dropout, self.remat = config.dropout, config.remat
@@ -146,23 +144,22 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.embed_dim, param_dtype=config.dtypes["param_dtype"])
 
     def __call__(
-        self, h: Float[Array, "B Q T D"], memory: Memory, *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "B Q T D"]:
-        keys = split(key, len(self.layers) + 1)
+        self,
+        h: Float[Array, "B Q T D"],
+        memory: Memory,
+        *,
+        key: PRNGKeyArray | None = None,
+        weights: bool = False,
+    ) -> tuple[Float[Array, "B Q T D"], Float[Array, "B layers N Q T M"] | None]:
+        """The states, and with `weights` those of the memory attention (else None)."""
+        keys, layer_weights = split(key, len(self.layers) + 1), []
         h = dropout(h, self.dropout, keys[-1])
         for layer, layer_key in zip(self.layers, keys, strict=False):
-            h = constrain(remat(layer, self.remat)(h, memory, key=layer_key), ("batch",))
-        return self.norm(h)
-
-    def memory_weights(
-        self, h: Float[Array, "B Q T D"], memory: Memory
-    ) -> Float[Array, "B layers N Q T M"]:
-        """How much each head of each layer attends to each memory token."""
-        weights = []
-        for layer in self.layers:
-            weights.append(layer.memory_weights(h, memory))
-            h = layer(h, memory)
-        return jnp.stack(weights, axis=1)
+            call = functools.partial(layer, weights=weights)
+            h, memory_weights = remat(call, self.remat)(h, memory, key=layer_key)
+            h = constrain(h, ("batch",))
+            layer_weights.append(memory_weights)
+        return self.norm(h), jnp.stack(layer_weights, axis=1) if weights else None
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> DecoderCache:
         return tuple(layer.attention.init_cache(batch_shape, max_length) for layer in self.layers)

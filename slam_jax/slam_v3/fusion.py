@@ -1,7 +1,7 @@
-"""The fusion node: where the four processes become one memory."""
+"""The fusion node, which turns the outputs of the four processes into one memory."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import einops
 import jax.numpy as jnp
@@ -20,7 +20,10 @@ from slam_jax.slam_v3.streams import Stream
 
 
 class CrossAttention(nnx.Module):
-    """Plain attention from one set of tokens to another; no biases, so nothing read is 0."""
+    """Plain attention from one set of tokens to another.
+
+    It has no biases, so that the result is exactly 0 where there is nothing to attend to.
+    """
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         kw = dict(**config.dtypes, rngs=rngs)
@@ -36,19 +39,14 @@ class CrossAttention(nnx.Module):
         x: Float[Array, "B T D"],
         source: Float[Array, "B S D"],
         mask: Bool[Array, "B S"] | None,
-    ) -> Float[Array, "B T D"]:
+        *,
+        weights: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B N T S"] | None]:
+        """What each token of x reads from the source, and with `weights` the attention weights."""
         mask = None if mask is None else mask[:, None, :]
-        return self.out(attend(self.query(x), self.key(source), self.value(source), mask))
-
-    def weights(
-        self,
-        x: Float[Array, "B T D"],
-        source: Float[Array, "B S D"],
-        mask: Bool[Array, "B S"] | None,
-    ) -> Float[Array, "B N T S"]:
-        """How much each head of each token of x attends to each token of the source."""
-        mask = None if mask is None else mask[:, None, :]
-        return attention_weights(self.query(x), self.key(source), mask)
+        q, k = self.query(x), self.key(source)
+        y = self.out(attend(q, k, self.value(source), mask))
+        return y, attention_weights(q, k, mask) if weights else None
 
 
 class CrossModal(nnx.Module):
@@ -71,12 +69,13 @@ class CrossModal(nnx.Module):
         for i, part in enumerate(parts):
             others = [j for j in range(len(parts)) if j != i]
             source = jnp.concatenate([parts[j] for j in others], axis=1)
-            read.append(self.attention(part, source, join_masks([streams[j] for j in others])))
+            mask = join_masks([streams[j] for j in others])
+            read.append(self.attention(part, source, mask)[0])
         return jnp.concatenate(read, axis=1)
 
 
 class Bottleneck(nnx.Module):
-    """M learned queries read the fused tokens; one block of a Perceiver.
+    """M learned queries attend to the fused tokens; one block of a Perceiver.
 
     Source: Jaegle et al. 2021, "Perceiver", section 3.1.
     """
@@ -84,33 +83,43 @@ class Bottleneck(nnx.Module):
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         param_dtype = config.dtypes["param_dtype"]
         shape = (config.num_memory_tokens, config.embed_dim)
-        # Wide, so that the queries differ from the start.
+        # A large standard deviation, so that the queries differ from the start.
         self.queries = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), shape, param_dtype))
         self.norm = RMSNorm(config.embed_dim, param_dtype=param_dtype)
         self.attention = CrossAttention(config, rngs=rngs)
 
     def __call__(
-        self, f: Float[Array, "B S D"], mask: Bool[Array, "B S"] | None
-    ) -> Float[Array, "B M D"]:
-        queries = self._queries(f)
-        return queries + self.attention(queries, self.norm(f), mask)
-
-    def weights(
-        self, f: Float[Array, "B S D"], mask: Bool[Array, "B S"] | None
-    ) -> Float[Array, "B N M S"]:
-        """How much of each fused token each memory token reads."""
-        return self.attention.weights(self._queries(f), self.norm(f), mask)
-
-    def _queries(self, f):
+        self,
+        f: Float[Array, "B S D"],
+        mask: Bool[Array, "B S"] | None,
+        *,
+        weights: bool = False,
+    ) -> tuple[Float[Array, "B M D"], Float[Array, "B N M S"] | None]:
+        """The memory tokens, and with `weights` how much of each fused token each of them reads."""
         queries = self.queries[...].astype(f.dtype)
-        return jnp.broadcast_to(queries, (f.shape[0], *queries.shape))
+        queries = jnp.broadcast_to(queries, (f.shape[0], *queries.shape))
+        read, attention = self.attention(queries, self.norm(f), mask, weights=weights)
+        return queries + read, attention
+
+
+class Fused(NamedTuple):
+    """The memory tokens before they are compressed.
+
+    mask: True = present; with a bottleneck all tokens of an example that has any input. None = all
+    present. weights: how much of each input token each memory token has read, averaged over heads;
+    the identity without a bottleneck. None = not asked for.
+    """
+
+    tokens: Float[Array, "B M D"]
+    mask: Bool[Array, "B M"] | None
+    weights: Float[Array, "B M S"] | None
 
 
 class Fusion(nnx.Module):
     """f = x + mean_p y_p + W_cat [y_1; ..; y_P] + CrossModal(mean_p y_p); f += MLP(norm(f));
-    then the bottleneck, if there is one. What `config.without` names is left out.
+    then the bottleneck, if there is one. The parts in `config.without` are left out.
 
-    one_stream: there is never more than one, and hence nothing that CrossModal could read.
+    one_stream: there is only ever one stream, so CrossModal has nothing to read and is left out.
     """
 
     def __init__(self, config: SlamV3Config, *, one_stream: bool = False, rngs: nnx.Rngs):
@@ -118,10 +127,10 @@ class Fusion(nnx.Module):
         dim, scale = config.embed_dim, config.encoder_out_scale
         self.dropout = config.dropout
         self.has_residual, self.has_mean = config.has("residual"), config.has("mean")
-        wide = config.num_processes * dim
+        concat_dim = config.num_processes * dim
         has_cross, has_mlp = config.has("cross_modal") and not one_stream, config.has("fusion_mlp")
         self.concat: Any = (
-            Linear(wide, dim, init_scale=scale, **kw) if config.has("concat") else None
+            Linear(concat_dim, dim, init_scale=scale, **kw) if config.has("concat") else None
         )
         self.cross_modal: Any = CrossModal(config, rngs=rngs) if has_cross else None
         self.norm: Any = RMSNorm(dim, param_dtype=kw["param_dtype"]) if has_mlp else None
@@ -134,33 +143,21 @@ class Fusion(nnx.Module):
         streams: Sequence[Stream],
         *,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "B M D"], Bool[Array, "B M"] | None]:
-        """The memory and which of its tokens are there.
-
-        With a bottleneck every memory token is there, unless the example has no input at all.
-        """
+        weights: bool = False,
+    ) -> Fused:
         f, mask = self._fuse(y, streams, split(key, 3))
         if self.bottleneck is None:
-            return f, mask
-        memory = self.bottleneck(f, mask)
+            identity = jnp.broadcast_to(jnp.eye(f.shape[1]), (*f.shape[:2], f.shape[1]))
+            return Fused(f, mask, identity if weights else None)
+        memory, attention = self.bottleneck(f, mask, weights=weights)
         if mask is not None:
             mask = jnp.broadcast_to(mask.any(axis=1, keepdims=True), memory.shape[:2])
-        return memory, mask
-
-    def memory_weights(
-        self, y: Float[Array, "P B S D"], streams: Sequence[Stream]
-    ) -> Float[Array, "B M S"]:
-        """How much of each token each memory token has read, averaged over the bottleneck's heads;
-        without a bottleneck the memory is the tokens."""
-        f, mask = self._fuse(y, streams, split(None, 3))
-        if self.bottleneck is None:
-            return jnp.broadcast_to(jnp.eye(f.shape[1]), (f.shape[0], f.shape[1], f.shape[1]))
-        return self.bottleneck.weights(f, mask).mean(axis=1)
+        return Fused(memory, mask, None if attention is None else attention.mean(axis=1))
 
     def _fuse(self, y, streams, keys):
         mask = join_masks(streams)
         x = jnp.concatenate([stream.tokens for stream in streams], axis=1)
-        # The two sums over processes, each made where it is needed: everywhere.
+        # Both sums over processes are needed on every device of the `process` axis.
         mean = constrain(jnp.mean(y, axis=0), ("batch",))
         f = x if self.has_residual else jnp.zeros_like(x)
         if self.has_mean:

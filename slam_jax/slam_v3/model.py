@@ -22,15 +22,14 @@ from slam_jax.slam_v3.streams import Inputs, Stream, Streams, check_inputs
 
 
 class Attention(NamedTuple):
-    """Shares of attention, each 1 in sum over its last axis, or 0 where there is nothing to see.
+    """Attention weights of one forward pass. They sum to 1 over the last axis, or are 0 where a
+    token may attend to nothing. S are the tokens of the streams in the order text, image, aux.
 
-    S are the tokens of the streams in the order text, image, aux.
-
-    processes: of each head of each process, in its shared attention. memory: what each memory token
-    has read; the unit matrix without a bottleneck. decoder: of each head, in its memory attention.
+    processes: of the shared attention; None without it. memory: how much of each token each memory
+    token has read; the identity without a bottleneck. decoder: of the memory attention.
     """
 
-    processes: Float[Array, "P B layers N S S"]
+    processes: Float[Array, "P B layers N S S"] | None
     memory: Float[Array, "B M S"]
     decoder: Float[Array, "B layers N *Q T M"]
 
@@ -48,8 +47,8 @@ class SlamV3(nnx.Module):
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         kw = dict(**config.dtypes, rngs=rngs)
         self.config = config
-        # Of the text that is read and the tokens written so far: the "red" of a question finds that
-        # of a scene. The head, which says what comes next, is its own.
+        # One table for text that is read and tokens that are written: the "red" of a question
+        # matches the "red" of a scene. The head has its own parameters.
         self.embedding = nnx.Embed(
             config.vocab_size,
             config.embed_dim,
@@ -66,33 +65,17 @@ class SlamV3(nnx.Module):
         self.alignment = AlignmentHead(config, rngs=rngs)
 
     def encode(self, inputs: Inputs, *, key: PRNGKeyArray | None = None) -> Memory:
-        """What the decoder may look at. `key`: for dropout, None = none.
+        """The memory that the decoder attends to. `key`: for dropout, None = no dropout.
 
-        Raises InputError where no input is given, or one is not what `Inputs` says.
+        Raises InputError where there is no input, or one does not have the form of `Inputs`.
         """
-        keys = split(key, 4)
-        streams, bank = self.level_one(self._streams(inputs, keys[0]), key=keys[1])
-        y = self.processes(streams, bank, key=keys[2])
-        return self.memory_bank(*self.fusion(y, streams, key=keys[3]))
-
-    def attention(self, tokens: Int[AnyArray, "B *Q T"], inputs: Inputs) -> Attention:
-        """What attends to what, for the same arguments as a forward pass; to be looked at."""
-        given = self._streams(inputs, None)
-        streams, bank = self.level_one(given)
-        y = self.processes(streams, bank)
-        memory = self.memory_bank(*self.fusion(y, streams))
-        decoder = self.decoder.memory_weights(self._embed(tokens), memory)
-        return Attention(
-            processes=self.processes.shared_weights(streams, bank),
-            memory=self.fusion.memory_weights(y, streams),
-            decoder=decoder.reshape(*decoder.shape[:3], *tokens.shape[1:], -1),
-        )
+        return self._encode(inputs, key)[0]
 
     def decode(
         self, tokens: Int[AnyArray, "B *Q T"], memory: Memory, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "B *Q T V"]:
         """Next-token logits (float32 or wider) at every position; right pads change no others."""
-        return self.logits(self._decode(tokens, memory, key))
+        return self.logits(self._decode(tokens, memory, key)[0])
 
     def __call__(
         self,
@@ -100,9 +83,11 @@ class SlamV3(nnx.Module):
         inputs: Inputs,
         *,
         key: PRNGKeyArray | None = None,
+        attention: bool = False,
     ) -> Output:
-        """Encode, then decode."""
-        return Output(self.logits(self.hidden(tokens, inputs, key=key).states))
+        """Encodes, then decodes. `attention`: the output also has the attention weights."""
+        hidden = self.hidden(tokens, inputs, key=key, attention=attention)
+        return Output(self.logits(hidden.states), attention=hidden.attention)
 
     def hidden(
         self,
@@ -110,11 +95,16 @@ class SlamV3(nnx.Module):
         inputs: Inputs,
         *,
         key: PRNGKeyArray | None = None,
+        attention: bool = False,
     ) -> Hidden:
-        """What the head makes logits of, for the same arguments as a forward pass."""
+        """The forward pass without the head; the same arguments as `__call__`."""
         key_encode, key_decode = split(key, 2)
-        memory = self.encode(inputs, key=key_encode)
-        return Hidden(self._decode(tokens, memory, key_decode))
+        memory, processes, read = self._encode(inputs, key_encode, weights=attention)
+        states, decoder = self._decode(tokens, memory, key_decode, weights=attention)
+        if read is None or decoder is None:
+            return Hidden(states)
+        decoder = decoder.reshape(*decoder.shape[:3], *tokens.shape[1:], -1)
+        return Hidden(states, attention=Attention(processes, read, decoder))
 
     def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head: logits (float32 or wider) of hidden states."""
@@ -136,7 +126,7 @@ class SlamV3(nnx.Module):
         *,
         lengths: Int[AnyArray, "B *Q"] | None = None,
     ) -> tuple[Float[Array, "B *Q T V"], DecoderCache]:
-        """`decode`, and an empty cache filled; `lengths` are the real tokens of each row.
+        """`decode`, and this empty cache filled; `lengths`: the number of real tokens of each row.
 
         Raises InputError as `check_prompts` does.
         """
@@ -151,9 +141,17 @@ class SlamV3(nnx.Module):
     def decode_step(
         self, tokens: Int[AnyArray, "B *Q"], cache: DecoderCache, memory: Memory
     ) -> tuple[Float[Array, "B *Q V"], DecoderCache]:
-        """The logits after one more token per row, straight on the latents (absorbed form)."""
+        """The logits after one more token per row, computed on the latents (absorbed form)."""
         h, cache = self.decoder.decode_step(self._embed(tokens[..., None]), cache, memory)
         return self.logits(h).reshape(*tokens.shape, self.config.vocab_size), cache
+
+    def _encode(self, inputs: Inputs, key: PRNGKeyArray | None, weights: bool = False):
+        """The memory, and with `weights` those of the processes and of the memory tokens."""
+        keys = split(key, 4)
+        streams, bank = self.level_one(self._streams(inputs, keys[0]), key=keys[1])
+        y, process_weights = self.processes(streams, bank, key=keys[2], weights=weights)
+        fused = self.fusion(y, streams, key=keys[3], weights=weights)
+        return self.memory_bank(fused.tokens, fused.mask), process_weights, fused.weights
 
     def _streams(self, inputs: Inputs, key: PRNGKeyArray | None) -> list[Stream]:
         check_inputs(inputs)
@@ -169,10 +167,15 @@ class SlamV3(nnx.Module):
         return streams
 
     def _decode(
-        self, tokens: Int[AnyArray, "B *Q T"], memory: Memory, key: PRNGKeyArray | None
-    ) -> Float[Array, "B *Q T D"]:
-        h = self.decoder(self._embed(tokens), memory, key=key)
-        return h.reshape(*tokens.shape, self.config.embed_dim)
+        self,
+        tokens: Int[AnyArray, "B *Q T"],
+        memory: Memory,
+        key: PRNGKeyArray | None,
+        weights: bool = False,
+    ):
+        """The decoder's states [B, *Q, T, D], and with `weights` those of its memory attention."""
+        h, memory_weights = self.decoder(self._embed(tokens), memory, key=key, weights=weights)
+        return h.reshape(*tokens.shape, self.config.embed_dim), memory_weights
 
     def _embed(self, tokens: Int[AnyArray, "B *Q T"]) -> Float[Array, "B R T D"]:
         rows = jnp.asarray(tokens).reshape(*_rows(tokens.shape[:-1]), tokens.shape[-1])

@@ -1,5 +1,6 @@
-"""Level 1, the bank that everybody reads, and the four processes that run side by side."""
+"""Level 1, the shared bank of keys and values, and the four processes that run in parallel."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from slam_jax.slam_v3.streams import Stream
 
 
 class Bank(NamedTuple):
-    """Keys and values of all streams, made once and read by every layer of every process."""
+    """Keys and values of all streams, computed once and read by every layer of every process."""
 
     k: Float[Array, "B S N H"]
     v: Float[Array, "B S N H"]
@@ -56,10 +57,9 @@ def split_streams(x: Float[Array, "*B S D"], streams: Sequence[Stream]) -> list[
 
 
 class LevelOne(nnx.Module):
-    """One block over all streams, so that "12" is bound to "red" before anybody reads it; and the
-    bank, made from its output.
+    """One transformer block over all streams, and the bank computed from its output.
 
-    Source: the first of the three levels of SLAM v3, whose keys and values are kept.
+    The block binds words to each other ("12" to "red") before the processes read them.
     """
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
@@ -75,8 +75,7 @@ class LevelOne(nnx.Module):
     def __call__(
         self, streams: Sequence[Stream], *, key: PRNGKeyArray | None = None
     ) -> tuple[list[Stream], Bank | None]:
-        """The streams, each with its tokens in the context of all, and the bank, where processes
-        read one."""
+        """The streams with contextualised tokens, and the bank (None without shared attention)."""
         x = jnp.concatenate([stream.tokens for stream in streams], axis=1)
         mask = join_masks(streams)
         mask = None if mask is None else mask[:, None, :]
@@ -97,12 +96,16 @@ class ProcessLayer(nnx.Module):
         dim, heads = config.embed_dim, (config.num_heads, config.head_dim)
         scale = config.encoder_out_scale
         self.dropout = config.dropout
-        there = (config.has("isolated"), config.has("shared"), True)
-        self.num_heads, (has_isolated, has_shared, _) = config.num_heads, there
+        has_isolated, has_shared = config.has("isolated"), config.has("shared")
         self.norms: Any = nnx.List(
-            [RMSNorm(dim, param_dtype=kw["param_dtype"]) if part else None for part in there]
+            [
+                RMSNorm(dim, param_dtype=kw["param_dtype"]) if exists else None
+                for exists in (has_isolated, has_shared, True)
+            ]
         )
-        self.isolated = SelfAttention(dim, *heads, out_scale=scale, **kw) if has_isolated else None
+        self.isolated: Any = (
+            SelfAttention(dim, *heads, out_scale=scale, **kw) if has_isolated else None
+        )
         if has_shared:
             self.query = Linear(dim, heads, **kw)
             normal = nnx.initializers.normal(0.02)
@@ -118,31 +121,22 @@ class ProcessLayer(nnx.Module):
         bank: Bank | None,
         *,
         key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B S D"]:
-        keys = split(key, 3)
-        h = h + dropout(self._isolated(h, streams), self.dropout, keys[0])
+        weights: bool = False,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B N S S"] | None]:
+        """The new tokens, and with `weights` those of the shared attention (else None)."""
+        keys, shared_weights = split(key, 3), None
+        if self.isolated is not None:
+            h = h + dropout(self._isolated_attention(h, streams), self.dropout, keys[0])
         if bank is not None:
-            read = self.out(attend(self._queries(h), bank.k, bank.v, bank.mask))
+            q = self.query(self.norms[1](h))
+            q = q + self.query_bias[...].astype(q.dtype)
+            read = self.out(attend(q, bank.k, bank.v, bank.mask))
+            shared_weights = attention_weights(q, bank.k, bank.mask) if weights else None
             h = h + dropout(read, self.dropout, keys[1])
-        return h + dropout(self.mlp(self.norms[2](h)), self.dropout, keys[2])
+        return h + dropout(self.mlp(self.norms[2](h)), self.dropout, keys[2]), shared_weights
 
-    def shared_weights(
-        self, h: Float[Array, "B S D"], streams: Sequence[Stream], bank: Bank | None
-    ) -> Float[Array, "B N S S"]:
-        """How much each token, as the layer is given it, attends to each token of the bank."""
-        if bank is None:
-            return jnp.zeros((h.shape[0], self.num_heads, h.shape[1], h.shape[1]))
-        h = h + self._isolated(h, streams)
-        return attention_weights(self._queries(h), bank.k, bank.mask)
-
-    def _queries(self, h):
-        q = self.query(self.norms[1](h))
-        return q + self.query_bias[...].astype(q.dtype)
-
-    def _isolated(self, h, streams):
-        """A token sees its own stream only: one call a stream instead of one S x S mask."""
-        if self.isolated is None:
-            return jnp.zeros_like(h)
+    def _isolated_attention(self, h, streams) -> Float[Array, "B S D"]:
+        """Each token attends to its own stream: one call per stream instead of an S x S mask."""
         parts = []
         for part, stream in zip(split_streams(self.norms[0](h), streams), streams, strict=True):
             mask = None if stream.mask is None else stream.mask[:, None, :]
@@ -151,7 +145,7 @@ class ProcessLayer(nnx.Module):
 
 
 class Process(nnx.Module):
-    """One of the four encoders: an input bias of its own (its "instruction") and its layers."""
+    """One of the four encoders: its own input bias (the "instruction") and its own layers."""
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         param_dtype = config.dtypes["param_dtype"]
@@ -161,38 +155,33 @@ class Process(nnx.Module):
         self.layers = nnx.List(
             [ProcessLayer(config, rngs=rngs) for _ in range(config.num_process_layers)]
         )
-        # The fusion node adds y_p to the tokens: it starts as small as any other addition.
+        # The fusion node adds y_p to the tokens, so it starts as small as what a sublayer adds.
         scale = config.encoder_out_scale
         self.norm = RMSNorm(config.embed_dim, init_scale=scale, param_dtype=param_dtype)
 
     def __call__(
-        self, streams: Sequence[Stream], bank: Bank | None, *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "B S D"]:
-        h = self._instructed(streams)
-        for layer, layer_key in zip(self.layers, split(key, len(self.layers)), strict=True):
-            h = remat(layer, self.remat)(h, streams, bank, key=layer_key)
-        return self.norm(h)
-
-    def shared_weights(
-        self, streams: Sequence[Stream], bank: Bank | None
-    ) -> Float[Array, "B layers N S S"]:
-        """How much each head of each layer attends to each token of the bank."""
-        h, weights = self._instructed(streams), []
-        for layer in self.layers:
-            weights.append(layer.shared_weights(h, streams, bank))
-            h = layer(h, streams, bank)
-        return jnp.stack(weights, axis=1)
-
-    def _instructed(self, streams):
+        self,
+        streams: Sequence[Stream],
+        bank: Bank | None,
+        *,
+        key: PRNGKeyArray | None = None,
+        weights: bool = False,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B layers N S S"] | None]:
+        """y of this process, and with `weights` those of its shared attention (else None)."""
         x = jnp.concatenate([stream.tokens for stream in streams], axis=1)
-        return x + self.instruction[...].astype(x.dtype)
+        h, layer_weights = x + self.instruction[...].astype(x.dtype), []
+        for layer, layer_key in zip(self.layers, split(key, len(self.layers)), strict=True):
+            call = functools.partial(layer, weights=weights)
+            h, shared_weights = remat(call, self.remat)(h, streams, bank, key=layer_key)
+            layer_weights.append(shared_weights)
+        found = weights and bank is not None
+        return self.norm(h), jnp.stack(layer_weights, axis=1) if found else None
 
 
 class ParallelProcesses(nnx.Module):
-    """P processes with weights of their own on a leading axis, as one vmap.
+    """P processes as one vmap; their parameters have a leading axis P.
 
-    No gate, no top-k: all of them run, always. They start from different keys and drop out by
-    different keys.
+    No gate, no top-k: all of them always run. Each has its own keys for initial values and dropout.
     """
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
@@ -201,18 +190,18 @@ class ParallelProcesses(nnx.Module):
         self.stack = jax.vmap(lambda key: Process(config, rngs=nnx.Rngs(key)))(keys)
 
     def __call__(
-        self, streams: Sequence[Stream], bank: Bank | None, *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "P B S D"]:
+        self,
+        streams: Sequence[Stream],
+        bank: Bank | None,
+        *,
+        key: PRNGKeyArray | None = None,
+        weights: bool = False,
+    ) -> tuple[Float[Array, "P B S D"], Float[Array, "P B layers N S S"] | None]:
+        """y of every process, and with `weights` those of their shared attention (else None)."""
         keys = None if key is None else jax.random.split(key, self.num_processes)
 
-        def run(process: Process, key: PRNGKeyArray | None) -> jax.Array:
-            return process(streams, bank, key=key)
+        def run(process: Process, key: PRNGKeyArray | None):
+            return process(streams, bank, key=key, weights=weights)
 
-        y = jax.vmap(run, spmd_axis_name="process")(self.stack, keys)
-        return constrain(y, ("process", "batch"))
-
-    def shared_weights(
-        self, streams: Sequence[Stream], bank: Bank | None
-    ) -> Float[Array, "P B layers N S S"]:
-        """How much each process attends to each token of the bank."""
-        return jax.vmap(lambda process: process.shared_weights(streams, bank))(self.stack)
+        y, shared_weights = jax.vmap(run, spmd_axis_name="process")(self.stack, keys)
+        return constrain(y, ("process", "batch")), shared_weights
