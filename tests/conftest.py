@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import importlib
 import inspect
+import pkgutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import slam_jax
 from slam_jax.runtime.signals import SIGNALS
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 from slam_jax.training import read_config, train
@@ -26,16 +28,22 @@ jax.config.update("jax_disable_most_optimizations", True)
 VOCAB = 13
 
 
-def pytest_collection_finish() -> None:
+def _check_calls_only() -> None:
     """Shapes and types are checked where functions are called, not where dataclasses are built.
 
     JAX builds dataclasses of arrays with whatever a tree may hold (shapes without values,
     shardings, None); those of settings check themselves.
     """
-    for name, module in list(sys.modules.items()):
-        for cls in vars(module).values() if name.startswith("slam_jax.") else ():
+    for _, name, _ in pkgutil.walk_packages(slam_jax.__path__, "slam_jax."):
+        if name.endswith("__main__") or name.startswith("slam_jax.demo"):
+            continue
+        module = importlib.import_module(name)
+        for cls in vars(module).values():
             if dataclasses.is_dataclass(cls) and isinstance(cls, type) and cls.__module__ == name:
                 cls.__init__ = inspect.unwrap(cls.__init__)
+
+
+_check_calls_only()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
