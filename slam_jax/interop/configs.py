@@ -33,8 +33,7 @@ def _read_rope(
 
     alpha: whether the publisher's code knows the NTK stretching by `alpha`.
     """
-    spellings = ("rope_parameters", key)
-    groups = {name: group.data[name] for name in spellings if group.data.get(name) is not None}
+    groups = {k: v for k in ("rope_parameters", key) if (v := group.data.get(k)) is not None}
     if len(groups) > 1:
         raise InputError(f"config.json: {' beside '.join(groups)}; expected one of them")
     key, data = next(iter(groups.items()), ("rope_parameters", {}))
@@ -42,20 +41,20 @@ def _read_rope(
         raise group.wrong(key, "a group of fields")
     inner = Group({"rope_theta": group.data.get("rope_theta"), **data}, f"{key}.")
     kind = data.get("rope_type", data.get("type", "default"))
-    stretching: dict[str, Any] = {}
-    known: tuple[str, ...] = ("factor",)
+    make = functools.partial(Rope, inner.get("rope_theta", float, base), interleaved)
     if kind == "default":
+        rope, known = make(), ("factor",)
         inner.one_of("factor", 1.0)
     elif kind == "dynamic" and alpha:
-        stretching, known = {"ntk_alpha": inner.get("alpha", float)}, ("alpha", *_UNUSED)
+        rope, known = make(ntk_alpha=inner.get("alpha", float)), ("alpha", *_UNUSED)
     elif kind == "yarn":
-        stretching = {"yarn": Yarn(**read_fields(_YARN, inner))}
-        known = tuple(field.key for field in _YARN)
+        rope = make(yarn=Yarn(**read_fields(_YARN, inner)))
+        known = [field.key for field in _YARN]
     else:
         kinds = "default, yarn or dynamic (with alpha)" if alpha else "default or yarn"
         raise inner.wrong("rope_type" if "rope_type" in data else "type", kinds)
     inner.no_others(("rope_theta", "rope_type", "type", *known))
-    return Rope(inner.get("rope_theta", float, base), interleaved, **stretching)
+    return rope
 
 
 def _write_rope(config: Any) -> dict[str, Any] | None:
@@ -74,17 +73,12 @@ def _rope(base: float = 10_000.0, **options: bool) -> Table:
 
 
 def _read_dtype(group: Group, key: str) -> str:
-    """`dtype` comes before `torch_dtype`. float16 is read as float32: our half precision,
-    bfloat16, has fewer bits of mantissa."""
+    """`dtype` comes before `torch_dtype`; float16 is read as float32, as we have only bfloat16."""
     key = "dtype" if group.data.get("dtype") else key
     value = group.data.get(key) or "float32"
     if value not in ("float32", "bfloat16", "float16"):
         raise group.wrong(key, "float32, bfloat16 or float16")
     return "float32" if value == "float16" else value
-
-
-def _read_dt_rank(group: Group, key: str) -> int | None:
-    return None if group.data.get(key, "auto") == "auto" else group.get(key, int)
 
 
 def _head_dim(config: Any) -> int:
@@ -143,7 +137,7 @@ _JAMBA = (
     Field("mamba_d_state", "state_dim", 16),
     Field("mamba_d_conv", "conv_width", 4),
     Field("mamba_expand", "expand", 2),
-    Field("mamba_dt_rank", "dt_rank", "auto", _read_dt_rank),
+    Field("mamba_dt_rank", "dt_rank", "auto", lambda group, key: group.get_or(key, "auto")),
     Field("mamba_conv_bias", "conv_bias", True),
     Field("mamba_proj_bias", "proj_bias", False),
     constant("use_mamba_kernels", lambda _: False),

@@ -42,6 +42,10 @@ class Group:
             raise self.wrong(key, _EXPECTED[kind])
         return kind(value)
 
+    def get_or(self, key: str, word: str) -> int | None:
+        """A whole number, or None for a certain word and where the field is absent."""
+        return None if self.data.get(key, word) == word else self.get(key, int)
+
     def one_of(self, key: str, *allowed: Any) -> Any:
         """A value that is built here; an absent field has the first of them."""
         value = self.data.get(key, allowed[0])

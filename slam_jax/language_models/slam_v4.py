@@ -15,12 +15,12 @@ from flax import nnx
 
 from slam_jax.language_models.base import (
     ForwardPass,
-    LanguageModelConfig,
     PreNormBlock,
     Transformer,
     layer_norm,
     within_context,
 )
+from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.cross_layer_attention import CrossLayerAttention, SharedKeyValues
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
