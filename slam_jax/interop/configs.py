@@ -1,4 +1,4 @@
-"""Published config.json files: one table of fields for each model type, read and written alike.
+"""Published config.json files: one table of fields for each model type, read and written by it.
 
 A field that would change the outcome and is not understood is refused.
 """
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from slam_jax import language_models as models
 from slam_jax.errors import InputError
-from slam_jax.interop.fields import Field, Group, constant, only, read_fields, write_fields
+from slam_jax.interop.fields import Field, Group, derived, only, read_fields, write_fields
 from slam_jax.layers.rotary import Rope, Yarn
 
 Table = tuple[Field, ...]
@@ -68,7 +68,7 @@ def _write_rope(config: Any) -> dict[str, Any] | None:
 
 def _rope(base: float = 10_000.0, **options: bool) -> Table:
     read = functools.partial(_read_rope, base=base, **options)
-    theta = constant("rope_theta", lambda c: c.rope.base)
+    theta = derived("rope_theta", lambda c: c.rope.base)
     return theta, Field("rope_scaling", "rope", read=read, write=_write_rope)
 
 
@@ -140,7 +140,7 @@ _JAMBA = (
     Field("mamba_dt_rank", "dt_rank", "auto", lambda group, key: group.get_or(key, "auto")),
     Field("mamba_conv_bias", "conv_bias", True),
     Field("mamba_proj_bias", "proj_bias", False),
-    constant("use_mamba_kernels", lambda _: False),
+    derived("use_mamba_kernels", lambda _: False),
     Field("router_aux_loss_coef", "balance_loss", 0.001),
 )
 
@@ -149,14 +149,14 @@ _LIMITED = ("topk_method", "group_limited_greedy", 1)
 _DEEPSEEK_V2 = (
     *_common(),
     *_rope(interleaved=True),
-    constant("num_key_value_heads", lambda c: c.num_heads),
+    derived("num_key_value_heads", lambda c: c.num_heads),
     Field("moe_intermediate_size", "expert_dim", 1_407),
     Field("kv_lora_rank", "kv_lora_rank", 512),
     Field("q_lora_rank", "q_lora_rank", None),
     Field("qk_nope_head_dim", "qk_nope_head_dim", 128),
     Field("qk_rope_head_dim", "qk_rope_head_dim", 64),
-    constant("qk_head_dim", lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim),
-    constant("head_dim", lambda c: c.qk_rope_head_dim),
+    derived("qk_head_dim", lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim),
+    derived("head_dim", lambda c: c.qk_rope_head_dim),
     Field("v_head_dim", "v_head_dim", 128),
     Field("first_k_dense_replace", "num_dense_layers", 0),
     only("moe_layer_freq", 1),
@@ -172,7 +172,7 @@ _DEEPSEEK_V2 = (
     Field("routed_scaling_factor", "routed_scale", 1.0),
     Field("norm_topk_prob", "renormalize", False),
     Field("aux_loss_alpha", "balance_loss", 0.001),
-    constant("seq_aux", lambda _: True),
+    derived("seq_aux", lambda _: True),
     only("attention_bias", False),
     only("mlp_bias", False, written=False),
 )
