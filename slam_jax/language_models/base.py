@@ -45,9 +45,14 @@ def layer_norm(config: LanguageModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(config.embed_dim, epsilon=config.norm_epsilon, **config.dtypes, rngs=rngs)
 
 
+def learned_positions(config: LanguageModelConfig, init: Initializer, rngs: nnx.Rngs) -> nnx.Embed:
+    """A table with a row for each position of the context."""
+    sizes = (config.context_length, config.embed_dim)
+    return nnx.Embed(*sizes, embedding_init=init, **config.dtypes, rngs=rngs)
+
+
 def within_context(positions: Int[Array, "*B T"], config: LanguageModelConfig) -> Any:
-    """Positions for a table with `context_length` rows: pads may be beyond it, and must not be
-    NaN."""
+    """Positions within this table: pads may be beyond it, and must not become NaN."""
     return jnp.minimum(positions, config.context_length - 1)
 
 

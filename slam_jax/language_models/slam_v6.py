@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from slam_jax.errors import require
-from slam_jax.language_models.base import ForwardPass, Transformer, rms_norm, within_context
+from slam_jax.language_models.base import (
+    ForwardPass,
+    Transformer,
+    learned_positions,
+    rms_norm,
+    within_context,
+)
 from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.dropout import dropout, split
@@ -183,20 +189,10 @@ class SlamV6(Transformer):
             sizes = (config.num_heads, config.mlp_dim)
             return [ParallelLayer(config, *sizes, rngs=rngs) for _ in range(config.level_layers)]
 
-        super().__init__(
-            config,
-            [*layers(), EFLevel(config, rngs=rngs), *layers()],
-            embedding_init=EMBEDDING_INIT,
-            head_init=HE_NORMAL,
-            rngs=rngs,
-        )
-        self.positions = nnx.Embed(
-            config.context_length,
-            config.embed_dim,
-            embedding_init=EMBEDDING_INIT,
-            **config.dtypes,
-            rngs=rngs,
-        )
+        blocks = [*layers(), EFLevel(config, rngs=rngs), *layers()]
+        inits: Any = dict(embedding_init=EMBEDDING_INIT, head_init=HE_NORMAL)
+        super().__init__(config, blocks, **inits, rngs=rngs)
+        self.positions = learned_positions(config, EMBEDDING_INIT, rngs)
         self.input_norm = rms_norm(config)
 
     def embed(self, tokens, positions, key):
