@@ -1,4 +1,4 @@
-"""The FLOPs counted by formula are those of the products that are really there."""
+"""The operations counted by formula are those of the products in the traced functions."""
 
 import math
 from typing import Any
@@ -21,8 +21,8 @@ LENGTH = 6
 
 
 def brute(jaxpr: Any, in_scan: bool = False) -> int:
-    """Of every matrix product, loops counted as often as they run; inside of loops also of what
-    works on three axes or more, which is Mamba's recurrence."""
+    """The operations of every matrix product, counted as often as its loop runs; inside loops also
+    those on arrays of three axes, which are Mamba's recurrence."""
     total = 0
     for eqn in jaxpr.eqns:
         name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape

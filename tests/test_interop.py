@@ -1,5 +1,5 @@
-"""Published weights: read exactly once each, compared with their publishers' own logits, and
-written back to the last bit."""
+"""Published weights: each is read once, gives the publisher's logits, and is written back to the
+last bit."""
 
 import functools
 import json
@@ -152,9 +152,9 @@ def test_half_precision_is_kept_as_it_is_stored(tmp_path):
     save_pretrained(model, tmp_path / "half")
     again, _ = load_pretrained(tmp_path / "half")
     assert_same(state(again), state(model))
-    wide, config = load_pretrained(tmp_path / "half", dtype="bfloat16", param_dtype="float32")
+    upcast, config = load_pretrained(tmp_path / "half", dtype="bfloat16", param_dtype="float32")
     assert (config.dtype, config.param_dtype) == ("bfloat16", "float32")
-    jax.tree.map(lambda a, b: assert_same(a, b.astype(jnp.float32)), state(wide), state(model))
+    jax.tree.map(lambda a, b: assert_same(a, b.astype(jnp.float32)), state(upcast), state(model))
 
 
 # --- What does not fit
@@ -204,22 +204,22 @@ def test_a_weight_in_two_files_is_refused(folder):
     refused(folder, "w1.weight is in two files; expected one")
 
 
-def test_constants_beside_the_weights_are_passed_over(folder):
+def test_constants_beside_the_weights_are_skipped(folder):
     key = "model.layers.0.self_attn.rotary_emb.inv_freq"
     change_weights(folder, lambda t: t.update({key: jnp.ones(8)}))
     load_pretrained(folder)
 
 
-def test_other_numbers_than_the_configurations_are_named(folder):
+def test_weights_of_another_dtype_are_named(folder):
     change_weights(folder, lambda t: t.update({EXPERT: t[EXPERT].astype(jnp.int8)}))
     refused(folder, f"{EXPERT} is I8; expected one of F32, BF16, F16")
 
 
-def test_bits_are_not_lost_unasked(folder):
+def test_weights_are_rounded_only_if_asked(folder):
     edit(folder, dtype="bfloat16")
     refused(folder, "is F32, and config.json makes it BF16: bits would be lost; choose a dtype")
-    narrow, _ = load_pretrained(folder, param_dtype="bfloat16")
-    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state(narrow)))
+    rounded, _ = load_pretrained(folder, param_dtype="bfloat16")
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state(rounded)))
 
 
 def test_more_than_the_files_can_hold_is_refused_before_it_is_built(folder):
@@ -306,7 +306,7 @@ def test_files_that_are_no_weights_are_named(folder, tmp_path):
     refused(folder, "config.json: expected a file")
 
 
-def test_what_their_configuration_has_no_word_for_is_not_saved(tmp_path):
+def test_a_model_that_their_configuration_cannot_express_is_not_saved(tmp_path):
     """It would come back as another model."""
     config = make_config("standard", "tiny", rope=Rope(interleaved=True))
     with pytest.raises(UserError, match="llama cannot express it"):
@@ -378,7 +378,7 @@ def test_a_configuration_comes_back_as_it_was(kind):
         config = make_config(name, preset, dtype="float32")
         found_kind, found = read_config(json.loads(json.dumps(write_config(config)[1])))
         written, expected = {**vars(found), "dtype": "float32"}, dict(vars(config))
-        # What their configurations have no word for, and what says nothing here.
+        # Fields that their configurations do not have, or that have no effect here.
         silent = ["device_balance_loss", "communication_balance_loss"]
         silent += ["balance_loss"] if kind in ("hunyuan", "hunyuan_v1_moe") else []
         if kind == "deepseek_v2" and config.top_groups == config.num_groups:

@@ -109,7 +109,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make(name: str) -> Any:
-    """Of the publisher, with no parameter at a value that would hide it."""
+    """A model of the publisher's code; no parameter has a value that would hide it."""
     prefix, fields = PEERS[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **fields})
@@ -124,9 +124,16 @@ def make(name: str) -> Any:
     return theirs.eval()
 
 
-@pytest.fixture(scope="module", params=PEERS)
+# Together these have latent attention, grouped queries, routed and shared experts, YaRN and NTK.
+FAST = ("deepseek_v2 yarn", "hunyuan_v1_moe")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in PEERS],
+)
 def pair(request, tmp_path_factory) -> tuple[Any, Any]:
-    """A model of theirs, and the same read from the folder that they saved."""
+    """A model of theirs, and ours, read from the folder that they saved."""
     theirs = make(request.param)
     folder = tmp_path_factory.mktemp("peer")
     theirs.save_pretrained(folder)
@@ -157,10 +164,10 @@ def test_left_padded_rows_are_theirs(pair):
     text, mask = tokens(), np.arange(40) >= np.array([[11], [0]])
     with torch.no_grad():
         positions = torch.tensor(np.maximum(mask.cumsum(-1) - 1, 0))
-        given = dict(attention_mask=torch.tensor(mask).long(), position_ids=positions)
+        arguments = dict(attention_mask=torch.tensor(mask).long(), position_ids=positions)
         if theirs.config.model_type == "jamba":
-            del given["position_ids"]
-        expected = theirs(torch.tensor(text), **given).logits.numpy()
+            del arguments["position_ids"]
+        expected = theirs(torch.tensor(text), **arguments).logits.numpy()
     found = jax.jit(lambda m, t, mask: m(t, mask).logits)(ours, text, mask)
     close(found[0, 11:], expected[0, 11:])
     close(found[1], expected[1])
@@ -175,8 +182,8 @@ def test_the_cached_decode_is_theirs(pair):
         close(logits, past.logits)
         step = jax.jit(lambda m, t, c: m.decode_step(t, c))
         for t in range(start, 40):
-            given = torch.tensor(text[:, t : t + 1])
-            past = theirs(given, past_key_values=past.past_key_values, use_cache=True)
+            token = torch.tensor(text[:, t : t + 1])
+            past = theirs(token, past_key_values=past.past_key_values, use_cache=True)
             logits, cache = step(ours, text[:, t], cache)
             close(logits, past.logits[:, -1])
 
@@ -231,10 +238,10 @@ def test_they_open_what_we_save(pair, tmp_path):
     save_pretrained(ours, tmp_path / "ours", max_shard_bytes=100_000)
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     kind = getattr(transformers, config["architectures"][0])
-    again, told = kind.from_pretrained(
+    again, loading = kind.from_pretrained(
         tmp_path / "ours", output_loading_info=True, dtype=torch.float32, use_safetensors=True
     )
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     text = torch.tensor(tokens())
     with torch.no_grad():
         expected, found = theirs(text).logits, again.eval()(text).logits

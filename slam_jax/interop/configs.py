@@ -1,4 +1,4 @@
-"""Published config.json files: one table of fields for each model type, read and written alike.
+"""Published config.json files: one table of fields for each model type, read and written by it.
 
 A field that would change the outcome and is not understood is refused.
 """
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from slam_jax import language_models as models
 from slam_jax.errors import InputError
-from slam_jax.interop.fields import Field, Group, constant, only, read_fields, write_fields
+from slam_jax.interop.fields import Field, Group, derived, only, read_fields, write_fields
 from slam_jax.layers.rotary import Rope, Yarn
 
 Table = tuple[Field, ...]
@@ -33,8 +33,7 @@ def _read_rope(
 
     alpha: whether the publisher's code knows the NTK stretching by `alpha`.
     """
-    spellings = ("rope_parameters", key)
-    groups = {name: group.data[name] for name in spellings if group.data.get(name) is not None}
+    groups = {k: v for k in ("rope_parameters", key) if (v := group.data.get(k)) is not None}
     if len(groups) > 1:
         raise InputError(f"config.json: {' beside '.join(groups)}; expected one of them")
     key, data = next(iter(groups.items()), ("rope_parameters", {}))
@@ -42,20 +41,20 @@ def _read_rope(
         raise group.wrong(key, "a group of fields")
     inner = Group({"rope_theta": group.data.get("rope_theta"), **data}, f"{key}.")
     kind = data.get("rope_type", data.get("type", "default"))
-    stretching: dict[str, Any] = {}
-    known: tuple[str, ...] = ("factor",)
+    make = functools.partial(Rope, inner.get("rope_theta", float, base), interleaved)
     if kind == "default":
+        rope, known = make(), ("factor",)
         inner.one_of("factor", 1.0)
     elif kind == "dynamic" and alpha:
-        stretching, known = {"ntk_alpha": inner.get("alpha", float)}, ("alpha", *_UNUSED)
+        rope, known = make(ntk_alpha=inner.get("alpha", float)), ("alpha", *_UNUSED)
     elif kind == "yarn":
-        stretching = {"yarn": Yarn(**read_fields(_YARN, inner))}
-        known = tuple(field.key for field in _YARN)
+        rope = make(yarn=Yarn(**read_fields(_YARN, inner)))
+        known = [field.key for field in _YARN]
     else:
         kinds = "default, yarn or dynamic (with alpha)" if alpha else "default or yarn"
         raise inner.wrong("rope_type" if "rope_type" in data else "type", kinds)
     inner.no_others(("rope_theta", "rope_type", "type", *known))
-    return Rope(inner.get("rope_theta", float, base), interleaved, **stretching)
+    return rope
 
 
 def _write_rope(config: Any) -> dict[str, Any] | None:
@@ -69,22 +68,17 @@ def _write_rope(config: Any) -> dict[str, Any] | None:
 
 def _rope(base: float = 10_000.0, **options: bool) -> Table:
     read = functools.partial(_read_rope, base=base, **options)
-    theta = constant("rope_theta", lambda c: c.rope.base)
+    theta = derived("rope_theta", lambda c: c.rope.base)
     return theta, Field("rope_scaling", "rope", read=read, write=_write_rope)
 
 
 def _read_dtype(group: Group, key: str) -> str:
-    """`dtype` comes before `torch_dtype`. float16 is read as float32: our half precision,
-    bfloat16, has fewer bits of mantissa."""
+    """`dtype` comes before `torch_dtype`; float16 is read as float32, as we have only bfloat16."""
     key = "dtype" if group.data.get("dtype") else key
     value = group.data.get(key) or "float32"
     if value not in ("float32", "bfloat16", "float16"):
         raise group.wrong(key, "float32, bfloat16 or float16")
     return "float32" if value == "float16" else value
-
-
-def _read_dt_rank(group: Group, key: str) -> int | None:
-    return None if group.data.get(key, "auto") == "auto" else group.get(key, int)
 
 
 def _head_dim(config: Any) -> int:
@@ -143,10 +137,10 @@ _JAMBA = (
     Field("mamba_d_state", "state_dim", 16),
     Field("mamba_d_conv", "conv_width", 4),
     Field("mamba_expand", "expand", 2),
-    Field("mamba_dt_rank", "dt_rank", "auto", _read_dt_rank),
+    Field("mamba_dt_rank", "dt_rank", "auto", lambda group, key: group.get_or(key, "auto")),
     Field("mamba_conv_bias", "conv_bias", True),
     Field("mamba_proj_bias", "proj_bias", False),
-    constant("use_mamba_kernels", lambda _: False),
+    derived("use_mamba_kernels", lambda _: False),
     Field("router_aux_loss_coef", "balance_loss", 0.001),
 )
 
@@ -155,14 +149,14 @@ _LIMITED = ("topk_method", "group_limited_greedy", 1)
 _DEEPSEEK_V2 = (
     *_common(),
     *_rope(interleaved=True),
-    constant("num_key_value_heads", lambda c: c.num_heads),
+    derived("num_key_value_heads", lambda c: c.num_heads),
     Field("moe_intermediate_size", "expert_dim", 1_407),
     Field("kv_lora_rank", "kv_lora_rank", 512),
     Field("q_lora_rank", "q_lora_rank", None),
     Field("qk_nope_head_dim", "qk_nope_head_dim", 128),
     Field("qk_rope_head_dim", "qk_rope_head_dim", 64),
-    constant("qk_head_dim", lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim),
-    constant("head_dim", lambda c: c.qk_rope_head_dim),
+    derived("qk_head_dim", lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim),
+    derived("head_dim", lambda c: c.qk_rope_head_dim),
     Field("v_head_dim", "v_head_dim", 128),
     Field("first_k_dense_replace", "num_dense_layers", 0),
     only("moe_layer_freq", 1),
@@ -178,7 +172,7 @@ _DEEPSEEK_V2 = (
     Field("routed_scaling_factor", "routed_scale", 1.0),
     Field("norm_topk_prob", "renormalize", False),
     Field("aux_loss_alpha", "balance_loss", 0.001),
-    constant("seq_aux", lambda _: True),
+    derived("seq_aux", lambda _: True),
     only("attention_bias", False),
     only("mlp_bias", False, written=False),
 )

@@ -1,4 +1,4 @@
-"""One published field and the attribute that has its value; rows of it are read and written."""
+"""Tables of published fields: a row has a field and our attribute, for reading and for writing."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -42,6 +42,10 @@ class Group:
             raise self.wrong(key, _EXPECTED[kind])
         return kind(value)
 
+    def get_or(self, key: str, word: str) -> int | None:
+        """A whole number; None where the field has this word or is absent."""
+        return None if self.data.get(key, word) == word else self.get(key, int)
+
     def one_of(self, key: str, *allowed: Any) -> Any:
         """A value that is built here; an absent field has the first of them."""
         value = self.data.get(key, allowed[0])
@@ -83,7 +87,7 @@ class Field(NamedTuple):
 
 
 def only(key: str, *allowed: Any, written: bool = True) -> Field:
-    """A field with one value that is built, the first, or several of the same meaning."""
+    """A field of which only some values are built; the first is the default, and is written."""
     return Field(
         key,
         read=lambda group, key: group.one_of(key, *allowed),
@@ -92,8 +96,8 @@ def only(key: str, *allowed: Any, written: bool = True) -> Field:
     )
 
 
-def constant(key: str, write: Callable[[Any], Any]) -> Field:
-    """A field that is written for other readers and not read."""
+def derived(key: str, write: Callable[[Any], Any]) -> Field:
+    """A field that is written for other libraries and not read."""
     return Field(key, read=lambda group, key: None, write=write)
 
 

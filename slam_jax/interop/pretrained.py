@@ -164,7 +164,7 @@ def _headers(files: list[Path]) -> dict[str, _Stored]:
     stored: dict[str, _Stored] = {}
     for file in files:
         with _open(file) as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (no mapping)
+            for key in sorted(tensors.keys()):
                 if key.endswith(_CONSTANTS):
                     continue
                 if key in stored:

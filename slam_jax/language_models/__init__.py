@@ -6,7 +6,8 @@ logits = model(tokens).logits
 """
 
 from slam_jax.language_models.accounting import Size, measure
-from slam_jax.language_models.base import Cache, LanguageModelConfig
+from slam_jax.language_models.base import Cache
+from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.language_models.deepseek_v2 import DeepseekV2, DeepseekV2Config
 from slam_jax.language_models.hunyuan_large import HunyuanLarge, HunyuanLargeConfig
 from slam_jax.language_models.hunyuan_v1_moe import HunyuanV1MoE, HunyuanV1MoEConfig

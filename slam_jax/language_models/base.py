@@ -1,4 +1,4 @@
-"""What all language models share: their settings, and how tokens go through a stack of blocks.
+"""The forward passes of a language model: how tokens go through its stack of blocks.
 
 A model is a stack of blocks. A block says once what it computes, in terms of `ForwardPass.mix`, and
 thereby serves the full forward pass, the prefill of a prompt and a decoding step:
@@ -8,7 +8,6 @@ thereby serves the full forward pass, the prefill of a prompt and a decoding ste
         return h + a, cache, ()
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slam_jax.array_typing import AnyArray
-from slam_jax.errors import InputError, require, require_count
+from slam_jax.errors import InputError
+from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers.attention import causal_layout
 from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import split
@@ -29,110 +29,9 @@ from slam_jax.layers.kv_cache import check_prompts
 from slam_jax.layers.linear import Initializer, Linear, project_to_float32
 from slam_jax.layers.masks import without_unknown_pads
 from slam_jax.layers.norms import RMSNorm
-from slam_jax.layers.remat import POLICIES, remat
+from slam_jax.layers.remat import remat
 from slam_jax.layers.router import Routing
 from slam_jax.protocol import Hidden, Output
-
-DTYPES = ("float32", "bfloat16", "float64")
-
-# The largest value of each count, for every model that has a field of this name.
-_MOST = {
-    **dict.fromkeys(
-        ("vocab_size", "embed_dim", "context_length", "mlp_dim", "expert_dim"), 1 << 20
-    ),
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "dt_rank", "head_dim", "v_head_dim"), 1 << 20),
-    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "text_window"), 1 << 20),
-    **dict.fromkeys(("num_heads", "num_kv_heads", "num_experts"), 4_096),
-    **dict.fromkeys(("state_dim", "conv_width", "expand"), 4_096),
-    **dict.fromkeys(("num_layers", "level_layers", "num_blocks", "num_cycles"), 512),
-    **dict.fromkeys(("share_factor", "attention_period", "expert_period"), 512),
-    **dict.fromkeys(("num_dense_layers", "num_shared_experts"), 512),
-}
-_MAY_BE_0 = ("num_dense_layers", "num_shared_experts")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig:
-    """The settings of every language model.
-
-    vocab_size: V. embed_dim: D. context_length: the most tokens of a prompt with its answer.
-    norm_epsilon: of the norms. tie_embeddings: the head is the table of embeddings.
-    remat: what a block keeps for its gradient, of `slam_jax.layers.remat.POLICIES`; None = all.
-    dtype, param_dtype: of the computation and of the parameters.
-
-    Raises ConfigError for a value that cannot be built. Fields of the same name mean the same in
-    every model, and are checked here: counts by their name, rates and weights of losses by theirs.
-    """
-
-    vocab_size: int
-    embed_dim: int
-    context_length: int = 2_048
-    norm_epsilon: float = 1e-6
-    tie_embeddings: bool = False
-    remat: str | None = None
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            name = field.name
-            value: Any = getattr(self, name)
-            if name.endswith("balance_loss"):
-                require(value >= 0, name, value, "0 (off) or more")
-            if name == "dropout":
-                require(0 <= value < 1, name, value, "a rate in [0, 1)")
-            absent = value is None and field.default is None
-            if name in _MOST and not absent:
-                require_count(name, value, least=0 if name in _MAY_BE_0 else 1, most=_MOST[name])
-        require(self.norm_epsilon > 0, "norm_epsilon", self.norm_epsilon, "a number above 0")
-        policies = (None, *POLICIES)
-        require(self.remat in policies, "remat", self.remat, f"one of {policies}")
-        for name in ("dtype", "param_dtype"):
-            dtype = getattr(self, name)
-            require(dtype in DTYPES, name, dtype, f"one of {DTYPES}")
-            known = dtype != "float64" or jax.dtypes.canonicalize_dtype(dtype) == dtype
-            require(known, name, dtype, "another, or JAX_ENABLE_X64=1 in the environment")
-
-    def body_flops(self, num_tokens: int) -> int:
-        """Floating-point operations of one row of so many tokens, without the head; see `flops`."""
-        raise NotImplementedError(f"{type(self).__name__} does not count its operations")
-
-    def check_heads(self) -> None:
-        """Raises ConfigError for heads that do not divide the width, or not each other; with
-        rotary positions (a field `rope`) also for a head of odd width."""
-        heads, width = self._get("num_heads"), self._get("head_dim")
-        expected = f"a divisor of num_heads={heads}"
-        kv_heads = self._get("num_kv_heads") or heads
-        require(heads % kv_heads == 0, "num_kv_heads", kv_heads, expected)
-        if width is None:
-            expected = f"a multiple of num_heads={heads}, or give head_dim"
-            require(self.embed_dim % heads == 0, "embed_dim", self.embed_dim, expected)
-        if self._get("rope") is not None:
-            field = "embed_dim" if width is None else "head_dim"
-            even = (width or self.embed_dim // heads) % 2 == 0
-            expected = "such that a head's width is even, for the rotary positions"
-            require(even, field, getattr(self, field), expected)
-
-    def check_experts(self) -> None:
-        """Raises ConfigError where there are fewer experts than a token takes, or for a capacity
-        that no expert can have."""
-        most, k = self._get("num_experts"), self._get("num_experts_per_token")
-        require(1 <= k <= most, "num_experts_per_token", k, f"1 to num_experts={most}")
-        factor = self._get("capacity_factor")
-        within = factor is None or 0 < factor <= most
-        require(within, "capacity_factor", factor, f"None, or above 0 and at most {most}")
-
-    def _get(self, field: str) -> Any:
-        return getattr(self, field, None)
-
-    @property
-    def dtypes(self) -> dict[str, Any]:
-        """The two dtypes as keyword arguments of a layer."""
-        return {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
-
-    def sizes(self, *fields: str) -> dict[str, Any]:
-        """Fields as keyword arguments, of a layer or of its count in `layers.flops`."""
-        return {field: getattr(self, field) for field in fields}
 
 
 def rms_norm(config: LanguageModelConfig) -> RMSNorm:
@@ -146,9 +45,14 @@ def layer_norm(config: LanguageModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(config.embed_dim, epsilon=config.norm_epsilon, **config.dtypes, rngs=rngs)
 
 
+def learned_positions(config: LanguageModelConfig, init: Initializer, rngs: nnx.Rngs) -> nnx.Embed:
+    """A table with a row for each position of the context."""
+    sizes = (config.context_length, config.embed_dim)
+    return nnx.Embed(*sizes, embedding_init=init, **config.dtypes, rngs=rngs)
+
+
 def within_context(positions: Int[Array, "*B T"], config: LanguageModelConfig) -> Any:
-    """Positions for a table with `context_length` rows: pads may be beyond it, and must not be
-    NaN."""
+    """Positions within this table: pads may be beyond it, and must not become NaN."""
     return jnp.minimum(positions, config.context_length - 1)
 
 
@@ -232,14 +136,44 @@ class Cache:
     length: Int[Array, "*B"]
 
 
-class Transformer(nnx.Module):
+class HeadedModel(nnx.Module):
+    """A language model whose full forward pass is `logits(hidden(tokens).states)`."""
+
+    config: Any
+    embedding: Any
+    head: Any
+
+    def __call__(
+        self,
+        tokens: Int[AnyArray, "*B T"],
+        mask: Bool[AnyArray, "*B T"] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Output:
+        """Logits (float32 or wider) at every position; see `slam_jax.protocol.LanguageModel`.
+
+        Raises InputError for more tokens than the context has, unless a mask says
+        which are real: pads do not count.
+        """
+        hidden = self.hidden(tokens, mask, key=key)
+        return Output(self.logits(hidden.states), hidden.aux_loss)
+
+    def hidden(self, tokens, mask=None, *, key=None) -> Hidden:
+        raise NotImplementedError
+
+    def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """The head: logits (float32 or wider) of hidden states."""
+        if self.head is None:
+            return project_to_float32(states, self.embedding.embedding[...].T)
+        return project_to_float32(states, self.head.kernel[...])
+
+
+class Transformer(HeadedModel):
     """Embedding, blocks, norm and head, with the protocol of a language model.
 
     A subclass gives the blocks, each `block(h, forward, cache, key) -> (h, cache, routings)` with
     `init_cache(batch_shape, max_length)`, and may override `embed` and `balance`.
     """
-
-    config: Any
 
     def __init__(
         self,
@@ -260,21 +194,6 @@ class Transformer(nnx.Module):
         self.norm = norm or rms_norm(config)
         tied, sizes = config.tie_embeddings, (config.embed_dim, config.vocab_size)
         self.head = None if tied else Linear(*sizes, kernel_init=head_init, **kw)
-
-    def __call__(
-        self,
-        tokens: Int[AnyArray, "*B T"],
-        mask: Bool[AnyArray, "*B T"] | None = None,
-        *,
-        key: PRNGKeyArray | None = None,
-    ) -> Output:
-        """Logits (float32 or wider) at every position; see `slam_jax.protocol.LanguageModel`.
-
-        Raises InputError for more tokens than the context has, unless a mask says which are real:
-        pads do not count.
-        """
-        hidden = self.hidden(tokens, mask, key=key)
-        return Output(self.logits(hidden.states), hidden.aux_loss)
 
     def hidden(
         self,
@@ -343,12 +262,6 @@ class Transformer(nnx.Module):
         forward = ForwardPass(mix, cache.length[..., None], None, training=False)
         h, blocks, _ = self._run(jnp.asarray(tokens)[..., None], forward, cache.blocks, None)
         return self.logits(h)[..., 0, :], Cache(blocks, cache.length + 1)
-
-    def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """The head: logits (float32 or wider) of hidden states."""
-        if self.head is None:
-            return project_to_float32(states, self.embedding.embedding[...].T)
-        return project_to_float32(states, self.head.kernel[...])
 
     def embed(
         self,

@@ -11,12 +11,8 @@ import jax
 from flax import nnx
 
 from slam_jax.errors import require
-from slam_jax.language_models.base import (
-    LanguageModelConfig,
-    PreNormBlock,
-    Transformer,
-    rms_norm,
-)
+from slam_jax.language_models.base import PreNormBlock, Transformer, rms_norm
+from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.latent_attention import MultiHeadLatentAttention
@@ -28,13 +24,7 @@ from slam_jax.layers.router import (
     sequence_balance_loss,
 )
 
-LATENT = (
-    "kv_lora_rank",
-    "q_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-)
+LATENT = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from slam_jax.language_models.base import (
-    ForwardPass,
-    LanguageModelConfig,
-    Transformer,
-    feed_forward,
-    rms_norm,
-)
+from slam_jax.language_models.base import ForwardPass, Transformer, feed_forward, rms_norm
+from slam_jax.language_models.config import EXPERTS, HEADS, LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.cross_layer_attention import CrossLayerAttention, SharedKeyValues
 from slam_jax.layers.experts import MixtureOfExperts
@@ -62,8 +57,8 @@ class HunyuanLargeConfig(LanguageModelConfig):
         self.check_experts()
 
     def body_flops(self, num_tokens: int) -> int:
-        heads = self.sizes("num_heads", "num_kv_heads", "head_dim")
-        experts = self.sizes("mlp_dim", "num_experts", "num_experts_per_token")
+        heads = self.sizes(*HEADS)
+        experts = self.sizes(*EXPERTS)
         shared_dim = self.num_shared_experts * self.mlp_dim
         mlp = flops.mixture_of_experts(num_tokens, self.embed_dim, **experts, shared_dim=shared_dim)
         with_keys, without = (
@@ -97,7 +92,7 @@ class Layer(nnx.Module):
         )
         self.mlp = MixtureOfExperts(
             dim,
-            **config.sizes("mlp_dim", "num_experts", "num_experts_per_token", "capacity_factor"),
+            **config.sizes(*EXPERTS, "capacity_factor"),
             shared_dim=config.num_shared_experts * config.mlp_dim or None,
             renormalize=config.num_experts_per_token > 1,
             **kw,

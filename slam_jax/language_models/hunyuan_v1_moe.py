@@ -12,12 +12,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from slam_jax.language_models.base import (
-    LanguageModelConfig,
-    PreNormBlock,
-    Transformer,
-    rms_norm,
-)
+from slam_jax.language_models.base import PreNormBlock, Transformer, rms_norm
+from slam_jax.language_models.config import EXPERTS, HEADS, LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
@@ -48,9 +44,8 @@ class HunyuanV1MoEConfig(LanguageModelConfig):
         self.check_experts()
 
     def body_flops(self, num_tokens: int) -> int:
-        heads = self.sizes("num_heads", "num_kv_heads", "head_dim")
-        experts = self.sizes("mlp_dim", "num_experts", "num_experts_per_token")
-        attention = flops.attention(num_tokens, self.embed_dim, **heads)
+        attention = flops.attention(num_tokens, self.embed_dim, **self.sizes(*HEADS))
+        experts = self.sizes(*EXPERTS)
         mlp = flops.mixture_of_experts(
             num_tokens, self.embed_dim, **experts, shared_dim=self.mlp_dim
         )
@@ -63,16 +58,13 @@ class HunyuanV1MoE(Transformer):
     def __init__(self, config: HunyuanV1MoEConfig, *, rngs: nnx.Rngs):
         dim, init = config.embed_dim, jax.nn.initializers.normal(config.init_std)
         kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
-        heads = config.sizes("num_heads", "num_kv_heads", "head_dim", "rope")
-        experts = config.sizes("mlp_dim", "num_experts", "num_experts_per_token")
-        experts |= dict(shared_dim=config.mlp_dim, renormalize=True)
+        heads = config.sizes(*HEADS, "rope") | dict(qk_norm_epsilon=config.norm_epsilon)
+        experts = config.sizes(*EXPERTS) | dict(shared_dim=config.mlp_dim, renormalize=True)
         blocks = [
             PreNormBlock(
                 attention_norm=rms_norm(config),
                 mlp_norm=rms_norm(config),
-                attention=GroupedQueryAttention(
-                    dim, **heads, qk_norm_epsilon=config.norm_epsilon, **kw
-                ),
+                attention=GroupedQueryAttention(dim, **heads, **kw),
                 mlp=MixtureOfExperts(dim, **experts, **kw),
             )
             for _ in range(config.num_layers)

@@ -11,13 +11,8 @@ import jax
 from flax import nnx
 
 from slam_jax.errors import require
-from slam_jax.language_models.base import (
-    ForwardPass,
-    LanguageModelConfig,
-    Transformer,
-    feed_forward,
-    rms_norm,
-)
+from slam_jax.language_models.base import ForwardPass, Transformer, feed_forward, rms_norm
+from slam_jax.language_models.config import EXPERTS, LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
@@ -76,7 +71,7 @@ class JambaConfig(LanguageModelConfig):
 
     def body_flops(self, num_tokens: int) -> int:
         dim, heads = self.embed_dim, self.sizes("num_heads", "num_kv_heads")
-        experts = self.sizes("mlp_dim", "num_experts", "num_experts_per_token")
+        experts = self.sizes(*EXPERTS)
         attention = flops.attention(num_tokens, dim, **heads)
         mamba = flops.mamba(num_tokens, dim, **self.sizes(*MAMBA))
         sparse = flops.mixture_of_experts(num_tokens, dim, **experts)
@@ -102,7 +97,7 @@ class Block(nnx.Module):
             sizes = config.sizes(*MAMBA, "norm_epsilon", "conv_bias", "proj_bias")
             self.mixer = Mamba(dim, **sizes, **kw)
         if config.has_experts(layer):
-            experts = config.sizes("mlp_dim", "num_experts", "num_experts_per_token")
+            experts = config.sizes(*EXPERTS)
             self.mlp = MixtureOfExperts(dim, **experts, **kw)
         else:
             self.mlp = GatedMLP(dim, config.mlp_dim, **kw)

@@ -9,12 +9,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from slam_jax.language_models.base import (
-    LanguageModelConfig,
-    PreNormBlock,
-    Transformer,
-    rms_norm,
-)
+from slam_jax.language_models.base import PreNormBlock, Transformer, rms_norm
+from slam_jax.language_models.config import EXPERTS, HEADS, LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
@@ -44,10 +40,8 @@ class MoEConfig(LanguageModelConfig):
         self.check_experts()
 
     def body_flops(self, num_tokens: int) -> int:
-        heads = self.sizes("num_heads", "num_kv_heads", "head_dim")
-        experts = self.sizes("mlp_dim", "num_experts", "num_experts_per_token")
-        attention = flops.attention(num_tokens, self.embed_dim, **heads)
-        mlp = flops.mixture_of_experts(num_tokens, self.embed_dim, **experts)
+        attention = flops.attention(num_tokens, self.embed_dim, **self.sizes(*HEADS))
+        mlp = flops.mixture_of_experts(num_tokens, self.embed_dim, **self.sizes(*EXPERTS))
         return self.num_layers * (attention + mlp)
 
 
@@ -57,14 +51,14 @@ class MoE(Transformer):
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(config.init_std)
         kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
-        heads = config.sizes("num_heads", "num_kv_heads", "head_dim", "rope")
-        experts = config.sizes("mlp_dim", "num_experts", "num_experts_per_token")
+        heads = config.sizes(*HEADS, "rope")
+        experts = config.sizes(*EXPERTS) | dict(renormalize=True)
         blocks = [
             PreNormBlock(
                 attention_norm=rms_norm(config),
                 mlp_norm=rms_norm(config),
                 attention=GroupedQueryAttention(config.embed_dim, **heads, **kw),
-                mlp=MixtureOfExperts(config.embed_dim, **experts, renormalize=True, **kw),
+                mlp=MixtureOfExperts(config.embed_dim, **experts, **kw),
             )
             for _ in range(config.num_layers)
         ]

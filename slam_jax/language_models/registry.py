@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from slam_jax.errors import ConfigError, check_names, shorten
-from slam_jax.language_models.base import LanguageModelConfig
+from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.language_models.deepseek_v2 import DeepseekV2, DeepseekV2Config
 from slam_jax.language_models.hunyuan_large import HunyuanLarge, HunyuanLargeConfig
 from slam_jax.language_models.hunyuan_v1_moe import HunyuanV1MoE, HunyuanV1MoEConfig

@@ -18,17 +18,14 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slam_jax.array_typing import AnyArray
 from slam_jax.errors import require
-from slam_jax.language_models.base import (
-    LanguageModelConfig,
-    check_length,
-    check_prefill,
-)
+from slam_jax.language_models.base import HeadedModel, check_length, check_prefill
+from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.flops import linear
-from slam_jax.layers.linear import Linear, project_to_float32
+from slam_jax.layers.linear import Linear
 from slam_jax.layers.masks import without_unknown_pads
 from slam_jax.layers.norms import RMSNorm
-from slam_jax.protocol import Hidden, Output
+from slam_jax.protocol import Hidden
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryBank
 from slam_jax.slam_v3.flops import decode_flops, encode_flops
@@ -88,7 +85,7 @@ class TextCache:
     length: Int[Array, "R"]
 
 
-class SlamV3Text(nnx.Module):
+class SlamV3Text(HeadedModel):
     """The modules of SLAM v3 for text, with the protocol of a language model."""
 
     def __init__(self, config: SlamV3TextConfig, *, rngs: nnx.Rngs):
@@ -107,16 +104,6 @@ class SlamV3Text(nnx.Module):
         self.memory_bank = MemoryBank(v3, rngs=rngs)
         self.decoder = Decoder(v3, rngs=rngs)
         self.head = Linear(config.embed_dim, config.vocab_size, **kw)
-
-    def __call__(
-        self,
-        tokens: Int[AnyArray, "*B T"],
-        mask: Bool[AnyArray, "*B T"] | None = None,
-        *,
-        key: PRNGKeyArray | None = None,
-    ) -> Output:
-        """Logits (float32 or wider) at every position; see `slam_jax.protocol.LanguageModel`."""
-        return Output(self.logits(self.hidden(tokens, mask, key=key).states))
 
     def hidden(
         self,
@@ -143,10 +130,6 @@ class SlamV3Text(nnx.Module):
         if back is not None:
             h = jnp.take_along_axis(h, back[..., None], axis=1)
         return Hidden(h.reshape(*tokens.shape, -1))
-
-    def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """The head: logits (float32 or wider) of hidden states."""
-        return project_to_float32(states, self.head.kernel[...])
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> TextCache:
         """An empty cache; it takes any number of tokens, whatever `max_length`."""

@@ -16,11 +16,12 @@ from flax import nnx
 
 from slam_jax.language_models.base import (
     ForwardPass,
-    LanguageModelConfig,
     Transformer,
     layer_norm,
+    learned_positions,
     within_context,
 )
+from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.cross_layer_attention import CrossLayerAttention, SharedKeyValues
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
@@ -140,17 +141,10 @@ class SlamV4Champion(Transformer):
     def __init__(self, config: SlamV4ChampionConfig, *, rngs: nnx.Rngs):
         below = [Layer(config, rngs=rngs) for _ in range(config.level_layers)]
         above = [Layer(config, rngs=rngs) for _ in range(config.level_layers)]
-        super().__init__(
-            config,
-            [*below, EFLevel(config, rngs=rngs), *above],
-            norm=layer_norm(config, rngs),
-            embedding_init=INIT,
-            head_init=INIT,
-            rngs=rngs,
-        )
-        self.positions = nnx.Embed(
-            config.context_length, config.embed_dim, embedding_init=INIT, **config.dtypes, rngs=rngs
-        )
+        blocks = [*below, EFLevel(config, rngs=rngs), *above]
+        inits: Any = dict(embedding_init=INIT, head_init=INIT)
+        super().__init__(config, blocks, norm=layer_norm(config, rngs), **inits, rngs=rngs)
+        self.positions = learned_positions(config, INIT, rngs)
 
     def embed(self, tokens, positions, key):
         return self.embedding(tokens) + self.positions(within_context(positions, self.config))

@@ -14,13 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from slam_jax.errors import require
-from slam_jax.language_models.base import (
-    ForwardPass,
-    LanguageModelConfig,
-    PreNormBlock,
-    Transformer,
-    rms_norm,
-)
+from slam_jax.language_models.base import ForwardPass, PreNormBlock, Transformer, rms_norm
+from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.attention import Layout, causal_layout
 from slam_jax.layers.latent_attention import LatentCache, MultiHeadLatentAttention, latent_attend

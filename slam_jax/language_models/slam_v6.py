@@ -16,11 +16,12 @@ from flax import nnx
 from slam_jax.errors import require
 from slam_jax.language_models.base import (
     ForwardPass,
-    LanguageModelConfig,
     Transformer,
+    learned_positions,
     rms_norm,
     within_context,
 )
+from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
@@ -108,11 +109,8 @@ class Sequence(nnx.Module):
         self.norm = rms_norm(config)
         self.up, self.down = linear(config, dim, dim, rngs), linear(config, dim, dim, rngs)
 
-    def init_cache(self, batch_shape, max_length):
-        return ()
-
-    def __call__(self, m, forward: ForwardPass, cache, key):
-        return self.down(jax.nn.silu(self.up(self.norm(m)))), cache, ()
+    def __call__(self, m):
+        return self.down(jax.nn.silu(self.up(self.norm(m))))
 
 
 class Pattern(nnx.Module):
@@ -121,11 +119,8 @@ class Pattern(nnx.Module):
     def __init__(self, config: SlamV6Config, *, rngs: nnx.Rngs):
         self.norm, self.mlp = rms_norm(config), glu(config, config.mlp_dim, rngs)
 
-    def init_cache(self, batch_shape, max_length):
-        return ()
-
-    def __call__(self, m, forward: ForwardPass, cache, key):
-        return self.mlp(self.norm(m)), cache, ()
+    def __call__(self, m):
+        return self.mlp(self.norm(m))
 
 
 class EFBlock(nnx.Module):
@@ -139,14 +134,18 @@ class EFBlock(nnx.Module):
         self.norm = rms_norm(config)
 
     def init_cache(self, batch_shape, max_length):
-        parts = (self.layer, self.specialist)
-        return tuple(part.init_cache(batch_shape, max_length) for part in parts)
+        cache = self.layer.init_cache(batch_shape, max_length)
+        attends = isinstance(self.specialist, ParallelLayer)
+        return cache, self.specialist.init_cache(batch_shape, max_length) if attends else ()
 
     def __call__(self, x, forward: ForwardPass, caches, key):
         keys, caches = split(key, 2), caches or (None, None)
         x = x + 0.01 * (self.q(x) + self.k(x) + self.v(x)) / 3
         m, cache, _ = self.layer(x, forward, caches[0], keys[0])
-        s, specialist_cache, _ = self.specialist(m, forward, caches[1], keys[1])
+        if isinstance(self.specialist, ParallelLayer):
+            s, specialist_cache, _ = self.specialist(m, forward, caches[1], keys[1])
+        else:
+            s, specialist_cache = self.specialist(m), ()
         return self.norm(m + s), (cache, specialist_cache), ()
 
 
@@ -190,20 +189,10 @@ class SlamV6(Transformer):
             sizes = (config.num_heads, config.mlp_dim)
             return [ParallelLayer(config, *sizes, rngs=rngs) for _ in range(config.level_layers)]
 
-        super().__init__(
-            config,
-            [*layers(), EFLevel(config, rngs=rngs), *layers()],
-            embedding_init=EMBEDDING_INIT,
-            head_init=HE_NORMAL,
-            rngs=rngs,
-        )
-        self.positions = nnx.Embed(
-            config.context_length,
-            config.embed_dim,
-            embedding_init=EMBEDDING_INIT,
-            **config.dtypes,
-            rngs=rngs,
-        )
+        blocks = [*layers(), EFLevel(config, rngs=rngs), *layers()]
+        inits: Any = dict(embedding_init=EMBEDDING_INIT, head_init=HE_NORMAL)
+        super().__init__(config, blocks, **inits, rngs=rngs)
+        self.positions = learned_positions(config, EMBEDDING_INIT, rngs)
         self.input_norm = rms_norm(config)
 
     def embed(self, tokens, positions, key):

@@ -10,12 +10,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from slam_jax.language_models.base import (
-    LanguageModelConfig,
-    PreNormBlock,
-    Transformer,
-    rms_norm,
-)
+from slam_jax.language_models.base import PreNormBlock, Transformer, rms_norm
+from slam_jax.language_models.config import HEADS, LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.mlp import GatedMLP
@@ -40,8 +36,7 @@ class StandardConfig(LanguageModelConfig):
         self.check_heads()
 
     def body_flops(self, num_tokens: int) -> int:
-        heads = self.sizes("num_heads", "num_kv_heads", "head_dim")
-        attention = flops.attention(num_tokens, self.embed_dim, **heads)
+        attention = flops.attention(num_tokens, self.embed_dim, **self.sizes(*HEADS))
         mlp = flops.gated_mlp(num_tokens, self.embed_dim, self.mlp_dim)
         return self.num_layers * (attention + mlp)
 
@@ -52,7 +47,7 @@ class Standard(Transformer):
     def __init__(self, config: StandardConfig, *, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(config.init_std)
         kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
-        heads = config.sizes("num_heads", "num_kv_heads", "head_dim", "rope")
+        heads = config.sizes(*HEADS, "rope")
         blocks = [
             PreNormBlock(
                 attention_norm=rms_norm(config),
