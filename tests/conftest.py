@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import signal
 import sys
@@ -36,6 +37,11 @@ def pytest_collection_finish() -> None:
         for cls in vars(module).values() if name.startswith("slam_jax.") else ():
             if dataclasses.is_dataclass(cls) and isinstance(cls, type) and cls.__module__ == name:
                 cls.__init__ = inspect.unwrap(cls.__init__)
+
+
+# Parameters of tests hold requests, which are built while tests are collected.
+importlib.import_module("slam_jax.generation")
+pytest_collection_finish()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
