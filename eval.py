@@ -1,21 +1,29 @@
-"""Evaluates: python eval.py --workdir=DIR [--step=N|best|latest] [--config.data.field=value]"""
+"""Evaluates a checkpoint:
+
+python eval.py --workdir=DIR [--step=N|best|latest] [--out=DIR] [--config.data.field=value]
+"""
 
 from absl import flags
 
 from slam_jax.runtime import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
-STEP = flags.DEFINE_string("step", "best", "A step, or best, or latest.")
+STEP = flags.DEFINE_string("step", "best", "The checkpoint: a step number, best or latest.")
+OUT = flags.DEFINE_string(
+    "out", None, "Folder for metrics.json and report.html; by default WORKDIR/eval."
+)
 
 
 def main(arguments: list[str]) -> None:
-    # Not before: importing JAX takes seconds, in which Ctrl-C can come.
+    # Imported here because importing JAX takes seconds, in which Ctrl-C may be pressed.
     from slam_jax.evaluation import print_metrics
     from slam_jax.reporting.checkpoint import evaluate_checkpoint
+    from slam_jax.reporting.report import write_evaluation
 
-    results = evaluate_checkpoint(WORKDIR.value, STEP.value, overrides=arguments)
-    print_metrics(results.metrics)
-    print(f"\nreport: {WORKDIR.value}/eval/report.html")
+    evaluation = evaluate_checkpoint(WORKDIR.value, STEP.value, overrides=arguments)
+    print_metrics(evaluation.metrics)
+    folder = write_evaluation(evaluation, OUT.value)
+    print(f"\nreport: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from slam_jax.demo.app import add_row, ask_model, make_app
 from slam_jax.demo.examples import PROMPTS, SCENES, show, trained_views
 from slam_jax.demo.reading import read_aux, read_sampling
 from slam_jax.generation import Request, Sampling, generate, stream
-from slam_jax.reporting.report import attention_html
+from slam_jax.reporting.attention_html import attention_html
 
 NOTHING = "nothing to answer from: give at least one of text, image and aux"
 USUAL: Any = (0, 32, 0, 0, 1, 0, 1)  # the seed and what read_sampling takes, as the page has them

@@ -16,6 +16,7 @@ from slam_jax.data.sort_of_clevr import answer_table, make_scene
 from slam_jax.evaluation import (
     bootstrap_interval,
     evaluate,
+    most_frequent_answer,
     print_metrics,
     recall_at_k,
     retrieval_metrics,
@@ -89,10 +90,10 @@ def scene(needs_both=(False, False)):
     return Example(None, None, None, ("?", "?"), (f" {ANSWERS}",) * 2, kinds, needs_both)
 
 
-def run(model, batches_by_view):
+def run(model, batches_by_view, **settings):
     graphdef, params = nnx.split(model, nnx.Param)
     tokenizer: Any = WordTokenizer()
-    return evaluate(graphdef, params, batches_by_view, tokenizer, step=7)
+    return evaluate(graphdef, params, batches_by_view, tokenizer, step=7, **settings)
 
 
 def test_accuracy_counts_the_answers_that_are_equal_as_text_and_forgets_padding_rows():
@@ -104,11 +105,24 @@ def test_accuracy_counts_the_answers_that_are_equal_as_text_and_forgets_padding_
     assert entries["relational"]["accuracy"] == pytest.approx(1 / 3)
     assert entries["relational"]["n"] == 3
     assert set(entries) == {"non_relational", "relational"}
-    assert [(a.scene, a.given, a.correct) for a in results.answers if a.kind == "relational"] == [
-        (0, "4 ", True),
-        (1, "5 ", False),
-        (2, "6 ", False),
-    ]
+    relational = [a for a in results.answers if a.kind == "relational"]
+    expected = [(0, "4 ", True), (1, "5 ", False), (2, "6 ", False)]
+    assert [(a.scene, a.predicted, a.correct) for a in relational] == expected
+
+
+def test_the_baseline_is_the_score_of_always_giving_the_most_frequent_answer():
+    baseline = most_frequent_answer([" 4", "5", "4"])
+    assert baseline == "4"
+    examples = [scene()._replace(answers=(" 4", " 5")), scene()]
+    batches = {"aux": [batch(np.full((2, 2), 6), examples)]}
+    metrics = run(Reader(), batches, baseline_answer=baseline).metrics
+    entries = metrics["views"]["aux"]
+    assert entries["non_relational"]["baseline"] == 1.0
+    assert entries["relational"]["baseline"] == 0.5 and entries["relational"]["accuracy"] == 0.0
+    out = io.StringIO()
+    print_metrics(metrics, file=out)
+    assert 'baseline: always answering "4", the most frequent answer of' in out.getvalue()
+    assert most_frequent_answer([]) is None
 
 
 def test_questions_that_need_both_renderings_are_set_against_each_half_alone():
@@ -182,7 +196,7 @@ def test_slam_v3_answers_a_scene_the_same_whatever_fills_its_batch():
     for scene in (0, 2):  # beside another scene and, in the second run, beside padding
         assert answers_to(even, scene) == answers_to(odd, scene)
     assert (len(even.answers), len(odd.answers)) == (80, 60)
-    assert len({answer.given for answer in even.answers}) > 10
+    assert len({answer.predicted for answer in even.answers}) > 10
     needed = sum(answer.needs_both for answer in even.answers)
     assert even.metrics["views"]["split_image_aux"]["needs_both_aux_only"]["n"] == needed > 0
 
@@ -273,6 +287,16 @@ def test_the_table_shows_every_figure_in_plain_text():
     assert "image only 98.8% 98.0% to 99.0% 2,000" in rows
     assert "text to image 100.0% 100.0%" in rows
     print_metrics({**METRICS, "retrieval": None}, file=out)
+
+
+def test_kinds_and_answers_of_users_are_no_markup():
+    kinds = ["[red]x", "[/]", ":smile:", "a_b", "x" * 5_000]
+    views = {"all": {kind: {**FIGURES, "baseline": 0.5} for kind in kinds}}
+    out = io.StringIO()
+    print_metrics({"step": 1, "views": views, "baseline_answer": "[/b]"}, file=out)
+    text = out.getvalue()
+    assert all(kind in text for kind in kinds[:-1]) and "x" * 61 not in text
+    assert 'answering "[/b]"' in text
 
 
 def test_metrics_are_written_whole_or_not_at_all(tmp_path):

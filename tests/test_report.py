@@ -1,36 +1,57 @@
 """The report and what it draws: attention maps, calibration, curves; it stands alone."""
 
+import hashlib
 import html.parser
+import json
 import re
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from test_generation import make_loaded, picture, vectors
 
 from slam_jax.data import AuxFormat, Example
+from slam_jax.errors import WriteError
 from slam_jax.evaluation.answers import Answer, Results
 from slam_jax.evaluation.metrics import calibration
 from slam_jax.generation import Request
 from slam_jax.generation.requests import read_inputs
 from slam_jax.layers.attention import attend, attention_weights
+from slam_jax.reporting import checkpoint
 from slam_jax.reporting.attention import attention_maps
-from slam_jax.reporting.plots import plot_calibration, plot_curves, plot_intervals
-from slam_jax.reporting.report import (
-    attention_html,
-    choose_examples,
-    render_report,
-    write_report,
+from slam_jax.reporting.attention_html import attention_html
+from slam_jax.reporting.checkpoint import Evaluation, choose_examples, evaluate_checkpoint
+from slam_jax.reporting.plots import (
+    plot_bars,
+    plot_calibration,
+    plot_curves,
+    plot_intervals,
+    plot_points,
 )
+from slam_jax.reporting.report import render_report, write_evaluation
+from slam_jax.training import default_config
 
 EVERYTHING = Request("circle", text="red blue", image=picture(5), aux=vectors(5, 3))
 
 
-@pytest.fixture(scope="module", params=[0, 5], ids=["tokens", "bottleneck"])
-def loaded(request) -> Any:
-    return make_loaded(num_memory_tokens=request.param)
+@pytest.fixture(scope="module")
+def loaded() -> Any:
+    return make_loaded(num_memory_tokens=5, aux_slots=True)
+
+
+@pytest.fixture(scope="module", params=["tokens", "bottleneck"])
+def with_or_without_bottleneck(request, loaded) -> Any:
+    return (
+        loaded
+        if request.param == "bottleneck"
+        else make_loaded(num_memory_tokens=0, aux_slots=True)
+    )
 
 
 def test_weights_times_values_are_what_attention_gives():
@@ -42,8 +63,9 @@ def test_weights_times_values_are_what_attention_gives():
     assert (weights[..., 3] == 0).all()
 
 
-def test_attention_is_that_of_the_forward_pass(loaded):
+def test_attention_is_that_of_the_forward_pass(with_or_without_bottleneck):
     """The values, averaged by the weights, are what the attention layers computed."""
+    loaded = with_or_without_bottleneck
     model, inputs = loaded.model, read_inputs(loaded, [EVERYTHING])
     tokens = np.array([[1, 5, 6]], np.int32)
     output = jax.jit(lambda model: model(tokens, inputs, attention=True))(model)
@@ -70,7 +92,8 @@ def test_attention_is_that_of_the_forward_pass(loaded):
     np.testing.assert_allclose(read, expected, atol=1e-3)
 
 
-def test_maps_cover_what_was_given_and_nothing_else(loaded):
+def test_maps_cover_what_was_given_and_nothing_else(with_or_without_bottleneck):
+    loaded = with_or_without_bottleneck
     maps = attention_maps(loaded, EVERYTHING, "yes")
     config = loaded.model.config
     count = config.num_processes + config.num_decoder_layers * config.num_heads
@@ -95,6 +118,20 @@ def test_calibration_of_an_honest_and_of_a_boastful_answerer():
     boastful = calibration(np.full(100, 0.95), np.array([1.0] * 60 + [0.0] * 40))
     np.testing.assert_allclose(boastful.error, 0.35)
     assert boastful.counts == (100,)
+
+
+def test_labels_of_users_are_no_mathtext():
+    names = ["$", "$$", "$5 to $10", "_x", "猫", "a\nb", "x" * 300]
+    curve = ([1, 2], [1.0, 0.1])
+    plots = [
+        plot_intervals([("image", name, 0.5, 0.4, 0.6) for name in names]),
+        plot_curves(dict.fromkeys(names, curve), "loss", log=True),
+        plot_points(dict.fromkeys(names, (1.0, 2.0)), "$", "$$"),
+        plot_bars(dict.fromkeys(names, 1.0)),
+    ]
+    for svg in plots:
+        assert all(f">{name}</text>" in svg for name in [*names[:5], "a b", f"{'x' * 40}..."])
+    assert "mathdefault" not in plots[1] and ">0.1</text>" in plots[1]
 
 
 def test_plots_take_the_colours_of_their_page():
@@ -142,24 +179,31 @@ def example() -> Example:
     )
 
 
+DATA = {"path": None, "sha256": None, "rows": {"test": 6}}
 RECORDS = [
     {"step": s, "split": "train", "view": "all", "cross_entropy": 1.0 / s} for s in range(1, 500)
 ] + [{"step": s, "split": "validation", "accuracy": 0.5, "all/all": 0.5} for s in (250, 500)]
 
 
-def test_a_page_escapes_what_users_wrote_and_loads_nothing(tmp_path):
-    loaded = make_loaded()._replace(config={"data": {"name": EVIL}})
-    shown = choose_examples(results(), {"all": [example()] * 6})
-    write_report(
-        tmp_path / "eval" / "report.html",
-        loaded,
-        results(),
-        shown,
-        RECORDS,
+def evaluation(loaded, **changes) -> Evaluation:
+    metrics = {**results().metrics, "data": {**DATA, "name": EVIL}, "baseline_answer": EVIL}
+    metrics["views"]["all"]["all"]["baseline"] = 0.7
+    fields: dict[str, Any] = dict(
+        metrics=metrics,
+        answers=results().answers,
+        loaded=loaded._replace(config={"data": {"name": EVIL}}),
+        config={"data": {"name": EVIL}},
+        examples=choose_examples(results(), {"all": [example()] * 6}),
+        records=RECORDS,
         title=EVIL,
         seconds=1.5,
+        folder=Path("eval"),
     )
-    text = (tmp_path / "eval" / "report.html").read_text(encoding="utf-8")
+    return Evaluation(**{**fields, **changes})
+
+
+def test_a_page_escapes_what_users_wrote_and_loads_nothing(loaded):
+    text = render_report(evaluation(loaded))
     page = Page()
     page.feed(text)
     assert "script" not in page.tags
@@ -170,7 +214,6 @@ def test_a_page_escapes_what_users_wrote_and_loads_nothing(tmp_path):
     assert not re.search(r"@import|url\((?!data:|#)|https?://(?!www.w3.org)", text)
     assert "process 4" in page.text and "layer 2, head 2" in page.text
     assert page.tags.count("svg") == 4 and "prefers-color-scheme: dark" in text
-    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["report.html"]
 
 
 def test_those_with_a_wrong_answer_come_first():
@@ -179,11 +222,9 @@ def test_those_with_a_wrong_answer_come_first():
     assert [all(a.correct for a in each.answers) for each in shown] == [False, True, True]
 
 
-def test_a_run_without_records_or_names_has_a_page_too():
-    loaded = make_loaded()._replace(config={"data": {"name": "x"}})
-    shown = choose_examples(results(), {"all": [example()]})
-    text = render_report(loaded, results(), shown, [], title="t", seconds=1.0)
-    assert "Training</h2>" not in text and "Where it looked" in text
+def test_a_run_without_records_has_a_page_too(loaded):
+    text = render_report(evaluation(loaded, records=[]))
+    assert "Training</h2>" not in text and "Where the model looked" in text
 
 
 def test_columns_are_shown_by_name(loaded):
@@ -193,3 +234,115 @@ def test_columns_are_shown_by_name(loaded):
     assert ">width</span>" in fragment and "<price>" not in fragment
     both = attention_html(table, Request("red", aux={"<price>": 20}), "yes")
     assert "&lt;price&gt;" in both
+
+
+# --- A table of a user, from the file to the page
+
+
+KINDS = ("$", "$5 to $10", "_x")
+
+
+def write_table(folder, answers) -> Path:
+    folder.mkdir(parents=True)
+    rows = [
+        {
+            "text": f"red {i}",
+            "prompt": "is it $$?",
+            "answer": answer,
+            "kind": KINDS[i % 3],
+            "split": ("train", "validation", "test")[i % 9 // 3],
+            "weight": 12345 if i % 2 else 1000,
+            "price": None if i == 6 else 0.125 * i,
+        }
+        for i, answer in enumerate(answers)
+    ]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A table whose answers are nearly all "yes", and two others that are both called "other"."""
+    root = tmp_path_factory.mktemp("tables")
+    return [
+        write_table(root / "own", ["yes"] * 17 + ["no"]),
+        write_table(root / "other", ["no", "yes"] * 9),
+        write_table(root / "more" / "other", ["no"] * 18),
+    ]
+
+
+@pytest.fixture
+def workdir(folders, loaded, tmp_path, monkeypatch):
+    """A workdir with `loaded` as its checkpoint, trained on the first of the folders."""
+    model = loaded.model.config
+    config = default_config("tiny").to_dict()
+    config["data"] |= {"name": "folder", "path": str(folders[0]), "batch_size": 3}
+    config["data"]["stages"] = [[0, {"text_aux": 1.0}]]
+    config["model"] |= {"aux_slots": True, "context_length": model.context_length}
+    rows = np.array([[1000.0, 0.0], [1001.0, 1.0]])
+    aux_format = AuxFormat.of_columns(("weight", "price"), rows)
+    trained = loaded._replace(config=config, aux_format=aux_format)
+    monkeypatch.setattr(checkpoint, "load", lambda *_: trained)
+    monkeypatch.setattr(checkpoint, "enable_compile_cache", lambda: None)
+    return tmp_path / "run"
+
+
+def test_a_report_shows_numbers_and_kinds_as_users_wrote_them(workdir):
+    page = render_report(evaluate_checkpoint(workdir))
+    for number in ("12345", "1000", "0.875"):
+        assert f">{number}</td>" in page
+    assert all(f">{kind}</text>" in page for kind in KINDS)
+
+
+def test_the_most_frequent_answer_stands_beside_the_score(workdir):
+    evaluation = evaluate_checkpoint(workdir)
+    assert evaluation.metrics["baseline_answer"] == "yes"
+    baselines = [row["baseline"] for row in evaluation.metrics["views"]["text_aux"].values()]
+    assert sorted(baselines) == [0.5, 1.0, 1.0]
+    page = render_report(evaluation)
+    assert "always answering &#34;yes&#34;" in page and "<b>83.3%</b>baseline" in page
+
+
+def test_an_evaluation_names_its_data_and_keeps_those_of_other_data_apart(workdir, folders):
+    own, other, more = folders
+    folders_written = []
+    for path in (own, other, more, other):
+        change = [] if path == own else [f"--config.data.path={path}"]
+        evaluation = evaluate_checkpoint(workdir, None, change)
+        table = path / "data.jsonl"
+        assert evaluation.metrics["data"] == {
+            "name": "folder",
+            "path": str(table),
+            "sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
+            "rows": {"train": 6, "validation": 6, "test": 6},
+        }
+        folders_written.append(write_evaluation(evaluation))
+        page = (folders_written[-1] / "report.html").read_text(encoding="utf-8")
+        assert f"<td>evaluated on</td><td>{table}</td>" in page
+        assert f'"path": "{path}"'.replace('"', "&#34;") in page
+        assert f"<td>trained on</td><td>{own}</td>" in page
+    first, second, third, again = folders_written
+    assert (first, second) == (workdir / "eval", workdir / "eval" / "other") and again == second
+    assert third.parent == workdir / "eval" and third.name.startswith("other-")
+    assert json.loads((first / "metrics.json").read_text())["data"]["path"] == str(
+        own / "data.jsonl"
+    )
+
+
+def test_the_table_is_printed_even_if_no_file_can_be_written(
+    workdir, tmp_path, capsys, monkeypatch
+):
+    workdir.mkdir()
+    (workdir / "eval").write_text("a file in the way")
+    arguments: dict[str, Any] = {"workdir": str(workdir), "step": "best", "out": None}
+    monkeypatch.setattr(
+        flags, "DEFINE_string", lambda name, *_, **__: SimpleNamespace(value=arguments[name])
+    )
+    main = runpy.run_path(str(Path(__file__).parent.parent / "eval.py"))["main"]
+    with pytest.raises(WriteError, match=r"nothing was written: .*; give another .*--out=DIR"):
+        main([])
+    assert "$5 to $10" in capsys.readouterr().out
+    main.__globals__["OUT"].value = str(tmp_path / "out")
+    main([])
+    assert f"report: {tmp_path}/out/report.html" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "report.html"}

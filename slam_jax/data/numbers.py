@@ -137,11 +137,6 @@ class AuxFormat:
         standard = (numbers - np.array(self.mean)) / np.array(self.scale)
         return number_features(standard, width)
 
-    def decode(self, vectors: Float[np.ndarray, "A C"]) -> list[float | None]:
-        """The numbers that columns were encoded from, as far as they were not out of any range."""
-        numbers = vectors[:, 0] * 2 * np.array(self.scale) + np.array(self.mean)
-        return [None if math.isnan(x) else float(f"{x:.5g}") for x in numbers.tolist()]
-
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 

@@ -1,5 +1,6 @@
 """Rows of a table, each with a question and an answer, as a `Source`."""
 
+import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -108,11 +109,13 @@ class Rows:
         shown = self.streams(view)
         dropped = self._drop(record, shown, rng)
         answer = record.answers[int(rng.integers(len(record.answers)))]
-        aux = None
+        aux, numbers = None, None
         if "aux" in shown and self._aux_format is not None:
             aux = self._aux_format.encode(record.numbers, self._aux_width)
             if "aux" in dropped:
                 aux[:] = np.nan
+            else:
+                numbers = tuple(np.asarray(record.numbers).tolist())
         image = record.image if "image" in shown and "image" not in dropped else None
         if image is not None and self._augment:
             image = crop_at_random(image, rng, self._augment)
@@ -124,6 +127,7 @@ class Rows:
             answers=(answer,),
             kinds=(record.kind,),
             needs_both=(False,),
+            numbers=numbers,
         )
 
     def _drop(self, record: Row, shown: Sequence[str], rng: np.random.Generator) -> frozenset[str]:
@@ -161,6 +165,11 @@ class Rows:
     def corpus(self) -> Iterator[str]:
         for texts in self._texts(_CORPUS_ROWS):
             yield from texts
+
+    def answers(self) -> Iterator[str]:
+        for i in range(len(self))[:_CORPUS_ROWS]:
+            with contextlib.suppress(DamagedRecord):
+                yield from self.undecoded[i].answers
 
     @functools.cached_property
     def _lengths(self) -> Any:

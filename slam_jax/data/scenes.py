@@ -151,3 +151,8 @@ class Scenes:
             with contextlib.suppress(DamagedRecord):
                 example = self.render(self[i], "text", np.random.default_rng((0, i)))
                 yield from (example.text or "", *example.prompts, *example.answers)
+
+    def answers(self) -> Iterator[str]:
+        for i in range(min(len(self), _CORPUS_SCENES)):
+            with contextlib.suppress(DamagedRecord):
+                yield from self[i].answer_texts

@@ -17,7 +17,7 @@ from slam_jax.demo.reading import (
 )
 from slam_jax.errors import UserError
 from slam_jax.generation import Sampling, stream
-from slam_jax.reporting.report import attention_html
+from slam_jax.reporting.attention_html import attention_html
 from slam_jax.training import Loaded
 
 _BLANK_ROWS = 6

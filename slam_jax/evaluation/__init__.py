@@ -1,6 +1,6 @@
-"""From a model and held-out scenes to figures with intervals."""
+"""Scoring: from a model and held-out examples to accuracies with confidence intervals."""
 
-from slam_jax.evaluation.answers import Answer, Results, evaluate
+from slam_jax.evaluation.answers import Answer, Results, evaluate, most_frequent_answer
 from slam_jax.evaluation.metrics import (
     Interval,
     bootstrap_interval,
@@ -15,6 +15,7 @@ __all__ = [
     "Results",
     "bootstrap_interval",
     "evaluate",
+    "most_frequent_answer",
     "print_metrics",
     "recall_at_k",
     "retrieval_metrics",

@@ -1,4 +1,4 @@
-"""Figures with honest uncertainty: intervals over scenes, retrieval with pessimistic ties."""
+"""Bootstrap intervals over scenes, calibration, and recall at k."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -21,17 +21,17 @@ def bootstrap_interval(
 ) -> Interval:
     """Share of right answers over all questions, with its 95% percentile bootstrap interval.
 
-    Scenes are resampled, not questions: the questions of one scene stand or fall together, and
-    treating them as independent would make the interval too narrow. A scene weighs as much as it
-    has questions. Where every answer is right (or wrong) the interval has no width, as always with
-    this bootstrap. Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13.
+    Scenes are resampled, not questions: answers to questions about one scene are correlated, and
+    treating them as independent would make the interval too narrow. A scene counts once for each of
+    its questions. If all answers are right (or all wrong), the interval has width 0.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
 
     Args:
-      correct_by_scene: for each scene, whether each of its questions was answered rightly; scenes
-        may differ in their number of questions and have none.
+      correct_by_scene: for each scene, whether the answer to each of its questions is right. Scenes
+        may have different numbers of questions, also none.
 
     Raises:
-      ValueError: there is no question at all.
+      ValueError: no scene has a question.
     """
     scenes = [scene for scene in correct_by_scene if np.size(scene)]
     if not scenes:
@@ -46,10 +46,10 @@ def bootstrap_interval(
 
 
 class Calibration(NamedTuple):
-    """Answers in bins of like confidence, those that have any.
+    """Answers in bins of similar confidence; empty bins are left out.
 
-    confidence, accuracy: means of each bin, in [0, 1]. counts: its answers. error: the expected
-    calibration error, the mean of |confidence - accuracy| weighed by count.
+    confidence, accuracy: mean of each bin, in [0, 1]. counts: number of its answers. error: the
+    expected calibration error, the mean of |confidence - accuracy| weighted by count.
     """
 
     confidence: Float[np.ndarray, "bins"]
@@ -61,28 +61,25 @@ class Calibration(NamedTuple):
 def calibration(
     confidence: Float[np.ndarray, "n"], correct: Float[np.ndarray, "n"], num_bins: int = 10
 ) -> Calibration:
-    """How often answers of like confidence are right, in `num_bins` bins of equal width.
+    """Mean confidence and accuracy in `num_bins` bins of equal width.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2.
     """
-    place = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
-    filled = [np.flatnonzero(place == i) for i in range(num_bins)]
-    filled = [members for members in filled if len(members)]
-    sure = np.array([confidence[members].mean() for members in filled])
-    right = np.array([correct[members].mean() for members in filled])
-    counts = np.array([len(members) for members in filled])
+    index = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
+    bins, index, counts = np.unique(index, return_inverse=True, return_counts=True)
+    sure, right = (np.bincount(index, x, len(bins)) / counts for x in (confidence, correct))
     error = float((np.abs(sure - right) * counts).sum() / max(counts.sum(), 1))
     return Calibration(sure, right, tuple(counts.tolist()), error)
 
 
 def recall_at_k(queries: Float[np.ndarray, "N E"], keys: Float[np.ndarray, "N E"], k: int) -> float:
-    """Share of queries whose own key (the same row) is among the `k` with the largest dot product.
+    """Share of queries whose own key (same row) is among the `k` keys with the largest dot product.
 
-    A key as similar as the own one, to within float32 rounding, counts as ahead of it, so
-    embeddings that have collapsed to one point score 0 and not 1.
+    Keys that are as similar as the own one, up to float32 rounding, rank before it: embeddings that
+    have collapsed to one point score 0 and not 1.
     """
     similarity = np.asarray(queries, np.float64) @ np.asarray(keys, np.float64).T
-    # Written as "not behind", so that a NaN is a miss.
+    # "Not behind" and not "ahead": a NaN counts as a miss.
     ahead = ~(similarity < np.diag(similarity)[:, None] - 1e-6)
     return float(np.mean(ahead.sum(axis=1) <= k))
 
@@ -90,7 +87,7 @@ def recall_at_k(queries: Float[np.ndarray, "N E"], keys: Float[np.ndarray, "N E"
 def retrieval_metrics(
     text: Float[np.ndarray, "N E"], image: Float[np.ndarray, "N E"]
 ) -> dict[str, dict[str, float] | int]:
-    """Recall@1 and @5 between the text and the image embedding of the same N scenes, both ways."""
+    """Recall@1 and @5 between text and image embeddings of the same scenes, both ways."""
 
     def recalls(queries, keys):
         return {f"recall@{k}": recall_at_k(queries, keys, k) for k in (1, 5)}

@@ -1,4 +1,4 @@
-"""The figures as a table for people and as a file for programs."""
+"""The metrics of an evaluation as a table on the terminal and as a JSON file."""
 
 import json
 import os
@@ -9,44 +9,50 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from slam_jax.errors import write_whole
+from slam_jax.errors import shorten, write_whole
+
+_DIRECTIONS = ("text_to_image", "image_to_text")
+_RECALLS = ("recall@1", "recall@5")
+_LABELS = {"non_relational": "non-relational", "needs_both": "needs both"}
 
 
 def print_metrics(metrics: Mapping[str, Any], file: Any = None) -> None:
-    """Prints accuracies by view and kind of question with 95% intervals, then retrieval.
+    """Prints accuracies with 95% intervals by view and kind of question, then retrieval.
 
-    On a terminal with rules and colours, elsewhere as plain ASCII columns. `file` is open for text,
+    With rules and colours on a terminal, as plain columns elsewhere. `file` is a text file,
     standard output by default.
     """
-    console = Console(file=file)
+    # Kinds and answers are text of users: never markup, emoji codes or numbers to highlight.
+    plain: Any = dict(file=file, markup=False, emoji=False, highlight=False)
+    console = Console(**plain)
     if not console.is_terminal:
-        console = Console(file=file, width=100, color_system=None)
+        console = Console(**plain, width=100, color_system=None)
     style = box.SIMPLE_HEAD if console.is_terminal else None
 
-    table = Table(
-        "view", "questions", box=style, title=f"step {metrics['step']:,}", title_justify="left"
-    )
-    for column in ("right", "95% interval", "n"):
+    baseline = metrics.get("baseline_answer")
+    table = Table("view", "questions", box=style, title=f"step {metrics['step']:,}")
+    table.title_justify = "left"
+    for column in ("right", "95% interval", "n", *(["baseline"] if baseline else [])):
         table.add_column(column, justify="right")
     for view, entries in metrics["views"].items():
-        for i, (entry, figures) in enumerate(entries.items()):
-            low, high = _percent(figures["low"]), _percent(figures["high"])
-            row = (_percent(figures["accuracy"]), f"{low} to {high}", f"{figures['n']:,}")
-            table.add_row(view if i == 0 else "", _label(entry), *row)
+        for i, (entry, row) in enumerate(entries.items()):
+            interval = f"{percent(row['low'])} to {percent(row['high'])}"
+            cells = [percent(row["accuracy"]), interval, f"{row['n']:,}"]
+            cells += [percent(row["baseline"])] if baseline else []
+            table.add_row(view if i == 0 else "", entry_label(entry), *cells)
         table.add_section()
     console.print(table)
+    if baseline:
+        console.print(f"baseline: {explain_baseline(metrics)}")
 
     if retrieval := metrics.get("retrieval"):
-        console.print()
         table = Table(f"retrieval among {retrieval['n']:,} scenes", box=style)
-        for column in ("recall@1", "recall@5"):
+        for column in _RECALLS:
             table.add_column(column, justify="right")
-        for direction in ("text_to_image", "image_to_text"):
-            recalls = retrieval[direction]
-            table.add_row(
-                direction.replace("_", " "),
-                *(_percent(recalls[column]) for column in ("recall@1", "recall@5")),
-            )
+        for direction in _DIRECTIONS:
+            recalls = (percent(retrieval[direction][column]) for column in _RECALLS)
+            table.add_row(direction.replace("_", " "), *recalls)
+        console.print()
         console.print(table)
 
 
@@ -54,18 +60,24 @@ def write_metrics(path: str | os.PathLike[str], metrics: Mapping[str, Any]) -> N
     """Writes the metrics as JSON, all or nothing: a reader never sees half a file.
 
     Raises:
-      ValueError: a figure is NaN or infinite, which JSON cannot hold.
-      WriteError: the file cannot be written; what was there before is kept.
+      ValueError: a value is NaN or infinite, which JSON cannot hold.
+      WriteError: the file cannot be written; an older file is kept.
     """
     write_whole(path, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
+def explain_baseline(metrics: Mapping[str, Any]) -> str:
+    """What the baseline is, in one sentence."""
+    answer = shorten(metrics["baseline_answer"], 60)
+    return f'always answering "{answer}", the most frequent answer of the training split'
 
 
-def _label(entry: str) -> str:
-    """needs_both_image_only -> "  image only", as it stands below "needs both"."""
+def entry_label(entry: str) -> str:
+    """The name of a row: needs_both_image_only -> "  image only", indented below "needs both"."""
     if entry.startswith("needs_both_"):
         return "  " + entry.removeprefix("needs_both_").replace("_", " ")
-    return {"non_relational": "non-relational"}.get(entry, entry.replace("_", " "))
+    return shorten(_LABELS.get(entry, entry), 60)
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f}%"

@@ -1,1 +1,1 @@
-"""Above training: evaluation of checkpoints, the report page, plots, and a look at data sets."""
+"""Reports: evaluation of checkpoints, the page about it, attention maps, plots, data inspection."""

@@ -1,36 +1,68 @@
-"""Evaluation of a checkpoint on the test split, from what stands beside it."""
+"""Evaluation of a checkpoint on the test split of its own data or of other data."""
 
+import contextlib
+import hashlib
+import json
+import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from slam_jax.data import EvaluationBatch, Example, evaluation_batches, prepare
+from slam_jax.data import DataConfig, Dataset, EvaluationBatch, Example, evaluation_batches, prepare
 from slam_jax.data.views import with_halves
 from slam_jax.errors import ConfigError
-from slam_jax.evaluation.answers import Results, evaluate
-from slam_jax.evaluation.table import write_metrics
-from slam_jax.reporting.report import choose_examples, write_report
+from slam_jax.evaluation.answers import Answer, Results, evaluate, most_frequent_answer
 from slam_jax.runtime.compile_cache import enable_compile_cache
-from slam_jax.training import Experiment, load, override, split_model
+from slam_jax.training import Experiment, Loaded, load, override, split_model
 from slam_jax.training.checkpoint import Step
 from slam_jax.training.metrics import read_metrics
 
-_EXAMPLES = 24
+_KEPT_EXAMPLES, _SHOWN_EXAMPLES = 24, 4
+
+
+class ShownExample(NamedTuple):
+    """An example as one view showed it to the model, with the model's answers."""
+
+    view: str
+    example: Example
+    answers: tuple[Answer, ...]
+
+
+class Evaluation(NamedTuple):
+    """An evaluated checkpoint.
+
+    metrics: as in metrics.json. answers: all of them. config: of the evaluation, which may read
+    other data than `loaded.config`. examples: those that the report shows. records: the metrics of
+    the training run. seconds: how long the model took. folder: where the results belong.
+    """
+
+    metrics: dict[str, Any]
+    answers: list[Answer]
+    loaded: Loaded
+    config: dict[str, Any]
+    examples: list[ShownExample]
+    records: list[dict[str, Any]]
+    title: str
+    seconds: float
+    folder: Path
 
 
 def evaluate_checkpoint(
     workdir: str | Path, step: Step = None, overrides: Sequence[str] = ()
-) -> Results:
-    """The mixes that the run was trained on, on the test split; writes `metrics.json` and
-    `report.html` into `WORKDIR/eval`.
+) -> Evaluation:
+    """Evaluates the views that the run was trained on, on the test split. Writes no file;
+    `slam_jax.reporting.write_evaluation` does.
 
     step: a number, "best" or "latest"; None = best. overrides: `--config.data.field=value`
-    arguments that change where the data is and how it is read; the rest is the checkpoint's.
+    arguments that change where the data is and how it is read; everything else is the checkpoint's.
 
     Raises:
-      CheckpointError, ConfigError: what cannot be read or built, in one line.
+      CheckpointError, ConfigError, DataError: something cannot be read or built, in one line.
     """
     enable_compile_cache()
+    workdir = Path(workdir)
     loaded = load(workdir, step)
     config = override(loaded.config, overrides)
     for group in config:
@@ -42,44 +74,102 @@ def evaluate_checkpoint(
     dataset = prepare(
         data, loaded.tokenizer, aux_format=loaded.aux_format, model=loaded.model.config
     )
-    views = data.views
-    if data.drop_inputs:  # it has seen every mix
-        views = (*views, *(view for view in dataset.test.views if view not in views))
-    graphdef, params = split_model(loaded.model)
-    batches = {
-        view: evaluation_batches(
-            dataset.test, loaded.tokenizer, view, data.batch_size, seed=data.seed
-        )
-        for view in with_halves(views)
-    }
-    started, shown = time.monotonic(), {}
-    results = evaluate(
-        graphdef,
-        params,
-        {view: _keep_first(made, shown.setdefault(view, [])) for view, made in batches.items()},
-        loaded.tokenizer,
-        step=loaded.step,
-        max_new_tokens=dataset.test.answer_length(loaded.tokenizer) + 1,
-    )
+    started = time.monotonic()
+    results, examples = _evaluate(loaded, data, dataset)
     seconds = time.monotonic() - started
-    folder = Path(workdir) / "eval"
-    write_metrics(folder / "metrics.json", results.metrics)
-    write_report(
-        folder / "report.html",
-        loaded,
-        results,
-        choose_examples(results, {view: shown[view] for view in views}),
-        read_metrics(workdir),
-        title=Path(workdir).absolute().name,
+    identity = _identify(data, dataset)
+    own = Experiment.from_config(loaded.config).data
+    return Evaluation(
+        metrics={**results.metrics, "data": identity},
+        answers=results.answers,
+        loaded=loaded,
+        config=config,
+        examples=choose_examples(results, examples),
+        records=read_metrics(workdir),
+        title=workdir.absolute().name,
         seconds=seconds,
+        folder=_results_folder(workdir / "eval", own, data, identity),
     )
-    return results
+
+
+def choose_examples(
+    results: Results, examples: Mapping[str, Sequence[Example]], count: int = _SHOWN_EXAMPLES
+) -> list[ShownExample]:
+    """`count` examples of each view, from its first ones. Those with a wrong answer come first, but
+    fill at most half of the places while there are others."""
+    answers: dict[tuple[str, int], list[Answer]] = defaultdict(list)
+    for answer in results.answers:
+        answers[answer.view, answer.scene].append(answer)
+    chosen = []
+    for view, first in examples.items():
+        shown = [ShownExample(view, e, tuple(answers[view, i])) for i, e in enumerate(first)]
+        right = [each for each in shown if all(a.correct for a in each.answers)]
+        wrong = [each for each in shown if not all(a.correct for a in each.answers)]
+        wrong = wrong[: max(count // 2, count - len(right))]
+        chosen += wrong + right[: count - len(wrong)]
+    return chosen
+
+
+def _evaluate(
+    loaded: Loaded, data: DataConfig, dataset: Dataset
+) -> tuple[Results, dict[str, list[Example]]]:
+    """The results, and the first examples of each view."""
+    views = data.views
+    if data.drop_inputs:  # training has shown all mixes of inputs
+        views = (*views, *(view for view in dataset.test.views if view not in views))
+    test, tokenizer = dataset.test, loaded.tokenizer
+    batches, kept = {}, {}
+    for view in with_halves(views):
+        of_view = evaluation_batches(test, tokenizer, view, data.batch_size, seed=data.seed)
+        batches[view] = _keep_first(of_view, kept.setdefault(view, []))
+    results = evaluate(
+        *split_model(loaded.model),
+        batches,
+        tokenizer,
+        step=loaded.step,
+        max_new_tokens=test.answer_length(tokenizer) + 1,
+        baseline_answer=most_frequent_answer(dataset.train.answers()),
+    )
+    return results, {view: kept[view] for view in views}
 
 
 def _keep_first(
     batches: Iterable[EvaluationBatch], kept: list[Example]
 ) -> Iterator[EvaluationBatch]:
-    """The batches, of whose examples the first are kept for the report."""
+    """The same batches; their first examples are appended to `kept` on the way."""
     for batch in batches:
-        kept += batch.examples[: _EXAMPLES - len(kept)]
+        kept += batch.examples[: _KEPT_EXAMPLES - len(kept)]
         yield batch
+
+
+def _identify(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
+    """What a reader needs to know the data again; path and sha256 are those of a folder's table."""
+    path, sha256 = None, None
+    if dataset.table is not None:
+        path = str(dataset.table.path.absolute())
+        with dataset.table.path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    splits = {name: len(getattr(dataset, name)) for name in ("train", "validation", "test")}
+    return {"name": config.name, "path": path, "sha256": sha256, "rows": splits}
+
+
+def _results_folder(
+    folder: Path, own: DataConfig, used: DataConfig, identity: Mapping[str, Any]
+) -> Path:
+    """`folder` for the data of the run itself, else a folder in it that is named after the data.
+
+    Other data of the same name, from another path, get a folder of their own.
+    """
+    own_path, path = (os.path.realpath(data.path or "") for data in (own, used))
+    if (own.name, own_path) == (used.name, path):
+        return folder
+    name = used.name.replace("/", "-")
+    if used.path:
+        name = (Path(path).stem if Path(path).is_file() else Path(path).name) or name
+    chosen = folder / name
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        known = json.loads((chosen / "metrics.json").read_text(encoding="utf-8"))
+        if known["data"]["path"] != identity["path"]:
+            suffix = hashlib.sha256(str(identity["path"]).encode()).hexdigest()[:8]
+            return chosen.with_name(f"{chosen.name}-{suffix}")
+    return chosen
