@@ -38,6 +38,9 @@ def pytest_collection_finish() -> None:
                 cls.__init__ = inspect.unwrap(cls.__init__)
 
 
+pytest_collection_finish()  # modules that are loaded by now: test modules build their dataclasses
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """First what takes longest, so that with several workers nobody waits for it alone."""
     items.sort(key=lambda item: item.path.name != "test_sharding.py")
