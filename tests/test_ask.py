@@ -12,47 +12,75 @@ from slam_jax.data.numbers import read_numbers
 from slam_jax.generation import Request, Sampling, generate, score
 from slam_jax.training import load
 
+CUT = "the answer was cut at the limit of tokens; raise --max_new_tokens\n"
+# Runs the command for several lists of arguments in one process, which imports JAX once.
+REPEAT = """
+import contextlib, io, json, sys
+from absl import flags
+from slam_jax.generation import __main__ as command
+from slam_jax.runtime.cli import exit_on_error
 
-def ask(workdir, *arguments):
-    command = [sys.executable, "-m", "slam_jax.generation", f"--workdir={workdir}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+done = []
+for arguments in json.loads(sys.argv[1]):
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    flags.FLAGS.unparse_flags()
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            with exit_on_error():
+                command.main(flags.FLAGS(["command", *arguments], known_only=True)[1:])
+        except SystemExit as end:
+            code = end.code
+    done.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(done))
+"""
+
+
+def ask(workdir, *commands):
+    """(exit code, stdout, stderr) of each list of arguments; and the errors of all, in lines."""
+    several = [[f"--workdir={workdir}", *arguments] for arguments in commands]
+    command = [sys.executable, "-c", REPEAT, json.dumps(several)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr.splitlines()
 
 
 def test_the_command_says_what_generate_says(small_run, tmp_path):
     rows = np.random.default_rng(0).normal(size=(4, 10)).round(3).tolist()
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     loaded = load(small_run)
+    assert loaded.max_new_tokens == 32
     request = Request("shape of red", aux=rows, seed=3)
-    arguments = [f"--aux={tmp_path / 'rows.json'}", "--prompt=shape of red", "--seed=3"]
+    given = [f"--aux={tmp_path / 'rows.json'}", "--prompt=shape of red", "--seed=3"]
+    (streamed, drawn, chosen, *wrong), errors = ask(
+        small_run,
+        [*given, "--max_new_tokens=6"],
+        [*given, "--temperature=1.5", "--num_samples=3", "--json"],
+        [*given, "--choices=circle,square"],
+        *(arguments for arguments, _ in WRONG),
+    )
     [answer] = generate(loaded, [request], Sampling(max_new_tokens=6))
-    done = ask(small_run, *arguments, "--max_new_tokens=6")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == answer.text + "\n"
-    done = ask(small_run, *arguments, "--temperature=1.5", "--num_samples=3", "--json")
-    sampling = Sampling(temperature=1.5, num_samples=3)
-    [answer] = generate(loaded, [request], sampling)
-    assert [each["tokens"] for each in json.loads(done.stdout)] == [
-        list(sample.tokens) for sample in answer.samples
-    ]
-    done = ask(small_run, *arguments, "--choices=circle,square")
+    cut = answer.samples[0].finish == "length"
+    assert streamed == [0, answer.text + "\n", CUT if cut else ""]
+    [answer] = generate(loaded, [request], Sampling(temperature=1.5, num_samples=3))
+    expected = [(list(sample.tokens), sample.finish) for sample in answer.samples]
+    assert [(each["tokens"], each["finish"]) for each in json.loads(drawn[1])] == expected
     best = max(score(loaded, request, ["circle", "square"]), key=lambda each: each.logprob)
-    shares = [float(line.split("%")[0]) for line in done.stdout.splitlines()]
-    assert done.stdout.splitlines()[0].endswith(best.text) and math.isclose(sum(shares), 100.0)
+    lines = chosen[1].splitlines()
+    shares = [float(line.split("%")[0]) for line in lines]
+    assert lines[0].endswith(best.text) and math.isclose(sum(shares), 100.0)
+    assert wrong == [[2, "", ""]] * len(WRONG)
+    for error, (_, message) in zip(errors, WRONG, strict=True):
+        assert error.startswith(f"error: {message}")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--prompt=red"], "nothing to answer from: give at least one of text, image and aux"),
-        (["--image=no.png"], "no.png: no such file"),
-        (["--text=a", "--temperature=-1"], "temperature is -1.0; expected 0 (greedy) or 0.001 to"),
-        (["--text=a", "--temprature=1"], "unknown argument '--temprature=1'; --help shows"),
-    ],
-)
-def test_what_cannot_be_answered_ends_with_one_line(small_run, arguments, message):
-    done = ask(small_run, *arguments)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+WRONG = [
+    (["--prompt=red"], "nothing to answer from: give at least one of text, image and aux"),
+    (["--image=no.png"], "no.png: no such file"),
+    (["--text=a", "--temperature=-1"], "temperature is -1.0; expected 0 to 1000"),
+    (["--text=a", "--temprature=1"], "unknown argument '--temprature=1'; --help shows"),
+]
 
 
 @pytest.mark.parametrize(

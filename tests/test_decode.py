@@ -12,6 +12,7 @@ from flax import nnx
 
 from slam_jax.errors import InputError
 from slam_jax.generation import greedy_decode
+from slam_jax.generation.decode import start
 from slam_jax.language_models import make_config, make_model
 from slam_jax.layers import LatentCache
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
@@ -150,6 +151,27 @@ def language_model(name: str, **changes: Any) -> Any:
     return nnx.merge(
         graphdef, jax.tree.map(lambda p: jnp.array(rng.normal(0, 0.3, p.shape), p.dtype), shapes)
     )
+
+
+def test_a_bucket_of_shapes_is_compiled_once():
+    """Greedy decoding of ids, called by itself; each answer is that of a call under `jax.jit`."""
+    model, rng = language_model("standard"), np.random.default_rng(0)
+    compiled: Any = start
+    before = compiled._cache_size()
+    for rows, length, new in ((3, 4, 5), (4, 9, 3), (3, 16, 16)):
+        prompts, lengths = rng.integers(2, 61, (rows, length), np.int32), np.full(rows, length)
+        lengths[0] -= 1
+        settings = {"max_new_tokens": new, "eos_id": -1, "pad_id": 0}
+        found = greedy_decode(model, None, prompts, lengths, **settings)
+        assert found.tokens.shape == found.logprobs.shape == (rows, new)
+    assert compiled._cache_size() == before + 1
+    expected = jax.jit(partial(greedy_decode, **settings))(model, None, prompts, lengths)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    with pytest.raises(InputError, match="a prompt length is 0; expected 1 to 16"):
+        greedy_decode(model, None, prompts, np.array([16, 0, 16]), **settings)
+    with pytest.raises(InputError, match="prompt of 16 tokens and 16 new ones; the context is 20"):
+        short = language_model("standard", context_length=20)
+        greedy_decode(short, None, prompts, lengths, **settings)
 
 
 @pytest.mark.parametrize("name", ["standard", "slam_v3_text"])

@@ -29,12 +29,13 @@ import slam_jax
 from slam_jax.data import AuxFormat
 from slam_jax.demo.app import add_row, ask_model, make_app
 from slam_jax.demo.examples import PROMPTS, SCENES, show, trained_views
-from slam_jax.demo.reading import read_aux, read_sampling
+from slam_jax.demo.reading import read_aux
 from slam_jax.generation import Request, Sampling, generate, stream
 from slam_jax.reporting.attention_html import attention_html
 
 NOTHING = "nothing to answer from: give at least one of text, image and aux"
-USUAL: Any = (0, 32, 0, 0, 1, 0, 1)  # the seed and what read_sampling takes, as the page has them
+USUAL: Any = (0, 32, 0, 0, 1, 0, 1)  # the seed and the fields of Sampling, as on the page
+CUT = "The answer was cut: raise max tokens, under Sampling, to see more."
 WAIT_S = 120
 
 
@@ -165,7 +166,7 @@ def test_a_picture_and_a_prompt_get_the_answer_of_generate_and_maps_of_it(browse
     answer, maps = answer_and_maps(browser)
     assert answer == text_of(loaded, "shape of red", None, picture)
     assert all(f"process {p}" in maps for p in (1, 2, 3, 4))
-    assert not find(browser, "#notice").text
+    assert find(browser, "#notice").text in ("", CUT)
 
 
 def test_an_example_and_its_prompt_are_chosen_by_a_click_each(browser, loaded):
@@ -263,14 +264,15 @@ def ask(loaded, image=None, text="", rows=(), prompt="shape of red", numbers=USU
 
 def test_an_answer_comes_in_pieces_and_then_its_maps(loaded):
     rows = show(SCENES[0], "aux").aux
-    shown = ask(loaded, rows=rows, prompt="how many", numbers=(3, 24, 9, 0, 1, 0, 1))
-    request = Request("how many", aux=rows, seed=3)
-    pieces = list(stream(loaded, request, Sampling(max_new_tokens=24, temperature=9.0)))
-    so_far = ["", *itertools.accumulate(pieces)]
+    shown = ask(loaded, rows=rows, prompt="how many", numbers=(5, 24, 9, 0, 1, 0, 1))
+    request = Request("how many", aux=rows, seed=5)
+    pieces_of = stream(loaded, request, Sampling(max_new_tokens=24, temperature=9.0))
+    so_far = ["", *itertools.accumulate(pieces_of)]
     *_, answer = so_far
     assert len(so_far) > 2
     assert [answer for answer, _, _ in shown] == [*so_far, answer, answer]
-    assert not any(notice for _, notice, _ in shown)
+    assert not any(notice for _, notice, _ in shown[:-2])
+    assert ("The answer was cut" in shown[-1][1]) == (pieces_of.finish == "length")
     assert not any(maps for _, _, maps in shown[:-2])
     assert attention_html(loaded, request, answer) in shown[-1][2]
 
@@ -286,7 +288,7 @@ def test_an_answer_comes_in_pieces_and_then_its_maps(loaded):
         ({"text": "a", "prompt": "red " * 2000}, "the context is 1,024: shorten it"),
         ({"text": "a", "numbers": (0.5, *USUAL[1:])}, "seed is 0.5; expected a whole number"),
         ({"text": "a", "numbers": (None, *USUAL[1:])}, "seed is None; expected a whole number"),
-        ({"text": "a", "numbers": (0, None, *USUAL[2:])}, "max_new_tokens is None; expected 1"),
+        ({"text": "a", "numbers": (0, 0, *USUAL[2:])}, "max_new_tokens is 0; expected 1"),
         ({"text": "a", "numbers": (0, 4, -1, *USUAL[3:])}, "temperature is -1; expected 0"),
     ],
 )
@@ -332,7 +334,7 @@ def test_a_cell_that_cannot_be_read_is_named(rows, message):
 
 
 def test_the_sampling_the_page_starts_with_is_the_greedy_one_of_generate():
-    assert read_sampling(*USUAL[1:]).rules == Sampling().rules
+    assert Sampling(*USUAL[1:]).rules == Sampling().rules
 
 
 def test_a_row_is_added_at_the_end():

@@ -17,6 +17,7 @@ from PIL import Image
 from slam_jax.data import AuxFormat, Tokenizer
 from slam_jax.errors import InputError
 from slam_jax.generation import (
+    ModelAndTokenizer,
     Request,
     Sampling,
     encode,
@@ -24,7 +25,7 @@ from slam_jax.generation import (
     score,
     stream,
 )
-from slam_jax.generation.answering import _generate
+from slam_jax.generation.decode import start
 from slam_jax.generation.requests import read_inputs, read_prompts
 from slam_jax.slam_v3 import SlamV3, SlamV3Config
 from slam_jax.training import Loaded
@@ -157,8 +158,8 @@ def test_logprobs_are_those_of_the_model_and_scores_their_sum(loaded):
 def test_an_answer_ends_before_a_stop_string_however_it_is_cut_into_tokens(loaded):
     plain = Sampling(max_new_tokens=24, temperature=1.0, num_samples=8)
     [free] = generate(loaded, [UNEQUAL[4]], plain)
-    letters = [re.sub("[^\x20-\x7e]+", "", sample.text) for sample in free.samples]
-    stops = [text[3:5] for text in letters if len(text) > 5][:2]
+    found = (re.search("[!-~]{2}", sample.text[2:]) for sample in free.samples)
+    stops = [pair.group() for pair in found if pair][:2]
     stopped = 0
     [answer] = generate(
         loaded,
@@ -179,7 +180,7 @@ def test_an_answer_ends_before_a_stop_string_however_it_is_cut_into_tokens(loade
 
 def test_thousand_prompts_compile_once_a_bucket(loaded):
     rng = np.random.default_rng(0)
-    compiled: Any = _generate
+    compiled: Any = start
     before, live, buckets = compiled._cache_size(), [], set()
     for _ in range(1000):
         length = int(rng.integers(0, 55))
@@ -248,6 +249,31 @@ def test_numbers_of_numpy_are_numbers(loaded):
     same = Sampling(max_new_tokens=4, temperature=1.0, top_p=0.5)
     one = generate(loaded, [Request("red", text="a", seed=np.int64(3))], sampling)  # type: ignore[arg-type]
     assert one == generate(loaded, [Request("red", text="a", seed=3)], same)
+
+
+def test_the_default_length_is_that_of_the_training_data_and_a_cut_answer_says_so(loaded):
+    long = loaded._replace(max_new_tokens=40)
+    [usual, longer] = (generate(each, [UNEQUAL[2]])[0].samples[0] for each in (loaded, long))
+    assert len(usual.tokens) == 32 and len(longer.tokens) == 40
+    assert usual.finish == longer.finish == "length"
+    assert longer.tokens[:32] == usual.tokens
+    pieces = stream(long, UNEQUAL[2])
+    assert pieces.finish is None
+    assert "".join(pieces) == longer.text and pieces.finish == "length"
+    # What is left of the context is less, for this request alone.
+    prompt = "x" * 40
+    short, other = generate(long, [Request(prompt, aux=UNEQUAL[2].aux), UNEQUAL[2]])
+    assert len(short.samples[0].tokens) == 64 - 1 - len(loaded.tokenizer.encode(prompt)) < 32
+    assert other.samples[0].tokens == longer.tokens
+
+
+def test_a_tokenizer_of_another_size_than_the_model_is_refused(loaded):
+    message = "the tokenizer has 259 tokens and the model [0-9]+; give the tokenizer that the model"
+    fewer = loaded._replace(tokenizer=Tokenizer.train([""], 259))
+    with pytest.raises(InputError, match=message):
+        generate(fewer, [UNEQUAL[0]])
+    with pytest.raises(InputError, match=message):
+        ModelAndTokenizer(loaded.model, fewer.tokenizer)
 
 
 def test_texts_that_are_none_are_refused(loaded):

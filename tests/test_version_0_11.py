@@ -34,6 +34,7 @@ def expected():
 def test_a_checkpoint_gives_the_logits_that_it_gave(expected):
     loaded = load(FIXTURES / "run")
     assert loaded.step == 4
+    assert loaded.max_new_tokens == 32  # no length of answers is stored with it
     inputs = Inputs(**{name: expected[name] for name in INPUTS})
     logits = jax.jit(SlamV3.__call__)(loaded.model, expected["tokens"], inputs).logits
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-5)

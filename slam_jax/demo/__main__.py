@@ -1,7 +1,7 @@
 """A page on this machine to ask a trained model: python -m slam_jax.demo --workdir=DIR
 
-Prints the page's address; Ctrl-C ends it. Only browsers on the same machine reach it, and neither
-they nor it ask anything of other machines. Needs `pip install 'slam_jax[demo]'`.
+Prints the address of the page; Ctrl-C stops it. Only browsers on this machine can reach it, and
+neither they nor the page connect to other machines. Needs `pip install 'slam_jax[demo]'`.
 """
 
 import importlib.util
@@ -15,9 +15,9 @@ from slam_jax.runtime import cli
 from slam_jax.runtime.signals import SIGNALS
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
-STEP = flags.DEFINE_string("step", None, "A step, or best, or latest.")
+STEP = flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
 PORT = flags.DEFINE_integer(
-    "port", 7860, "Where the page is; 0 = any that is free.", lower_bound=0, upper_bound=65535
+    "port", 7860, "The port of the page; 0 = any free one.", lower_bound=0, upper_bound=65535
 )
 
 
@@ -26,10 +26,10 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
     if importlib.util.find_spec("gradio") is None:
         raise InputError("the page needs gradio: pip install 'slam_jax[demo]'")
-    for number in SIGNALS:  # so that pictures that were given to the page are removed at any end
+    for number in SIGNALS:  # so that uploaded pictures are removed however the process ends
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
-    # Not before: importing JAX takes seconds, in which Ctrl-C can come.
+    # Imported here because importing JAX takes seconds, in which Ctrl-C must already work.
     from slam_jax.demo.serving import HOST, keep_to_this_machine, open_port, serve
 
     with (
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
         from slam_jax.demo.app import make_app
 
         app = make_app(loaded)
-        print(f"http://{HOST}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
+        print(f"http://{HOST}:{listener.getsockname()[1]} (Ctrl-C stops it)", flush=True)
         serve(app, listener)
 
 

@@ -1,4 +1,4 @@
-"""The page: what to answer from, the prompt, the answer as it comes, and where the model looked."""
+"""The page: inputs, a prompt, the answer as it is generated, and maps of the model's attention."""
 
 import functools
 import html
@@ -9,12 +9,7 @@ import gradio as gr
 import jax
 
 from slam_jax.demo.examples import PROMPTS, SCENES, draw_whole, show, trained_views
-from slam_jax.demo.reading import (
-    column_names,
-    has_columns,
-    read_request,
-    read_sampling,
-)
+from slam_jax.demo.reading import column_names, has_columns, read_request
 from slam_jax.errors import UserError
 from slam_jax.generation import Sampling, stream
 from slam_jax.reporting.attention_html import attention_html
@@ -24,7 +19,7 @@ _BLANK_ROWS = 6
 
 
 def make_app(loaded: Loaded) -> gr.Blocks:
-    """The page of a trained model; `slam_jax.demo.serving.serve` serves it."""
+    """The page for a trained model; `slam_jax.demo.serving.serve` serves it."""
     views = trained_views(loaded.config)
     image, text, aux = inputs = _inputs(loaded)
     prompt = gr.Textbox(label="Prompt", max_lines=1, elem_id="prompt", render=False)
@@ -48,7 +43,7 @@ def make_app(loaded: Loaded) -> gr.Blocks:
                     _offer_prompts(prompt)
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")
                 with gr.Accordion("Sampling", open=False, elem_id="sampling"), gr.Row():
-                    numbers = _numbers()
+                    numbers = _numbers(loaded)
                 for output in outputs:
                     output.render()
         gr.on(
@@ -56,7 +51,7 @@ def make_app(loaded: Loaded) -> gr.Blocks:
             functools.partial(ask_model, loaded),
             [*inputs, prompt, *numbers],
             outputs,
-            preprocess=False,  # an image that is none is then told of as all else is
+            preprocess=False,  # so that a bad image is reported like any other bad input
             show_progress="minimal",
             show_progress_on=outputs[0],
             api_visibility="private",
@@ -73,26 +68,29 @@ def ask_model(
     seed: Any,
     *numbers: Any,
 ) -> Iterator[tuple[str, str, str]]:
-    """What the page shows from the question on: the answer so far, a line on what is wrong with the
-    question, and where the model looked, both HTML.
+    """Yields what the page shows: the answer so far, a notice, and the attention maps; the last two
+    are HTML. The notice says what is wrong with the question, or that the answer was cut or empty.
 
     Args:
-      image: the file that the page was given, its `path` here and its `orig_name` there.
-      aux: the table, its rows as `data`.
-      numbers: what `read_sampling` takes.
+      image: the uploaded file, with its `path` here and its `orig_name` on the visitor's machine.
+      aux: the table, with its rows in `data`.
+      numbers: the first fields of `Sampling`, in their order.
     """
     answer = ""
     yield answer, "", ""
     try:
         path = None if image is None else image["path"]
         request = read_request(loaded, path, text, aux["data"], prompt, seed)
-        for piece in stream(loaded, request, read_sampling(*numbers)):
+        pieces = stream(loaded, request, Sampling(*numbers))
+        for piece in pieces:
             answer += piece
             yield answer, "", ""
-        empty = "" if answer else "<p>The model's answer is empty.</p>"
+        notice = "" if answer else "<p>The model's answer is empty.</p>"
+        if pieces.finish == "length":
+            notice += "<p>The answer was cut: raise max tokens, under Sampling, to see more.</p>"
         heading = "<h3>Where it looked</h3>"
-        yield answer, empty, f"{heading}<p>…</p>"
-        yield answer, empty, heading + attention_html(loaded, request, answer)
+        yield answer, notice, f"{heading}<p>…</p>"
+        yield answer, notice, heading + attention_html(loaded, request, answer)
     except UserError as error:
         message = str(error)
         if image is not None:
@@ -119,7 +117,7 @@ def _inputs(loaded: Loaded) -> tuple[gr.Image, gr.Textbox, gr.Dataframe]:
     image = gr.Image(
         label="Image",
         type="filepath",
-        format="png",  # by default a scene would lose in a lossy one
+        format="png",  # the default is a lossy one
         sources=["upload", "clipboard"],
         buttons=[],
         height=220,
@@ -158,8 +156,8 @@ def _outputs() -> list[Any]:
 def _offer_scenes(
     loaded: Loaded, views: Mapping[str, str], inputs: Sequence[Any], outputs: Sequence[Any]
 ) -> None:
-    """Pictures of scenes; a click on one fills the inputs with it, in the parts of a view, and
-    clears what the outputs said of another."""
+    """Pictures of scenes; a click on one shows it in the inputs, in the parts of the chosen view,
+    and clears the outputs."""
     scenes = gr.Dataset(
         components=[gr.Image(format="png", render=False)],
         samples=[[draw_whole(scene)] for scene in SCENES],
@@ -195,15 +193,18 @@ def _offer_prompts(prompt: gr.Textbox) -> None:
     prompts.click(lambda sample: sample[0], prompts, prompt, api_visibility="private")
 
 
-def _numbers() -> list[gr.Number]:
-    """The seed, and what `read_sampling` takes in its order."""
-    number = functools.partial(gr.Number, min_width=130)
+def _numbers(loaded: Loaded) -> list[gr.Number]:
+    """The seed and the first fields of `Sampling`, in their order; 0 stands for no top-k."""
+    fields = (
+        ("seed", "seed", 0, 1),
+        ("max tokens", "max_new_tokens", loaded.max_new_tokens, 1),
+        ("temperature", "temperature", 0, 0.1),
+        ("top-k, 0 = all", "top_k", 0, 1),
+        ("top-p", "top_p", 1, 0.05),
+        ("min-p", "min_p", 0, 0.05),
+        ("repetition penalty", "repetition_penalty", 1, 0.1),
+    )
     return [
-        number(0, label="seed", elem_id="seed"),
-        number(Sampling().max_new_tokens, label="max tokens", elem_id="max_new_tokens"),
-        number(0, label="temperature", step=0.1, elem_id="temperature"),
-        number(0, label="top-k, 0 = all", elem_id="top_k"),
-        number(1, label="top-p", step=0.05, elem_id="top_p"),
-        number(0, label="min-p", step=0.05, elem_id="min_p"),
-        number(1, label="repetition penalty", step=0.1, elem_id="repetition_penalty"),
+        gr.Number(value, label=label, step=step, min_width=130, elem_id=elem_id)
+        for label, elem_id, value, step in fields
     ]

@@ -1,4 +1,4 @@
-"""Scenes that training never saw, and prompts about them, for a model of Sort-of-CLEVR."""
+"""Scenes of the test split, and prompts about them, for models trained on Sort-of-CLEVR."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,11 +21,11 @@ PROMPTS = tuple(
         (prompt for kind in sort_of_clevr.PROMPTS for prompt in kind), COLOURS, strict=True
     )
 )
-"""One of every kind, each about another colour."""
+"""One prompt of every kind, each about another colour."""
 
 
 class Shown(NamedTuple):
-    """A scene as the page's inputs hold it: None, no letter and no row for a part it lacks."""
+    """The inputs of the page for a scene; a part that the view lacks is None, "" or []."""
 
     image: UInt8[np.ndarray, "75 75 3"] | None
     text: str
@@ -33,7 +33,7 @@ class Shown(NamedTuple):
 
 
 def trained_views(config: Mapping[str, Any]) -> dict[str, str]:
-    """The views a run was trained on, by what the page calls them; of other data sets none."""
+    """The views a run was trained on, by their names on the page; {} for other data sets."""
     if config["data"]["name"].partition("/")[0] != "sort_of_clevr":
         return {}
     return {_name(view): view for view in DataConfig(**config["data"]).views}

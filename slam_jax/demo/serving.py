@@ -1,4 +1,4 @@
-"""The page's server: this machine's browsers reach it, and it reaches nobody."""
+"""The server of the page: browsers on this machine reach it, and it connects to no other one."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ def open_port(port: int) -> socket.socket:
     """
     listener = socket.socket()
     try:
-        if os.name == "posix":  # or the port of a page that has just ended counts as taken
+        if os.name == "posix":  # else the port of a page that just ended counts as taken
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((HOST, port))
         listener.listen()
@@ -32,9 +32,9 @@ def open_port(port: int) -> socket.socket:
 
 
 def keep_to_this_machine(files: str) -> None:
-    """Settings that gradio reads when it is imported; to be called before.
+    """Sets what gradio reads when it is imported; call it before.
 
-    files: a folder for the pictures that are given to the page.
+    files: a folder for uploaded pictures.
     """
     os.environ |= {
         "GRADIO_ANALYTICS_ENABLED": "False",
@@ -52,10 +52,10 @@ def serve(app: Any, listener: socket.socket) -> None:
 
     from slam_jax.demo.style import CSS, make_theme
 
-    # Not `app.launch()`: it looks for a port by itself, asks the page over whatever proxy the
-    # environment names whether it is there, and obeys a dozen variables.
+    # `app.launch()` would choose a port, check the page through the proxy of the environment, and
+    # read a dozen environment variables.
     pages = FastAPI(openapi_url=None)
-    # A name of somebody else's may be made to lead to this machine; pages there must not ask ours.
+    # A foreign host name may resolve to this machine (DNS rebinding); its pages must not use ours.
     pages.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     gr.mount_gradio_app(
         pages,
@@ -74,7 +74,7 @@ def serve(app: Any, listener: socket.socket) -> None:
         css=CSS,
     )
     server = uvicorn.Server(uvicorn.Config(pages, log_level="warning"))
-    # Not in this thread: there a signal would wait for open pages, and for a program to compile.
+    # In the main thread a signal would have to wait for open pages and for compilation.
     thread = threading.Thread(target=server.run, args=([listener],), name="page", daemon=True)
     thread.start()
     thread.join()

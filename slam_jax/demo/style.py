@@ -1,9 +1,9 @@
-"""How the page looks: fonts that every system has, light and dark as the browser is set."""
+"""The look of the page: system fonts, light or dark as the browser is set."""
 
 from typing import Any
 
-# Names of columns are the model's, so nothing is to be done with a table's head; and where a column
-# is narrow, the button of a cell's menu, which deletes columns, would lie under a double click.
+# Column names belong to the model, so the head of the table is inactive; and the menu button of a
+# narrow cell, which deletes columns, would lie under a double click.
 CSS = """
 .gradio-container { width: 100%; min-width: 0; max-width: 1180px !important; margin: 0 auto; }
 .gradio-container .app { min-width: 0; padding-inline: clamp(12px, 3vw, 32px) !important; }

@@ -1,8 +1,9 @@
-"""Requests in, texts out: at once, as they come, or as scores of given answers."""
+"""From requests to texts: at once, in pieces, or as scores of given answers."""
 
 import codecs
+import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,20 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from slam_jax.errors import InputError
-from slam_jax.generation.decode import Decoded, continue_decoding, decode, start_decoding
-from slam_jax.generation.requests import (
-    Prompts,
-    Request,
-    Trained,
-    bucket,
-    checked,
-    read_inputs,
-    read_prompts,
-)
+from slam_jax.generation.decode import LEAST_LENGTH, Decoding, Ends, bucket, proceed, start
+from slam_jax.generation.requests import Request, Trained, checked, read_inputs, read_prompts
 from slam_jax.generation.sampling import Sampling
 from slam_jax.generation.stopping import cut, settled, stop_table
 
-_LEAST_NEW_TOKENS = 16
 _TOKENS_AT_A_TIME = 4
 
 
@@ -31,8 +23,9 @@ class Sample(NamedTuple):
     """One answer.
 
     text: up to its end, without the stop string. tokens: all that were generated, <eos> included.
-    logprobs: of each of them given those before, in nats, under the model itself (before
-    temperature, filters and penalty). finish: "end" (by itself), "stop" (a stop string), "length".
+    logprobs: of each token given those before, in nats, under the model itself (before
+    temperature, filters and penalty). finish: "end" (by <eos>), "stop" (by a stop string) or
+    "length" (cut: the limit of new tokens, or the context, was reached).
     """
 
     text: str
@@ -42,23 +35,24 @@ class Sample(NamedTuple):
 
     @property
     def logprob(self) -> float:
-        """Of the whole answer."""
+        """The log-probability of the whole answer."""
         return sum(self.logprobs)
 
 
 class Answer(NamedTuple):
-    """What a request got: `num_samples` answers."""
+    """The `num_samples` answers to a request."""
 
     samples: tuple[Sample, ...]
 
     @property
     def text(self) -> str:
-        """Of the first one."""
+        """The text of the first sample."""
         return self.samples[0].text
 
 
 class Score(NamedTuple):
-    """A given answer and its log-probability, in nats, with the <eos> after it; tokens likewise."""
+    """A given answer with its log-probability, in nats, and its number of tokens, both with the
+    <eos> after it."""
 
     text: str
     logprob: float
@@ -66,11 +60,14 @@ class Score(NamedTuple):
 
 
 def encode(loaded: Trained, request: Request) -> Any:
-    """What a model keeps of one request's inputs, for any number of prompts.
+    """The encoder's memory of one request's inputs, for any number of prompts.
 
     Give it to `generate`, `stream` or `score` as `memory`, with requests of prompts alone.
     """
-    return _encode(loaded.model, _required(read_inputs(loaded, [request])))
+    inputs = read_inputs(loaded, [request])
+    if inputs is None:
+        raise InputError("this model reads prompts alone; there is nothing to encode")
+    return _encode(loaded.model, inputs)
 
 
 def generate(
@@ -80,35 +77,42 @@ def generate(
     *,
     memory: Any = None,
 ) -> list[Answer]:
-    """Answers every request; they may differ in what they give and in all lengths.
+    """Answers every request; requests may differ in their inputs and in all lengths.
 
-    One compiled call reads, decodes and stops on the device. Its shapes are rounded up to powers of
-    two (requests, prompt and text tokens from 16 on, auxiliary vectors, new tokens from 16 on): so
-    many programs there are at most for each mix of inputs, whatever the requests.
+    Compiled functions encode the inputs, read the prompts, and decode with all stopping rules on
+    the device. Sizes are rounded up to powers of two (requests, prompt and text tokens from 16 on,
+    auxiliary vectors, new tokens from 16 on), so that only a few shapes are ever compiled.
 
     Args:
-      memory: of `encode`; then all requests are about that.
+      memory: of `encode`; all requests are then about it.
 
     Raises:
-      InputError: in one line which request has what wrong.
+      InputError: in one line, which request has what wrong.
     """
     sampling = sampling or Sampling()
-    prompts, inputs = _read(loaded, requests, memory, sampling.max_new_tokens)
-    new = _generate(
-        loaded.model,
-        inputs,
-        memory,
-        prompts,
-        sampling.rules,
-        _stops(loaded, sampling),
-        jnp.int32(sampling.max_new_tokens),
-        **_settings(loaded, sampling),
-    )
-    tokens, logprobs = (np.asarray(part)[: len(requests)].tolist() for part in new)
+    state, memory, ends = _start(loaded, requests, sampling, memory)
+    state = proceed(loaded.model, memory, state, sampling.rules, ends, state.tokens.shape[-1])
+    samples = [_sample(loaded, sampling, *row) for row in _rows(state)]
     return [
-        Answer(tuple(_sample(loaded, sampling, *row) for row in zip(*samples, strict=True)))
-        for samples in zip(tokens, logprobs, strict=True)
+        Answer(tuple(samples[i * sampling.num_samples : (i + 1) * sampling.num_samples]))
+        for i in range(len(requests))
     ]
+
+
+class Stream(Iterator[str]):
+    """The pieces of one answer, in order. finish: as in `Sample`, None before the last piece."""
+
+    finish: str | None = None
+
+    def __init__(self, pieces: Iterator[str]):
+        self._pieces = pieces
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            self.finish = self.finish or end.value
+            raise
 
 
 def stream(
@@ -117,39 +121,40 @@ def stream(
     sampling: Sampling | None = None,
     *,
     memory: Any = None,
-) -> Iterator[str]:
+) -> Stream:
     """The text of `generate`'s first sample in pieces, as it comes.
 
-    A piece ends between two letters, and before what may yet turn out to be a stop string.
+    A piece ends between two characters, and before text that may turn out to be a stop string.
     """
-    sampling = sampling or Sampling()
-    prompts, inputs = _read(loaded, [request], memory, sampling.max_new_tokens)
-    rules, stops = sampling.rules, _stops(loaded, sampling)
-    settings = {**_settings(loaded, sampling), "num_samples": 1}
-    state, memory = _start(loaded.model, inputs, memory, prompts, rules, stops, **settings)
+    sampling = dataclasses.replace(sampling or Sampling(), num_samples=1)
+    return Stream(_pieces(loaded, request, sampling, memory))
+
+
+def _pieces(
+    loaded: Any, request: Request, sampling: Sampling, memory: Any
+) -> Generator[str, None, str]:
+    state, memory, ends = _start(loaded, [request], sampling, memory)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    known, told, until = b"", 0, 1
+    sent, until = 0, 1
     while True:
-        tokens = np.asarray(state.tokens).reshape(-1, state.tokens.shape[-1])[0, :until].tolist()
-        known, found = cut(_bytes(loaded, tokens), sampling.stop)
-        finished = found or until == sampling.max_new_tokens or loaded.tokenizer.eos_id in tokens
-        end = len(known) if finished else settled(known, sampling.stop)
-        if piece := decoder.decode(known[told:end], final=finished):
+        tokens, logprobs = next(_rows(state))
+        done = bool(np.asarray(state.done).reshape(-1)[0])
+        text, _ = cut(_bytes(loaded, tokens), sampling.stop)
+        end = len(text) if done else settled(text, sampling.stop)
+        if piece := decoder.decode(text[sent:end], final=done):
             yield piece
-        if finished:
-            return
-        told, until = end, min(until + _TOKENS_AT_A_TIME, sampling.max_new_tokens)
-        state = _continue(
-            loaded.model, memory, state, rules, stops, jnp.int32(until), **_ids(loaded)
-        )
+        if done:
+            return _sample(loaded, sampling, tokens, logprobs).finish
+        sent, until = end, until + _TOKENS_AT_A_TIME
+        state = proceed(loaded.model, memory, state, sampling.rules, ends, until)
 
 
 def score(
     loaded: Trained, request: Request, answers: Sequence[str], *, memory: Any = None
 ) -> list[Score]:
-    """How probable each of the given answers is, as the whole answer to the request.
+    """The log-probability of each given answer as the whole answer to the request.
 
-    Of several choices the model's is the one with the highest `logprob`.
+    Of several choices, the model's is the one with the highest `logprob`.
 
     Raises InputError as `generate` does, and where there is no answer.
     """
@@ -158,17 +163,53 @@ def score(
     tokenizer = loaded.tokenizer
     texts = [checked(answer, "answer") for answer in answers]
     rows = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-    prompts, inputs = _read(loaded, [request], memory, max(map(len, rows)))
-    start = prompts.tokens[0, : prompts.lengths[0]].tolist()
-    longest = bucket(len(start) + max(map(len, rows)), _LEAST_NEW_TOKENS)
+    prompts = read_prompts(loaded, [request], max(map(len, rows)))
+    prompt = prompts.tokens[0, : prompts.lengths[0]].tolist()
+    longest = bucket(len(prompt) + max(map(len, rows)), LEAST_LENGTH)
     tokens = np.full((1, bucket(len(rows)), longest), tokenizer.pad_id, np.int32)
     scored = np.zeros((*tokens.shape[:-1], longest - 1), bool)
     for i, row in enumerate(rows):
-        tokens[0, i, : len(start) + len(row)] = start + row
-        scored[0, i, len(start) - 1 : len(start) + len(row) - 1] = True
-    logprobs = np.asarray(_score(loaded.model, inputs, memory, tokens, scored))[0].tolist()
-    pairs = zip(answers, logprobs, rows, strict=False)
-    return [Score(answer, logprob, len(row)) for answer, logprob, row in pairs]
+        tokens[0, i, : len(prompt) + len(row)] = prompt + row
+        scored[0, i, len(prompt) - 1 : len(prompt) + len(row) - 1] = True
+    memory = _remember(loaded, [request], memory)
+    logprobs = np.asarray(_score(loaded.model, memory, tokens, scored))[0].tolist()
+    return [Score(*each) for each in zip(answers, logprobs, map(len, rows), strict=False)]
+
+
+def _start(
+    loaded: Any, requests: Sequence[Request], sampling: Sampling, memory: Any
+) -> tuple[Decoding, Any, Ends]:
+    """The state after the first token of every answer; the memory; and what ends an answer.
+
+    The rows of the state are [B, samples], or [1, B x samples] where all share the memory given.
+    """
+    prompts = read_prompts(loaded, requests, sampling.max_new_tokens)
+    count, tokenizer = sampling.num_samples, loaded.tokenizer
+    shape = (len(prompts.seeds), count) if memory is None else (1, len(prompts.seeds) * count)
+
+    def spread(x: np.ndarray) -> np.ndarray:
+        return np.repeat(x, count, axis=0).reshape(*shape, *x.shape[1:])
+
+    memory = _remember(loaded, requests, memory)
+    keys = _keys(prompts.seeds, count).reshape(shape)
+    stops = _stop_table(sampling.stop, tokenizer) if sampling.stop else None
+    ends = Ends(tokenizer.eos_id, tokenizer.pad_id, stops)
+    # The cache needs no more room than the context has.
+    context = loaded.model.config.context_length
+    room = min(bucket(int(prompts.limits.max()), LEAST_LENGTH), context)
+    tokens, lengths, limits = map(spread, (prompts.tokens, prompts.lengths, prompts.limits))
+    args = (loaded.model, memory, tokens, lengths, keys, sampling.rules, ends, limits)
+    return start(*args, max_new_tokens=room), memory, ends
+
+
+def _remember(loaded: Any, requests: Sequence[Request], memory: Any) -> Any:
+    """The memory given, else that of the requests' inputs, None for a model of prompts alone."""
+    if memory is None:
+        inputs = read_inputs(loaded, requests)
+        return None if inputs is None else _encode(loaded.model, inputs)
+    if any(value is not None for r in requests for value in (r.text, r.image, r.aux)):
+        raise InputError("a request has inputs beside `memory`; give it the prompt alone")
+    return memory
 
 
 @jax.jit
@@ -176,96 +217,20 @@ def _encode(model, inputs):
     return model.encode(inputs)
 
 
-def _remember(model, inputs, memory):
-    """The memory given, or that of the inputs, or None where a model has none."""
-    return memory if inputs is None else model.encode(inputs)
-
-
-def _rows(prompts: Prompts, memory_is_shared: bool, num_samples: int):
-    """[B, samples] rows of as many requests; where all share one memory, [1, B x samples]."""
-
-    def spread(x):
-        x = jnp.repeat(jnp.asarray(x)[:, None], num_samples, axis=1)
-        return x.reshape(1, -1, *x.shape[2:]) if memory_is_shared else x
-
-    tokens, lengths, _, valid = map(spread, prompts)
-    sample = jnp.arange(num_samples, dtype=jnp.uint32)
-    keys = jax.vmap(
-        lambda seed: jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(sample)
-    )(jnp.asarray(prompts.seeds))
-    return tokens, lengths, keys.reshape(lengths.shape), valid
-
-
-_STATIC = ("num_samples", "max_new_tokens", "eos_id", "pad_id")
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _generate(model, inputs, memory, prompts, rules, stops, limit, *, num_samples, **settings):
-    tokens, lengths, keys, valid = _rows(prompts, memory is not None, num_samples)
-    memory = _remember(model, inputs, memory)
-    new = decode(
-        model, memory, tokens, lengths, keys, rules, stops, limit=limit, valid=valid, **settings
-    )
-    # Whatever the rows were arranged as, the caller sees requests and their samples.
-    shape = (-1, num_samples, new.tokens.shape[-1])
-    return Decoded(*(part.reshape(shape) for part in new))
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _start(model, inputs, memory, prompts, rules, stops, *, num_samples, **settings):
-    tokens, lengths, keys, valid = _rows(prompts, memory is not None, num_samples)
-    memory = _remember(model, inputs, memory)
-    state = start_decoding(
-        model, memory, tokens, lengths, keys, rules, stops, valid=valid, **settings
-    )
-    return state, memory
-
-
-@functools.partial(jax.jit, static_argnames=("eos_id", "pad_id"), donate_argnames="state")
-def _continue(model, memory, state, rules, stops, until, **ids):
-    return continue_decoding(model, memory, state, rules, stops, until=until, **ids)
+@functools.partial(jax.jit, static_argnames="count")
+def _keys(seeds, count):
+    """[B, count] keys, one a sample."""
+    sample = jnp.arange(count, dtype=jnp.uint32)
+    fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return jax.vmap(lambda seed: fold_in(jax.random.key(seed), sample))(seeds)
 
 
 @jax.jit
-def _score(model, inputs, memory, tokens, scored):
-    memory = _remember(model, inputs, memory)
-    count, length = tokens.shape[1], tokens.shape[2] - 1
-    cache = model.init_cache((1, count), length)
+def _score(model, memory, tokens, scored):
+    cache = model.init_cache(tokens.shape[:2], tokens.shape[2] - 1)
     logits, _ = model.prefill(tokens[..., :-1], cache, memory)
-    logprobs = jax.nn.log_softmax(logits)
-    chosen = jnp.take_along_axis(logprobs, tokens[..., 1:, None], axis=-1)[..., 0]
-    return jnp.where(scored, chosen, 0.0).sum(axis=-1)
-
-
-def _read(loaded: Any, requests: Sequence[Request], memory: Any, max_new_tokens: int) -> Any:
-    prompts = read_prompts(loaded, requests, max_new_tokens)
-    if memory is None:
-        return prompts, read_inputs(loaded, requests)
-    if any(value is not None for r in requests for value in (r.text, r.image, r.aux)):
-        raise InputError("a request has inputs beside `memory`; give it the prompt alone")
-    return prompts, None
-
-
-def _required(inputs: Any) -> Any:
-    if inputs is None:
-        raise InputError("this model reads prompts alone; there is nothing to encode")
-    return inputs
-
-
-def _settings(loaded: Any, sampling: Sampling) -> dict[str, int]:
-    context = loaded.model.config.context_length
-    room = min(bucket(sampling.max_new_tokens, _LEAST_NEW_TOKENS), context)
-    return {"num_samples": sampling.num_samples, "max_new_tokens": room, **_ids(loaded)}
-
-
-def _ids(loaded: Any) -> dict[str, int]:
-    return {"eos_id": loaded.tokenizer.eos_id, "pad_id": loaded.tokenizer.pad_id}
-
-
-def _stops(loaded: Any, sampling: Sampling) -> Any:
-    if not sampling.stop:
-        return None
-    return _stop_table(tuple(sampling.stop), loaded.tokenizer)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., 1:, None], axis=-1)
+    return jnp.where(scored, chosen[..., 0], 0.0).sum(axis=-1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -273,31 +238,23 @@ def _stop_table(stops: tuple[str, ...], tokenizer: Any) -> Any:
     return stop_table(stops, tokenizer.token_bytes)
 
 
-def _sample(loaded: Any, sampling: Sampling, tokens: list[int], logprobs: list[float]) -> Sample:
-    eos_id, count = loaded.tokenizer.eos_id, sampling.max_new_tokens
-    ended = eos_id in tokens[:count]
-    if ended:
-        count = tokens.index(eos_id) + 1
-    text, stopped = cut(_bytes(loaded, tokens[:count]), sampling.stop)
-    if stopped and not ended:
-        count = _stopped_after(loaded, sampling, tokens[:count])
-    finish = "stop" if stopped else "end" if ended else "length"
-    return Sample(
-        text.decode("utf-8", "replace"), tuple(tokens[:count]), tuple(logprobs[:count]), finish
+def _rows(state: Decoding) -> Iterator[tuple[list[int], list[float]]]:
+    """The new tokens of each row, and their log-probabilities."""
+    tokens, logprobs = (
+        np.asarray(x).reshape(-1, x.shape[-1]).tolist() for x in (state.tokens, state.logprobs)
     )
+    lengths = np.asarray(state.length).reshape(-1).tolist()
+    for row, row_logprobs, length in zip(tokens, logprobs, lengths, strict=True):
+        yield row[:length], row_logprobs[:length]
 
 
-def _stopped_after(loaded: Any, sampling: Sampling, tokens: list[int]) -> int:
-    """How many tokens there were when the first stop string was whole."""
-    for count in range(1, len(tokens)):
-        if cut(_bytes(loaded, tokens[:count]), sampling.stop)[1]:
-            return count
-    return len(tokens)
+def _sample(loaded: Any, sampling: Sampling, tokens: list[int], logprobs: list[float]) -> Sample:
+    text, stopped = cut(_bytes(loaded, tokens), sampling.stop)
+    ended = tokens[-1:] == [loaded.tokenizer.eos_id]
+    finish = "stop" if stopped else "end" if ended else "length"
+    return Sample(text.decode("utf-8", "replace"), tuple(tokens), tuple(logprobs), finish)
 
 
 def _bytes(loaded: Any, tokens: list[int]) -> bytes:
-    """Of the tokens up to <eos>; specials have none."""
     pieces = loaded.tokenizer.token_bytes
-    if loaded.tokenizer.eos_id in tokens:
-        tokens = tokens[: tokens.index(loaded.tokenizer.eos_id)]
     return b"".join(pieces[token] for token in tokens)

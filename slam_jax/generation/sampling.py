@@ -1,4 +1,4 @@
-"""Which token comes next: the rules, and the choice by them."""
+"""Sampling rules, and the choice of the next token by them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,22 +14,28 @@ from slam_jax.data.tokenizer import check_text
 from slam_jax.errors import InputError
 
 _MOST_SAMPLES, _MOST_NEW_TOKENS = 1024, 1 << 16
-_EVERYTHING = 2**31 - 1
+_NO_TOP_K = 2**31 - 1
+# Below it, differences of logits would no longer be finite; the result would be greedy anyway.
+_LEAST_TEMPERATURE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How an answer is chosen; by default the most probable token, each time.
+    """How an answer is chosen; by default greedily.
 
-    max_new_tokens: longest answer, its <eos> included.
-    temperature: divides the logits; 0 = the most probable token, whatever the filters say.
-    top_k: only the k most probable tokens. top_p: only the most probable ones that together have
-      at least this probability. min_p: only those at least this fraction as probable as the most
-      probable one. None = no such filter; they apply in this order, each to what the others left.
-    repetition_penalty: logits of tokens that the prompt or the answer has already are divided by it
-      where positive and multiplied where negative; 1 = none.
-    num_samples: answers a request, each with randomness of its own, all from one encode.
-    stop: an answer ends where one of these texts begins, and is given without it.
+    max_new_tokens: longest answer, its <eos> included. None = the model's own default, which the
+      longest answer of its training data fits into; less where the context ends before.
+    temperature: divides the logits. 0 (or below 0.001) = greedy: always the most probable token,
+      whatever the filters say.
+    top_k: only the k most probable tokens; None, 0 or -1 = no such filter.
+    top_p: only the most probable tokens that together have at least this probability.
+    min_p: only tokens at least this fraction as probable as the most probable one.
+      None = no such filter. The three apply in this order, each to the tokens that the previous
+      ones left. Tokens exactly as probable as the last one left are left too.
+    repetition_penalty: divides positive logits, and multiplies negative logits, of tokens that the
+      prompt or the answer already has; 1 = none.
+    num_samples: answers per request, each with its own randomness, all from one encode.
+    stop: texts that end an answer where they begin; the answer is returned without them.
 
     Sources: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p),
     Keskar et al. 2019, section 4.1 (repetition penalty).
@@ -38,7 +44,7 @@ class Sampling:
       InputError: naming the field, if a value cannot be used.
     """
 
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -48,18 +54,16 @@ class Sampling:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        _check("max_new_tokens", self.max_new_tokens, 1, _MOST_NEW_TOKENS, Integral)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        if self.max_new_tokens is not None:
+            _check("max_new_tokens", self.max_new_tokens, 1, _MOST_NEW_TOKENS, Integral)
+            object.__setattr__(self, "max_new_tokens", int(self.max_new_tokens))  # also NumPy's
         _check("num_samples", self.num_samples, 1, _MOST_SAMPLES, Integral)
-        for field in ("max_new_tokens", "num_samples"):  # NumPy's as Python's
-            object.__setattr__(self, field, int(getattr(self, field)))
-        # Below the least, differences of logits would no longer be finite numbers.
-        if self.temperature != 0:
-            _check("temperature", self.temperature, 1e-3, 1e3, Real, "0 (greedy) or ")
+        object.__setattr__(self, "num_samples", int(self.num_samples))
+        _check("temperature", self.temperature, 0, 1e3, Real)
         if self.top_k is not None:
-            _check("top_k", self.top_k, 1, _EVERYTHING, Integral, "None or ")
+            _check("top_k", self.top_k, -1, _NO_TOP_K, Integral)
         for field in ("top_p", "min_p"):
             if getattr(self, field) is not None:
                 _check(field, getattr(self, field), 0, 1, Real, "None or ")
@@ -71,9 +75,10 @@ class Sampling:
 
     @property
     def rules(self) -> "Rules":
+        greedy = self.temperature < _LEAST_TEMPERATURE
         return Rules(
-            temperature=jnp.float32(self.temperature),
-            top_k=jnp.int32(_EVERYTHING if self.top_k is None else self.top_k),
+            temperature=jnp.float32(0 if greedy else self.temperature),
+            top_k=jnp.int32(_NO_TOP_K if self.top_k in (None, 0, -1) else self.top_k),
             top_p=jnp.float32(1.0 if self.top_p is None else self.top_p),
             min_p=jnp.float32(0.0 if self.min_p is None else self.min_p),
             repetition_penalty=jnp.float32(self.repetition_penalty),
@@ -82,7 +87,7 @@ class Sampling:
 
 @struct.dataclass
 class Rules:
-    """The numbers of a `Sampling` as arrays, so that others of them need no other program."""
+    """The numbers of a `Sampling` as arrays: other numbers need no new compilation."""
 
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
@@ -91,18 +96,16 @@ class Rules:
     repetition_penalty: Float[Array, ""]
 
 
-def greedy() -> Rules:
-    """The rules of taking the most probable token."""
-    return Sampling().rules
-
-
 def choose(
     logits: Float[Array, "*R V"], seen: Bool[Array, "*R V"], keys: Key[Array, "*R"], rules: Rules
 ) -> Int[Array, "*R"]:
     """The next token of every row.
 
-    seen: tokens that the row has already. keys: [*R], one a row, so that a row's choice is the same
-    whoever is beside it.
+    seen: tokens that the row already has. keys: one per row, so that the choice of a row does not
+    depend on the other rows.
+
+    The noise of a token depends on its id and not on its rank: when two nearly equal logits change
+    places, as they do in bfloat16 from one batch size to another, the choice stays the same.
     """
     penalty = rules.repetition_penalty
     penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
@@ -112,28 +115,25 @@ def choose(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def sampled() -> jax.Array:
-        best_first = jnp.argsort(logits, axis=-1, descending=True)
-        ranked = jnp.take_along_axis(logits, best_first, axis=-1)
-        ranked = keep_allowed((ranked - ranked[..., :1]) / rules.temperature, rules)
         draw = jax.random.categorical
         for _ in range(keys.ndim):
             draw = jax.vmap(draw)
-        rank = draw(keys, ranked)
-        return jnp.take_along_axis(best_first, rank[..., None], axis=-1)[..., 0].astype(jnp.int32)
+        scaled = (logits - logits.max(axis=-1, keepdims=True)) / rules.temperature
+        return draw(keys, keep_allowed(scaled, rules)).astype(jnp.int32)
 
     return jax.lax.cond(rules.temperature > 0, sampled, most_probable)
 
 
-def keep_allowed(ranked: Float[Array, "*R V"], rules: Rules) -> Float[Array, "*R V"]:
-    """Logits in descending order, -inf where a filter leaves the token out; the first one stays."""
-    rank = jnp.arange(ranked.shape[-1])
-    ranked = jnp.where(rank < rules.top_k, ranked, -jnp.inf)
-    probs = jax.nn.softmax(ranked, axis=-1)
+def keep_allowed(logits: Float[Array, "*R V"], rules: Rules) -> Float[Array, "*R V"]:
+    """The logits, with -inf where a filter removes the token; it never removes the best one."""
+    ranked, rank = jnp.sort(logits, axis=-1, descending=True), jnp.arange(logits.shape[-1])
+    probs = jax.nn.softmax(jnp.where(rank < rules.top_k, ranked, -jnp.inf), axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
-    # Rounded sums must not cut the tail off where nothing is to be cut.
+    # Without top-p a rounded sum above 1 must not cut off the tail.
     inside = (before < rules.top_p) | (rules.top_p >= 1)
-    kept = inside & (probs >= rules.min_p * probs[..., :1])
-    return jnp.where(kept | (rank == 0), ranked, -jnp.inf)
+    kept = inside & (rank < rules.top_k) & (probs >= rules.min_p * probs[..., :1])
+    least = jnp.where(kept | (rank == 0), ranked, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
 
 
 def _check(

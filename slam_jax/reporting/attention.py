@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from slam_jax.generation.requests import Request, bucket, read_inputs, read_prompts
+from slam_jax.generation.decode import bucket
+from slam_jax.generation.requests import Request, read_inputs, read_prompts
 
 
 class AttentionMaps(NamedTuple):
