@@ -1,10 +1,10 @@
-"""How fast this is beside what a user would run instead: `python -m benchmarks`, docs/speed.md.
+"""Speed against what a user would run instead: `python -m benchmarks`, docs/speed.md.
 
-Each file named in `BENCHMARKS` has `comparisons(quick, folder)`, which yields what is to be
-measured; the other scripts here are run one by one.
+Each module named in `BENCHMARKS` has `comparisons(quick, folder)`, which yields what is measured.
+The other scripts here are run one by one.
 """
 
-# In the order of the table; of a GPU first.
+# In the order of the table.
 ON_GPU = ("training", "decoding")
 ON_CPU = (
     "standard",

@@ -1,8 +1,7 @@
-"""What the machine can do: matrix products and copies, the best that any library gets; products in
-float32 on a CPU, in bfloat16 on a GPU.
+"""The fastest matrix products and copies of any library on this machine, in float32 on a CPU and in
+bfloat16 on a GPU.
 
-Shares of them are a distance, not a bound: a benchmark that does little but reads what is in the
-cache may pass the copy.
+A share of them can exceed 100%: a benchmark that reads what is in the cache is faster than a copy.
 """
 
 import statistics
@@ -19,8 +18,8 @@ _REPEATS = 5
 
 
 def measure_ceilings(quick: bool) -> dict[str, Any]:
-    """Operations a second of [n, n] @ [n, n], bytes a second read and written by a copy, and whose
-    they are."""
+    """Operations per second of [n, n] @ [n, n], bytes per second read and written by a copy, and
+    the library of each."""
     size, count, dtype = (8_192, 1 << 29, "bfloat16") if on_gpu() else (3_072, 1 << 26, "float32")
     if quick:
         size, count = 256, 1 << 20
@@ -79,7 +78,7 @@ def _xla_copy(n: int) -> Any:
 
     enable_compile_cache()
     x = jnp.ones(n, jnp.float32)
-    # What returns its argument would copy nothing; a new array each time is new memory to clear.
+    # Returning the argument would copy nothing; a new array each time would have to be cleared.
     copy = jax.jit(lambda x, i: x + i, donate_argnums=0)
 
     def call():

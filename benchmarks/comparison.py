@@ -1,7 +1,7 @@
-"""What a benchmark says: which arms there are, what they are worth, how near their outputs must be.
+"""What a benchmark compares: its arms, their aims, and the tolerance of their outputs.
 
-Sides of a comparison are called arms. The first is ours; a ratio is another arm's figure over ours,
-so that 2 means twice as fast, or half of the bytes.
+The sides of a comparison are called arms. The first is ours. A ratio is another arm's figure
+divided by ours, so that 2 means twice as fast, or half of the bytes.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 
 class Measured(NamedTuple):
-    """What a fresh arm returns. output: compared with that of the other arms. value: its figure,
-    None = the seconds from the start of its process until now."""
+    """The result of a fresh arm. output: compared with that of the other arms. value: its figure;
+    None = the seconds since the start of its process."""
 
     output: Any
     value: float | None = None
@@ -23,12 +23,12 @@ class Measured(NamedTuple):
 class Arm:
     """One side of a comparison.
 
-    build: called with `given` in a process of the arm's own. It returns the call to be timed, whose
-      result (an array of any library, or a number) is waited for; of a fresh arm, a `Measured`.
-      Must be importable: a function at the top of its module.
-    environment: variables that its process starts with.
+    build: called with the arguments `given` in a process of its own. It returns the call to time,
+      whose result (an array of any library, or a number) is awaited; in a fresh comparison it
+      returns a `Measured`. A function at the top of its module, so that it can be imported.
+    environment: more environment variables of its process.
     needs: packages and programs without which the arm is left out.
-    aim: what this arm's figure is to be over ours; None for ours, and where there is none.
+    aim: the ratio to reach; None for our arm, and if there is no aim.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Arm:
     aim: float | None = None
 
     def missing(self) -> list[str]:
-        """Of what it needs, what is not there."""
+        """The packages and programs that it needs and that are not installed."""
         return [
             name
             for name in self.needs
@@ -49,16 +49,16 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Arms that do the same.
+    """Arms that compute the same.
 
-    tolerance: the most that a number in an arm's output may differ from ours; None where outputs
-      are not comparable, and then `unchecked` says why.
-    checked: the outputs of so many first calls are compared; of a training step two or more see
-      what the update did.
-    repeats: timed calls of an arm in each round, of which the median counts.
-    fresh: every round starts a new process an arm, and what `build` returns is the figure.
+    tolerance: the largest difference of any number in the outputs; None if outputs cannot be
+      compared, and `unchecked` says why.
+    checked: the number of first calls whose outputs are compared; in a training step, the second
+      depends on the first update.
+    repeats: timed calls of an arm in each round; their median counts.
+    fresh: every round starts a new process for each arm, and `build` returns the figure.
     unit: of the figures, "s" or "MiB".
-    flops, bytes_moved: of one call, in all arms: what the shares of the ceilings are of.
+    flops, bytes_moved: of one call, in all arms, for the shares of the ceilings.
     """
 
     title: str

@@ -1,6 +1,6 @@
-"""On a GPU: one more token, in bfloat16, and the share of the bandwidth that it gets.
+"""On a GPU: one more token in bfloat16, and its share of the bandwidth.
 
-Bytes are the fewest that can be read: of a layer its cache, of a model every weight too, once.
+Bytes are the fewest that can be read, each once: the cache of a layer; in a model also the weights.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from benchmarks.comparison import Arm, Comparison
 from benchmarks.sizes import LARGER, NARROW, decoding_bytes, weights
 from slam_jax.language_models import make_config
 
-ROOM = 128  # tokens that are remembered at most, in all rounds together
+ROOM = 128  # tokens that the cache has room for, in all rounds together
 
 
 def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:

@@ -1,4 +1,4 @@
-"""What is measured: a CPU in float32, or a GPU in bfloat16, and by every library the same."""
+"""The device of the benchmarks, the same for all libraries: a CPU in float32, a GPU in bfloat16."""
 
 import importlib.util
 import os
@@ -8,13 +8,13 @@ from slam_jax.errors import InputError
 
 
 def settle() -> str:
-    """What the GPU calls itself, such as NVIDIA H100 80GB HBM3, empty on a CPU; processes that are
-    started afterwards find the same device by every library.
+    """The name of the GPU, such as NVIDIA H100 80GB HBM3; empty on a CPU. In processes that are
+    started afterwards, every library uses the same device.
 
-    To be called before JAX starts. Raises InputError for another kind of device, and on a GPU where
-    torch sees none.
+    Call it before JAX starts. Raises InputError for another kind of device, and if torch does not
+    see the GPU.
     """
-    # Arms share its memory; the first would take most of it.
+    # Arms share the memory of a GPU, and the first would reserve most of it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 

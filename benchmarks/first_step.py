@@ -1,7 +1,7 @@
 """From the start of a new process to the end of its first training step, against torch.compile.
 
-`standard` at the seed size, 8 x 128 tokens; with empty caches of compiled programs, and with those
-that a process before it has filled.
+`standard` at the seed size, 8 x 128 tokens; with empty compilation caches, and with caches that an
+earlier process has filled.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def _fill(arm: Arm) -> None:
     try:
         in_process(arm.build, **arm.given)
     except ArmFailed:
-        return  # it will fail again where it is told
+        return  # it fails again when it is measured
 
 
 def first_of_ours(folder: str, rows: int, length: int, cache: str) -> Measured:
@@ -60,5 +60,5 @@ def first_of_theirs(folder: str, rows: int, length: int, cache: str) -> Measured
 
 
 def _folder(cache: str) -> Any:
-    """The one that is given, or a new one."""
+    """The given folder, or a temporary one."""
     return contextlib.nullcontext(cache) if cache else tempfile.TemporaryDirectory()

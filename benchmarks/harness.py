@@ -1,4 +1,4 @@
-"""Arms in turns, round after round, their outputs compared before anything is timed."""
+"""Compares the outputs of the arms of a comparison, then times them in turns, round by round."""
 
 import math
 import statistics
@@ -10,17 +10,18 @@ import numpy as np
 
 from benchmarks.comparison import Arm, Comparison
 from benchmarks.worker import ArmFailed, Worker
+from slam_jax.rocket.timing import spread
 
 Json = dict[str, Any]
 _PAUSE = 0.05  # seconds for the threads of the arm before to fall asleep
 
 
 class Disagreement(Exception):
-    """Arms that should do the same do not."""
+    """Arms that should return the same do not."""
 
 
 class Skipped(Exception):
-    """What a comparison needs is not on this machine."""
+    """This machine lacks something that a comparison needs."""
 
 
 def measure(comparison: Comparison, rounds: int, ceilings: Json | None = None) -> Json:
@@ -48,11 +49,11 @@ def measure(comparison: Comparison, rounds: int, ceilings: Json | None = None) -
     for arm in arms:
         if arm.name not in figures:
             continue
-        entry = row["arms"][arm.name] = _spread(figures[arm.name])
+        entry = row["arms"][arm.name] = spread(figures[arm.name])
         entry["shares"] = _shares(comparison, entry["median"], ceilings)
         if arm is not comparison.arms[0]:
             pairs = zip(figures[arm.name], ours, strict=True)
-            entry["ratio"] = {"aim": arm.aim, **_spread([theirs / mine for theirs, mine in pairs])}
+            entry["ratio"] = {"aim": arm.aim, **spread([theirs / mine for theirs, mine in pairs])}
     return row
 
 
@@ -80,7 +81,7 @@ def _rounds(comparison: Comparison, arms: Sequence[Arm], rounds: int) -> Any:
         failed[name] = str(error)
 
     try:
-        # One after the other: XLA chooses kernels on a GPU by timing them.
+        # Not at the same time: on a GPU, XLA chooses kernels by timing them.
         for arm in arms:
             worker = workers[arm.name] = Worker(arm, checked=comparison.checked)
             try:
@@ -106,7 +107,7 @@ def _rounds(comparison: Comparison, arms: Sequence[Arm], rounds: int) -> Any:
 
 
 def _fresh_rounds(comparison: Comparison, arms: Sequence[Arm], rounds: int) -> Any:
-    """The same of arms that start anew each time."""
+    """The same for arms that start a new process in every round."""
     figures, failed, differences = {}, {}, []
     for i in range(rounds):
         outputs = {}
@@ -132,7 +133,7 @@ def _fresh_rounds(comparison: Comparison, arms: Sequence[Arm], rounds: int) -> A
 
 
 def _turned(items: Sequence[Any], by: int) -> list[Any]:
-    """Each goes first in its turn."""
+    """The items in another order each round, so that each goes first in turn."""
     by %= len(items)
     return [*items[by:], *items[:by]]
 
@@ -147,7 +148,7 @@ def _difference(comparison: Comparison, outputs: dict[str, list[np.ndarray]]) ->
             if mine.shape != other.shape:
                 raise Disagreement(f"{name} returns {other.shape}, ours {mine.shape}")
             worst = float(np.abs(mine - other).max(initial=0.0))
-            if not worst <= comparison.tolerance:  # NaN is no agreement either
+            if not worst <= comparison.tolerance:  # also if it is NaN
                 raise Disagreement(
                     f"{name}, call {i + 1}: outputs differ by up to {worst:.3g}, tolerance "
                     f"{comparison.tolerance:g}"
@@ -156,17 +157,8 @@ def _difference(comparison: Comparison, outputs: dict[str, list[np.ndarray]]) ->
     return largest
 
 
-def _spread(values: Sequence[float]) -> Json:
-    return {
-        "median": statistics.median(values),
-        "least": min(values),
-        "most": max(values),
-        "n": len(values),
-    }
-
-
 def _shares(comparison: Comparison, seconds: float, ceilings: Json | None) -> Json:
-    """Of what the machine was seen to do in the same run."""
+    """Shares of the ceilings, which were measured in the same run."""
     shares = {}
     if ceilings and comparison.unit == "s":
         if comparison.flops:

@@ -1,7 +1,7 @@
 """Decoding of one attention layer on its latents against plain keys and values, 64 rows of 4,096.
 
-The layer is that of `deepseek_v2` at its seed size. Plain: each head's keys and values, made once
-from the same weights and kept, as transformers keeps them; both give the same outputs.
+The layer is that of `deepseek_v2` at its seed size. The plain cache holds the keys and values of
+every head, computed once from the same weights, as transformers does; both give the same outputs.
 """
 
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.comparison import Arm, Comparison, Measured
 
-ROOM = 128  # tokens that are remembered at most, in all rounds together
+ROOM = 128  # tokens that the cache has room for, in all rounds together
 
 
 class Sizes(NamedTuple):
@@ -55,13 +55,13 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
 
 
 def bytes_read(rows: int, context: int, sizes: Sizes, dtype: str) -> float:
-    """Every cached number once."""
+    """Bytes of the cached numbers, each read once."""
     numbers = sizes.kv_lora_rank + sizes.qk_rope_head_dim
     return float(np.dtype(dtype).itemsize * rows * context * numbers)
 
 
 def latents(rows: int, context: int, sizes: Sizes, dtype: str) -> Any:
-    """Outputs [rows, 1, D] of one token, the first after `context` of them."""
+    """Outputs [rows, 1, D] of one token after `context` tokens."""
     layer, cache, x = _start(rows, context, sizes, dtype)
     return _steps(lambda layer, x, cache: layer.decode_step(x, cache), layer, x, cache)
 
@@ -156,9 +156,9 @@ def _plain_step(layer: Any, x: Any, cache: Any) -> Any:
     from slam_jax.layers.rotary import rotary
 
     positions = cache.length[..., None]
-    turn = functools.partial(rotary, positions=positions, rope=layer.rope)
-    q = jnp.concatenate([layer.q_nope(x), turn(layer.q_rope(x))], axis=-1)
-    k_rope = turn(layer.k_rope(x)[..., None, :])[..., 0, :]
+    rotate = functools.partial(rotary, positions=positions, rope=layer.rope)
+    q = jnp.concatenate([layer.q_nope(x), rotate(layer.q_rope(x))], axis=-1)
+    k_rope = rotate(layer.k_rope(x)[..., None, :])[..., 0, :]
     cache = cache.extended(*_heads(layer, layer.kv_norm(layer.kv_down(x)), k_rope))
     mask = jnp.arange(cache.capacity) <= positions[..., None]
     k, v = cache.tokens_first()

@@ -7,7 +7,7 @@ from benchmarks import ours, theirs
 from benchmarks.comparison import Comparison
 from benchmarks.sizes import forward_flops, training_flops, weights
 
-# Of the seed size, which the registry has for the nine systems alone.
+# The seed size, which the registry has for the nine systems only.
 _HUNYUAN: dict[str, Any] = dict(
     vocab_size=10_000,
     embed_dim=512,

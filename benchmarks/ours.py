@@ -1,4 +1,4 @@
-"""Our arms: what is timed of a model here, as a user of this library would run it.
+"""Our arms: a model as a user of this library would run it.
 
 Libraries are imported where they are used, so that each process has only those of its arm.
 """
@@ -14,7 +14,7 @@ LEARNING_RATE, WEIGHT_DECAY = 5e-5, 0.01  # of AdamW, everywhere; the rest is at
 
 
 def save_weights(folder: str, system: str, preset: str, **changes: Any) -> None:
-    """A new model in its publisher's form, for both sides to load."""
+    """Saves a new model in its publisher's format, which both sides can load."""
     import jax
     from flax import nnx
 
@@ -26,7 +26,7 @@ def save_weights(folder: str, system: str, preset: str, **changes: Any) -> None:
 
 
 def tokens(vocab_size: int, *shape: int) -> np.ndarray:
-    """The same for all arms."""
+    """Random tokens, the same in all arms."""
     return np.random.default_rng(0).integers(0, vocab_size, shape, np.int32)
 
 
@@ -41,7 +41,7 @@ def forward(folder: str, rows: int, length: int, **dtypes: Any) -> Call:
 
 
 def training_step(folder: str, rows: int, length: int, **dtypes: Any) -> Call:
-    """Forward, backward and AdamW; the cross-entropy before the update."""
+    """A training step with AdamW; returns the cross-entropy before the update."""
     graphdef, params, config = _load(folder, **dtypes)
     step, state = make_step(graphdef, params)
     given = tokens(config.vocab_size, rows, length + 1)
@@ -63,7 +63,7 @@ def make_step(graphdef: Any, params: Any) -> tuple[Any, Any]:
     from slam_jax.training.state import init_state, make_train_step
 
     def loss(model, given, key):
-        # Without the load balance of experts, which the peers leave out unless they are asked.
+        # Without the load balancing loss, which the peers leave out by default.
         parts = language_model_loss(model, given)
         return parts._replace(total=parts.cross_entropy)
 
@@ -73,8 +73,8 @@ def make_step(graphdef: Any, params: Any) -> tuple[Any, Any]:
 
 
 def decoding(folder: str, context: int, room: int, rows: int = 1, **dtypes: Any) -> Call:
-    """Logits [rows, V] after one more token, the first after `context` of them; `room` calls at
-    most remember theirs."""
+    """Logits [rows, V] of one more token after `context` tokens; the cache has room for `room`
+    calls."""
     import jax
 
     graphdef, params, config = _load(folder, **dtypes)

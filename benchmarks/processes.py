@@ -1,7 +1,7 @@
 """SLAM v3's four processes: one vmap against one after the other, one device against two.
 
-Forward and gradient of the processes on image tokens, at the widths of the quickstart; many
-examples fill the cores whatever is done, and of one they do not.
+Forward and gradient of the processes on image tokens, at the widths of the quickstart. Many
+examples keep the cores busy in either form; one example does not.
 """
 
 import functools
@@ -37,8 +37,8 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
 
 
 def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices: int = 1) -> Any:
-    """Of a random sum of what the processes add, with respect to the tokens [rows, length, D], over
-    its own largest number; those to the parameters are made too."""
+    """The gradient of a random sum of the processes' outputs with respect to the tokens
+    [rows, length, D], divided by its largest number. Also computes those of the parameters."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -55,7 +55,7 @@ def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices
     config = SlamV3Config.preset(preset, 1)
 
     class Part(nnx.Module):
-        """Named as in the whole model, for the table of shardings."""
+        """Parameters have the names of the whole model, for the sharding rules."""
 
         def __init__(self):
             self.level_one = LevelOne(config, rngs=nnx.Rngs(0))
@@ -65,7 +65,7 @@ def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices
     mesh = make_mesh(MeshConfig(data=1, process=devices), jax.devices()[:devices])
     params = jax.device_put(params, shardings_of(params, mesh))
     x = jax.random.normal(jax.random.key(2), (rows, length, config.embed_dim))
-    # Not their mean square: normed as they are, it hardly depends on anything.
+    # Not their mean square, which is nearly constant because the outputs are normalised.
     weights = jax.random.normal(jax.random.key(3), (config.num_processes, *x.shape))
 
     def loss(params, x):
@@ -76,8 +76,8 @@ def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices
         return jnp.vdot(weights, y)
 
     def both(params, x):
-        gradients, of_x = jax.grad(loss, (0, 1))(params, x)
-        return of_x / jnp.max(jnp.abs(of_x)), gradients
+        gradients, x_gradient = jax.grad(loss, (0, 1))(params, x)
+        return x_gradient / jnp.max(jnp.abs(x_gradient)), gradients
 
     program = jax.jit(both)
 

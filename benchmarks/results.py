@@ -1,4 +1,4 @@
-"""Where figures are kept: benchmarks/results/<machine>.json, one entry a benchmark."""
+"""Stores the figures of a machine: benchmarks/results/<machine>.json, one entry a benchmark."""
 
 import datetime
 import json
@@ -23,33 +23,33 @@ def machine_file() -> Path:
 
 
 def place(machine: Json) -> str:
-    """The GPU, or this processor with so many cores."""
+    """The name of the GPU; on a CPU, the processor and its number of cores."""
     if machine["device"] == "cpu":
         return f"{machine['processor']}, {machine['cores']} cores"
     return machine["device"]
 
 
 def read(file: Path) -> Json:
-    """The figures of a machine; none yet where there is no file. Raises InputError for another
-    kind of file."""
+    """The figures of a machine; none if the file does not exist. Raises InputError for another kind
+    of file."""
     if not file.exists():
         return {"benchmarks": {}}
     try:
         return {"benchmarks": dict(json.loads(file.read_text(encoding="utf-8"))["benchmarks"])}
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{file}: expected the figures of a machine; take it away") from None
+        raise InputError(f"{file}: expected the figures of a machine; remove it") from None
 
 
 def keep(file: Path, name: str, entry: Json) -> None:
-    """Puts the entry of one benchmark in the place of the one before, if any; others stay."""
+    """Stores the entry of one benchmark; the others stay."""
     kept = read(file)
     kept["benchmarks"][name] = entry
     write_whole(file, json.dumps(kept, indent=1) + "\n")
 
 
 def make_entry(title: str, rows: list[Json], ceilings: Json, middle_aim: float | None) -> Json:
-    """The rows of one benchmark with all that they depend on. middle_aim: of the median of all
-    their ratios."""
+    """The rows of one benchmark with the machine, versions and date. middle_aim: the aim for the
+    median of all ratios."""
     ratios = [
         arm["ratio"]["median"] for row in rows for arm in row["arms"].values() if "ratio" in arm
     ]
@@ -78,7 +78,7 @@ def _peers() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Short, with a plus for what is not committed; empty outside a repository."""
+    """The short hash, with a plus if files are modified; empty outside a repository."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=7", "--dirty=+"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""How large the models of the benchmarks are, and their weights, once for all arms."""
+"""Sizes of the benchmarked models, and their weights, which all arms share."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ LARGER: Mapping[str, Mapping[str, Any]] = {
 
 
 def weights(folder: str, system: str, preset: str, **changes: Any) -> tuple[Any, str]:
-    """The configuration of a system, and the folder where its new weights are."""
+    """The configuration of a system, and the folder with its new weights."""
     saved = Path(folder) / system
     if not saved.exists():
         in_process(ours.save_weights, folder=str(saved), system=system, preset=preset, **changes)
@@ -47,8 +47,8 @@ def training_flops(config: Any, rows: int, length: int) -> int:
 
 
 def decoding_bytes(config: Any, context: int, rows: int = 1) -> int:
-    """What is read for one token of each row: the weights that it meets, but for the table of which
-    it takes a row, and the cache."""
+    """The bytes read for one token of each row: the cache and the active weights, except the
+    embedding table, of which a token reads one row."""
     size, width = measure(config), jnp.dtype(config.param_dtype).itemsize
     table = 0 if config.tie_embeddings else config.vocab_size * config.embed_dim
     cache = context * size.cache_bytes_per_token + size.state_bytes

@@ -1,12 +1,12 @@
-"""Where the time of a training step goes: the quickstart's, in each of its stages, or another's.
+"""Profiles a training step by source file.
 
-    python -m benchmarks.step_profile
+    python -m benchmarks.step_profile                   # of the quickstart, in each of its stages
     python -m benchmarks.step_profile --system=jamba    # of a language model, 8 x 128 tokens
 
-A part is the file that asked for an operation, forward and backward: of the quickstart the one in
-slam_jax/slam_v3/ or slam_jax/training/, itself or by a layer; of a language model the layer. Shares
-are of the sum of all operations, which run on several threads at once; a fusion counts where XLA
-says that it came from.
+Every operation, forward and backward, counts for the file that asked for it: in the quickstart the
+nearest file of slam_jax/slam_v3/ or slam_jax/training/ on its call stack, in a language model the
+layer. Shares are of the sum of all operations, which run on several threads at once. A fusion
+counts for the file that XLA names.
 """
 
 import collections
@@ -35,9 +35,10 @@ from slam_jax.training.start import initial_state, jit_step
 CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
 SYSTEM = flags.DEFINE_string("system", None, "A language model, at its seed size.")
 ROWS, LENGTH = 8, 128
-BATCHES, STEPS = 60, 4  # of each stage; of each kind of batch, timed, and again in a profile
-ROOMS = "slam_v3|training"  # the folders of the quickstart's parts
-# What only holds other operations, which have events of their own.
+BATCHES = 60  # of each stage, to find the kinds of batches and their shares
+STEPS = 4  # of each kind of batch: timed, and profiled again
+PACKAGES = "slam_v3|training"  # the packages of the quickstart's parts
+# These contain other operations, which have events of their own.
 _HOLDERS = {"while", "call", "conditional"}
 
 
@@ -100,10 +101,10 @@ def say(spent: collections.Counter[str]) -> None:
 
 
 def measured(
-    call: Any, program: str, state: Any, given: Any, rooms: str = ROOMS
+    call: Any, program: str, state: Any, given: Any, packages: str = PACKAGES
 ) -> tuple[Any, collections.Counter[str]]:
-    """The state after some calls, (state, given) -> (state, anything), and the milliseconds of one,
-    shared out by what `by_part` says of the compiled program in it."""
+    """Calls (state, given) -> (state, anything) several times; returns the last state, and the
+    milliseconds of one call by part."""
     seconds = []
     for _ in range(STEPS):
         start = time.perf_counter()
@@ -113,15 +114,15 @@ def measured(
         with jax.profiler.trace(folder):
             for _ in range(STEPS):
                 state, _ = jax.block_until_ready(call(state, given))
-        parts = by_part(folder, program, rooms)
+        parts = by_part(folder, program, packages)
     whole, milliseconds = parts.total(), 1e3 * statistics.median(seconds[1:])
     shares = {part: milliseconds * spent / whole for part, spent in parts.items()}
     return state, collections.Counter(shares)
 
 
-def by_part(folder: str, program: str, rooms: str = ROOMS) -> collections.Counter[str]:
+def by_part(folder: str, program: str, packages: str = PACKAGES) -> collections.Counter[str]:
     """Nanoseconds of the operations in a trace, by the file that asked for them."""
-    parts, spent = parts_of(program, rooms), collections.Counter()
+    parts, spent = parts_of(program, packages), collections.Counter()
     [trace] = Path(folder).rglob("*.xplane.pb")
     for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
         for event in itertools.chain.from_iterable(line.events for line in plane.lines):
@@ -130,8 +131,8 @@ def by_part(folder: str, program: str, rooms: str = ROOMS) -> collections.Counte
     return spent
 
 
-def parts_of(program: str, rooms: str = ROOMS) -> dict[str, str]:
-    """The part of each operation of a compiled program that has time of its own."""
+def parts_of(program: str, packages: str = PACKAGES) -> dict[str, str]:
+    """The part of every operation of a compiled executable that has time of its own."""
     files = dict(re.findall(r'^(\d+) "([^"]*)"$', _table(program, "FileNames"), re.M))
     places = dict(re.findall(r"^(\d+) {file_name_id=(\d+)", _table(program, "FileLocations"), re.M))
     row = r"^(\d+) {file_location_id=(\d+) parent_frame_id=(\d+)"
@@ -140,7 +141,7 @@ def parts_of(program: str, rooms: str = ROOMS) -> dict[str, str]:
     def part(frame: int) -> str:
         while frame:
             place, parent = frames[frame]
-            name = re.search(rf"slam_jax/((?:{rooms})/\w+\.py)", files[places[place]])
+            name = re.search(rf"slam_jax/((?:{packages})/\w+\.py)", files[places[place]])
             if name is not None:
                 return name[1]
             frame = int(parent) - 1  # XLA prints it one too high: 1 is nobody

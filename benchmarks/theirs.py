@@ -1,4 +1,4 @@
-"""Arms of torch and transformers: the same weights and tokens, as their users would run them."""
+"""Arms of torch and transformers, as their users would run them, on the same weights and tokens."""
 
 import os
 import warnings
@@ -11,7 +11,7 @@ from benchmarks.ours import LEARNING_RATE, WEIGHT_DECAY, tokens
 
 Call = Callable[[], Any]
 NEEDS = ("torch", "transformers")
-COMPILED_NEEDS = (*NEEDS, "g++")  # with which torch.compile builds what it writes
+COMPILED_NEEDS = (*NEEDS, "g++")  # torch.compile compiles C++
 
 
 def beside(
@@ -24,7 +24,7 @@ def beside(
     other: Mapping[str, Any] = {},
     compiled: bool = False,
 ) -> list[Arm]:
-    """Our arm and the one of transformers; `mine` and `other` are what only one of them is given.
+    """Our arm and that of transformers; `mine` and `other` are arguments of one of them only.
 
     compiled: a third is the second by torch.compile.
     """
@@ -39,7 +39,7 @@ def beside(
 
 
 def torch() -> Any:
-    """The library, on as many threads as XLA takes."""
+    """torch, with as many threads as XLA."""
     import torch  # pyright: ignore[reportMissingImports]
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -91,7 +91,7 @@ def training_step(
 
 
 def decoding(folder: str, context: int, rows: int = 1, dtype: str = "float32") -> Call:
-    """Logits [rows, V] after one more token, the first after `context` of them."""
+    """Logits [rows, V] of one more token after `context` tokens."""
     model = load(folder, dtype).eval()
     given = _tokens(model, rows, context + 1)
     with torch().inference_mode():

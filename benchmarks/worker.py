@@ -1,4 +1,4 @@
-"""The process of one arm: it builds what is asked for, then waits for its turns."""
+"""The process of one arm: it builds the call, then times it when it is told to."""
 
 import contextlib
 import multiprocessing
@@ -25,8 +25,8 @@ class ArmFailed(Exception):
 class Worker:
     """An arm's process, driven from here.
 
-    checked: it sends the outputs of so many first calls when it is built, and then waits for its
-    turns; None = it is a fresh arm, sends what it measured and ends.
+    checked: the number of first calls whose outputs it sends before it is timed; None = it is a
+    fresh arm, which sends what it measured and ends.
     """
 
     def __init__(self, arm: Arm, *, checked: int | None):
@@ -41,7 +41,7 @@ class Worker:
         there.close()
 
     def receive(self) -> Any:
-        """What the process sends next; raises ArmFailed where it failed or is gone."""
+        """The next message of the process; raises ArmFailed if it failed or has ended."""
         try:
             ok, value = self._here.recv()
         except EOFError:
@@ -52,7 +52,7 @@ class Worker:
         return value
 
     def seconds(self, repeats: int) -> list[float]:
-        """Of so many calls; one goes before them and is not counted."""
+        """The seconds of each of `repeats` calls, after one warm-up call."""
         self._here.send(repeats)
         return self.receive()
 
@@ -65,7 +65,7 @@ class Worker:
 
 
 def in_process(function: Callable[..., Any], **given: Any) -> Any:
-    """What the function returns, run in a process of its own; the caller stays small and idle."""
+    """Runs a function in a process of its own and returns its result."""
     worker = Worker(Arm("", _Returning(function), given), checked=None)
     try:
         _, value = worker.receive()
@@ -85,7 +85,7 @@ class _Returning:
 
 
 def as_numpy(output: Any) -> np.ndarray:
-    """Whatever a library calls an array, in float32."""
+    """An array of any library as NumPy, in float32."""
     if hasattr(output, "detach"):
         output = output.detach().float().cpu().numpy()
     return np.asarray(output, np.float32)
@@ -98,7 +98,7 @@ def _wait(output: Any) -> Any:
 
 
 def _serve(pipe: Connection, arm: Arm, checked: int) -> None:
-    with _telling(pipe):
+    with _sending_errors(pipe):
         call = arm.build(**arm.given)
         pipe.send((True, [as_numpy(_wait(call())) for _ in range(checked)]))
         while True:
@@ -110,7 +110,7 @@ def _serve(pipe: Connection, arm: Arm, checked: int) -> None:
 
 
 def _serve_once(pipe: Connection, arm: Arm, started: float) -> None:
-    with _telling(pipe):
+    with _sending_errors(pipe):
         measured = arm.build(**arm.given)
         value = time.time() - started if measured.value is None else measured.value
         output = None if measured.output is None else as_numpy(measured.output)
@@ -128,19 +128,19 @@ def _timed(call: Callable[[], Any], repeats: int) -> list[float]:
 
 
 @contextlib.contextmanager
-def _telling(pipe: Connection) -> Iterator[None]:
-    """Whatever an arm's libraries raise is told, and ends that arm alone."""
+def _sending_errors(pipe: Connection) -> Iterator[None]:
+    """Sends what the arm raises to the parent, in one line."""
     try:
         yield
     except Exception as error:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
-        with contextlib.suppress(BrokenPipeError):  # nobody is there any more to be told
+        with contextlib.suppress(BrokenPipeError):  # the parent has ended
             pipe.send((False, f"{type(error).__name__}: {reason[:300]}"))
 
 
 @contextlib.contextmanager
 def _with_environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """A process started within it has these variables."""
+    """Processes that are started in its body have these environment variables."""
     before = dict(os.environ)
     os.environ.update(changes)
     try:

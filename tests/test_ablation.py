@@ -209,6 +209,7 @@ def test_a_run_is_trained_and_tested(shipped, tmp_path):
     base["data"]["stages"] = [[0, {"split_text_aux": 1.0}]]
     base["run"] |= {"num_steps": 2, "evaluate_every": 2, "evaluate_batches": 1}
     small = {"embed_dim": 16, "mlp_dim": 16, "kv_lora_rank": 8, "num_heads": 2}
+    small |= {"num_processes": 2, "num_process_layers": 1, "num_decoder_layers": 1}
     base["model"] |= small
     settings = AblationSettings(base, {"cut": {"model.without": ["concat"]}}, (4,))
     figures = run("cut", settings, quiet, workdir=str(tmp_path), seed=4)

@@ -285,8 +285,8 @@ def test_a_profile_has_each_operation_once_by_the_file_that_asked_for_it(tmp_pat
         jax.block_until_ready(program(model, text))
     written = str(program.as_text())
     spent = step_profile.by_part(str(tmp_path), written)
-    rooms = {"decoder", "fusion", "model", "processes", "streams"}
-    assert {f"slam_v3/{room}.py" for room in rooms} <= set(spent)
+    files = {"decoder", "fusion", "model", "processes", "streams"}
+    assert {f"slam_v3/{name}.py" for name in files} <= set(spent)
     assert spent["elsewhere"] > 0 and min(spent.values()) > 0
     # The loop has an event of its own, and so has what it repeats.
     loops = re.findall(r"%(\S+) = .* while\(", written)

@@ -82,3 +82,9 @@ def test_a_new_system_is_in_every_comparison(added, here, protocol, tmp_path):
     (row,) = board["rows"]
     assert row["status"] == "ok" and row["system"] == added.name and row["rank"] == 1
     assert row["title"] == SYSTEMS[added.name].title and schema_errors(board) == []
+    if protocol == "heldout":
+        repeats = settings["rounds"] * settings["repeats"]
+        timings = [row["training_tokens_per_second"], row["compile_seconds"]]
+        for field in ("first_token_seconds", "generation_tokens_per_second"):
+            timings += [row[field]["1"], row[field]["8"]]
+        assert all(each["n"] == repeats and each["least"] > 0 for each in timings)

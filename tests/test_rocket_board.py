@@ -157,13 +157,13 @@ def test_intervals_are_of_both_causes_of_chance():
     of_units, of_seeds = 1.96 * np.std(units) / 20, 4.303 * np.std(seeds, ddof=1) / math.sqrt(3)
     reach = (found["high"] - found["low"]) / 2
     assert reach == pytest.approx(math.hypot(of_units, of_seeds), rel=0.03)
-    # As often as it says: of 400 comparisons of what is equal, about one in twenty is clear of 0.
+    # As often as it says: of 100 comparisons of equal systems, about one in twenty is significant.
     clear = 0
-    for _ in range(400):
+    for _ in range(100):
         values = rng.normal(0, 1, (3, 1)) + rng.normal(0, 0.1, (3, 50))
         told = interval((3, 50), mean)
         clear += not told["low"] <= 0 <= told["high"]
-    assert clear < 35
+    assert 0 < clear < 11
     values = units[None]
     alone = interval((1, 400), mean)
     assert (alone["high"] - alone["low"]) / 2 == pytest.approx(of_units, rel=0.05)

@@ -189,6 +189,7 @@ def test_rows_are_the_whole_text_once_an_epoch():
 # The budgets.
 
 
+# Counting parameters builds the model's shapes, which is slow; operations are a formula.
 @pytest.mark.parametrize("name", DEFAULT_MODELS)
 def test_every_system_meets_a_budget_of_flops(name):
     budget = Budget("flops", 3e7)
@@ -205,7 +206,7 @@ def test_every_system_meets_a_budget_of_parameters(name):
     assert size.active - size.embedding == pytest.approx(4e6, rel=0.02)
 
 
-@pytest.mark.parametrize("amount", [5e6, 5.5e6])
+@pytest.mark.parametrize("amount", [5e6, pytest.param(5.5e6, marks=pytest.mark.slow)])
 def test_a_system_with_half_of_an_mlp_meets_any_budget(amount):
     size = measure(fit("slam_v6", Budget("parameters", amount), 128, 2_048))
     assert size.active - size.embedding == pytest.approx(amount, rel=0.02)
@@ -289,29 +290,20 @@ def test_the_score_of_a_document_is_that_of_its_tokens(settings):
     assert told["tokens"] == [38, 1, 16] and told["bytes"] == [76, 2, 32]
 
 
-def test_quality_is_the_same_every_time_and_another_seed_is_another_run(figures, settings, corpus):
-    asked = _asked(corpus)
-    again = heldout.train("standard", settings, quiet, **asked, test=True)
-    assert again["test"] == figures["test"] and again["curve"] == figures["curve"]
-    other = heldout.train("standard", settings, quiet, **{**asked, "seed": 0}, test=False)
-    assert other["validation_loss"] != figures["validation_loss"] and other["test"] is None
-    assert [point["step"] for point in other["curve"]] == [40]
+def test_quality_is_the_same_every_time_and_a_run_that_tries_a_rate_has_no_test(
+    figures, settings, corpus
+):
+    again = heldout.train("standard", settings, quiet, **_asked(corpus), test=False)
+    (point,) = again["curve"]
+    last = figures["curve"][-1]
+    assert {**point, "train_loss": last["train_loss"]} == last  # one point averages all steps
+    assert again["stability"] == figures["stability"] and again["test"] is None
 
 
 def test_a_stable_run_is_one_whose_loss_falls_evenly():
     assert heldout.stability([9.0, 0.0, 3.0, 2.5, 2.0, 1.5]) == 1.0
     assert heldout.stability([9.0, 0.0, 3.0, 2.0, 3.0]) == 0.5
     assert heldout.stability([1.0]) == 1.0
-
-
-def test_times_are_of_training_prompts_and_generation(settings, corpus):
-    told = heldout.time_system("standard", settings, quiet, corpus=str(corpus[1]))
-    assert set(told["seconds"]) == {
-        "training_step",
-        *(f"{what}_{n}" for what in ("first_token", "generation") for n in (1, 8)),
-    }
-    assert all(len(each) == 2 and min(each) > 0 for each in told["seconds"].values())
-    assert told["compile_seconds"] > 0
 
 
 # The tasks.
@@ -371,4 +363,7 @@ def test_the_same_command_twice_gives_the_same_quality(settings, tmp_path):
     kept = ("system", "rank", *("loss", "bits_per_byte", "top1", "top5", "difference_from_above"))
     one, two = ([{key: row[key] for key in kept} for row in board["rows"]] for board in boards)
     assert one == two and len(one) == 2
+    for row in boards[0]["rows"]:
+        first, second = (run["validation_loss"] for run in row["runs"])
+        assert first != second  # another seed is another run
     assert schema_errors(json.loads((tmp_path / "one" / "leaderboard.json").read_text())) == []

@@ -13,7 +13,7 @@ from slam_jax.rocket.seed.measure import SeedSettings, learn, stability, stress,
 from slam_jax.rocket.seed.protocol import SCORE, Seed
 from slam_jax.rocket.seed.published import PUBLISHED
 from slam_jax.rocket.tasks import plain
-from slam_jax.rocket.timing import spread
+from slam_jax.rocket.timing import spread, timed
 from tests.helpers import schema_errors
 
 TINY = SeedSettings(
@@ -58,13 +58,22 @@ def test_quality_is_the_same_every_time(figures):
     assert again["losses"] == figures["losses"] and again["accuracies"] == figures["accuracies"]
 
 
-def test_the_stress_test_doubles_until_the_context_is_full_or_a_pass_is_slow():
+def test_the_stress_test_doubles_until_the_context_is_full_or_a_pass_is_slow(monkeypatch):
+    shapes, real = [], timed
+
+    def timed_once(call, repeats):
+        """The first level runs; the others only have their shape noted."""
+        (tokens,) = call.__defaults__
+        shapes.append(tokens.shape)
+        return real(call, repeats) if len(shapes) == 1 else [1.0]
+
+    monkeypatch.setattr("slam_jax.rocket.seed.measure.timed", timed_once)
     *_, last = levels = list(stress("standard", TINY, quiet))
     sizes = [(level["batch_size"], level["length"]) for level in last["levels"]]
-    assert sizes == [(1, 16), (2, 32), (4, 64)]  # the context has 64
-    # Each level is told of at once, so that what ends the process leaves the others.
+    assert sizes == [(1, 16), (2, 32), (4, 64)] == shapes  # the context has 64
+    # Each level is reported at once, so that one that ends the process leaves the others.
     assert [len(each["levels"]) for each in levels] == [1, 2, 3]
-    slow = SeedSettings(**{**vars(TINY), "stress_seconds": 1e-9})
+    slow = SeedSettings(**{**vars(TINY), "stress_seconds": 0.5})
     assert len(list(stress("standard", slow, quiet))) == 1
 
 
