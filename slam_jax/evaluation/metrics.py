@@ -72,7 +72,9 @@ def calibration(
     return Calibration(sure, right, tuple(counts.tolist()), error)
 
 
-def recall_at_k(queries: Float[np.ndarray, "N E"], keys: Float[np.ndarray, "N E"], k: int) -> float:
+def recall_at_k(
+    queries: Float[np.ndarray, "scenes embed"], keys: Float[np.ndarray, "scenes embed"], k: int
+) -> float:
     """Share of queries whose own key (same row) is among the `k` keys with the largest dot product.
 
     Keys that are as similar as the own one, up to float32 rounding, rank before it: embeddings that
@@ -85,7 +87,7 @@ def recall_at_k(queries: Float[np.ndarray, "N E"], keys: Float[np.ndarray, "N E"
 
 
 def retrieval_metrics(
-    text: Float[np.ndarray, "N E"], image: Float[np.ndarray, "N E"]
+    text: Float[np.ndarray, "scenes embed"], image: Float[np.ndarray, "scenes embed"]
 ) -> dict[str, dict[str, float] | int]:
     """Recall@1 and @5 between text and image embeddings of the same scenes, both ways."""
 

@@ -75,10 +75,10 @@ class Prompts(NamedTuple):
     """Right-padded prompts. limits: how many new tokens each may get, 0 for rows that only fill the
     shape."""
 
-    tokens: Int[np.ndarray, "R T"]
-    lengths: Int[np.ndarray, "R"]
-    seeds: UInt32[np.ndarray, "R"]
-    limits: Int32[np.ndarray, "R"]
+    tokens: Int[np.ndarray, "B T"]
+    lengths: Int[np.ndarray, "B"]
+    seeds: UInt32[np.ndarray, "B"]
+    limits: Int32[np.ndarray, "B"]
 
 
 def check_vocabulary(loaded: Any) -> None:

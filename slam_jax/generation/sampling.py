@@ -97,8 +97,8 @@ class Rules:
 
 
 def choose(
-    logits: Float[Array, "*R V"], seen: Bool[Array, "*R V"], keys: Key[Array, "*R"], rules: Rules
-) -> Int[Array, "*R"]:
+    logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"], keys: Key[Array, "*B"], rules: Rules
+) -> Int[Array, "*B"]:
     """The next token of every row.
 
     seen: tokens that the row already has. keys: one per row, so that the choice of a row does not
@@ -124,7 +124,7 @@ def choose(
     return jax.lax.cond(rules.temperature > 0, sampled, most_probable)
 
 
-def keep_allowed(logits: Float[Array, "*R V"], rules: Rules) -> Float[Array, "*R V"]:
+def keep_allowed(logits: Float[Array, "*B V"], rules: Rules) -> Float[Array, "*B V"]:
     """The logits, with -inf where a filter removes the token; it never removes the best one."""
     ranked, rank = jnp.sort(logits, axis=-1, descending=True), jnp.arange(logits.shape[-1])
     probs = jax.nn.softmax(jnp.where(rank < rules.top_k, ranked, -jnp.inf), axis=-1)

@@ -13,8 +13,8 @@ _SMALLEST_BLOCK = 32
 
 
 def grouped_matmul(
-    x: Float[Array, "R I"], kernels: Float[Array, "E I O"], group_sizes: Int[Array, "E"]
-) -> Float[Array, "R O"]:
+    x: Float[Array, "rows I"], kernels: Float[Array, "E I O"], group_sizes: Int[Array, "E"]
+) -> Float[Array, "rows O"]:
     """y[r] = x[r] @ kernels[g] for each row r of group g; 0 for rows after the last group.
 
     Rows are sorted by group; group_sizes are the numbers of rows of each. `jax.lax.ragged_dot` on
@@ -25,8 +25,8 @@ def grouped_matmul(
 
 
 def ragged_dot(
-    x: Float[Array, "R I"], kernels: Float[Array, "E I O"], group_sizes: Int[Array, "E"]
-) -> Float[Array, "R O"]:
+    x: Float[Array, "rows I"], kernels: Float[Array, "E I O"], group_sizes: Int[Array, "E"]
+) -> Float[Array, "rows O"]:
     """The plain form of `grouped_matmul`."""
     y = jax.lax.ragged_dot(x, kernels, group_sizes)
     return jnp.where(jnp.arange(len(x))[:, None] < group_sizes.sum(), y, 0)

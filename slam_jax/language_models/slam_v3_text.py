@@ -78,11 +78,11 @@ class TextCache:
     the current window so far. decoder: its latents. length: tokens seen in all.
     """
 
-    c_mem: Float[Array, "R W r"]
-    has_memory: Bool[Array, "R"]
-    window: Int[Array, "R W"]
+    c_mem: Float[Array, "rows W R"]
+    has_memory: Bool[Array, "rows"]
+    window: Int[Array, "rows W"]
     decoder: DecoderCache
-    length: Int[Array, "R"]
+    length: Int[Array, "rows"]
 
 
 class SlamV3Text(HeadedModel):
@@ -222,20 +222,20 @@ class SlamV3Text(HeadedModel):
         logits = self.logits(h)
         return logits.reshape(*tokens.shape, -1), cache
 
-    def _windows(self, rows: Int[Array, "R T"]) -> Int[Array, "R n W"]:
+    def _windows(self, rows: Int[Array, "rows T"]) -> Int[Array, "rows windows W"]:
         """Whole windows, the last one padded with token 0."""
         size = self.config.text_window
         count = -(-rows.shape[1] // size)
         rows = jnp.pad(rows, [(0, 0), (0, count * size - rows.shape[1])])
         return rows.reshape(len(rows), count, size)
 
-    def _embed(self, windows: Int[Array, "R n W"]) -> Float[Array, "Rn 1 W D"]:
+    def _embed(self, windows: Int[Array, "rows windows W"]) -> Float[Array, "rows_windows 1 W D"]:
         """The embeddings in the shape of the decoder: each window is an example with one prompt."""
         return self.embedding(windows.reshape(-1, 1, windows.shape[-1]))
 
     def _encode(
-        self, windows: Int[Array, "R W"], key: PRNGKeyArray | None
-    ) -> Float[Array, "R W r"]:
+        self, windows: Int[Array, "rows W"], key: PRNGKeyArray | None
+    ) -> Float[Array, "rows W R"]:
         """The memory that each window gives to the next."""
         keys = split(key, 4)
         x = self.text_norm(self.embedding(windows))
@@ -245,7 +245,7 @@ class SlamV3Text(HeadedModel):
         fused = self.fusion(y, streams, key=keys[3])
         return self.memory_bank(fused.tokens, fused.mask).c_mem
 
-    def _memory(self, c_mem: Float[Array, "R m W r"]) -> Memory:
+    def _memory(self, c_mem: Float[Array, "rows windows W R"]) -> Memory:
         """The memories of windows 0 .. m, from windows 0 .. m - 1; the first one is empty."""
         c_mem = jnp.pad(c_mem, [(0, 0), (1, 0), (0, 0), (0, 0)])
         mask = jnp.broadcast_to(jnp.arange(c_mem.shape[1])[:, None] > 0, c_mem.shape[:3])

@@ -1,4 +1,4 @@
-"""One idea a file; every layer is usable by itself."""
+"""Layers, one idea per file; each can be used by itself."""
 
 from slam_jax.layers.attention import (
     Layout,

@@ -18,9 +18,9 @@ from slam_jax.layers.rotary import rotary
 def masked_softmax(
     logits: Float[Array, "*B T S"], mask: Bool[Array, "*#B #T S"] | None
 ) -> Float[Array, "*B T S"]:
-    """Softmax over the keys that may be attended to, in float32 or wider; a row of none yields 0.
+    """Softmax over the keys that may be attended to, in float32 or wider.
 
-    Gradients are finite for such rows too: no infinity ever enters.
+    A row with no such key yields 0, and its gradients are finite: no infinity is ever computed.
     """
     logits = logits.astype(upcast(logits.dtype))
     if mask is None:
@@ -30,11 +30,11 @@ def masked_softmax(
 
 
 class Layout(NamedTuple):
-    """How the tokens of a batch stand in their rows.
+    """Where the tokens and pads of a batch are in their rows.
 
-    positions: of each token in its row. mask: True = a real token, None = all are.
-    visible: which tokens each may attend to: the real ones up to itself; an array only where there
-    are pads.
+    positions: position of each token in its row. mask: True = a real token, None = all are real.
+    visible: the real tokens up to itself that a token may attend to; an array only where there are
+    pads.
     """
 
     positions: Int[Array, "*#B T"]
@@ -43,10 +43,8 @@ class Layout(NamedTuple):
 
 
 def causal_layout(num_tokens: int, mask: Bool[Array, "*B T"] | None = None) -> Layout:
-    """Of rows of `num_tokens` tokens with pads where `mask` is False: left, right or both.
-
-    The first real token of a row has position 0.
-    """
+    """The layout of rows of `num_tokens` tokens, with pads (left, right or both) where `mask` is
+    False. The first real token of a row has position 0."""
     if mask is None:
         return Layout(jnp.arange(num_tokens), None, Causal())
     positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
@@ -59,7 +57,7 @@ def attention_weights(
     k: Float[Array, "*B S K H"],
     mask: Mask = None,
 ) -> Float[Array, "*B N T S"]:
-    """How much each query attends to each key, in float32 or wider; arguments as in `attend`."""
+    """The weight of each key for each query, in float32 or wider; arguments as in `attend`."""
     # Heads first: as one batched matmul with its batch in front, XLA:CPU is several times faster.
     q, k = jnp.swapaxes(q, -2, -3), jnp.swapaxes(k, -2, -3)
     shape = (*q.shape[:-1], k.shape[-2])
@@ -73,15 +71,16 @@ def attention_weights(
 def attend(
     q: Float[Array, "*B T N H"],
     k: Float[Array, "*B S K H"],
-    v: Float[Array, "*B S K V"],
+    v: Float[Array, "*B S K H_v"],
     mask: Mask = None,
-) -> Float[Array, "*B T N V"]:
-    """Scaled dot-product attention; `mask` True = attend, None = everything, or `Causal`.
+) -> Float[Array, "*B T N H_v"]:
+    """Scaled dot-product attention; scores and softmax are float32 or wider.
 
-    Each N / K heads of queries in a row share one of keys and values. Raises InputError where N is
-    no multiple of K, or `Causal` is asked for of more or fewer queries than keys.
-    Scores and softmax are float32 or wider. Sources: Vaswani et al. 2017, section 3.2.1; Ainslie
-    et al. 2023, "GQA", section 2.2.
+    mask: True = attend, None = everything, or `Causal`. Each N / K neighbouring query heads share
+    one head of keys and values.
+
+    Raises InputError where N is no multiple of K, or for `Causal` where T is not S.
+    Sources: Vaswani et al. 2017, section 3.2.1; Ainslie et al. 2023, "GQA", section 2.2.
     """
     _require_groups(q.shape[-2], k.shape[-2])
     require_square(mask, q.shape[-3], k.shape[-3])
@@ -94,9 +93,9 @@ def attend(
 
 
 def _by_group(x: Float[Array, "*B N T C"], num_groups: int) -> Float[Array, "*B K GT C"]:
-    """The rows of all heads of a group, one after the other; heads of a group are neighbours."""
+    """Concatenates the rows of the heads of each group; heads of a group are neighbours."""
     _require_groups(x.shape[-3], num_groups)
-    rows = x.shape[-3] * x.shape[-2] // num_groups  # -1 is not known of a batch of none
+    rows = x.shape[-3] * x.shape[-2] // num_groups  # -1 is ambiguous for an empty batch
     return x.reshape(*x.shape[:-3], num_groups, rows, x.shape[-1])
 
 
@@ -110,8 +109,8 @@ def _require_groups(num_heads: int, num_groups: int) -> None:
 class SelfAttention(nnx.Module):
     """Multi-head self-attention without biases; rotary positions where they are given.
 
-    embed_dim: D. num_heads: N. head_dim: H of queries, keys and values. out_scale: of the initial
-    output map, as in `GatedMLP`.
+    embed_dim: D. num_heads: N. head_dim: H of queries, keys and values. out_scale: scale of the
+    initial output map, as in `GatedMLP`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""All that a layer knows of devices: what the dimensions of an array are called."""
+"""Sharding as layers see it: names of array dimensions, which the mesh in force divides."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,16 +16,11 @@ AXES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def alone() -> bool:
-    """Whether there is no mesh in force."""
-    return jax.sharding.get_abstract_mesh().empty
-
-
 def constrain(x: Shaped[Array, "..."], names: Sequence[str | None]) -> Shaped[Array, "..."]:
-    """x, laid out over the devices of the mesh in force (`jax.set_mesh`); x itself without one.
+    """x, sharded over the mesh in force (`jax.set_mesh`); x itself without a mesh.
 
-    names: of the first dimensions of x, each one of `AXES`, or None where every device has the
-    whole of it; so it is with the dimensions after them. Raises KeyError for another name.
+    names: for each of the first dimensions of x a key of `AXES`, or None = not divided; later
+    dimensions are not divided either. Raises KeyError for another name.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -39,11 +34,11 @@ def sum_over(
     parts: PyTree[Shaped[Array, "_ ..."]],
     batch: Sequence[Shaped[Array, "N ..."]],
 ) -> Shaped[Array, "N ..."]:
-    """The sum of f(first, part, *rows) over the devices of the mesh in force that each have a part
-    of dimension `name`, the first one of the arrays in `parts`; f(0, parts, *batch) without one.
+    """f(0, parts, *batch), computed in parts that are summed over the mesh in force.
 
-    first: where the part begins. rows: the device's part of `batch`, the same for all that are
-    summed; so it is with what f gives.
+    parts: arrays whose first dimension is called `name`. Each device calls f(first, part, *rows)
+    with its own part, which begins at index `first`, and its own rows of `batch`; the results are
+    summed over the devices that hold different parts for the same rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -59,8 +54,8 @@ def sum_over(
         return jax.lax.psum(f(first, part, *rows), axes)
 
     specs = (divided, *(rows for _ in batch))
-    # Unchecked: a loop that begins with zeros, or a gradient of its own, would have to say over
-    # which axes its arrays differ, and f knows none.
+    # check_vma=False: a loop that starts from zeros, or a custom gradient, would have to say over
+    # which mesh axes its arrays vary, and f knows of no mesh.
     return jax.shard_map(here, in_specs=specs, out_specs=rows, check_vma=False)(parts, *batch)
 
 
@@ -69,11 +64,11 @@ def per_device(
     arrays: Sequence[Shaped[Array, "..."]],
     names: Sequence[Sequence[str | None]],
 ) -> Shaped[Array, "..."]:
-    """f(*arrays), on each device of the mesh in force of its own part; f(*arrays) without one, or
-    where a caller's `shard_map` has divided them.
+    """f(*arrays), where each device of the mesh in force calls f on its own part.
 
-    For a kernel, which the compiler cannot divide. names: of the first dimensions of each array, as
-    for `constrain`; f is applied along them, and what it gives is divided as the first array is.
+    For kernels, which the compiler cannot divide. Without a mesh, or inside a `shard_map`, f is
+    called directly. names: for each array the names of its first dimensions, as for `constrain`. f
+    works along these dimensions independently, and its result is divided like the first array.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:
@@ -85,10 +80,10 @@ def per_device(
 def fit(
     shape: Sequence[int], axes: Sequence[Sequence[str]], sizes: Mapping[str, int]
 ) -> PartitionSpec:
-    """The layout of an array whose dimensions are divided by these mesh axes.
+    """The sharding of an array: for each dimension those of its mesh axes that divide it.
 
-    Of the axes of a dimension those are taken, from the first on, that the mesh has and that divide
-    it evenly; where none does, every device has the whole dimension.
+    axes: the wanted axes of each dimension. An axis is skipped where the mesh does not have it or
+    it does not divide what is left of the dimension evenly.
     """
     taken = []
     for size, wanted in zip(shape, axes, strict=False):

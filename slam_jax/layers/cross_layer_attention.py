@@ -1,4 +1,4 @@
-"""Cross-layer attention: keys and values are made once, kept once and read by several layers."""
+"""Cross-layer attention: several layers read keys and values that are computed and cached once."""
 
 from typing import Any, NamedTuple
 
@@ -15,9 +15,9 @@ from slam_jax.layers.rotary import Rope, rotary
 
 
 class KeyValues(NamedTuple):
-    """Keys and values before any reader turned or normed them.
+    """Keys and values, before a reader rotates or norms them.
 
-    positions: of each key in its row. visible: which keys the queries of this call may attend to.
+    positions: position of each key in its row. visible: the keys that the queries may attend to.
     """
 
     k: Float[Array, "*B S K H"]
@@ -27,9 +27,9 @@ class KeyValues(NamedTuple):
 
 
 class SharedKeyValues(nnx.Module):
-    """Makes what several layers read, and keeps the one cache of it.
+    """Computes the keys and values that several layers read, and their one cache.
 
-    Called, prefilled and stepped like an attention, but it returns `KeyValues`. embed_dim: D.
+    It has the methods of an attention layer, but they return `KeyValues`. embed_dim: D.
     num_kv_heads: K. head_dim: H.
 
     Source: Brandon et al. 2024, "Reducing Transformer Key-Value Cache Size with Cross-Layer
@@ -63,12 +63,12 @@ class SharedKeyValues(nnx.Module):
     def prefill(
         self, x: Float[Array, "*B T D"], cache: KVCache, lengths: Int[Array, "*B"] | None = None
     ) -> tuple[KeyValues, KVCache]:
-        """`self(x)`, and the cache that remembers it; as `GroupedQueryAttention.prefill`."""
-        made = self(x)
-        return made, cache.filled(made.k, made.v, lengths)
+        """`self(x)`, and the cache with it; see `GroupedQueryAttention.prefill`."""
+        shared = self(x)
+        return shared, cache.filled(shared.k, shared.v, lengths)
 
     def decode_step(self, x: Float[Array, "*B 1 D"], cache: KVCache) -> tuple[KeyValues, KVCache]:
-        """All that is kept, with one more token per row."""
+        """All keys and values of the cache, with one more token per row."""
         positions = cache.length[..., None]
         cache = cache.extended(self.key(x), self.value(x))
         slots = jnp.arange(cache.capacity)
@@ -77,10 +77,10 @@ class SharedKeyValues(nnx.Module):
 
 
 class CrossLayerAttention(nnx.Module):
-    """Own queries to keys and values of another layer, or of the same one where it makes them.
+    """A reader of `KeyValues`: own queries and output map, shared keys and values.
 
-    rope, qk_norm_epsilon: as in `GroupedQueryAttention`, each reader turning and norming by itself.
-    query_bias: a learned vector is added to the queries, and only to them.
+    rope, qk_norm_epsilon: as in `GroupedQueryAttention`; each reader rotates and norms by itself.
+    query_bias: adds a learned vector to the queries.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class CrossLayerAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "*B T D"], shared: KeyValues, positions: Int[Array, "*#B T"]
     ) -> Float[Array, "*B T D"]:
-        """positions: of the tokens of x."""
+        """positions: position of each token of x."""
         q, k = self.query(x), shared.k
         if self.query_bias is not None:
             q = q + self.query_bias[...].astype(q.dtype)

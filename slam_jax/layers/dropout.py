@@ -6,10 +6,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 
 def dropout(x: Float[Array, "*B"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*B"]:
-    """Zeroes each element with probability `rate` and scales the rest; no key, no dropout.
+    """Zeroes each element with probability `rate` and scales the rest; key None = no dropout.
 
-    The key comes in with the call: a stream stored in a module would be shared by the members of
-    a vmap, and the four processes have to drop out differently.
+    The key is an argument: a random stream stored in a module would be shared by the members of a
+    vmap, but each of the four processes needs its own.
     """
     if key is None or rate == 0.0:
         return x

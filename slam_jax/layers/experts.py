@@ -1,4 +1,4 @@
-"""Many gated MLPs side by side, of which each token uses a few."""
+"""Mixture of experts: many gated MLPs, of which each token uses a few."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ Kernels = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F 
 
 
 class ExpertLinear(nnx.Module):
-    """The kernels [E, I, O] of E linear maps; each starts like a `Linear` of its size."""
+    """The kernels [E, I, O] of E linear maps, each initialised like a `Linear`."""
 
     def __init__(
         self,
@@ -90,10 +90,10 @@ class Experts(nnx.Module):
         self,
         first: int | Int[Array, ""],
         kernels: Kernels,
-        rows: Float[Array, "R D"],
-        experts: Int[Array, "R k"],
-        weights: Float[Array, "R k"],
-    ) -> Float[Array, "R D"]:
+        rows: Float[Array, "rows D"],
+        experts: Int[Array, "rows k"],
+        weights: Float[Array, "rows k"],
+    ) -> Float[Array, "rows D"]:
         """The weighted outputs of the experts from `first` on, which have these kernels."""
         count, (num_rows, k) = len(kernels[0]), experts.shape
         choices = experts.reshape(-1) - first
@@ -108,8 +108,8 @@ class Experts(nnx.Module):
         return jnp.einsum("rk,rkd->rd", weights, y)
 
     def _within_capacity(
-        self, capacity: int, experts: Int[Array, "R k"], weights: Float[Array, "R k"]
-    ) -> Int[Array, "R k"]:
+        self, capacity: int, experts: Int[Array, "rows k"], weights: Float[Array, "rows k"]
+    ) -> Int[Array, "rows k"]:
         """The choices, of which those beyond an expert's capacity are dropped."""
         order = jnp.argsort(-weights.reshape(-1))
         chosen = jax.nn.one_hot(experts.reshape(-1)[order], self.num_experts, dtype=jnp.int32)
@@ -123,9 +123,9 @@ class MixtureOfExperts(nnx.Module):
 
     Args:
       shared_dim: width of the shared MLP, None = there is none.
-      capacity_factor: in training an expert takes at most so many times its share of the tokens,
-        pads among them, None = all. Never at any other time.
-      the others: of `Router` and `Experts`.
+      capacity_factor: in training an expert takes at most this many times its even share of the
+        tokens (pads count), None = no limit. It has no effect outside of training.
+      The other arguments: see `Router` and `Experts`.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class MixtureOfExperts(nnx.Module):
         mask: Bool[Array, "*B T"] | None = None,
         training: bool = False,
     ) -> tuple[Float[Array, "*B T D"], Routing]:
-        """What the token's experts make of it, and which they were."""
+        """The output of each token's experts (and of the shared MLP), and the routing."""
         routing, capacity = self.router(x), None
         if training and self.capacity_factor is not None:
             share = math.prod(x.shape[:-1]) * self.num_experts_per_token / self.num_experts

@@ -16,16 +16,16 @@ from slam_jax.layers.rotary import Rope, rotary
 class GroupedQueryAttention(nnx.Module):
     """Causal self-attention with a cache of keys and values; no biases.
 
-    `attention(x)` sees a whole sequence, `prefill` does the same and fills an empty cache,
-    `decode_step` appends one token to it; the three agree.
+    `attention(x)` takes a whole sequence, `prefill` also fills an empty cache, `decode_step`
+    appends one token to it; the three give the same outputs.
 
     Args:
       embed_dim: D. num_heads: N of queries. num_kv_heads: K, None = N, plain multi-head attention.
       head_dim: H of queries, keys and values, None = D / N.
-      rope: how queries and keys turn, None = no positions at all.
-      qk_norm_epsilon: of RMS norms over each head of the turned queries and keys, None = no norms
+      rope: rotation of queries and keys, None = no positions.
+      qk_norm_epsilon: of RMS norms over each head of the rotated queries and keys, None = no norms
         (Hunyuan-Large, arXiv 2411.02265; Henry et al. 2020, "Query-Key Normalization").
-      out_scale: of the initial output map, as in `GatedMLP`.
+      out_scale: scale of the initial output map, as in `GatedMLP`.
 
     Source: Ainslie et al. 2023, "GQA" (arXiv 2305.13245), section 2.2.
     """
@@ -65,7 +65,7 @@ class GroupedQueryAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "*B T D"], layout: Layout | None = None
     ) -> Float[Array, "*B T D"]:
-        """Every token attends to itself and to those before it; `layout`: where pads stand."""
+        """Every token attends to itself and to those before it; `layout`: where the pads are."""
         layout = layout or causal_layout(x.shape[-2])
         q, k, v = self._project(x, layout.positions)
         return self.out(attend(q, k, v, layout.visible))
@@ -73,7 +73,7 @@ class GroupedQueryAttention(nnx.Module):
     def prefill(
         self, x: Float[Array, "*B T D"], cache: KVCache, lengths: Int[Array, "*B"] | None = None
     ) -> tuple[Float[Array, "*B T D"], KVCache]:
-        """`self(x)`, and the cache that remembers x; `cache` must be empty.
+        """`self(x)`, and the cache with x in it; `cache` must be empty.
 
         lengths: real tokens of each right-padded row, None = all T. Raises InputError where T
         exceeds the capacity of the cache.
@@ -85,9 +85,9 @@ class GroupedQueryAttention(nnx.Module):
     def decode_step(
         self, x: Float[Array, "*B 1 D"], cache: KVCache
     ) -> tuple[Float[Array, "*B 1 D"], KVCache]:
-        """The output of one more token per row, and the cache that remembers it.
+        """The output of one more token per row, and the cache with that token.
 
-        A row whose cache is full keeps what it has and does not remember the token: leave room.
+        The cache of a full row stays as it is: the token is dropped.
         """
         positions = cache.length[..., None]
         q, k, v = self._project(x, positions)

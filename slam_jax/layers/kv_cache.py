@@ -21,7 +21,7 @@ class KVCache:
     """
 
     k: Float[Array, "*B K T H"]
-    v: Float[Array, "*B K T V"]
+    v: Float[Array, "*B K T H_v"]
     length: Int[Array, "*B"]
 
     @classmethod
@@ -36,27 +36,27 @@ class KVCache:
     def capacity(self) -> int:
         return self.k.shape[-2]
 
-    def tokens_first(self) -> tuple[Float[Array, "*B T K H"], Float[Array, "*B T K V"]]:
+    def tokens_first(self) -> tuple[Float[Array, "*B T K H"], Float[Array, "*B T K H_v"]]:
         """Keys and values as `attend` takes them; XLA cancels this transpose with its own."""
         return _swapped(self.k), _swapped(self.v)
 
     def filled(
         self,
         k: Float[Array, "*B t K H"],
-        v: Float[Array, "*B t K V"],
+        v: Float[Array, "*B t K H_v"],
         lengths: Int[Array, "*B"] | None,
     ) -> "KVCache":
         """This empty cache with right-padded prompts of `lengths` tokens (None = all t) in it."""
-        lengths = None if lengths is None else self._of_heads(lengths)
-        prompts, length = (_swapped(k), _swapped(v)), self._of_heads(self.length)
+        lengths = None if lengths is None else self._per_head(lengths)
+        prompts, length = (_swapped(k), _swapped(v)), self._per_head(self.length)
         return self._written(*write_prompt((self.k, self.v), prompts, length, lengths))
 
-    def extended(self, k: Float[Array, "*B 1 K H"], v: Float[Array, "*B 1 K V"]) -> "KVCache":
+    def extended(self, k: Float[Array, "*B 1 K H"], v: Float[Array, "*B 1 K H_v"]) -> "KVCache":
         """This cache with one more token per row; a full row stays as it is."""
-        tokens, length = (_swapped(k), _swapped(v)), self._of_heads(self.length)
+        tokens, length = (_swapped(k), _swapped(v)), self._per_head(self.length)
         return self._written(*write_token((self.k, self.v), tokens, length))
 
-    def _of_heads(self, length: Int[Array, "*B"]) -> Int[Array, "*B K"]:
+    def _per_head(self, length: Int[Array, "*B"]) -> Int[Array, "*B K"]:
         """The length of each head, which is written like a row of its own."""
         return jnp.broadcast_to(length[..., None], self.k.shape[:-2])
 

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values are kept as one small latent per token.
+"""Multi-head latent attention: the cache stores one small latent per token.
 
 Source: DeepSeek-AI 2024, "DeepSeek-V2" (arXiv 2405.04434), sections 2.1.2 (low-rank joint
 compression), 2.1.3 (decoupled rotary key) and appendix C (the absorbed form).
@@ -22,11 +22,11 @@ from slam_jax.layers.rotary import Rope, rotary
 
 @struct.dataclass
 class LatentCache:
-    """What one layer remembers: R + H_r numbers a token, right-padded to a fixed capacity T.
+    """The cache of one layer: R + H_r numbers per token, right-padded to a fixed capacity T.
 
-    c_kv: normed latents, from which every head's keys and values are made.
+    c_kv: normed latents, from which the keys and values of all heads are computed.
     k_rope: the rotated key that all heads share.
-    length: tokens stored per row; entries at and beyond it are never attended to.
+    length: number of tokens stored per row; entries at and beyond it are never attended to.
     """
 
     c_kv: Float[Array, "*B T R"]
@@ -44,12 +44,12 @@ class LatentCache:
         )
 
     def filled(self, c_kv, k_rope, lengths: Int[Array, "*B"] | None) -> "LatentCache":
-        """An empty cache with a right-padded prompt in it; `lengths`: of its rows, None = all."""
+        """This empty cache with right-padded prompts of `lengths` tokens (None = all t) in it."""
         buffers, prompts = (self.c_kv, self.k_rope), (c_kv, k_rope)
         return LatentCache(*write_prompt(buffers, prompts, self.length, lengths))
 
     def extended(self, c_kv, k_rope) -> "LatentCache":
-        """With one more token a row; a full row keeps what it has."""
+        """This cache with one more token per row; a full row stays as it is."""
         return LatentCache(*write_token((self.c_kv, self.k_rope), (c_kv, k_rope), self.length))
 
 
@@ -64,14 +64,15 @@ def latent_attention_weights(
     score_scale: float = 1.0,
     absorbed: bool,
 ) -> Float[Array, "*B N T S"]:
-    """How much each query attends to each latent, float32 or wider; see `latent_attend`."""
+    """The weight of each latent for each query, float32 or wider; arguments as in
+    `latent_attend`."""
     sums = dict(preferred_element_type=upcast(q.dtype))
     visible = as_array(mask, q.shape[-3], latents.shape[-2])
     width = q.shape[-1] + (0 if q_rope is None else q_rope.shape[-1])
     # Heads first throughout, as in `attend`.
     if absorbed:
         q = jnp.einsum("...tnh,rnh->...ntr", q, w_uk)
-        # Latents first: the few queries are then laid out anew for the product, not the latents.
+        # With latents on the left, XLA transposes the few queries and not the latents.
         logits = jnp.einsum("...sr,...ntr->...snt", latents, q, **sums)
         logits = jnp.moveaxis(logits, -3, -1)
     else:
@@ -88,20 +89,21 @@ def latent_attend(
     q: Float[Array, "*B T N H"],
     latents: Float[Array, "*B S R"],
     w_uk: Float[Array, "R N H"],
-    w_uv: Float[Array, "R N V"],
+    w_uv: Float[Array, "R N H_v"],
     *,
     q_rope: Float[Array, "*B T N H_r"] | None = None,
     k_rope: Float[Array, "*B S H_r"] | None = None,
     mask: Mask = None,
     score_scale: float = 1.0,
     absorbed: bool,
-) -> Float[Array, "*B T N V"]:
-    """Attention to keys `latents @ w_uk`, beside them the shared `k_rope`; values `latents @ w_uv`.
+) -> Float[Array, "*B T N H_v"]:
+    """Attention with keys `latents @ w_uk`, joined by the shared `k_rope`, and values
+    `latents @ w_uv`.
 
-    Two forms that are equal in exact arithmetic. Expanded: make every key and value, cheapest when
-    there are many queries. Absorbed: take the queries to the latents instead, so that a decoding
-    step reads R numbers a token and not N * (H + V). Both scale by the expanded key width H + H_r,
-    and by `score_scale` (see `Rope`).
+    There are two forms, equal in exact arithmetic. Expanded: compute every key and value; cheapest
+    with many queries. Absorbed: multiply the queries by `w_uk` instead, so that a decoding step
+    reads R numbers per token and not N * (H + H_v). Both scale the scores by the expanded key width
+    H + H_r and by `score_scale` (see `Rope`).
     """
     width = q.shape[-1] + (0 if q_rope is None else q_rope.shape[-1])
     require_square(mask, q.shape[-3], latents.shape[-2])
@@ -132,17 +134,17 @@ def latent_attend(
 class MultiHeadLatentAttention(nnx.Module):
     """Causal self-attention with a latent cache.
 
-    `mla(x)` sees a whole sequence, `prefill` does the same and fills an empty cache, `decode_step`
-    appends one token to it; the three agree.
+    `mla(x)` takes a whole sequence, `prefill` also fills an empty cache, `decode_step` appends one
+    token to it; the three give the same outputs.
 
     Args:
       embed_dim: D. num_heads: N.
       kv_lora_rank: R, the latent width. q_lora_rank: rank of the queries, None = full.
-      qk_nope_head_dim: H, key width a head without positions. qk_rope_head_dim: H_r, the rotary
-        part (even). v_head_dim: V, value width a head.
-      rope: how the rotary part turns.
+      qk_nope_head_dim: H, width of a head's keys without positions. qk_rope_head_dim: H_r, the
+        rotary part (even). v_head_dim: H_v, width of a head's values.
+      rope: rotation of the rotary part.
       window: a token attends to itself and the window - 1 tokens before it; None = all.
-      out_scale: of the initial output map, as in `GatedMLP`.
+      out_scale: scale of the initial output map, as in `GatedMLP`.
     """
 
     def __init__(
@@ -190,16 +192,16 @@ class MultiHeadLatentAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "*B T D"], layout: Layout | None = None
     ) -> Float[Array, "*B T D"]:
-        """Every token attends to itself and to those before it (in its window).
+        """Every token attends to itself and to the tokens before it (in its window).
 
-        layout: where pads stand, None = nowhere.
+        layout: where the pads are, None = no pads.
         """
         return self._full(x, layout or causal_layout(x.shape[-2]))[0]
 
     def prefill(
         self, x: Float[Array, "*B T D"], cache: LatentCache, lengths: Int[Array, "*B"] | None = None
     ) -> tuple[Float[Array, "*B T D"], LatentCache]:
-        """`self(x)`, and the cache that remembers x; `cache` must be empty.
+        """`self(x)`, and the cache with x in it; `cache` must be empty.
 
         lengths: real tokens of each right-padded row, None = all T. Raises InputError where T
         exceeds the capacity of the cache.
@@ -210,10 +212,10 @@ class MultiHeadLatentAttention(nnx.Module):
     def decode_step(
         self, x: Float[Array, "*B 1 D"], cache: LatentCache, *, absorbed: bool = True
     ) -> tuple[Float[Array, "*B 1 D"], LatentCache]:
-        """The output of one more token per row, and the cache that remembers it.
+        """The output of one more token per row, and the cache with that token.
 
-        A row whose cache is full keeps what it has and does not remember the token: leave room.
-        `absorbed=False` makes all keys and values anew; it is there to be compared with.
+        The cache of a full row stays as it is: the token is dropped. `absorbed=False` recomputes
+        all keys and values, for comparison.
         """
         positions = cache.length[..., None]
         q, q_rope, c_kv, k_rope = self._project(x, positions)
@@ -254,14 +256,14 @@ class MultiHeadLatentAttention(nnx.Module):
 
 
 class LatentCrossAttention(nnx.Module):
-    """Attention to a bank of latents that others made: its own up-projections, no positions.
+    """Attention to a given bank of latents, with its own up-projections and without positions.
 
-    The same compression as above, for tokens that do not change while text is generated.
+    The compression of `MultiHeadLatentAttention`, for tokens that do not change during generation.
 
     Args:
       embed_dim: D of x. num_heads: N.
-      kv_lora_rank: R of the bank. qk_head_dim: H of queries and keys. v_head_dim: V of values.
-      out_scale: of the initial output map, as in `GatedMLP`.
+      kv_lora_rank: R of the bank. qk_head_dim: H of queries and keys. v_head_dim: H_v of values.
+      out_scale: scale of the initial output map, as in `GatedMLP`.
 
     Source: DeepSeek-AI 2024, "DeepSeek-V2", section 2.1.2, read across as in Vaswani et al. 2017,
     section 3.2.3.
@@ -296,7 +298,7 @@ class LatentCrossAttention(nnx.Module):
         *,
         absorbed: bool = False,
     ) -> Float[Array, "*B T D"]:
-        """What the tokens of x read from the bank; 0 for a row whose bank is all masked."""
+        """What the tokens of x read from the bank; 0 for a row whose bank is fully masked."""
         heads = latent_attend(
             self.q(x),
             latents,
@@ -313,7 +315,7 @@ class LatentCrossAttention(nnx.Module):
         latents: Float[Array, "*B S R"],
         mask: Bool[Array, "*#B #T S"] | None = None,
     ) -> Float[Array, "*B N T S"]:
-        """How much each head of each token of x attends to each latent."""
+        """The attention weights of the same call."""
         return latent_attention_weights(
             self.q(x), latents, self.k_up.kernel[...].astype(self.dtype), mask=mask, absorbed=False
         )

@@ -22,30 +22,30 @@ _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 @struct.dataclass
 class MambaCache:
-    """What one layer remembers of all tokens so far: as much for a thousand as for one.
+    """The state of one layer after all tokens so far; its size does not depend on their number.
 
     conv: the last W - 1 inputs of the convolution. state: of the recurrence.
     """
 
     conv: Float[Array, "*B W_1 I"]
-    state: Float[Array, "*B I N"]
+    state: Float[Array, "*B I state"]
 
 
 def selective_scan(
     x: Float[Array, "*B T I"],
     dt: Float[Array, "*B T I"],
-    a: Float[Array, "I N"],
-    b: Float[Array, "*B T N"],
-    c: Float[Array, "*B T N"],
-    state: Float[Array, "*B I N"],
+    a: Float[Array, "I state"],
+    b: Float[Array, "*B T state"],
+    c: Float[Array, "*B T state"],
+    state: Float[Array, "*B I state"],
     *,
     chunk_size: int,
-) -> tuple[Float[Array, "*B T I"], Float[Array, "*B I N"]]:
-    """h_t = exp(dt_t a) h_(t-1) + dt_t b_t x_t and y_t = c_t h_t, from the state given to the last.
+) -> tuple[Float[Array, "*B T I"], Float[Array, "*B I state"]]:
+    """y_t = c_t h_t with h_t = exp(dt_t a) h_(t-1) + dt_t b_t x_t, and the last h; h_0 is `state`.
 
-    States [T, I, N] never exist all at once: chunks of tokens are scanned one after the other, only
-    the states between chunks are stored for the gradient, and the rest of a chunk is recomputed. A
-    token whose dt is 0 leaves the state as it is.
+    The states [T, I, state] never exist all at once: chunks of tokens are scanned one after the
+    other, only the states between chunks are stored for the gradient, and the rest is recomputed.
+    A token whose dt is 0 leaves the state as it is.
     """
     num_tokens = x.shape[-2]
     num_chunks = -(-num_tokens // chunk_size)
@@ -66,7 +66,7 @@ def selective_scan(
     def chunk(state, tokens):
         return jax.lax.scan(step, state, tokens)
 
-    # Inside, states are [*B, N, I]: sums over the few N are then sums of whole rows.
+    # Inside, states are [*B, state, I]: sums over the few states are then sums of whole rows.
     inputs = tuple(map(in_chunks, (x, dt, b, c)))
     state, y = jax.lax.scan(chunk, jnp.swapaxes(state, -1, -2), inputs)
     y = y.reshape(num_chunks * chunk_size, *y.shape[2:])[:num_tokens]
@@ -81,17 +81,17 @@ def _uniform(bound: float) -> Initializer:
 
 
 class Mamba(nnx.Module):
-    """Called, prefilled and stepped like an attention.
+    """A Mamba layer, with the methods of an attention layer.
 
     Args:
-      embed_dim: D. state_dim: N, numbers a channel of the state. conv_width: W, tokens that the
+      embed_dim: D. state_dim: numbers per channel of the state. conv_width: W, tokens that the
         causal convolution sees. expand: I / D. dt_rank: of the map to dt, None = ceil(D / 16).
       norm_epsilon: of learned RMS norms on dt, B and C, as in Jamba; None = no norms, as in Mamba.
       conv_bias, proj_bias: of the convolution, and of the maps in and out.
-      chunk_size: tokens between two kept states.
+      chunk_size: tokens between two stored states.
 
-    The recurrence, A, D and dt are float32 or wider, and so are the parameters A, D and the bias of
-    dt: in bfloat16 they overflow, and what dt learns is rounded away.
+    The recurrence and its coefficients are float32 or wider, and so are the parameters A, D and the
+    bias of dt: in bfloat16 they overflow, and the updates of dt are rounded away.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Mamba(nnx.Module):
         self.chunk_size, self.dtype, self.norm_epsilon = chunk_size, dtype, norm_epsilon
         self.value = Linear(embed_dim, width, use_bias=proj_bias, **kw)
         self.gate = Linear(embed_dim, width, use_bias=proj_bias, **kw)
-        # As PyTorch starts a convolution of one channel a filter.
+        # The initial values of a depthwise convolution in PyTorch.
         conv_init = _uniform(conv_width**-0.5)
         self.conv_filter = nnx.Param(conv_init(rngs.params(), (conv_width, width), param_dtype))
         self.conv_bias = nnx.Param(jnp.zeros((width,), param_dtype)) if conv_bias else None
@@ -139,14 +139,14 @@ class Mamba(nnx.Module):
         dt = jnp.maximum(jnp.exp(log_dt), _DT_FLOOR)
         # The inverse of softplus.
         self.dt_up.bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
-        # Not kernels: weight decay leaves them alone.
+        # These are no kernels, so that weight decay does not apply to them.
         log_a = jnp.log(jnp.arange(1, state_dim + 1, dtype=kept))
         self.a_log = nnx.Param(jnp.tile(log_a, (width, 1)))
         self.skip = nnx.Param(jnp.ones((width,), kept))
         self.out = Linear(width, embed_dim, use_bias=proj_bias, **kw)
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> MambaCache:
-        """An empty cache for rows of `batch_shape`; it takes any number of tokens."""
+        """An empty cache for rows of `batch_shape`; `max_length` has no effect on its size."""
         return MambaCache(
             conv=jnp.zeros((*batch_shape, self.conv_width - 1, self.width), self.dtype),
             state=jnp.zeros((*batch_shape, self.width, self.state_dim), upcast(self.dtype)),
@@ -155,14 +155,14 @@ class Mamba(nnx.Module):
     def __call__(
         self, x: Float[Array, "*B T D"], layout: Layout | None = None
     ) -> Float[Array, "*B T D"]:
-        """The whole sequence; pads (`layout.mask`), left or right, leave no trace."""
+        """The output for a whole sequence; pads (`layout.mask`), left or right, have no effect."""
         cache = self.init_cache(x.shape[:-2], 0)
         return self._scan(x, None if layout is None else layout.mask, cache.state)[0]
 
     def prefill(
         self, x: Float[Array, "*B T D"], cache: MambaCache, lengths: Int[Array, "*B"] | None = None
     ) -> tuple[Float[Array, "*B T D"], MambaCache]:
-        """`self(x)`, and the cache that remembers x; `cache` must be empty.
+        """`self(x)`, and the cache after x; `cache` must be empty.
 
         lengths: real tokens of each right-padded row, None = all T.
         """
@@ -179,7 +179,7 @@ class Mamba(nnx.Module):
     def decode_step(
         self, x: Float[Array, "*B 1 D"], cache: MambaCache
     ) -> tuple[Float[Array, "*B 1 D"], MambaCache]:
-        """The output of one more token per row, and the cache that remembers it."""
+        """The output of one more token per row, and the cache after it."""
         value = self.value(x)
         seen = jnp.concatenate([cache.conv, value], axis=-2)
         mixed = jnp.sum(seen * self.conv_filter[...].astype(self.dtype), axis=-2, keepdims=True)
@@ -195,7 +195,7 @@ class Mamba(nnx.Module):
             value = jnp.where(mask[..., None], value, 0)
         num_tokens, before = x.shape[-2], self.conv_width - 1
         padded = jnp.pad(value, [(0, 0)] * (value.ndim - 2) + [(before, 0), (0, 0)])
-        # A few shifted products: XLA:CPU runs a depthwise convolution several times slower.
+        # A sum of shifted products, which is a depthwise convolution.
         kernel = self.conv_filter[...].astype(self.dtype)
         mixed = sum(padded[..., w : w + num_tokens, :] * kernel[w] for w in range(self.conv_width))
         v, dt, a, b, c = self._coefficients(self._activate(mixed))
@@ -210,7 +210,7 @@ class Mamba(nnx.Module):
         return jax.nn.silu(mixed)
 
     def _coefficients(self, v):
-        """What the recurrence takes, in float32 or wider: its inputs, dt, A, B and C."""
+        """The inputs of the recurrence and dt, A, B and C, in float32 or wider."""
         dt, b, c = self.dt_down(v), self.b(v), self.c(v)
         if self.norm_epsilon is not None:
             dt, b, c = self.dt_norm(dt), self.b_norm(b), self.c_norm(c)

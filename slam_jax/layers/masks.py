@@ -1,4 +1,4 @@
-"""Who may attend to whom: an array, or the words for one that a kernel need not read."""
+"""Attention masks: arrays, or `Causal`, which a kernel applies without reading an array."""
 
 import jax.numpy as jnp
 from flax import struct
@@ -10,9 +10,9 @@ from slam_jax.errors import InputError
 
 @struct.dataclass
 class Causal:
-    """Each token may attend to itself and to those before it.
+    """Each token may attend to itself and to the tokens before it.
 
-    window: to itself and the window - 1 tokens before it, None = all.
+    window: only to itself and the window - 1 tokens before it; None = no limit.
     """
 
     window: int | None = struct.field(pytree_node=False, default=None)
@@ -29,17 +29,17 @@ Mask = Bool[Array, "*#B #T S"] | Causal | None
 
 
 def as_array(mask: Mask, num_queries: int, num_keys: int) -> Bool[Array, "*#B #T S"] | None:
-    """The mask itself, and an array for one in words."""
+    """The mask as an array; None stays None."""
     require_square(mask, num_queries, num_keys)
     return mask.array(num_keys) if isinstance(mask, Causal) else mask
 
 
 def require_square(mask: Mask, num_queries: int, num_keys: int) -> None:
-    """Raises InputError where words cannot say which of the queries is which of the keys."""
+    """Raises InputError for a `Causal` mask where the numbers of queries and keys differ."""
     if isinstance(mask, Causal) and num_queries != num_keys:
         raise InputError(
-            f"a Causal mask over {num_queries} queries and {num_keys} keys; expected as many of "
-            "these as of those, or an array for a mask"
+            f"a Causal mask over {num_queries} queries and {num_keys} keys; expected equal "
+            "numbers, or an array for a mask"
         )
 
 

@@ -14,7 +14,7 @@ from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
 class GatedMLP(nnx.Module):
     """down(activation(gate(x)) * up(x)), no biases; SwiGLU with the default activation.
 
-    out_scale: of the initial `down`, below 1 where many such layers add to one residual stream.
+    out_scale: scale of the initial `down`; below 1 where many layers add to one residual stream.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", section 2.
     """
@@ -33,7 +33,6 @@ class GatedMLP(nnx.Module):
     ):
         kw: Any = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.activation = activation
-        # Two maps and not one cut in two: on a CPU the gradient of a cut costs more than a matmul.
         self.gate = Linear(embed_dim, mlp_dim, **kw)
         self.up = Linear(embed_dim, mlp_dim, **kw)
         self.down = Linear(mlp_dim, embed_dim, init_scale=out_scale, **kw)

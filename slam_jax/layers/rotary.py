@@ -1,4 +1,4 @@
-"""Rotary position embedding, and what lets it go beyond the context it was trained on."""
+"""Rotary position embedding, and its extensions to longer contexts."""
 
 import dataclasses
 import math
@@ -19,11 +19,12 @@ def _require_size(field: str, value: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """Stretching by parts: fast pairs stay, slow ones are slowed `factor` times, a ramp between.
+    """YaRN: fast pairs keep their frequency, slow pairs are slowed, with a ramp between.
 
-    factor: how many times the original context. original_length: that context in tokens.
-    beta_fast, beta_slow: turns within it, above which a pair stays, below which it is slowed.
-    mscale, mscale_all_dim: DeepSeek's two factors of the temperature, None = the paper's one.
+    factor: the new context divided by the original one. original_length: that context in tokens.
+    beta_fast, beta_slow: rotations within the original context above which a pair keeps its
+      frequency, and below which it is slowed.
+    mscale, mscale_all_dim: DeepSeek's two factors of the temperature, None = the paper's factor.
     Source: Peng et al. 2023, "YaRN" (arXiv 2309.00071), sections 3.2 to 3.4.
     """
 
@@ -44,19 +45,19 @@ class Yarn:
             require(ok, f"yarn.{field}", value, f"None, or 0 to {_LARGEST:g}")
 
     def magnitude(self, mscale: float = 1.0) -> float:
-        """0.1 mscale ln(factor) + 1, by which queries and keys grow as the context does."""
+        """0.1 mscale ln(factor) + 1, the factor of queries and keys at the longer context."""
         return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Which pairs of features turn how fast.
+    """The frequencies of rotary position embeddings.
 
-    base: pair i of H/2 turns by base^(-2i/H) a position.
+    base: pair i of H/2 is rotated by base^(-2i/H) radians per position.
     interleaved: pairs are (x[2i], x[2i+1]), as in RoFormer and DeepSeek; else (x[i], x[i + H/2]),
       as in GPT-NeoX and Llama.
     ntk_alpha: the base is multiplied by alpha^(H / (H - 2)), as in Hunyuan.
-    yarn: stretching by parts.
+    yarn: extension to a longer context, None = none.
     """
 
     base: float = 10_000.0
@@ -69,7 +70,7 @@ class Rope:
         _require_size("rope.ntk_alpha", self.ntk_alpha)
 
     def frequencies(self, width: int) -> Float32[np.ndarray, "half"]:
-        """Radians a position of each pair of `width` features."""
+        """Radians per position of each pair of `width` features."""
         base = self.base * self.ntk_alpha ** (width / (width - 2)) if width > 2 else self.base
         pairs = np.arange(width // 2)
         frequency = base ** (-2.0 * pairs / width)
@@ -77,7 +78,7 @@ class Rope:
             yarn = self.yarn
 
             def pair_of(turns: float) -> float:
-                """The pair that turns so many times within the original context."""
+                """The (fractional) pair that makes `turns` rotations in the original context."""
                 wavelength = yarn.original_length / (turns * 2 * math.pi)
                 return width * math.log(wavelength) / (2 * math.log(base))
 
@@ -89,7 +90,7 @@ class Rope:
 
     @property
     def magnitude(self) -> float:
-        """By which the rotated features are multiplied, queries and keys alike."""
+        """The factor of the rotated features of queries and keys."""
         if self.yarn is None:
             return 1.0
         if self.yarn.mscale is None or self.yarn.mscale_all_dim is None:
@@ -98,7 +99,7 @@ class Rope:
 
     @property
     def score_scale(self) -> float:
-        """By which DeepSeek multiplies the scores of rotated and other features alike: m^2."""
+        """DeepSeek's factor m^2 of all scores, from rotated and other features."""
         if self.yarn is None or not self.yarn.mscale_all_dim:
             return 1.0
         return self.yarn.magnitude(self.yarn.mscale_all_dim) ** 2
@@ -107,7 +108,7 @@ class Rope:
 def rotary(
     x: Float[Array, "*B T N H"], positions: Int[Array, "*#B T"], rope: Rope | None = None
 ) -> Float[Array, "*B T N H"]:
-    """Turns each pair of features by its frequency times the position; position 0 turns nothing.
+    """Rotates each pair of features by its frequency times the position.
 
     Angles are float32 or wider and the result has the dtype of `x`. H must be even.
     Source: Su et al. 2021, "RoFormer", section 3.2.2.
@@ -119,8 +120,8 @@ def rotary(
     if rope.interleaved:
         pairs = y.reshape(*y.shape[:-1], -1, 2)
         a, b = pairs[..., 0], pairs[..., 1]
-        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(y.shape)
+        rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(y.shape)
     else:
         a, b = jnp.split(y, 2, axis=-1)
-        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return turned.astype(x.dtype)
+        rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return rotated.astype(x.dtype)

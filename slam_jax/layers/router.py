@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and the losses that keep their loads even."""
+"""The choice of experts for each token, and the losses that balance their loads."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ from slam_jax.layers.precision import upcast
 
 
 class Routing(NamedTuple):
-    """experts: the k chosen ones of each token, the best first. weights: what each one's output is
-    multiplied by. probs: of all experts; the losses need them. Both float32 or wider."""
+    """experts: the k chosen experts of each token, best first. weights: factors of their outputs.
+    probs: of all experts, for the losses. weights and probs are float32 or wider."""
 
     weights: Float[Array, "*B T k"]
     experts: Int[Array, "*B T k"]
@@ -26,10 +26,10 @@ class Router(nnx.Module):
 
     Args:
       num_experts: E. num_experts_per_token: k.
-      num_groups, top_groups: experts stand in groups of neighbours; only those of the `top_groups`
-        groups with the most probable expert may be chosen (DeepSeek-V2, section 2.2.2). 1 group =
+      num_groups, top_groups: experts form groups of neighbours. A token chooses from the
+        `top_groups` groups with the most probable experts (DeepSeek-V2, section 2.2.2). 1 group =
         no limit.
-      renormalize: the k weights sum to 1. scale: of the weights where they do not.
+      renormalize: the k weights sum to 1. scale: factor of the weights otherwise.
 
     Source: Shazeer et al. 2017, "Outrageously Large Neural Networks", section 2.1.
     """
@@ -55,7 +55,7 @@ class Router(nnx.Module):
         self.scores = Linear(embed_dim, num_experts, dtype=upcast(param_dtype), **kw)
 
     def __call__(self, x: Float[Array, "*B T D"]) -> Routing:
-        # Accelerators multiply float32 in fewer bits by default: near ties would fall otherwise.
+        # By default accelerators multiply float32 with fewer bits, which decides near ties wrongly.
         with jax.default_matmul_precision("highest"):
             probs = jax.nn.softmax(self.scores(x), axis=-1)
         allowed = probs
@@ -101,7 +101,7 @@ def sequence_balance_loss(
 def device_balance_loss(
     routing: Routing, num_devices: int, mask: Bool[Array, "*B T"] | None = None
 ) -> Float[Array, ""]:
-    """The same over groups of experts that stand on one device; equations 26 to 28."""
+    """The same over groups of experts that are placed on one device; equations 26 to 28."""
     groups = (*routing.probs.shape[:-2], num_devices, -1)
     fractions = _fractions(routing, mask).reshape(groups).mean(axis=-1)
     probs = _mean(routing.probs, mask, 1).reshape(groups).sum(axis=-1)
@@ -111,8 +111,10 @@ def device_balance_loss(
 def communication_balance_loss(
     routing: Routing, num_devices: int, top_devices: int, mask: Bool[Array, "*B T"] | None = None
 ) -> Float[Array, ""]:
-    """Over how many tokens are sent to each device; equations 29 to 31. top_devices: M, at most so
-    many devices a token."""
+    """The same over the numbers of tokens sent to each device; equations 29 to 31.
+
+    top_devices: M, the most devices a token is sent to.
+    """
     groups = (*routing.probs.shape[:-1], num_devices, -1)
     sent = jnp.float32(_chosen(routing).reshape(groups).max(axis=-1) > 0)
     fractions = _mean(sent, mask, 1) * num_devices / top_devices
@@ -132,7 +134,7 @@ def _fractions(routing: Routing, mask) -> Float[Array, "*B E"]:
 
 
 def _mean(x, mask, num_axes: int):
-    """Over the real tokens of the last `num_axes` axes before the last one."""
+    """The mean over the real tokens of the `num_axes` axes before the last one."""
     axes = tuple(range(x.ndim - 1 - num_axes, x.ndim - 1))
     if mask is None:
         return jnp.mean(x, axis=axes)

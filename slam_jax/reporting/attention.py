@@ -1,4 +1,4 @@
-"""What the processes and the decoder's heads looked at while one answer was written."""
+"""Attention maps of the processes and of the decoder's heads for one answer."""
 
 import math
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from slam_jax.generation.requests import Request, read_inputs, read_prompts
 
 
 class AttentionMaps(NamedTuple):
-    """K maps, one a process and then one a decoder head, each over all that was given.
+    """One map a process and then one a decoder head, each over all that was given.
 
-    names: of the maps, such as "process 1" and "layer 1, head 2". num_processes: how many of them
-    are processes. image: [K, h, w], rows from the top. text: [K, tokens]. aux: [K, vectors]. None =
-    not given. The shares of a map are 1 in sum over the three.
+    names: of the maps, such as "process 1" and "layer 1, head 2". num_processes: the number of
+    maps of processes, which come first. image: rows from the top. image, text, aux: None = not an
+    input of the request. A map sums to 1 over the three.
 
     A head's map is its attention to the memory, averaged over the tokens of the answer. A process's
     is that of its shared attention from the tokens that the heads then read: heads and layers
@@ -27,9 +27,9 @@ class AttentionMaps(NamedTuple):
 
     names: tuple[str, ...]
     num_processes: int
-    image: Float[np.ndarray, "K h w"] | None
-    text: Float[np.ndarray, "K S_t"] | None
-    aux: Float[np.ndarray, "K A"] | None
+    image: Float[np.ndarray, "maps h w"] | None
+    text: Float[np.ndarray, "maps S_t"] | None
+    aux: Float[np.ndarray, "maps A"] | None
 
 
 def attention_maps(loaded: Any, request: Request, answer: str) -> AttentionMaps:

@@ -24,7 +24,7 @@ class AlignmentHead(nnx.Module):
         self.log_temperature = nnx.Param(jnp.log(jnp.full((), 10.0, kw["param_dtype"])))
         self.bias = nnx.Param(jnp.full((), -10.0, kw["param_dtype"]))
 
-    def __call__(self, memory: Memory) -> Float[Array, "B E"]:
+    def __call__(self, memory: Memory) -> Float[Array, "B embed"]:
         present = 1.0 if memory.mask is None else memory.mask[..., None]
         present = jnp.asarray(present, upcast(memory.c_mem.dtype))
         weights = jnp.broadcast_to(present, (*memory.c_mem.shape[:2], 1))
@@ -34,7 +34,7 @@ class AlignmentHead(nnx.Module):
         # Cut before the root, which has no gradient at 0: a row that shows nothing.
         return e / jnp.sqrt(jnp.maximum(jnp.sum(e * e, axis=-1, keepdims=True), 1e-12))
 
-    def loss(self, a: Float[Array, "B E"], b: Float[Array, "B E"]) -> Float[Array, ""]:
+    def loss(self, a: Float[Array, "B embed"], b: Float[Array, "B embed"]) -> Float[Array, ""]:
         """Sigmoid loss of all B x B pairs, of which the diagonal belongs together.
 
         Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", section 3.2.

@@ -1,4 +1,4 @@
-"""What a SLAM v3 is made of: frozen, checked where it is built, and nothing else is consulted."""
+"""The configuration of SLAM v3: frozen and checked when it is built."""
 
 import dataclasses
 from typing import Any
@@ -25,8 +25,8 @@ class ImageConfig:
     encoder: "resnet" halves the image once a stage, from `patch_size` on; "vit" projects patches
       and runs `num_layers` transformer blocks over them.
     size: height and width in pixels the model is trained on; the "vit" and its positions take any
-      multiple of the patch, the "resnet" any size that leaves more than one position: what is the
-      same all over a picture is taken out of it.
+      multiple of the patch, the "resnet" any size that leaves more than one position (its last norm
+      removes what is the same all over a picture).
     patch_size: pixels a side of one patch ("vit") or of one step of the stem ("resnet").
     stage_widths: channels of each residual stage of the "resnet".
     blocks_per_stage: residual blocks a stage.
@@ -69,7 +69,7 @@ class ImageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SlamV3Config:
-    """All of SLAM v3.
+    """The configuration of a SLAM v3.
 
     vocab_size: V of text and answers. embed_dim: D. num_heads: N of every attention.
     mlp_dim: F of every gated MLP. num_processes: P. num_process_layers: layers a process.
@@ -83,14 +83,15 @@ class SlamV3Config:
     context_length: the most tokens of a text, and of a prompt with its answer, that users may give;
       the model itself has no such bound.
     aux_dim: numbers an auxiliary vector. max_aux: with aux_slots, the number of slots.
-    aux_slots: True = the row an auxiliary vector stands in has a meaning of its own.
+    aux_slots: True = the row of an auxiliary vector has its own meaning.
     image: the image stream.
     alignment_dim: width of the retrieval embedding.
     dropout: rate on what each sublayer adds and on the embeddings.
-    without: some of PARTS, for ablations: they are not there, nor are their parameters. Without
-      "latent" the decoder has plain multi-head attention with rotary positions, and the memory
-      keeps its full width.
-    remat: what layers keep for their gradient, one of `slam_jax.layers.remat.POLICIES`; None = all.
+    without: some of PARTS, for ablations: the model is built without them and their parameters.
+      Without "latent" the decoder has plain multi-head attention with rotary positions, and the
+      memory keeps its full width.
+    remat: what layers store for their gradient, one of `slam_jax.layers.remat.POLICIES`; None =
+      everything.
     dtype, param_dtype: of the computation and of the parameters.
     """
 

@@ -110,7 +110,7 @@ class SlamV3(nnx.Module):
         """The head: logits (float32 or wider) of hidden states."""
         return project_to_float32(states, self.head.kernel[...])
 
-    def embed(self, inputs: Inputs, *, key: PRNGKeyArray | None = None) -> Float[Array, "B E"]:
+    def embed(self, inputs: Inputs, *, key: PRNGKeyArray | None = None) -> Float[Array, "B embed"]:
         """A unit vector for retrieval; give one input alone (see `AlignmentHead`)."""
         return self.alignment(self.encode(inputs, key=key))
 
@@ -177,7 +177,7 @@ class SlamV3(nnx.Module):
         h, memory_weights = self.decoder(self._embed(tokens), memory, key=key, weights=weights)
         return h.reshape(*tokens.shape, self.config.embed_dim), memory_weights
 
-    def _embed(self, tokens: Int[AnyArray, "B *Q T"]) -> Float[Array, "B R T D"]:
+    def _embed(self, tokens: Int[AnyArray, "B *Q T"]) -> Float[Array, "B Q T D"]:
         rows = jnp.asarray(tokens).reshape(*_rows(tokens.shape[:-1]), tokens.shape[-1])
         return self.embedding(rows)
 

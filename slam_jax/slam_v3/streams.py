@@ -1,4 +1,4 @@
-"""From what the user has to tokens of width D: one stream for each present input."""
+"""Turns each present input into a stream of tokens of width D."""
 
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from slam_jax.slam_v3.config import SlamV3Config
 
 @struct.dataclass
 class Inputs:
-    """What a model is given. Any part may be absent for the whole call (None) or, by its mask, for
+    """The inputs of a model. Any part may be absent for the whole call (None) or, by its mask, for
     some of the examples; the two give the same result, and None costs nothing.
 
     text: token ids, right-padded. image: pixels 0..255. aux: auxiliary vectors, a set unless the
@@ -121,7 +121,7 @@ class ResidualBlock(nnx.Module):
             None if same else nnx.Conv(width_in, width, (1, 1), stride, use_bias=False, **kw)
         )
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
+    def __call__(self, x: Float[Array, "B H W channels"]) -> Float[Array, "B h w channels"]:
         h = nnx.silu(self.norm1(x))
         x = x if self.shortcut is None else self.shortcut(h)
         h = nnx.silu(self.norm2(self.conv1(h)))
@@ -135,7 +135,7 @@ class ResNet(nnx.Module):
         kw = dict(**config.dtypes, rngs=rngs)
         image = config.image
         widths, patch = image.stage_widths, image.patch_size
-        # Windows overlap by a third on each side, so that an edge is never lost between two.
+        # Windows overlap by a third on each side, so that no edge is lost between two of them.
         window = patch + 2 * (patch // 2)
         self.stem = nnx.Conv(3, widths[0], (window, window), patch, **kw)
         blocks, width = [], widths[0]
@@ -145,8 +145,8 @@ class ResNet(nnx.Module):
                 blocks.append(ResidualBlock(width, stage_width, stride, **kw))
                 width = stage_width
         self.blocks = nnx.List(blocks)
-        # A group a channel: what a channel shows everywhere, the background, is taken out, and what
-        # is left of a token is what it alone shows.
+        # One group per channel: the norm removes what a channel has in common over the whole
+        # picture, such as the background.
         self.norm = nnx.GroupNorm(width, num_groups=width, **kw)
         self.reach = image.reach
         self.project = Linear(width, config.embed_dim, use_bias=True, **kw)
@@ -207,11 +207,11 @@ class Streams(nnx.Module):
         kw = dict(**config.dtypes, rngs=rngs)
         self.config = config
         norms = [RMSNorm(config.embed_dim, param_dtype=kw["param_dtype"]) for _ in range(3)]
-        # Whatever the scale of pixels, embeddings and numbers, the streams enter alike.
+        # The norms give all streams the same scale.
         self.text_norm, self.image_norm, self.aux_norm = norms
         encoder = ResNet if config.image.encoder == "resnet" else ViT
         self.image = encoder(config, rngs=rngs)
-        # Numbers are read as they are: 1,001 would be 1,000 in bfloat16.
+        # In float32 at least: in bfloat16 the number 1,001 would become 1,000.
         exact = {**kw, "dtype": upcast(kw["dtype"])}
         self.aux = Linear(config.aux_dim, config.embed_dim, use_bias=True, **exact)
         embedding = nnx.initializers.normal(0.02)

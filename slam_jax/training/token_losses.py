@@ -30,7 +30,7 @@ def token_losses(logits: Float[Array, "*B V"], targets: Int[AnyArray, "*B"]) -> 
 
 
 def token_losses_in_chunks(
-    head: Callable[[Float[Array, "c D"]], Float[Array, "c V"]],
+    head: Callable[[Float[Array, "chunk D"]], Float[Array, "chunk V"]],
     hidden: Float[Array, "*B D"],
     targets: Int[AnyArray, "*B"],
     chunk_tokens: int,
