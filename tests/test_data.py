@@ -396,7 +396,7 @@ def test_ragged_texts_of_any_source_are_padded_and_masked(dataset):
 
 def test_a_text_longer_than_its_source_promised_is_an_error(dataset):
     source = Captions(["red circle at 12 ."], longest=3)
-    with pytest.raises(ValueError, match="5 tokens where the source promised at most 3"):
+    with pytest.raises(ValueError, match="5 tokens, and its source promised at most 3"):
         next(evaluation_batches(source, dataset.tokenizer, "text", 1, seed=0))
 
 
@@ -536,7 +536,7 @@ def test_batches_are_made_without_damaged_records(config, dataset, damaged, capl
             bad.append(i)
     assert len(bad) == 2
     assert [record.message.partition(" (")[0] for record in caplog.records] == [
-        f"sort_of_clevr/tiny, train: record {i} is damaged and passed over" for i in bad
+        f"sort_of_clevr/tiny, train: record {i} is damaged and skipped" for i in bad
     ]
     steps = 2 * 256 // 8
     args = dataset.tokenizer, dataclasses.replace(config, stages=((0, {"aux": 1.0}),))

@@ -91,7 +91,7 @@ def test_the_figures_of_a_folder_are_those_of_its_usable_rows(folder):
     stages = ((0, {"image": 1.0}), (30, {"all": 1.0, "image": 0.0}))
     config = DataConfig("folder", path=str(folder), batch_size=4, stages=stages)
     _, lines = report(config)
-    # The one whose picture cannot be decoded is a record, and passed over where it is read.
+    # The one whose picture cannot be decoded is a record, and skipped where it is read.
     assert below(lines, "split records", 3) == ["train 14", "validation 1", "test 1"]
     assert lines[lines.index("views, and the shapes of a batch of 4") + 1 :][:5] == [
         "view used from step text image aux tokens",

@@ -1,4 +1,4 @@
-"""What to train on, in which order."""
+"""The configuration of the data of a run."""
 
 import bisect
 import dataclasses
@@ -15,7 +15,7 @@ from slam_jax.errors import ConfigError, require, require_count
 
 
 class Stage(NamedTuple):
-    """From step `first` on the views come at these rates."""
+    """The rates at which views are drawn from step `first` on."""
 
     first: int
     rates: Mapping[str, float]
@@ -26,23 +26,23 @@ class DataConfig:
     """The data of a run.
 
     name: a data set of `slam_jax.data.prepare`, with its variant after a slash where it has some.
-    data_dir: where built data sets are kept; None = $SLAM_JAX_DATA_DIR or ~/.cache/slam_jax/tfds.
-    path: of the data set "folder": the folder with its table, or the table itself.
+    data_dir: folder of built data sets; None = $SLAM_JAX_DATA_DIR or ~/.cache/slam_jax/tfds.
+    path: for the data set "folder", the folder with the table, or the table itself.
     batch_size: examples per step over all processes.
     seed: of shuffling, rendering and the choice of views.
-    augment: training pictures of folders and the like lose up to this share of each side, another
-      part each time; 0 = they are shown as they are.
-    drop_inputs: in training, each input of a folder's row is left out at this rate, though never
-      all of them; the model then answers from any mix, and is evaluated on each.
-    max_damaged_records: how many records of a split may be damaged; they are passed over, and one
-      more ends the run.
-    vocab_size: most tokens the tokenizer may learn.
+    augment: training pictures are cropped at random by up to this share of each side; 0 = they
+      are shown whole. Not for sort_of_clevr.
+    drop_inputs: in training, each input of a row is left out at this rate, but never all of them,
+      so that the model learns to answer from any mix; it is evaluated on each mix. Not for
+      sort_of_clevr.
+    max_damaged_records: how many damaged records of a split are skipped; one more ends the run.
+    vocab_size: the largest number of tokens that the tokenizer learns.
     table_version: how the table of a folder is read. 2 = equal pictures are in one split whatever
       their names, answers and kinds are stripped and in Unicode NFC, true and false are read alike
-      from every format, and outliers do not count for the scale of numbers. None = as version
-      0.11.0 did, whose checkpoints go on with it. `default_config` gives 2.
-    stages: (first step, {view: rate}); from that step on a batch is of that view with probability
-      proportional to the rate. Lists, as JSON gives them, are accepted.
+      from every format, and outliers do not count for the scale of numbers. None = as in version
+      0.11.0, so that its checkpoints keep their data. `default_config` sets 2.
+    stages: pairs (first step, {view: rate}); from that step on, a batch shows a view with
+      probability proportional to its rate. Lists, as JSON gives them, are accepted.
 
     Raises:
       ConfigError: naming the field, if a value cannot be used.
@@ -84,18 +84,18 @@ class DataConfig:
         except RuntimeError:
             raise ConfigError(
                 f"data_dir is {chosen!r} and there is no home folder; give data.data_dir or "
-                "$SLAM_JAX_DATA_DIR another place"
+                "$SLAM_JAX_DATA_DIR another folder"
             ) from None
 
     @property
     def views(self) -> tuple[str, ...]:
-        """Every view that some stage uses, in the order of `TRAINING_VIEWS`."""
+        """The views that some stage uses, in the order of `TRAINING_VIEWS`."""
         rates = [item for stage in self.stages for item in stage.rates.items()]
         used = {view for view, rate in rates if rate > 0}
         return tuple(view for view in TRAINING_VIEWS if view in used)
 
     def stage(self, step: int) -> Stage:
-        """The stage that step `step` falls into."""
+        """The stage that contains step `step`."""
         return self.stages[bisect.bisect([stage.first for stage in self.stages], step) - 1]
 
     def view(self, step: int) -> str:

@@ -1,4 +1,4 @@
-"""From any source of examples to batches, each a pure function of (seed, global step)."""
+"""Batches from any source of examples; each is a pure function of (seed, global step)."""
 
 import contextlib
 import functools
@@ -25,13 +25,13 @@ _QUESTIONS_KEPT = 1 << 14
 
 
 class Example(NamedTuple):
-    """One example as one view shows it; all examples of a view have the same Q.
+    """An example as one view shows it; all examples of a view have the same number Q of prompts.
 
-    text, image, aux: None where the view does not have it. A record may lack a text or an image
-    that its view has, None too; the rows of aux that it lacks are NaN.
-    needs_both: whether the answer needs both renderings of a split scene; all False elsewhere.
+    text, image, aux: None where the view does not show it, or the record lacks it. Rows of aux that
+    the record lacks are NaN.
+    needs_both: per prompt, whether the answer needs both inputs of a split scene; else False.
     numbers: the numbers of the row's columns that `aux` encodes, NaN = missing; None where the data
-    set has no such columns or the view does not show them.
+      set has no such columns or the view does not show them.
     """
 
     text: str | None
@@ -45,17 +45,17 @@ class Example(NamedTuple):
 
     @property
     def shows_something(self) -> bool:
-        """Whether there is anything to answer from."""
+        """Whether at least one input is present."""
         known = self.aux is not None and not np.isnan(self.aux).all()
         return known or self.text is not None or self.image is not None
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Records by index, how a view shows them, and how many tokens that takes at most.
+    """Records by index, their rendering in each view, and bounds of their lengths in tokens.
 
-    views: those it can show. image_size: height and width of its images.
-    Indexing raises DamagedRecord for a record that cannot be read; batches are made without it.
+    views: those that it can render. image_size: height and width of its images.
+    Indexing raises DamagedRecord for a record that cannot be read; batches skip it.
     """
 
     @property
@@ -68,31 +68,31 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
     def render(self, record: Any, view: str, rng: np.random.Generator) -> Example:
-        """The example that `view` makes of a record; all random choices come from `rng`."""
+        """The record as `view` shows it; all random choices come from `rng`."""
         ...
 
     def text_lengths(self, view: str, tokenizer: Tokenizer) -> tuple[int, int]:
-        """The least and the most tokens that the text of `view` can have."""
+        """The smallest and the largest number of tokens of a text in `view`."""
         ...
 
     def streams(self, view: str) -> tuple[str, ...]:
-        """The inputs that a batch of `view` has, of text, image and aux."""
+        """The inputs of a batch of `view`: some of "text", "image" and "aux"."""
         ...
 
     def complete(self, view: str) -> bool:
-        """Whether every record has all inputs of `view`, whole; else batches have masks."""
+        """Whether every record has all inputs of `view`; otherwise batches have masks."""
         ...
 
     def paired(self, view: str) -> bool:
-        """Whether text and image of `view` show the same, so that each could find the other."""
+        """Whether text and image of `view` show the same content, as retrieval needs it."""
         ...
 
     def question_length(self, tokenizer: Tokenizer) -> int:
-        """The most tokens that a prompt and its answer can have together."""
+        """The largest number of tokens of a prompt and its answer together."""
         ...
 
     def answer_length(self, tokenizer: Tokenizer) -> int:
-        """The most tokens that an answer can have."""
+        """The largest number of tokens of an answer."""
         ...
 
     def corpus(self) -> Iterator[str]:
@@ -106,11 +106,11 @@ class Source(Protocol):
 
 @struct.dataclass
 class Batch:
-    """A batch of one view; inputs that the view does not have are None.
+    """A batch of one view; inputs that the view does not show are None.
 
     tokens: <bos> prompt answer <eos>, right-padded. prompt_length: tokens of <bos> and the prompt.
-    length: all tokens. The answer is what tokens[prompt_length - 1 : length - 1] predict.
-    paired: whether text and image show the same; part of the structure, not of the arrays.
+    length: all tokens but the pads. Positions prompt_length - 1 to length - 2 predict the answer
+    and <eos>. paired: `Source.paired`; static, not a leaf of the pytree.
     """
 
     inputs: Inputs
@@ -121,8 +121,8 @@ class Batch:
 
 
 class EvaluationBatch(NamedTuple):
-    """A batch with what it was made of. Only the first `valid` rows count; the others repeat the
-    last one so that every batch has the same shape. `examples` holds the valid ones."""
+    """A batch and its examples. The first `valid` rows count; the others repeat the last example,
+    so that all batches have the same shape. `examples` holds the valid ones."""
 
     batch: Batch
     examples: list[Example]
@@ -139,10 +139,10 @@ def training_batches(
 ) -> Iterator[tuple[str, Batch]]:
     """Endless (view, batch) from step `start_step` on, as numpy arrays, prefetched.
 
-    Step s is the same whatever the start and however many processes share the work. Examples are
-    reshuffled every epoch. In the place of a damaged record stands the next one that is whole.
+    Step s gives the same batch whatever the start and the number of processes. Examples are
+    reshuffled every epoch. A damaged record is replaced by the next one that can be read.
 
-    rows: of each batch, those that are wanted here; None = all.
+    rows: the rows of each global batch that this process needs; None = all.
     """
     rows = range(config.batch_size) if rows is None else rows
     records = grain.MapDataset.source(_Whole(source)).seed(config.seed).shuffle().repeat()
@@ -169,10 +169,9 @@ def training_batches(
 def evaluation_batches(
     source: Source, tokenizer: Tokenizer, view: str, batch_size: int, *, seed: int
 ) -> Iterator[EvaluationBatch]:
-    """Every example of `source` once, in order, without those of damaged records and those of
-    records that have nothing of what the view shows. Example i
-    depends on (seed, i) and the view only, and all views of a scene share its random choices: the
-    halves of a split are its halves."""
+    """Every example of `source` once, in order. Records that are damaged, or lack all inputs of the
+    view, are skipped. Example i depends on (seed, i) and the view alone, and all views of a scene
+    make the same random choices, so that the two halves of a split view complete each other."""
     collate = _Collate(source, tokenizer, view)
 
     def examples() -> Iterator[Example]:
@@ -189,7 +188,7 @@ def evaluation_batches(
 
 
 class _Whole:
-    """A source for training, whose order no damaged record disturbs."""
+    """A source in which the next readable record replaces a damaged one; the order stays."""
 
     def __init__(self, source: Source):
         self._source = source
@@ -205,7 +204,7 @@ class _Whole:
 
 
 class _Collate:
-    """Examples of one view to a `Batch` whose shapes depend on their number alone."""
+    """Makes a `Batch` of examples of one view; its shapes depend on their number alone."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer, view: str):
         self._tokenizer = tokenizer
@@ -214,7 +213,7 @@ class _Collate:
         self._complete = source.complete(view)
         self._paired = source.paired(view)
         self._question_length = source.question_length(tokenizer) + 2
-        # Questions come again: the same words in other scenes, the same scene in every epoch.
+        # Questions repeat: the same words in other scenes, the same scene in every epoch.
         self._encode = functools.lru_cache(maxsize=_QUESTIONS_KEPT)(tokenizer.encode)
         self._questions = functools.lru_cache(maxsize=_QUESTIONS_KEPT)(self._encode_questions)
 
@@ -230,7 +229,7 @@ class _Collate:
     def _encode_questions(
         self, prompts: tuple[str, ...], answers: tuple[str, ...]
     ) -> Int[np.ndarray, "Q columns"]:
-        """Per question its padded tokens, then its prompt length and its length."""
+        """One row a question: its padded tokens, its prompt length and its length."""
         tokenizer, rows = self._tokenizer, []
         for prompt, answer in zip(prompts, answers, strict=True):
             start = [tokenizer.bos_id, *self._encode(prompt)]
@@ -272,7 +271,7 @@ class _Collate:
 def _pad(ids: list[int], length: int, pad_id: int) -> list[int]:
     if len(ids) > length:
         raise InputError(
-            f"a text of {len(ids)} tokens where the source promised at most {length}; "
+            f"a text has {len(ids)} tokens, and its source promised at most {length}; "
             "correct its text_lengths or question_length"
         )
     return ids + [pad_id] * (length - len(ids))

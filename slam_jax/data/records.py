@@ -1,4 +1,4 @@
-"""Records that may be damaged: each is told of once, and so many are too many."""
+"""Random access to records of which some may be damaged."""
 
 import logging
 import threading
@@ -9,24 +9,24 @@ from slam_jax.errors import UserError, first_line
 
 
 class DataError(UserError):
-    """A data set cannot be read, or too much of it is damaged: in one line."""
+    """A data set cannot be read, or too many of its records are damaged."""
 
 
 class DamagedRecord(Exception):
-    """This one record cannot be read; a `Source` raises it, and batches are made without it."""
+    """A record cannot be read. Raised by a `Source`; batches skip the record."""
 
 
 class Records(Sequence[Any]):
-    """Random access to the records of a split.
+    """The records of a split.
 
     Args:
-      records: raises, in its own way, for one that is damaged.
+      records: indexing it may raise any exception for a damaged record.
       name: of the split, for messages.
-      most: how many damaged records are passed over.
+      most: how many damaged records are allowed.
 
     Raises, when indexed:
       DamagedRecord: the record is damaged; a warning is logged the first time.
-      DataError: more than `most` were.
+      DataError: more than `most` records are damaged.
     """
 
     def __init__(self, records: Sequence[Any], name: str, most: int):
@@ -52,10 +52,10 @@ class Records(Sequence[Any]):
         if count > self._most:
             raise DataError(
                 f"{self._name}: {count} damaged, more than data.max_damaged_records={self._most}; "
-                f"record {index}: {reason}; mend the data, or raise that number"
+                f"record {index}: {reason}; repair the data, or raise that number"
             )
         if new:
             logging.getLogger("slam_jax").warning(
-                "%s: record %d is damaged and passed over (%s); %d of at most %d",
+                "%s: record %d is damaged and skipped (%s); %d of at most %d",
                 *(self._name, index, reason, count, self._most),
             )

@@ -1,4 +1,4 @@
-"""Byte-level BPE: any text in, the same text out."""
+"""A byte-level BPE tokenizer; decoding gives back any text exactly."""
 
 import dataclasses
 import functools
@@ -18,8 +18,8 @@ SMALLEST_VOCABULARY = len(_SPECIALS) + 256
 
 
 def _byte_of_letter() -> dict[str, int]:
-    """How byte-level BPE writes bytes: those that print as themselves, the others, in their order,
-    from U+0100 on. Source: Radford et al. 2019 (GPT-2), whose pre-tokenizer the library has."""
+    """The byte of each letter of byte-level BPE: printable bytes stand for themselves, the others,
+    in order, are the letters from U+0100 on. Source: Radford et al. 2019 (GPT-2)."""
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printed]
     return {chr(byte): byte for byte in printed} | {
@@ -31,25 +31,25 @@ _BYTE_OF = _byte_of_letter()
 
 
 def check_text(text: str, name: str) -> None:
-    """Raises InputError, naming the text, for one that would not be read as meant: with a special
-    token written out (no text becomes one) or with half a letter, as a broken file name has."""
+    """Raises InputError, naming the text, if it contains a special token such as "<eos>", which
+    would be encoded letter by letter, or a lone surrogate, which UTF-8 cannot encode."""
     for special in _SPECIALS:
         if special in text:
             raise InputError(f"{name} holds {special!r}, which is added by itself; leave it out")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{name} has half a letter in it; give whole ones") from None
+        raise InputError(f"{name} has half a letter in it (a lone surrogate); remove it") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A trained tokenizer, as the JSON of the `tokenizers` library; equal JSON is equal behaviour.
+    """A trained tokenizer, held as the JSON of the `tokenizers` library.
 
-    No text can produce a special token: a literal "<eos>" is encoded letter by letter.
+    Text never encodes to a special token: a literal "<eos>" is encoded letter by letter.
 
     Raises:
-      InputError: if the JSON is not that of a tokenizer trained here.
+      InputError: the JSON is not that of a tokenizer trained by this class.
     """
 
     json: str = dataclasses.field(repr=False)
@@ -67,12 +67,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learns at most `vocab_size` tokens; fewer where the texts hold no more pairs to merge.
+        """Learns at most `vocab_size` tokens; fewer if the texts have no more pairs to merge.
 
-        The same texts give the same tokenizer.
-
-        Raises:
-          InputError: if `vocab_size` has no room for the specials and the 256 bytes.
+        The same texts give the same tokenizer. Raises InputError if `vocab_size` is smaller than
+        the special tokens and the 256 bytes together.
         """
         if vocab_size < SMALLEST_VOCABULARY:
             raise InputError(
@@ -96,7 +94,7 @@ class Tokenizer:
         return self._model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | Int[Array | np.ndarray, "T"]) -> str:
-        """Text of `ids` up to the first <eos>, without the other specials."""
+        """The text of `ids` up to the first <eos>, without other special tokens."""
         kept: list[int] = np.asarray(ids, np.int64).tolist()
         if self.eos_id in kept:
             kept = kept[: kept.index(self.eos_id)]
@@ -104,8 +102,8 @@ class Tokenizer:
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes that each token stands for, none for the specials; a text's are those of its
-        tokens together."""
+        """The bytes of each token, empty for special tokens; those of a text's tokens, joined, are
+        the text in UTF-8."""
         pieces = [self._model.id_to_token(i) for i in range(self.vocab_size)]
         return [
             b"" if piece in _SPECIALS else bytes(_BYTE_OF[letter] for letter in piece or "")
@@ -138,7 +136,7 @@ class Tokenizer:
     def _model(self) -> tokenizers.Tokenizer:
         try:
             model = tokenizers.Tokenizer.from_str(self.json)
-        except Exception as error:  # the library raises no narrower type
+        except Exception as error:  # the library raises the bare type
             raise InputError(
                 f"tokenizer: not a tokenizer's JSON ({error}); "
                 "give the text that Tokenizer.save wrote"

@@ -1,6 +1,6 @@
 """Views: which part of an example each input stream shows.
 
-A data set that is no scene of six objects shows whole parts only: what is not None.
+Only scenes of six objects can be split; other data sets show a stream whole or not at all.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ ALL, FIRST, SECOND = slice(0, 6), slice(0, 3), slice(3, 6)
 
 
 class View(NamedTuple):
-    """Which objects of a scene in random order each rendering shows; None = no such rendering."""
+    """The objects (of six in random order) that each input shows; None = the input is absent."""
 
     image: slice | None = None
     text: slice | None = None
@@ -17,7 +17,7 @@ class View(NamedTuple):
 
     @property
     def split(self) -> bool:
-        """Whether objects are missing from a rendering."""
+        """Whether each input shows only some of the objects."""
         return ALL not in self
 
     @property
@@ -52,5 +52,5 @@ VIEWS = TRAINING_VIEWS | HALF_VIEWS
 
 
 def with_halves(views: tuple[str, ...]) -> tuple[str, ...]:
-    """The views, and after them the halves of those that are split."""
+    """The views, followed by the halves of those that are split."""
     return views + tuple(half for half in HALF_VIEWS if half.partition("_only_")[0] in views)

@@ -26,20 +26,20 @@ from slam_jax.training.state import (
 def initial_state(
     experiment: Experiment, vocab_size: int, mesh: Mesh | None = None
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """The structure of the model and the state before the first step, laid out over the mesh.
+    """The structure of the model and the state before the first step, sharded over the mesh.
 
-    Raises ConfigError, before anything is allocated, where it has no room.
+    Raises ConfigError, before anything is allocated, where it does not fit into memory.
     """
     graphdef, like = state_shapes(experiment, vocab_size, mesh)
     require_room_for(like, mesh)
-    # Compiled as one program: each of a hundred small initialisers costs more alone, and no device
-    # ever has more than its part. A restored state is placed alike, and takes the same steps.
+    # One jitted function: a hundred single initialisers would take longer, and so no device ever
+    # holds more than its shard. A restored state has the same shardings.
     shardings = jax.tree.map(lambda x: x.sharding, like)
-    return graphdef, jax.jit(_maker(experiment, vocab_size), out_shardings=shardings)()
+    return graphdef, jax.jit(_state_maker(experiment, vocab_size), out_shardings=shardings)()
 
 
 def require_room_for(like: TrainState, mesh: Mesh | None) -> None:
-    """Raises ConfigError where a state of such shapes and shardings has no room."""
+    """Raises ConfigError where a state of these shapes and shardings does not fit into memory."""
     num_devices = 1 if mesh is None else mesh.size
     require_memory(num_devices * bytes_per_device(like), "the training state")
 
@@ -47,10 +47,10 @@ def require_room_for(like: TrainState, mesh: Mesh | None) -> None:
 def state_shapes(
     experiment: Experiment, vocab_size: int, mesh: Mesh | None = None
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """`initial_state` with shapes, dtypes and shardings for arrays; nothing is allocated."""
+    """`initial_state` with shapes, dtypes and shardings instead of arrays; allocates nothing."""
     config = experiment.with_vocabulary(vocab_size)
     model = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
-    shapes = jax.eval_shape(_maker(experiment, vocab_size))
+    shapes = jax.eval_shape(_state_maker(experiment, vocab_size))
     return split_model(model)[0], with_shardings(shapes, mesh, zero=experiment.mesh.zero)
 
 
@@ -70,12 +70,12 @@ def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) 
 
 
 def loss_of(experiment: Experiment) -> Callable[..., Any]:
-    """(model, batch, key=) -> LossParts."""
+    """The loss function of a run: (model, batch, key=) -> LossParts."""
     return functools.partial(slam_v3_loss, config=experiment.loss)
 
 
-def _maker(experiment: Experiment, vocab_size: int) -> Callable[[], TrainState]:
-    """What makes the first state; its keys too, so that every process of several has them."""
+def _state_maker(experiment: Experiment, vocab_size: int) -> Callable[[], TrainState]:
+    """A function that makes the first state, keys included, alike in every process of a run."""
     config = experiment.with_vocabulary(vocab_size)
     optimizer = make_optimizer(experiment.optimizer, experiment.run.num_steps)
     ema = experiment.optimizer.ema_decay is not None

@@ -1,5 +1,6 @@
 """The state of a run, and the pure training step."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -104,25 +105,6 @@ def make_train_step(
 
         return jax.grad(loss, has_aux=True)(params)
 
-    def accumulated_gradients(params, batch, key):
-        # Each device takes a share of every part; neighbouring examples may be on one device.
-        parts = jax.tree.map(
-            lambda x: constrain(x.reshape(accumulate_steps, -1, *x.shape[1:]), (None, "batch")),
-            batch,
-        )
-        keys = jax.random.split(key, accumulate_steps)
-        weights = jax.vmap(weight_of)(parts)
-        shares = weights / jnp.maximum(weights.sum(), 1)
-
-        def add(total, inputs):
-            share, part, key = inputs
-            new = gradients(params, part, key)
-            return jax.tree.map(lambda x, y: x + (share * y).astype(x.dtype), total, new), None
-
-        shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], parts), key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zeros, (shares, parts, keys))[0]
-
     def update(grads, state: TrainState):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params, ema = optax.apply_updates(state.params, updates), state.ema
@@ -134,23 +116,51 @@ def make_train_step(
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
-        take = gradients if accumulate_steps == 1 else accumulated_gradients
-        grads, loss = take(state.params, batch, key)
+        grads, loss = _accumulate(gradients, state.params, batch, key, accumulate_steps, weight_of)
         grad_norm = optax.tree.norm(grads)
         bad = ~(jnp.isfinite(loss.total) & jnp.isfinite(grad_norm))
         new, old = update(grads, state), (state.params, state.opt_state, state.ema)
         params, opt_state, ema = jax.tree.map(lambda n, o: jnp.where(bad, o, n), new, old)
         bad_steps = jnp.where(bad, state.bad_steps + 1, 0)
         metrics = StepMetrics(loss, grad_norm, bad_steps, updates_made(state.opt_state))
-        state = TrainState(
+        new_state = dataclasses.replace(
+            state,
             step=state.step + 1,
             skipped=state.skipped + bad,
             bad_steps=bad_steps,
             params=params,
             opt_state=opt_state,
             ema=ema,
-            key=state.key,
         )
-        return state, metrics
+        return new_state, metrics
 
     return step
+
+
+def _accumulate(
+    gradients: Callable[..., Any],
+    params: Any,
+    batch: Any,
+    key: PRNGKeyArray,
+    num_parts: int,
+    weight_of: Callable[[Any], Any],
+) -> Any:
+    """The weighted mean of `gradients(params, part, key)` over the parts of a batch."""
+    if num_parts == 1:
+        return gradients(params, batch, key)
+    # Each device takes a share of every part; neighbouring examples may be on one device.
+    parts = jax.tree.map(
+        lambda x: constrain(x.reshape(num_parts, -1, *x.shape[1:]), (None, "batch")), batch
+    )
+    keys = jax.random.split(key, num_parts)
+    weights = jax.vmap(weight_of)(parts)
+    shares = weights / jnp.maximum(weights.sum(), 1)
+
+    def add(total, inputs):
+        share, part, key = inputs
+        new = gradients(params, part, key)
+        return jax.tree.map(lambda x, y: x + (share * y).astype(x.dtype), total, new), None
+
+    shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], parts), key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, (shares, parts, keys))[0]
