@@ -146,7 +146,7 @@ def _read_folder(wanted: _Wanted) -> Dataset:
     _skip_bad_rows(table, config.max_damaged_records)
     for split, kept in table.rows.items():
         if not kept:
-            raise DataError(f"{table.path}: no row is left for {split}; mend the bad ones")
+            raise DataError(f"{table.path}: no row is left for {split}; repair the bad ones")
     if table.columns and not model.aux_slots:
         raise ConfigError(
             f"model.aux_slots is False, and {table.path} has columns of numbers "
@@ -203,13 +203,11 @@ def _skip_bad_rows(table: Table, most: int) -> None:
         line, reason = table.bad[0]
         more = f" (and {len(table.bad) - 1} more such)" if len(table.bad) > 1 else ""
         raise DataError(
-            f"{table.path}, row {line}: {reason}{more}; mend it, or have "
-            f"data.max_damaged_records={len(table.bad)} rows passed over"
+            f"{table.path}, row {line}: {reason}{more}; repair it, or let "
+            f"data.max_damaged_records={len(table.bad)} rows be skipped"
         )
     for line, reason in table.bad:
-        logging.getLogger("slam_jax").warning(
-            "%s, row %d is passed over: %s", table.path, line, reason
-        )
+        logging.getLogger("slam_jax").warning("%s, row %d is skipped: %s", table.path, line, reason)
 
 
 def _read_digits(wanted: _Wanted) -> Dataset:

@@ -25,7 +25,7 @@ _WORDS = {"true": 1.0, "false": 0.0}
 
 
 def is_missing(value: Any) -> bool:
-    """Whether it stands for a number that is not known: None, NaN, or a text such as "" or "NA"."""
+    """Whether the value means a missing number: None, NaN, or a text such as "" or "NA"."""
     if isinstance(value, str):
         return value.strip().lower() in _MISSING
     return value is None or value != value
@@ -70,7 +70,7 @@ def find_outliers(numbers: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
 
 @dataclasses.dataclass(frozen=True)
 class AuxFormat:
-    """What stands in the auxiliary vectors of a data set; saved with every checkpoint.
+    """The content of the auxiliary vectors of a data set; saved with every checkpoint.
 
     Either rows are given as the model reads them and `names` are those of their numbers; or `names`
     are columns of a table, of which each makes one vector, and `mean` and `scale` (the standard

@@ -11,10 +11,10 @@ from slam_jax.layers.remat import POLICIES
 
 ENCODERS = ("resnet", "vit")
 DTYPES = ("float32", "bfloat16", "float64")
-# What can be left out, to see what it is worth: of a process its attention to its own stream, or to
-# the bank; of the fusion each thing that is added up; the compression of what the decoder keeps.
+# Parts that an ablation can leave out: a process's attention to its own stream or to the bank, each
+# term of the fusion, and the compression of the decoder's cache and memory.
 PARTS = ("isolated", "shared", "residual", "mean", "concat", "cross_modal", "fusion_mlp", "latent")
-# Of what is built in Python, layer by layer; and of a side of an image.
+# Bounds: layers are built one by one in Python; a side of an image in pixels.
 MOST_LAYERS, MOST_PIXELS = 512, 1 << 14
 
 
