@@ -1,3 +1,3 @@
-"""The version, alone so that packaging reads it without importing JAX."""
+"""The version, in a file of its own so that packaging reads it without importing JAX."""
 
-__version__ = "0.11.0"
+__version__ = "0.12.0"

@@ -13,16 +13,16 @@ from slam_jax.generation.requests import Request, read_inputs, read_prompts
 
 
 class AttentionMaps(NamedTuple):
-    """One map a process and then one a decoder head, each over all that was given.
+    """Attention maps over the inputs: one per process, then one per decoder head.
 
     names: of the maps, such as "process 1" and "layer 1, head 2". num_processes: the number of
     maps of processes, which come first. image: rows from the top. image, text, aux: None = not an
     input of the request. A map sums to 1 over the three.
 
-    A head's map is its attention to the memory, averaged over the tokens of the answer. A process's
-    is that of its shared attention from the tokens that the heads then read: heads and layers
-    averaged, tokens weighed by the heads' mean map. So it says where a process looked on behalf of
-    what was read; like all attention maps, not what it made of it.
+    The map of a head is its attention to the memory, averaged over the tokens of the answer. The
+    map of a process is its shared attention, averaged over its heads and layers and over query
+    tokens, which are weighted by the mean map of the heads. It shows where a process looked for
+    the tokens that the decoder read, not what the process computed from them.
     """
 
     names: tuple[str, ...]
@@ -33,7 +33,7 @@ class AttentionMaps(NamedTuple):
 
 
 def attention_maps(loaded: Any, request: Request, answer: str) -> AttentionMaps:
-    """The maps of a request that was answered so; raises InputError as `generate` does."""
+    """The maps of a request with this answer; raises InputError as `generate` does."""
     tokenizer = loaded.tokenizer
     written = [*tokenizer.encode(answer), tokenizer.eos_id]
     prompts = read_prompts(loaded, [request], 0)
@@ -65,7 +65,7 @@ def attention_maps(loaded: Any, request: Request, answer: str) -> AttentionMaps:
 @jax.jit
 def _maps(model, tokens, inputs, predicts):
     found = model(tokens, inputs, attention=True).attention
-    # Of the one example: heads over memory tokens, then over the tokens that those have read.
+    # Heads attend to memory tokens, and memory tokens have read input tokens.
     heads = jnp.einsum("lntm,t,ms->lns", found.decoder[0], predicts, found.memory[0])
     read = heads.mean(axis=(0, 1))
     if found.processes is None:  # an ablated model without shared attention
@@ -74,5 +74,5 @@ def _maps(model, tokens, inputs, predicts):
 
 
 def _count(mask: np.ndarray) -> int:
-    """Up to the last one that is there: a missing one among them keeps its place."""
+    """The number of vectors up to the last present one; missing ones between them count."""
     return int(np.flatnonzero(mask.any(axis=0)).max(initial=-1)) + 1
