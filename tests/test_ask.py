@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -41,7 +42,9 @@ def ask(workdir, *commands):
     """(exit code, stdout, stderr) of each list of arguments; and the errors of all, in lines."""
     several = [[f"--workdir={workdir}", *arguments] for arguments in commands]
     command = [sys.executable, "-c", REPEAT, json.dumps(several)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    # Compiled like the code of this process, which answers are compared with.
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr.splitlines()
 

@@ -178,20 +178,20 @@ def test_an_answer_ends_before_a_stop_string_however_it_is_cut_into_tokens(loade
     assert stopped
 
 
-def test_thousand_prompts_compile_once_a_bucket(loaded):
+def test_many_prompts_compile_once_a_bucket(loaded):
     rng = np.random.default_rng(0)
     compiled: Any = start
     before, live, buckets = compiled._cache_size(), [], set()
-    for _ in range(1000):
-        length = int(rng.integers(0, 55))
-        request = Request("x" * length, aux=vectors(0, int(rng.integers(1, 5))))
+    for _ in range(200):
+        length = int(rng.integers(0, 25))
+        request = Request("x" * length, aux=vectors(0, int(rng.integers(1, 3))))
         inputs: Any = read_inputs(loaded, [request])
         buckets.add((read_prompts(loaded, [request], 4).tokens.shape, inputs.aux.shape))
         generate(loaded, [request], Sampling(max_new_tokens=int(rng.integers(1, 5))))
         live.append(len(jax.live_arrays()))
-    assert 4 < len(buckets) <= 9
+    assert 2 < len(buckets) <= 6
     assert compiled._cache_size() - before <= len(buckets)
-    assert max(live[500:]) <= max(live[:500])
+    assert max(live[100:]) <= max(live[:100])
 
 
 def test_pictures_of_any_kind_are_the_same_request(loaded, tmp_path):

@@ -8,20 +8,18 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds",
     [
         {"kill": "kill", "flip": "bit flip", "cut": "cut or deleted"},
-        pytest.param(
-            {
-                "stop": "stop",
-                "nan": "NaN",
-                "full_disk": "disk full",
-                "full_disk_elsewhere": "disk full",
-                "fuzz": "fuzzed",
-            },
-            marks=pytest.mark.slow,
-        ),
+        {
+            "stop": "stop",
+            "nan": "NaN",
+            "full_disk": "disk full",
+            "full_disk_elsewhere": "disk full",
+            "fuzz": "fuzzed",
+        },
     ],
     ids=["kills and damage", "the rest"],
 )

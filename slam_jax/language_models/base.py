@@ -72,7 +72,7 @@ def check_prefill(num_tokens: int, lengths: Any, stored: Any, config: LanguageMo
     if lengths is None:
         check_length(num_tokens, config)
     elif not isinstance(lengths, Tracer):
-        check_length(int(np.max(lengths)), config)
+        check_length(int(np.asarray(lengths).max()), config)
 
 
 class ForwardPass(NamedTuple):
