@@ -29,8 +29,10 @@ def draw_scene(loaded: Loaded, prompt: str, index: int = 0) -> Figure:
     with matplotlib.rc_context({"text.parse_math": False}):
         figure = Figure((9, 3.7), dpi=120, facecolor="white")
         figure.suptitle(f"Question: {prompt}", fontsize=13)
+        note = f"after {loaded.step:,} steps of training"
+        figure.text(0.99, 0.02, note, fontsize=8, color="#66665f", ha="right")
         panels = figure.subplots(
-            1, 3, gridspec_kw=dict(top=0.8, bottom=0.14, left=0.01, right=0.99, wspace=0.05)
+            1, 3, gridspec_kw=dict(top=0.8, bottom=0.16, left=0.01, right=0.99, wspace=0.05)
         )
         names = ("an image", "a text", "a table of numbers")
         for panel, name, answer in zip(panels, names, answers, strict=True):
