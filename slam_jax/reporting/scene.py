@@ -1,6 +1,6 @@
-"""Draws a test scene of Sort-of-CLEVR with a question and a model's answers to it.
+"""Draws a test scene of Sort-of-CLEVR with a question and a model's answers to it:
 
-    python -m slam_jax.reporting.scene --workdir=runs/quickstart --output=docs/scene.png
+python -m slam_jax.reporting.scene --workdir=runs/quickstart --output=docs/scene.png
 """
 
 from pathlib import Path
