@@ -2,8 +2,13 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from slam_jax.reporting import scene
+from slam_jax.training import Loaded
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,3 +50,17 @@ def test_links_lead_to_files_and_headings(page):
 
 def test_the_readme_is_short():
     assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_picture_shows_each_input_with_its_own_answer(monkeypatch):
+    def generate(loaded, requests):
+        names = ("image", "text", "aux")
+        shown = [[name for name in names if getattr(r, name) is not None] for r in requests]
+        return [SimpleNamespace(text=" ".join(names)) for names in shown]
+
+    monkeypatch.setattr(scene, "generate", generate)
+    nothing: Any = None
+    loaded = Loaded(nothing, nothing, None, {}, step=7)
+    figure = scene.draw_scene(loaded, "a prompt", 3)
+    labels = [panel.get_xlabel() for panel in figure.axes]
+    assert labels == [f"Answer: {name}" for name in ("image", "text", "aux")]
