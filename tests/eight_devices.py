@@ -391,6 +391,7 @@ def shaped(batch: Batch) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
 
 
+@slow
 def test_a_plan_is_what_a_run_takes():
     experiment, batch = experiment_of({"zero": True}), make_batch(np.float32)
     mesh = mesh_of(data=2, process=4)
@@ -443,7 +444,7 @@ def test_what_many_layers_of_a_language_model_send_is_told_from_two(name):
     assert whole.sent == told.sent and whole.activations == told.activations
 
 
-@pytest.mark.parametrize("axis", ["data", "fsdp"])
+@pytest.mark.parametrize("axis", ["data", pytest.param("fsdp", marks=slow)])
 def test_devices_share_the_activations_of_a_batch(axis):
     """The less of them is kept, the more is made anew; what a device keeps is its rows' alone."""
     told = []

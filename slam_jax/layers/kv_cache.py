@@ -83,8 +83,8 @@ def check_prompts(lengths: Any, stored: Any, num_tokens: int) -> None:
             raise InputError(f"a prompt length is {wrong[0]}; expected 1 to {num_tokens:,}")
     if not isinstance(stored, Tracer) and np.any(np.asarray(stored)):
         raise InputError(
-            f"prefill into a cache that stores {np.asarray(stored).max():,} tokens; give it an empty one of "
-            "init_cache, or add tokens with decode_step"
+            f"prefill into a cache that stores {np.asarray(stored).max():,} tokens; give it an "
+            "empty one of init_cache, or add tokens with decode_step"
         )
 
 
