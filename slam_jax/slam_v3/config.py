@@ -63,7 +63,7 @@ class ImageConfig:
 
     @property
     def reach(self) -> int:
-        """Pixels a side of one position of the last stage of the "resnet"."""
+        """The total stride of the "resnet" in pixels."""
         return self.patch_size * 2 ** (len(self.stage_widths) - 1)
 
 
@@ -199,9 +199,10 @@ class SlamV3Config:
 
     @property
     def encoder_out_scale(self) -> float:
-        """Initial size of what a sublayer of the encoder adds: 1 / sqrt(sublayers).
+        """Initial scale of each sublayer of the encoder: 1 / sqrt(number of sublayers), which are 2
+        in level 1, 3 in each process layer and 3 in the fusion.
 
-        With it a token leaves the encoder still mostly itself, and can be found by a question.
+        So the residual stream is still dominated by the input tokens at the start of training.
         Source: Radford et al. 2019 (GPT-2), section 2.3.
         """
         return (2 + 3 * self.num_process_layers + 3) ** -0.5

@@ -60,8 +60,8 @@ class MemoryBank(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Latent self-attention, memory attention, SwiGLU; each pre-norm and residual.
 
-    Tokens are [B, Q, T, D] and the memory is [B, M, R]: every question of an example, and every
-    position of it, is one more query to the same bank.
+    Tokens are [B, Q, T, D] and the memory is [B, M, R]: every position of every prompt of an
+    example is one more query to the same memory.
     """
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
@@ -100,11 +100,11 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, h, memory: Memory, *, key: PRNGKeyArray | None = None, weights: bool = False
     ) -> tuple[Float[Array, "B Q T D"], Float[Array, "B N Q T M"] | None]:
-        """The new tokens, and with `weights` those of the memory attention (else None)."""
+        """The new tokens, and with `weights` the attention weights of the memory (else None)."""
         keys = split(key, 2)
         h = h + dropout(self.attention(self.norms[0](h)), self.dropout, keys[0])
         queries, mask = self._memory_queries(h, memory)
-        h = self._read_memory(h, memory, keys[1], absorbed=False)
+        h = self._memory_and_mlp(h, memory, keys[1], absorbed=False)
         if not weights:
             return h, None
         found = self.memory_attention.weights(queries, memory.c_mem, mask)
@@ -112,19 +112,19 @@ class DecoderLayer(nnx.Module):
 
     def prefill(self, h, cache: LayerCache, memory: Memory, lengths):
         a, cache = self.attention.prefill(self.norms[0](h), cache, lengths)
-        return self._read_memory(h + a, memory, None, absorbed=False), cache
+        return self._memory_and_mlp(h + a, memory, None, absorbed=False), cache
 
     def decode_step(self, h, cache: LayerCache, memory: Memory):
         a, cache = self.attention.decode_step(self.norms[0](h), cache)
-        return self._read_memory(h + a, memory, None, absorbed=True), cache
+        return self._memory_and_mlp(h + a, memory, None, absorbed=True), cache
 
     def _memory_queries(self, h, memory: Memory):
-        """Every position of every question of an example [B, QT, D], and the mask [B, 1, M]."""
+        """All positions of all prompts of an example [B, QT, D], and the mask [B, 1, M]."""
         batch, prompts, length, dim = h.shape
         mask = None if memory.mask is None else memory.mask[:, None, :]
         return self.norms[1](h).reshape(batch, prompts * length, dim), mask
 
-    def _read_memory(self, h, memory, key, *, absorbed):
+    def _memory_and_mlp(self, h, memory, key, *, absorbed):
         """The memory attention and the MLP."""
         keys = split(key, 2)
         queries, mask = self._memory_queries(h, memory)
@@ -151,7 +151,7 @@ class Decoder(nnx.Module):
         key: PRNGKeyArray | None = None,
         weights: bool = False,
     ) -> tuple[Float[Array, "B Q T D"], Float[Array, "B layers N Q T M"] | None]:
-        """The states, and with `weights` those of the memory attention (else None)."""
+        """The states, and with `weights` the attention weights of the memory (else None)."""
         keys, layer_weights = split(key, len(self.layers) + 1), []
         h = dropout(h, self.dropout, keys[-1])
         for layer, layer_key in zip(self.layers, keys, strict=False):

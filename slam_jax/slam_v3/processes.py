@@ -42,7 +42,10 @@ def join_masks(streams: Sequence[Stream]) -> Bool[Array, "B S"] | None:
 
 
 def _join_positions(streams: Sequence[Stream]) -> Int[Array, "S"] | None:
-    """Positions of the concatenation, 0 (no rotation) for tokens that have none."""
+    """Positions of the concatenation; tokens without one get 0, which is no rotation.
+
+    Keys and queries of the bank are not rotated: the order of words reaches it through this block.
+    """
     if all(stream.positions is None for stream in streams):
         return None
     zeros = [jnp.zeros(stream.tokens.shape[1], jnp.int32) for stream in streams]
@@ -108,6 +111,7 @@ class ProcessLayer(nnx.Module):
         )
         if has_shared:
             self.query = Linear(dim, heads, **kw)
+            # A learned bias of the queries lets each process ask the shared bank something else.
             normal = nnx.initializers.normal(0.02)
             self.query_bias = nnx.Param(normal(rngs.params(), heads, kw["param_dtype"]))
             self.out = Linear(heads, dim, init_scale=scale, **kw)
@@ -123,7 +127,7 @@ class ProcessLayer(nnx.Module):
         key: PRNGKeyArray | None = None,
         weights: bool = False,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B N S S"] | None]:
-        """The new tokens, and with `weights` those of the shared attention (else None)."""
+        """The new tokens, and with `weights` the attention weights of the bank (else None)."""
         keys, shared_weights = split(key, 3), None
         if self.isolated is not None:
             h = h + dropout(self._isolated_attention(h, streams), self.dropout, keys[0])
@@ -155,7 +159,7 @@ class Process(nnx.Module):
         self.layers = nnx.List(
             [ProcessLayer(config, rngs=rngs) for _ in range(config.num_process_layers)]
         )
-        # The fusion node adds y_p to the tokens, so it starts as small as what a sublayer adds.
+        # The fusion adds y_p to the tokens, so y_p starts as small as what a sublayer adds.
         scale = config.encoder_out_scale
         self.norm = RMSNorm(config.embed_dim, init_scale=scale, param_dtype=param_dtype)
 
@@ -167,7 +171,7 @@ class Process(nnx.Module):
         key: PRNGKeyArray | None = None,
         weights: bool = False,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B layers N S S"] | None]:
-        """y of this process, and with `weights` those of its shared attention (else None)."""
+        """y of this process, and with `weights` the attention weights of the bank (else None)."""
         x = jnp.concatenate([stream.tokens for stream in streams], axis=1)
         h, layer_weights = x + self.instruction[...].astype(x.dtype), []
         for layer, layer_key in zip(self.layers, split(key, len(self.layers)), strict=True):
@@ -197,7 +201,7 @@ class ParallelProcesses(nnx.Module):
         key: PRNGKeyArray | None = None,
         weights: bool = False,
     ) -> tuple[Float[Array, "P B S D"], Float[Array, "P B layers N S S"] | None]:
-        """y of every process, and with `weights` those of their shared attention (else None)."""
+        """y of every process, and with `weights` the attention weights of the bank (else None)."""
         keys = None if key is None else jax.random.split(key, self.num_processes)
 
         def run(process: Process, key: PRNGKeyArray | None):

@@ -78,7 +78,7 @@ class Stream(NamedTuple):
     """The tokens of one input.
 
     mask: True = present, None = all present. positions: for the rotary embedding of attention
-    inside the stream; None where tokens carry their place themselves.
+    inside the stream; None = no rotary positions (images have fixed 2-D features instead).
     """
 
     tokens: Float[Array, "B S D"]
@@ -89,8 +89,9 @@ class Stream(NamedTuple):
 def grid_positions(height: int, width: int, dim: int) -> Float[Array, "S D"]:
     """Fourier features of row and column, row-major: sine and cosine, `dim` / 4 (whole) of each.
 
-    Coordinates run from -1 to 1 whatever the grid, at 1/2 a period up to the finest the grid can
-    hold. The usual 1 / 10000^(2i/D) would be all but constant on the small grid of an image.
+    A coordinate x runs from -1 to 1 over the grid. The features are sin and cos of pi f x for
+    frequencies f from 1/2 to half of the grid's size, its Nyquist frequency. The usual frequencies
+    1 / 10000^(2i/D) would be almost constant on the small grid of an image.
     Source: Jaegle et al. 2021, "Perceiver", section 3.2.
     """
     features = []
@@ -121,7 +122,7 @@ class ResidualBlock(nnx.Module):
             None if same else nnx.Conv(width_in, width, (1, 1), stride, use_bias=False, **kw)
         )
 
-    def __call__(self, x: Float[Array, "B H W channels"]) -> Float[Array, "B h w channels"]:
+    def __call__(self, x: Float[Array, "B H W channels"]) -> Float[Array, "B h w channels_out"]:
         h = nnx.silu(self.norm1(x))
         x = x if self.shortcut is None else self.shortcut(h)
         h = nnx.silu(self.norm2(self.conv1(h)))
@@ -219,8 +220,8 @@ class Streams(nnx.Module):
             slots = (config.max_aux, config.embed_dim)
             self.slot = nnx.Param(embedding(rngs.params(), slots, kw["param_dtype"]))
         types = (3, config.embed_dim)
-        # As large as half a token: attention by place alone, such as to the token before, starts
-        # from what all tokens of a stream have in common.
+        # A standard deviation of 0.5 is half of a token's. Attention by position alone, such as to
+        # the token before, needs a large part that all tokens of a stream have in common.
         normal = nnx.initializers.normal(0.5)
         self.type = nnx.Param(normal(rngs.params(), types, kw["param_dtype"]))
 
