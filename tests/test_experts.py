@@ -79,7 +79,7 @@ def _pulled(f, weights, *inputs):
 
 @pytest.fixture(scope="module")
 def gradients():
-    """Of `Experts` in each form, and of `dense`: jitted once a shape, for all routes and masks."""
+    """Output and gradients of `Experts` in each form and of `dense`, jitted once for each shape."""
 
     def of(function, form):
         def call(weights, mask, routing, experts, x):

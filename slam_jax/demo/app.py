@@ -194,7 +194,7 @@ def _offer_prompts(prompt: gr.Textbox) -> None:
 
 
 def _numbers(loaded: Loaded) -> list[gr.Number]:
-    """The seed and the first fields of `Sampling`, in their order; 0 stands for no top-k."""
+    """The seed and the first fields of `Sampling`, in their order; 0 = no top-k."""
     fields = (
         ("seed", "seed", 0, 1),
         ("max tokens", "max_new_tokens", loaded.max_new_tokens, 1),

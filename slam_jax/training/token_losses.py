@@ -13,8 +13,11 @@ from slam_jax.layers.constrain import constrain
 
 
 class TokenLosses(NamedTuple):
-    """Of each token: the cross-entropy in nats, the squared log-normaliser of its logits, and 1
-    where the most probable token is the target, else 0."""
+    """The losses of each token.
+
+    cross_entropy: in nats. z: the squared log-normaliser of the logits. correct: 1 where the most
+    probable token is the target, else 0.
+    """
 
     cross_entropy: Float[Array, "*B"]
     z: Float[Array, "*B"]
