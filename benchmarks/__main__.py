@@ -5,6 +5,8 @@ Without --only, all benchmarks for this device, a CPU or a GPU.
 --only=a,b    these benchmarks; the others keep their stored figures
 --rounds=5    rounds of each comparison; figures of fewer than 5 are shown and not stored
 --quick       one round at tiny sizes, to see that it works; nothing is stored
+--against=DIR our arms alone, against those of another version of this repository in DIR; stored
+              in benchmarks/results/versions.json
 """
 
 import importlib
@@ -19,6 +21,7 @@ from slam_jax.runtime import cli
 ONLY = flags.DEFINE_list("only", [], "Benchmarks to run, by name.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each comparison.")
 QUICK = flags.DEFINE_bool("quick", False, "One round at tiny sizes; nothing is stored.")
+AGAINST = flags.DEFINE_string("against", "", "A checkout of another version to compare with.")
 LEAST_ROUNDS = 5
 
 
@@ -28,7 +31,9 @@ class BenchmarkFailed(UserError):
 
 def main(arguments: list[str]) -> None:
     if arguments:
-        raise InputError(f"argument {arguments[0]!r}; expected --only, --rounds or --quick")
+        raise InputError(
+            f"argument {arguments[0]!r}; expected --only, --rounds, --quick or --against"
+        )
     from benchmarks import BENCHMARKS, ON_CPU, ON_GPU, results, results_page
     from benchmarks.device import settle
 
@@ -36,6 +41,7 @@ def main(arguments: list[str]) -> None:
         if name not in BENCHMARKS:
             raise InputError(f"--only has {name!r}; there are {', '.join(BENCHMARKS)}")
     require_count("--rounds", ROUNDS.value)
+    other_version = results.version_of(AGAINST.value) if AGAINST.value else ""
     gpu = settle()
     here, other = (ON_GPU, ON_CPU) if gpu else (ON_CPU, ON_GPU)
     names = ONLY.value or list(here)
@@ -49,9 +55,11 @@ def main(arguments: list[str]) -> None:
     kept = not QUICK.value and rounds >= LEAST_ROUNDS
     failed = []
     for name in names:
-        entry, reason = run(name, rounds, QUICK.value)
+        entry, reason = run(name, rounds, QUICK.value, AGAINST.value)
         if reason:
             failed.append(name)
+        elif entry["rows"] and kept and other_version:
+            results.keep_versions(entry, other_version)
         elif entry["rows"] and kept:
             results.keep(results.machine_file(), name, entry)
     if kept:
@@ -62,8 +70,11 @@ def main(arguments: list[str]) -> None:
         raise BenchmarkFailed(f"{', '.join(failed)}: see above; the earlier figures stay")
 
 
-def run(name: str, rounds: int, quick: bool) -> tuple[Any, str | None]:
-    """The entry of a benchmark, and a line that says why it failed, or None."""
+def run(name: str, rounds: int, quick: bool, against: str = "") -> tuple[Any, str | None]:
+    """The entry of a benchmark, and a line that says why it failed, or None.
+
+    against: a checkout of another version, whose arms take the place of other libraries.
+    """
     from benchmarks.ceilings import measure_ceilings
     from benchmarks.harness import Disagreement, Skipped, measure
     from benchmarks.results import make_entry
@@ -80,7 +91,10 @@ def run(name: str, rounds: int, quick: bool) -> tuple[Any, str | None]:
         f"{ceilings['copy_by']}"
     )
     with tempfile.TemporaryDirectory() as folder:
-        for comparison in module.comparisons(quick, folder):
+        made = module.comparisons(quick, folder)
+        if against:
+            made = (pair for whole in made for pair in whole.between_versions(against))
+        for comparison in made:
             try:
                 rows.append(measure(comparison, rounds, ceilings))
             except Skipped as skipped:

@@ -29,6 +29,7 @@ class Arm:
     environment: more environment variables of its process.
     needs: packages and programs without which the arm is left out.
     aim: the ratio to reach; None for our arm, and if there is no aim.
+    checkout: a folder with another version of this repository, whose code the process runs.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Arm:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     needs: Sequence[str] = ()
     aim: float | None = None
+    checkout: str = ""
 
     def missing(self) -> list[str]:
         """The packages and programs that it needs and that are not installed."""
@@ -71,3 +73,14 @@ class Comparison:
     unit: str = "s"
     flops: float | None = None
     bytes_moved: float | None = None
+
+    def between_versions(self, checkout: str) -> "list[Comparison]":
+        """Each of our arms in this version and in that of another checkout."""
+        return [
+            dataclasses.replace(
+                self,
+                title=f"{self.title}: {arm.name}",
+                arms=[arm, dataclasses.replace(arm, name="other version", checkout=checkout)],
+            )
+            for arm in (dataclasses.replace(arm, aim=None) for arm in self.arms if not arm.needs)
+        ]

@@ -15,6 +15,7 @@ from slam_jax.rocket.machine import describe_machine
 Json = dict[str, Any]
 ROOT = Path(__file__).parent
 FOLDER = ROOT / "results"
+_VERSIONS = ["call", "earlier / later", "later", "earlier", "machine", "version", "against", "date"]
 
 
 def machine_file() -> Path:
@@ -45,6 +46,49 @@ def keep(file: Path, name: str, entry: Json) -> None:
     kept = read(file)
     kept["benchmarks"][name] = entry
     write_whole(file, json.dumps(kept, indent=1) + "\n")
+
+
+def version_of(checkout: str) -> str:
+    """The version of slam_jax in another checkout. Raises InputError if there is none."""
+    try:
+        text = (Path(checkout) / "slam_jax" / "version.py").read_text(encoding="utf-8")
+        return re.findall(r'__version__ = "([^"]+)"', text)[0]
+    except (OSError, IndexError):
+        raise InputError(
+            f"{checkout}: expected a checkout of another version of slam_jax"
+        ) from None
+
+
+def keep_versions(entry: Json, other: str) -> None:
+    """Stores rows that compare two versions in `versions.json`; rows of other titles stay."""
+    file, machine = FOLDER / "versions.json", entry["machine"]
+    where = [place(machine), machine["slam_jax"], other, entry["date"]]
+    new = {row["title"]: [row["title"], *_versions_row(row), *where] for row in entry["rows"]}
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    old = {row[0]: row for row in kept["tables"][0]["rows"]} if kept else {}
+    table = {"title": "All rows", "columns": _VERSIONS, "rows": [*(old | new).values()]}
+    found = {
+        "title": "One version against another",
+        "command": "python -m benchmarks --against=CHECKOUT",
+        "text": "The same call in two versions of this library, in turns on one machine. "
+        "Above 1x, the later version is faster or smaller.",
+        "tables": [table],
+    }
+    write_whole(file, json.dumps(found, indent=1) + "\n")
+
+
+def _versions_row(row: Json) -> list[str]:
+    later, earlier = (format_figure(row, arm) for arm in row["arms"].values())
+    ratio = row["arms"]["other version"]["ratio"]
+    return [f"{ratio['median']:.2f}x ({ratio['least']:.2f} to {ratio['most']:.2f})", later, earlier]
+
+
+def format_figure(row: Json, arm: Json) -> str:
+    """The median of an arm with its unit."""
+    value, unit = arm["median"], row["unit"]
+    if unit == "s" and value < 1:
+        value, unit = 1e3 * value, "ms"
+    return f"{value:,.3g} {unit}" if value < 1e3 else f"{value:,.0f} {unit}"
 
 
 def make_entry(title: str, rows: list[Json], ceilings: Json, middle_aim: float | None) -> Json:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import BENCHMARKS, ON_CPU, ON_GPU
+from benchmarks.results import format_figure
 from slam_jax.rocket.page import markdown_table
 
 Json = dict[str, Any]
@@ -19,10 +20,12 @@ def describe(row: Json) -> list[str]:
     if row["difference"] is not None:
         difference, tolerance = row["difference"], row["tolerance"]
         text = f"outputs differ by up to {difference:.2g}, tolerance {tolerance:g}"
-    lines = [f"{row['title']}: {first} {_figure(row, ours)}{_shares(ours, ' (', ')')}; {text}"]
+    lines = [
+        f"{row['title']}: {first} {format_figure(row, ours)}{_shares(ours, ' (', ')')}; {text}"
+    ]
     for name, arm in others:
         aim = "" if arm["ratio"]["aim"] is None else f", aim {arm['ratio']['aim']:g}"
-        lines.append(f"  {name} {_figure(row, arm)}: {_ratio(arm['ratio'])} of ours{aim}")
+        lines.append(f"  {name} {format_figure(row, arm)}: {_ratio(arm['ratio'])} of ours{aim}")
     lines += [f"  {name} left out: {reason}" for name, reason in row["left_out"].items()]
     return lines
 
@@ -100,10 +103,18 @@ def _table_rows(row: Json) -> list[Sequence[str]]:
         measured = _against_aim(ratio["aim"], ratio["median"])
         measured += f" ({ratio['least']:.2f} to {ratio['most']:.2f})"
         rows.append(
-            (title, name, aim, measured, _figure(row, ours), _figure(row, arm), _shares(ours))
+            (
+                title,
+                name,
+                aim,
+                measured,
+                format_figure(row, ours),
+                format_figure(row, arm),
+                _shares(ours),
+            )
         )
     if not others:
-        rows.append((title, "", "", "", _figure(row, ours), "", _shares(ours)))
+        rows.append((title, "", "", "", format_figure(row, ours), "", _shares(ours)))
     for name, reason in row["left_out"].items():
         rows.append((title, name, "", f"left out: {reason}", "", "", ""))
     return rows
@@ -117,13 +128,6 @@ def _against_aim(aim: float | None, ratio: float) -> str:
 
 def _ratio(ratio: Json) -> str:
     return f"{ratio['median']:.2f}x ({ratio['least']:.2f} to {ratio['most']:.2f})"
-
-
-def _figure(row: Json, arm: Json) -> str:
-    value, unit = arm["median"], row["unit"]
-    if unit == "s" and value < 1:
-        value, unit = 1e3 * value, "ms"
-    return f"{value:,.3g} {unit}" if value < 1e3 else f"{value:,.0f} {unit}"
 
 
 def _shares(arm: Json, before: str = "", after: str = "") -> str:

@@ -31,7 +31,7 @@ class Worker:
 
     def __init__(self, arm: Arm, *, checked: int | None):
         self._here, there = _SPAWN.Pipe()
-        with _with_environment(arm.environment):
+        with _with_environment(arm.environment), _importing_from(arm.checkout):
             started = time.time()
             if checked is None:
                 self._process = _SPAWN.Process(target=_serve_once, args=(there, arm, started))
@@ -148,3 +148,16 @@ def _with_environment(changes: Mapping[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _importing_from(checkout: str) -> Iterator[None]:
+    """Processes that are started in its body import this folder's modules first."""
+    if not checkout:
+        yield
+        return
+    sys.path.insert(0, checkout)
+    try:
+        yield
+    finally:
+        sys.path.remove(checkout)

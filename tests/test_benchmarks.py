@@ -300,3 +300,33 @@ def test_a_language_model_is_profiled_by_its_layers(capsys):
     shares = {part: float(share.rstrip("%")) for share, part in map(str.split, parts)}
     assert sum(shares.values()) == pytest.approx(100, abs=0.1 * len(shares))
     assert {"layers/linear.py", "layers/attention.py", "training/state.py"} <= shares.keys()
+
+
+# --- One version against another
+
+
+def test_our_arms_alone_run_in_both_versions_and_their_rows_are_stored(tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    (other / "slam_jax").mkdir(parents=True)
+    (other / "slam_jax" / "version.py").write_text('__version__ = "0.0.9"\n')
+    # The other version's `figure` is five times as large, whatever it is called with.
+    text = "from benchmarks.comparison import Measured\n\n\ndef figure(value, output=0.0):\n"
+    (other / "arms.py").write_text(text + "    return Measured(output, 5 * value)\n")
+    peer = Arm("peer", arms.dying, needs=["no_such_library"])
+    whole = compare(Arm("ours", arms.figure, {"value": 2.0}), peer, fresh=True)
+    (pair,) = whole.between_versions(str(other))
+    row = measure(pair, 1)
+    assert row["title"] == "a row: ours" and row["arms"]["other version"]["ratio"]["median"] == 5
+
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    assert results.version_of(str(other)) == "0.0.9"
+    for title in ("a row", "a row", "another"):
+        entry = results.make_entry("", [{**row, "title": title}], {}, None)
+        results.keep_versions(entry, "0.0.9")
+    rows = json.loads((tmp_path / "versions.json").read_text())["tables"][0]["rows"]
+    assert [each[:4] for each in rows] == [
+        [title, "5.00x (5.00 to 5.00)", "2 s", "10 s"] for title in ("a row", "another")
+    ]
+    assert rows[0][6] == "0.0.9"
+    with pytest.raises(InputError, match="expected a checkout of another version"):
+        results.version_of(str(tmp_path))
