@@ -153,6 +153,7 @@ def _plain_step(layer: Any, x: Any, cache: Any) -> Any:
     import jax.numpy as jnp
 
     from slam_jax.layers.attention import attend
+    from slam_jax.layers.masks import prefix_mask
     from slam_jax.layers.rotary import rotary
 
     positions = cache.length[..., None]
@@ -160,6 +161,6 @@ def _plain_step(layer: Any, x: Any, cache: Any) -> Any:
     q = jnp.concatenate([layer.q_nope(x), rotate(layer.q_rope(x))], axis=-1)
     k_rope = rotate(layer.k_rope(x)[..., None, :])[..., 0, :]
     cache = cache.extended(*_heads(layer, layer.kv_norm(layer.kv_down(x)), k_rope))
-    mask = jnp.arange(cache.capacity) <= positions[..., None]
+    mask = prefix_mask(positions + 1, cache.capacity)
     k, v = cache.tokens_first()
     return layer.out(attend(q, k, v, mask)), cache

@@ -162,7 +162,7 @@ def test_a_row_without_any_input_is_finite_and_leaves_the_others_alone(model, in
 
 def test_padded_text_is_the_shorter_text(model, inputs):
     short = Inputs(text=inputs.text[:, :4])
-    padded = Inputs(text=inputs.text, text_mask=jnp.arange(6) < jnp.full((2, 1), 4))
+    padded = Inputs(text=inputs.text, text_mask=jnp.tile(jnp.arange(6) < 4, (2, 1)))
     close(forward(model, TOKENS, padded), forward(model, TOKENS, short))
 
 
@@ -316,7 +316,7 @@ def test_fusion_is_its_formula(model, parts):
         f += y[p] @ fusion.concat.kernel[p * dim : (p + 1) * dim]
     modality = np.repeat(np.arange(3), [s.tokens.shape[1] for s in streams])
     present = jnp.concatenate([s.mask for s in streams], axis=1)
-    other = (modality[:, None] != modality) & present[:, None]
+    other = (modality[:, None] != modality)[None] & present[:, None]
     attention, tokens = fusion.cross_modal.attention, fusion.cross_modal.norm(mean)
     q, k, v = attention.query(tokens), attention.key(tokens), attention.value(tokens)
     f += attention.out(attend(q, k, v, other))
@@ -359,7 +359,7 @@ def test_image_tokens_know_their_place(build, encoder):
     # Away from the border equal pixels differ by their place alone.
     side = int(len(blank) ** 0.5)
     inner = blank.reshape(side, side, -1)[2:-2, 2:-2].reshape(-1, 32)
-    distances = np.linalg.norm(inner[:, None] - inner, axis=-1)
+    distances = np.linalg.norm(inner[:, None] - inner[None], axis=-1)
     assert (distances + np.eye(len(inner))).min() > 0.1
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 from slam_jax.data import EvaluationBatch, Example, Tokenizer
 from slam_jax.evaluation.metrics import bootstrap_interval, retrieval_metrics
 from slam_jax.generation import greedy_decode
+from slam_jax.layers.masks import prefix_mask
 from slam_jax.runtime.distributed import to_host
 from slam_jax.slam_v3.streams import Inputs
 
@@ -109,7 +110,7 @@ def most_frequent_answer(answers: Iterable[str]) -> str | None:
 def _generate(graphdef, params, batch, *, max_new_tokens, eos_id, pad_id):
     model = nnx.merge(graphdef, params)
     # The tokens contain the answers: mask everything after the prompt.
-    in_prompt = jnp.arange(batch.tokens.shape[-1]) < batch.prompt_length[..., None]
+    in_prompt = prefix_mask(batch.prompt_length, batch.tokens.shape[-1])
     return greedy_decode(
         model,
         model.encode(batch.inputs),

@@ -14,6 +14,7 @@ from slam_jax.array_typing import AnyArray
 from slam_jax.errors import InputError
 from slam_jax.generation.sampling import Rules, Sampling, choose
 from slam_jax.layers.kv_cache import check_prompts
+from slam_jax.layers.masks import prefix_mask
 from slam_jax.protocol import Decodable
 
 LEAST_LENGTH = 16
@@ -82,7 +83,7 @@ def start_decoding(
     logits, cache = model.prefill(prompts, cache, memory, lengths=lengths)
     last = jnp.take_along_axis(logits, (lengths - 1)[..., None, None], axis=-2)[..., 0, :]
     vocab_size = logits.shape[-1]
-    real = jnp.arange(prompts.shape[-1]) < lengths[..., None]
+    real = prefix_mask(lengths, prompts.shape[-1])
     flat = prompts.reshape(-1, prompts.shape[-1])
     rows = jnp.arange(flat.shape[0])[:, None]
     seen = jnp.zeros((flat.shape[0], vocab_size), bool)

@@ -126,7 +126,8 @@ def choose(
 
 def keep_allowed(logits: Float[Array, "*B V"], rules: Rules) -> Float[Array, "*B V"]:
     """The logits, with -inf where a filter removes the token; it never removes the best one."""
-    ranked, rank = jnp.sort(logits, axis=-1, descending=True), jnp.arange(logits.shape[-1])
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    rank = jax.lax.broadcast_to_rank(jnp.arange(logits.shape[-1]), logits.ndim)
     probs = jax.nn.softmax(jnp.where(rank < rules.top_k, ranked, -jnp.inf), axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
     # Without top-p a rounded sum above 1 must not cut off the tail.

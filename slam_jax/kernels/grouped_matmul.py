@@ -37,7 +37,7 @@ def _on_cpu(x, kernels, group_sizes):
     if len(x) > _FEW_ROWS:
         return _by_blocks(x, kernels, group_sizes)
     ends = jnp.cumsum(group_sizes)
-    groups = jnp.sum(jnp.arange(len(x))[:, None] >= ends, axis=-1)
+    groups = jnp.sum(jnp.arange(len(x))[:, None] >= ends[None], axis=-1)
     picks = jnp.minimum(groups, len(kernels) - 1)
     rows = [picked_row_product(row, kernels, pick) for row, pick in zip(x, picks, strict=True)]
     return jnp.where(groups[:, None] < len(kernels), jnp.stack(rows), 0)

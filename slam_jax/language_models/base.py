@@ -27,7 +27,7 @@ from slam_jax.layers.dropout import split
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.kv_cache import check_prompts
 from slam_jax.layers.linear import Initializer, Linear, project_to_float32
-from slam_jax.layers.masks import without_unknown_pads
+from slam_jax.layers.masks import prefix_mask, without_unknown_pads
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.remat import remat
 from slam_jax.layers.router import Routing
@@ -237,7 +237,7 @@ class Transformer(HeadedModel):
         check_prefill(num_tokens, lengths, cache.length, self.config)
         if lengths is not None:
             lengths = jnp.asarray(lengths, jnp.int32)
-            mask = jnp.arange(num_tokens) < lengths[..., None]
+            mask = prefix_mask(lengths, num_tokens)
         tokens = without_unknown_pads(tokens, mask, self.config.vocab_size)
 
         def mix(mixer, x, cache):
@@ -280,7 +280,8 @@ class Transformer(HeadedModel):
     def _run(self, tokens, forward: ForwardPass, caches, key):
         """Embedding, all blocks and the norm: hidden states, new caches and all routings."""
         keys = split(key, len(self.blocks) + 1)
-        h = self.embed(jnp.asarray(tokens), forward.positions, keys[-1])
+        positions = jax.lax.broadcast_to_rank(forward.positions, tokens.ndim)
+        h = self.embed(jnp.asarray(tokens), positions, keys[-1])
         new_caches, routings = [], []
         for block, cache, block_key in zip(self.blocks, caches, keys, strict=False):
 

@@ -23,7 +23,7 @@ from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.flops import linear
 from slam_jax.layers.linear import Linear
-from slam_jax.layers.masks import without_unknown_pads
+from slam_jax.layers.masks import prefix_mask, without_unknown_pads
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.protocol import Hidden
 from slam_jax.slam_v3.config import SlamV3Config
@@ -159,7 +159,7 @@ class SlamV3Text(HeadedModel):
         check_prefill(num_tokens, lengths, cache.length, self.config)
         length = jnp.full(tokens.shape[:-1], num_tokens) if lengths is None else lengths
         length = jnp.asarray(length, jnp.int32).reshape(-1)
-        real = jnp.arange(num_tokens) < length[:, None]
+        real = prefix_mask(length, num_tokens)
         rows = tokens.reshape(-1, num_tokens)
         rows = without_unknown_pads(rows, real, self.config.vocab_size)
         windows = self._windows(rows)
@@ -239,7 +239,7 @@ class SlamV3Text(HeadedModel):
         """The memory that each window gives to the next."""
         keys = split(key, 4)
         x = self.text_norm(self.embedding(windows))
-        x = dropout(x + self.type[...].astype(x.dtype), self.config.dropout, keys[0])
+        x = dropout(x + self.type[None, None].astype(x.dtype), self.config.dropout, keys[0])
         streams, bank = self.level_one([Stream(x, None, jnp.arange(x.shape[1]))], key=keys[1])
         y, _ = self.processes(streams, bank, key=keys[2])
         fused = self.fusion(y, streams, key=keys[3])

@@ -20,6 +20,7 @@ from slam_jax.layers import flops
 from slam_jax.layers.attention import Layout, causal_layout
 from slam_jax.layers.latent_attention import LatentCache, MultiHeadLatentAttention, latent_attend
 from slam_jax.layers.linear import Linear
+from slam_jax.layers.masks import prefix_mask
 from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.rotary import rotary
@@ -85,7 +86,7 @@ class Latents(nnx.Module):
     def decode_step(self, x, cache: LatentCache):
         positions = cache.length[..., None]
         cache = cache.extended(*self._latents(x, positions))
-        visible = jnp.arange(cache.c_kv.shape[-2]) <= positions[..., None]
+        visible = prefix_mask(positions + 1, cache.c_kv.shape[-2])
         return self._bank(cache.c_kv, cache.k_rope, visible, absorbed=True), cache
 
     def _latents(self, x, positions):
@@ -134,7 +135,7 @@ class EFBlock(nnx.Module):
     def __call__(self, h, read, positions):
         x = self.attention_norm(h)
         q = self.q_nope(x)
-        q = q + self.query_bias[...].astype(q.dtype)
+        q = q + jax.lax.broadcast_to_rank(self.query_bias[...].astype(q.dtype), q.ndim)
         h = h + self.out(read(q, rotary(self.q_rope(x), positions)))
         return h + self.mlp(self.mlp_norm(h))
 

@@ -48,7 +48,8 @@ def causal_layout(num_tokens: int, mask: Bool[Array, "*B T"] | None = None) -> L
     if mask is None:
         return Layout(jnp.arange(num_tokens), None, Causal())
     positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
-    visible = Causal().array(num_tokens) & mask[..., None, :]
+    causal = jax.lax.broadcast_to_rank(Causal().array(num_tokens), mask.ndim + 1)
+    visible = causal & mask[..., None, :]
     return Layout(positions, mask, visible)
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from slam_jax.layers.attention import Layout, attend, causal_layout
 from slam_jax.layers.kv_cache import KVCache
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
-from slam_jax.layers.masks import Mask
+from slam_jax.layers.masks import Mask, prefix_mask
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.rotary import Rope, rotary
 
@@ -72,7 +73,7 @@ class SharedKeyValues(nnx.Module):
         positions = cache.length[..., None]
         cache = cache.extended(self.key(x), self.value(x))
         slots = jnp.arange(cache.capacity)
-        visible = slots <= positions[..., None]
+        visible = prefix_mask(positions + 1, cache.capacity)
         return KeyValues(*cache.tokens_first(), slots, visible), cache
 
 
@@ -115,7 +116,7 @@ class CrossLayerAttention(nnx.Module):
         """positions: position of each token of x."""
         q, k = self.query(x), shared.k
         if self.query_bias is not None:
-            q = q + self.query_bias[...].astype(q.dtype)
+            q = q + jax.lax.broadcast_to_rank(self.query_bias[...].astype(q.dtype), q.ndim)
         if self.rope is not None:
             q, k = rotary(q, positions, self.rope), rotary(k, shared.positions, self.rope)
         if self.qk_norm_epsilon is not None:

@@ -99,7 +99,7 @@ class Experts(nnx.Module):
         choices = experts.reshape(-1) - first
         choices = jnp.where((choices >= 0) & (choices < count), choices, count)
         order = jnp.argsort(choices)
-        sizes = jnp.sum(choices[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
+        sizes = jnp.sum(choices[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
         gate, up, down = kernels
         x = rows.astype(self.dtype)[order // k]
         h = jax.nn.silu(grouped_matmul(x, gate, sizes)) * grouped_matmul(x, up, sizes)

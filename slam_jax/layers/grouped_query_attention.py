@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from slam_jax.layers.attention import Layout, attend, causal_layout
 from slam_jax.layers.kv_cache import KVCache
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
+from slam_jax.layers.masks import prefix_mask
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.rotary import Rope, rotary
 
@@ -92,7 +93,7 @@ class GroupedQueryAttention(nnx.Module):
         positions = cache.length[..., None]
         q, k, v = self._project(x, positions)
         cache = cache.extended(k, v)
-        visible = jnp.arange(cache.capacity) <= positions[..., None]
+        visible = prefix_mask(positions + 1, cache.capacity)
         return self.out(attend(q, *cache.tokens_first(), visible)), cache
 
     def _project(self, x, positions):

@@ -6,6 +6,7 @@ compression), 2.1.3 (decoupled rotary key) and appendix C (the absorbed form).
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
@@ -14,7 +15,7 @@ from slam_jax.kernels import cudnn_attention
 from slam_jax.layers.attention import Layout, causal_layout, masked_softmax
 from slam_jax.layers.kv_cache import write_prompt, write_token
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear, project
-from slam_jax.layers.masks import Causal, Mask, as_array, require_square
+from slam_jax.layers.masks import Causal, Mask, as_array, prefix_mask, require_square
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.precision import upcast
 from slam_jax.layers.rotary import Rope, rotary
@@ -220,10 +221,10 @@ class MultiHeadLatentAttention(nnx.Module):
         positions = cache.length[..., None]
         q, q_rope, c_kv, k_rope = self._project(x, positions)
         cache = cache.extended(c_kv, k_rope)
-        distance = positions[..., None] - jnp.arange(cache.c_kv.shape[-2])
-        mask = distance >= 0
+        capacity = cache.c_kv.shape[-2]
+        mask = prefix_mask(positions + 1, capacity)
         if self.window is not None:
-            mask &= distance < self.window
+            mask &= ~prefix_mask(positions + 1 - self.window, capacity)
         y = self._attend(q, q_rope, cache.c_kv, cache.k_rope, mask, absorbed)
         return y, cache
 
@@ -231,7 +232,8 @@ class MultiHeadLatentAttention(nnx.Module):
         q, q_rope, c_kv, k_rope = self._project(x, layout.positions)
         mask = Causal(self.window)
         if layout.mask is not None:
-            mask = mask.array(x.shape[-2]) & layout.visible
+            causal = mask.array(x.shape[-2])
+            mask = jax.lax.broadcast_to_rank(causal, layout.visible.ndim) & layout.visible
         return self._attend(q, q_rope, c_kv, k_rope, mask, absorbed=False), c_kv, k_rope
 
     def _project(self, x, positions):

@@ -68,4 +68,6 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = project(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.in_axes)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        if self.bias is None:
+            return y
+        return y + jax.lax.broadcast_to_rank(self.bias[...].astype(self.dtype), y.ndim)

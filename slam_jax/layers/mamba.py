@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slam_jax.layers.attention import Layout
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
+from slam_jax.layers.masks import prefix_mask
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.precision import upcast
 
@@ -58,7 +59,7 @@ def selective_scan(
 
     def step(state, token):
         x, dt, b, c = token
-        decay = jnp.exp(dt[..., None, :] * a.T)
+        decay = jnp.exp(dt[..., None, :] * rates)
         state = decay * state + (dt * x)[..., None, :] * b[..., :, None]
         return state, jnp.sum(state * c[..., :, None], axis=-2)
 
@@ -67,6 +68,7 @@ def selective_scan(
         return jax.lax.scan(step, state, tokens)
 
     # Inside, states are [*B, state, I]: sums over the few states are then sums of whole rows.
+    rates = jax.lax.broadcast_to_rank(a.T, state.ndim)
     inputs = tuple(map(in_chunks, (x, dt, b, c)))
     state, y = jax.lax.scan(chunk, jnp.swapaxes(state, -1, -2), inputs)
     y = y.reshape(num_chunks * chunk_size, *y.shape[2:])[:num_tokens]
@@ -167,13 +169,14 @@ class Mamba(nnx.Module):
         lengths: real tokens of each right-padded row, None = all T.
         """
         num_tokens, before = x.shape[-2], self.conv_width - 1
-        mask = None if lengths is None else jnp.arange(num_tokens) < lengths[..., None]
+        mask = None if lengths is None else prefix_mask(lengths, num_tokens)
         y, value, state = self._scan(x, mask, cache.state)
         if lengths is None:
             lengths = jnp.full(x.shape[:-2], num_tokens, jnp.int32)
         # The last real inputs; those before the first token are 0.
         padded = jnp.pad(value, [(0, 0)] * (value.ndim - 2) + [(before, 0), (0, 0)])
-        last = lengths[..., None] + jnp.arange(before)
+        slots = jax.lax.broadcast_to_rank(jnp.arange(before), value.ndim - 1)
+        last = lengths[..., None] + slots
         return y, MambaCache(jnp.take_along_axis(padded, last[..., None], axis=-2), state)
 
     def decode_step(
@@ -182,7 +185,8 @@ class Mamba(nnx.Module):
         """The output of one more token per row, and the cache after it."""
         value = self.value(x)
         seen = jnp.concatenate([cache.conv, value], axis=-2)
-        mixed = jnp.sum(seen * self.conv_filter[...].astype(self.dtype), axis=-2, keepdims=True)
+        kernel = jax.lax.broadcast_to_rank(self.conv_filter[...].astype(self.dtype), seen.ndim)
+        mixed = jnp.sum(seen * kernel, axis=-2, keepdims=True)
         mixed = self._activate(mixed)
         v, dt, a, b, c = self._coefficients(mixed)
         y, state = selective_scan(v, dt, a, b, c, cache.state, chunk_size=1)
@@ -196,8 +200,11 @@ class Mamba(nnx.Module):
         num_tokens, before = x.shape[-2], self.conv_width - 1
         padded = jnp.pad(value, [(0, 0)] * (value.ndim - 2) + [(before, 0), (0, 0)])
         # A sum of shifted products, which is a depthwise convolution.
-        kernel = self.conv_filter[...].astype(self.dtype)
-        mixed = sum(padded[..., w : w + num_tokens, :] * kernel[w] for w in range(self.conv_width))
+        kernel = jax.lax.broadcast_to_rank(self.conv_filter[...].astype(self.dtype), x.ndim)
+        mixed = sum(
+            padded[..., w : w + num_tokens, :] * kernel[..., w, None, :]
+            for w in range(self.conv_width)
+        )
         v, dt, a, b, c = self._coefficients(self._activate(mixed))
         if mask is not None:
             dt = jnp.where(mask[..., None], dt, 0)
@@ -206,7 +213,8 @@ class Mamba(nnx.Module):
 
     def _activate(self, mixed):
         if self.conv_bias is not None:
-            mixed = mixed + self.conv_bias[...].astype(self.dtype)
+            bias = self.conv_bias[...].astype(self.dtype)
+            mixed = mixed + jax.lax.broadcast_to_rank(bias, mixed.ndim)
         return jax.nn.silu(mixed)
 
     def _coefficients(self, v):
@@ -220,5 +228,6 @@ class Mamba(nnx.Module):
         return v.astype(own), dt, a, b.astype(own), c.astype(own)
 
     def _leave(self, x, v, y):
-        y = (y + self.skip[...].astype(v.dtype) * v).astype(self.dtype)
+        skip = jax.lax.broadcast_to_rank(self.skip[...].astype(v.dtype), v.ndim)
+        y = (y + skip * v).astype(self.dtype)
         return self.out(y * jax.nn.silu(self.gate(x)))

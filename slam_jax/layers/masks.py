@@ -1,5 +1,6 @@
 """Attention masks: arrays, or `Causal`, which a kernel applies without reading an array."""
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
@@ -19,7 +20,7 @@ class Causal:
 
     def array(self, num_tokens: int) -> Bool[Array, "T T"]:
         t = jnp.arange(num_tokens)
-        distance = t[:, None] - t
+        distance = t[:, None] - t[None]
         visible = distance >= 0
         return visible if self.window is None else visible & (distance < self.window)
 
@@ -41,6 +42,12 @@ def require_square(mask: Mask, num_queries: int, num_keys: int) -> None:
             f"a Causal mask over {num_queries} queries and {num_keys} keys; expected equal "
             "numbers, or an array for a mask"
         )
+
+
+def prefix_mask(lengths: Int[AnyArray, "*B"], size: int) -> Bool[Array, "*B size"]:
+    """True for the first `lengths` of the `size` places of each row."""
+    places = jax.lax.broadcast_to_rank(jnp.arange(size), lengths.ndim + 1)
+    return places < lengths[..., None]
 
 
 def without_unknown_pads(

@@ -23,4 +23,5 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         h = x.astype(upcast(x.dtype))
         h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.epsilon)
-        return (h * self.scale[...].astype(h.dtype)).astype(x.dtype)
+        scale = jax.lax.broadcast_to_rank(self.scale[...].astype(h.dtype), h.ndim)
+        return (h * scale).astype(x.dtype)

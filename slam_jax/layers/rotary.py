@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
@@ -114,7 +115,9 @@ def rotary(
     Source: Su et al. 2021, "RoFormer", section 3.2.2.
     """
     rope = rope or Rope()
-    angle = positions[..., None, None].astype(upcast(x.dtype)) * rope.frequencies(x.shape[-1])
+    frequencies = jax.lax.broadcast_to_rank(rope.frequencies(x.shape[-1]), x.ndim)
+    positions = jax.lax.broadcast_to_rank(positions, x.ndim - 2)
+    angle = positions[..., None, None].astype(upcast(x.dtype)) * frequencies
     sin, cos = jnp.sin(angle) * rope.magnitude, jnp.cos(angle) * rope.magnitude
     y = x.astype(upcast(x.dtype))
     if rope.interleaved:

@@ -11,7 +11,7 @@ from slam_jax.array_typing import AnyArray
 from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear, project_to_float32
-from slam_jax.layers.masks import without_unknown_pads
+from slam_jax.layers.masks import prefix_mask, without_unknown_pads
 from slam_jax.protocol import Hidden, Output
 from slam_jax.slam_v3.alignment import AlignmentHead
 from slam_jax.slam_v3.config import SlamV3Config
@@ -132,7 +132,7 @@ class SlamV3(nnx.Module):
         """
         if lengths is not None:
             lengths = jnp.asarray(lengths)
-            real = jnp.arange(tokens.shape[-1]) < lengths[..., None]
+            real = prefix_mask(lengths, tokens.shape[-1])
             tokens = without_unknown_pads(tokens, real, self.config.vocab_size)
             lengths = lengths.reshape(_rows(lengths.shape))
         h, cache = self.decoder.prefill(self._embed(tokens), cache, memory, lengths)

@@ -133,7 +133,7 @@ class ProcessLayer(nnx.Module):
             h = h + dropout(self._isolated_attention(h, streams), self.dropout, keys[0])
         if bank is not None:
             q = self.query(self.norms[1](h))
-            q = q + self.query_bias[...].astype(q.dtype)
+            q = q + self.query_bias[None, None].astype(q.dtype)
             read = self.out(attend(q, bank.k, bank.v, bank.mask))
             shared_weights = attention_weights(q, bank.k, bank.mask) if weights else None
             h = h + dropout(read, self.dropout, keys[1])
@@ -173,7 +173,7 @@ class Process(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B layers N S S"] | None]:
         """y of this process, and with `weights` the attention weights of the bank (else None)."""
         x = jnp.concatenate([stream.tokens for stream in streams], axis=1)
-        h, layer_weights = x + self.instruction[...].astype(x.dtype), []
+        h, layer_weights = x + self.instruction[None, None].astype(x.dtype), []
         for layer, layer_key in zip(self.layers, split(key, len(self.layers)), strict=True):
             call = functools.partial(layer, weights=weights)
             h, shared_weights = remat(call, self.remat)(h, streams, bank, key=layer_key)

@@ -97,7 +97,7 @@ def grid_positions(height: int, width: int, dim: int) -> Float[Array, "S D"]:
     features = []
     for size, axis in ((height, 0), (width, 1)):
         place = jnp.linspace(-1.0, 1.0, size) if size > 1 else jnp.zeros(1)
-        angle = jnp.pi * place[:, None] * jnp.linspace(0.5, max(size / 2, 0.5), dim // 4)
+        angle = jnp.outer(jnp.pi * place, jnp.linspace(0.5, max(size / 2, 0.5), dim // 4))
         waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
         waves = jnp.expand_dims(waves, 1 - axis)
         features.append(jnp.broadcast_to(waves, (height, width, waves.shape[-1])))
@@ -163,9 +163,8 @@ class ResNet(nnx.Module):
             x = block(x)
         x = self.project(self.norm(x))
         _, height, width, dim = x.shape
-        return einops.rearrange(x, "B h w D -> B (h w) D") + grid_positions(
-            height, width, dim
-        ).astype(x.dtype)
+        positions = grid_positions(height, width, dim)[None].astype(x.dtype)
+        return einops.rearrange(x, "B h w D -> B (h w) D") + positions
 
 
 class ViT(nnx.Module):
@@ -195,7 +194,7 @@ class ViT(nnx.Module):
             pixels, "B (h p) (w q) C -> B (h w) (p q C)", p=self.patch, q=self.patch
         )
         x = self.project(patches)
-        x = x + grid_positions(rows, columns, x.shape[-1]).astype(x.dtype)
+        x = x + grid_positions(rows, columns, x.shape[-1])[None].astype(x.dtype)
         for block in self.blocks:
             x = remat(block, self.remat)(x)
         return self.norm(x)
@@ -234,7 +233,7 @@ class Streams(nnx.Module):
         and writes text with the same one.
         """
         dtype = self.config.dtypes["dtype"]
-        types = self.type[...].astype(dtype)
+        types = self.type[:, None, None].astype(dtype)
         streams = []
         if text_embeddings is not None:
             positions = jnp.arange(text_embeddings.shape[1])
@@ -264,4 +263,4 @@ class Streams(nnx.Module):
             return tokens
         if count > self.config.max_aux:
             raise InputError(f"{count} aux vectors, expected at most max_aux={self.config.max_aux}")
-        return tokens + self.slot[:count].astype(tokens.dtype)
+        return tokens + self.slot[None, :count].astype(tokens.dtype)

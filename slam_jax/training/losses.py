@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from slam_jax.array_typing import AnyArray
 from slam_jax.data import Batch
 from slam_jax.errors import require, require_count
+from slam_jax.layers.masks import prefix_mask
 from slam_jax.protocol import LanguageModel
 from slam_jax.slam_v3 import Inputs, SlamV3
 from slam_jax.training.token_losses import TokenLosses, token_losses, token_losses_in_chunks
@@ -50,9 +51,8 @@ class LossParts(NamedTuple):
 
 def answer_mask(batch: Batch) -> Bool[Array, "B Q _"]:
     """True at positions t whose next token belongs to the answer or is the <eos> after it."""
-    t = jnp.arange(batch.tokens.shape[-1] - 1)
-    first, end = batch.prompt_length[..., None] - 1, batch.length[..., None] - 1
-    return (t >= first) & (t < end)
+    size = batch.tokens.shape[-1] - 1
+    return prefix_mask(batch.length - 1, size) & ~prefix_mask(batch.prompt_length - 1, size)
 
 
 def num_answer_tokens(batch: Batch) -> Int[Array, ""]:
