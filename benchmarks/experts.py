@@ -75,7 +75,8 @@ def _make_inputs(
     experts = Experts(NUM_EXPERTS, dim, mlp, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (tokens, dim))
     logits = jax.random.gumbel(jax.random.key(2), (tokens, NUM_EXPERTS))
-    return experts, x, Routing(*jax.lax.top_k(logits + uneven * jnp.arange(NUM_EXPERTS), K), logits)
+    skewed = logits + uneven * jnp.arange(NUM_EXPERTS)[None]
+    return experts, x, Routing(*jax.lax.top_k(skewed, K), logits)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def test_rows_with_pads_are_left_to_an_array(hopper, monkeypatch):
     config = make_config("standard", "tiny", dtype="bfloat16")
     model = make_model(config, rngs=nnx.Rngs(0))
     tokens = jnp.ones((2, LENGTH), jnp.int32)
-    model(tokens, jnp.arange(LENGTH) < jnp.array([[9], [4]]))
+    model(tokens, jnp.arange(LENGTH)[None] < jnp.array([[9], [4]]))
     assert not hopper
     model(tokens)
     assert hopper == config.num_layers * [(2, LENGTH, config.num_heads, 8)]

@@ -15,6 +15,7 @@ from slam_jax.generation import greedy_decode
 from slam_jax.generation.decode import start
 from slam_jax.language_models import make_config, make_model
 from slam_jax.layers import LatentCache
+from slam_jax.layers.masks import prefix_mask
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 
 VOCAB, PAD, EOS = 11, 0, 1
@@ -40,7 +41,7 @@ class Adder:
 
     def prefill(self, tokens, cache, memory, *, lengths):
         width = tokens.shape[-1]
-        total = jnp.sum(jnp.where(jnp.arange(width) < lengths[..., None], tokens, 0), axis=-1)
+        total = jnp.sum(jnp.where(prefix_mask(lengths, width), tokens, 0), axis=-1)
         logits = self._logits(jnp.cumsum(tokens, axis=-1), memory)
         return logits, Cache(total, cache.room - lengths)
 

@@ -266,7 +266,7 @@ def test_groups_limit_the_choice():
 def test_losses_are_those_of_the_papers():
     """Each against its formula in loops, over the real tokens only."""
     lengths, k, devices, top = [5, 3], 2, 4, 2
-    mask = jnp.arange(6) < jnp.array(lengths)[:, None]
+    mask = jnp.arange(6)[None] < jnp.array(lengths)[:, None]
     routings = []
     for seed in (1, 2):
         probs = jax.nn.softmax(normal(seed, 2, 6, EXPERTS))

@@ -114,7 +114,7 @@ def test_a_query_bias_is_added_to_queries_before_all_else():
     x = normal(7, 1, LENGTH, DIM)
     made = shared(x)
     assert layer.query_bias is not None
-    q = layer.query(x) + layer.query_bias[...]
+    q = layer.query(x) + layer.query_bias[None, None]
     expected = layer.out(attend(q, made.k, made.v, made.visible))
     close(layer(x, made, jnp.arange(LENGTH)), expected)
 

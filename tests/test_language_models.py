@@ -259,9 +259,9 @@ def test_pads_beyond_the_last_position_are_no_matter():
     close(fill(model, prompts, lengths)[0][:, :20], forward(model, text).logits)
     for name in ("slam_v4", "slam_v4_champion", "slam_v6"):
         model, text = build(name, **changes), tokens(1, length=25)
-        embedded = model.embed(jnp.asarray(text), jnp.arange(40)[15:], None)
+        embedded = model.embed(jnp.asarray(text), jnp.arange(15, 40)[None], None)
         assert np.isfinite(embedded).all()
-        close(embedded[:, 8:], model.embed(jnp.asarray(text)[:, 8:], jnp.full(17, 23), None))
+        close(embedded[:, 8:], model.embed(jnp.asarray(text)[:, 8:], jnp.full((1, 17), 23), None))
         with pytest.raises(InputError, match="25 tokens; the context is 24"):
             model(text)
         with pytest.raises(InputError, match="25 tokens; the context is 24"):

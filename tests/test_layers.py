@@ -22,6 +22,7 @@ from slam_jax.layers import (
 )
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear, project_to_float32
+from slam_jax.layers.masks import prefix_mask
 
 DIM, HEADS, RANK, NOPE, ROPE, VALUE = 12, 2, 7, 6, 4, 5
 LENGTH = 8
@@ -87,7 +88,7 @@ def test_prefill_and_steps_give_what_the_full_pass_gives_at_every_position(mla):
     x = normal(2, 2, 2, LENGTH, DIM)
     full = mla(x)
     lengths = jnp.array([[5, 1], [3, 6]])
-    real = jnp.arange(6) < lengths[..., None]
+    real = prefix_mask(lengths, 6)
     prompt = jnp.where(real[..., None], x[:, :, :6], normal(3, 2, 2, 6, DIM))
     y, cache = mla.prefill(prompt, mla.init_cache((2, 2), LENGTH), lengths)
     close(y[real], full[:, :, :6][real])
@@ -209,7 +210,7 @@ def test_cross_attention_is_attention_to_keys_and_values_made_of_the_latents():
         DIM, HEADS, kv_lora_rank=RANK, qk_head_dim=NOPE, v_head_dim=VALUE, rngs=nnx.Rngs(0)
     )
     x, bank = normal(1, 2, 3, DIM), normal(2, 2, LENGTH, RANK)
-    mask = (jnp.arange(LENGTH) < jnp.array([[5], [0]]))[:, None]
+    mask = prefix_mask(jnp.array([[5], [0]]), LENGTH)
     y = cross(x, bank, mask)
     close(y, cross.out(attend(cross.q(x), cross.k_up(bank), cross.v_up(bank), mask)))
     close(cross(x, bank, mask, absorbed=True), y)
@@ -305,7 +306,7 @@ def test_rotary_of_bfloat16_has_float32_angles():
 def test_rms_norm_is_its_formula():
     norm, x = RMSNorm(DIM, epsilon=0.1, init_scale=0.5), normal(1, 3, DIM)
     norm.scale[...] += jnp.arange(DIM)
-    scale = 0.5 + np.arange(DIM)
+    scale = 0.5 + np.arange(DIM)[None]
     close(norm(x), x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 0.1) * scale)
     half = RMSNorm(DIM)(1000 * x.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
@@ -358,7 +359,7 @@ def test_logits_are_summed_in_float32():
     x, kernel = jnp.ones((2, 3, 1_000), jnp.bfloat16), normal(1, 1_000, 7)
 
     def total(x, kernel):
-        return jnp.sum(project_to_float32(x, kernel) * jnp.arange(1.0, 8.0))
+        return jnp.sum(project_to_float32(x, kernel) @ jnp.arange(1.0, 8.0))
 
     y, gradients = project_to_float32(x, kernel), jax.grad(total, (0, 1))(x, kernel)
     rounded = kernel.astype(jnp.bfloat16).astype(jnp.float32)

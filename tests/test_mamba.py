@@ -33,7 +33,7 @@ def plain(x, dt, a, b, c, state):
     for t in range(x.shape[1]):
         state = jnp.stack(
             [
-                jnp.exp(dt[:, t, i, None] * a[i]) * state[:, i]
+                jnp.exp(dt[:, t, i, None] * a[None, i]) * state[:, i]
                 + dt[:, t, i, None] * b[:, t] * x[:, t, i, None]
                 for i in range(WIDTH)
             ],

@@ -75,11 +75,12 @@ def test_attention_is_that_of_the_forward_pass(with_or_without_bottleneck):
         np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-5)
     streams, bank = model.level_one(model._streams(inputs, None))
     process = jax.tree.map(lambda x: x[1], model.processes.stack)
-    h = jnp.concatenate([stream.tokens for stream in streams], axis=1) + process.instruction[...]
+    h = jnp.concatenate([stream.tokens for stream in streams], axis=1)
+    h = h + process.instruction[None, None]
     layer = process.layers[0]
     h = h + layer._isolated_attention(h, streams)
     read = jnp.einsum("bnts,bsnv->btnv", found.processes[1][:, 0], bank.v)
-    queries = layer.query(layer.norms[1](h)) + layer.query_bias[...]
+    queries = layer.query(layer.norms[1](h)) + layer.query_bias[None, None]
     expected = attend(queries, bank.k, bank.v, bank.mask)
     np.testing.assert_allclose(read, expected, atol=1e-4)
     memory = model.encode(inputs)

@@ -102,7 +102,7 @@ FAST = ("standard", "slam_v3_text")
 def test_every_language_model_is_its_head_on_its_hidden_states(name):
     model = nnx_model(name)
     tokens = jnp.arange(14).reshape(2, 7) % model.config.vocab_size
-    mask = jnp.arange(7) < jnp.array([[7], [5]])
+    mask = jnp.arange(7)[None] < jnp.array([[7], [5]])
     assert isinstance(model, Headed)
 
     @jax.jit
@@ -121,7 +121,7 @@ def test_every_language_model_is_its_head_on_its_hidden_states(name):
 def test_a_language_model_learns_the_same_from_chunks(name):
     model = nnx_model(name)
     tokens = jnp.arange(16).reshape(2, 8) * 7 % model.config.vocab_size
-    mask = jnp.arange(8) >= jnp.array([[0], [3]])
+    mask = jnp.arange(8)[None] >= jnp.array([[0], [3]])
 
     def learned(chunk_tokens):
         def loss(model):
