@@ -25,7 +25,7 @@ def row_product(row: Float[Array, "I"], kernel: Float[Array, "I O"]) -> Float[Ar
 def picked_row_product(
     row: Float[Array, "I"], kernels: Float[Array, "E I O"], pick: Int[Array, ""]
 ) -> Float[Array, "O"]:
-    """row @ kernels[pick], with sums in float32 or wider."""
+    """row @ kernels[pick], with sums in float32 or wider. Picks beyond the last take the last."""
     num_kernels, inputs, outputs = kernels.shape
     count = math.gcd(inputs, _NUM_PARTS)
     parts = kernels.reshape(num_kernels, count, -1, outputs)
