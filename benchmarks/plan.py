@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from slam_jax.planning.plans import plan, subject_of
-from slam_jax.training import override, read_config
+from slam_jax.planning.plans import plan_step
+from slam_jax.planning.subjects import subject_of
+from slam_jax.training import Experiment, override, read_config
 from slam_jax.training.mesh import make_mesh
 from slam_jax.training.sharding import place, use_mesh
 from slam_jax.training.start import initial_state, jit_step
@@ -28,14 +29,14 @@ CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
 
 def main() -> None:
     config = override(read_config(CONFIG), ["--config.mesh.process=4"])
-    subject: Any = subject_of(config)
-    told = plan(config)
+    subject, experiment = subject_of(config), Experiment.from_config(config)
     mesh = make_mesh(subject.mesh)
+    told = plan_step(subject, mesh)
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), subject.batch)
     with use_mesh(mesh):
-        graphdef, state = initial_state(subject.experiment, subject.vocab_size, mesh)
-        batch = place(batch, mesh, subject.experiment.data.batch_size)
-        compiled = jit_step(subject.experiment, graphdef, state).lower(state, batch).compile()
+        graphdef, state = initial_state(experiment, subject.config.vocab_size, mesh)
+        batch = place(batch, mesh, experiment.data.batch_size)
+        compiled = jit_step(experiment, graphdef, state).lower(state, batch).compile()
         state, _ = compiled(state, batch)
     rows = {
         "parameters": (told.state.params, on_one_device(state.params)),

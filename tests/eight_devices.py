@@ -23,7 +23,7 @@ from slam_jax.planning.compiled import compiled_step, extrapolated
 from slam_jax.planning.machine import Machine
 from slam_jax.planning.meshes import factors, search
 from slam_jax.planning.plans import plan_step
-from slam_jax.planning.subjects import LanguageRun, SlamV3Run
+from slam_jax.planning.subjects import LanguageRun, slam_v3_run
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 from slam_jax.training import (
     Checkpoints,
@@ -395,7 +395,7 @@ def shaped(batch: Batch) -> Any:
 def test_a_plan_is_what_a_run_takes():
     experiment, batch = experiment_of({"zero": True}), make_batch(np.float32)
     mesh = mesh_of(data=2, process=4)
-    told = plan_step(SlamV3Run(experiment, VOCAB, shaped(batch)), mesh)
+    told = plan_step(slam_v3_run(experiment, VOCAB, shaped(batch)), mesh)
     state = jax.device_put(first_state(), shardings_of(first_state(), mesh, zero=True))
 
     def on_one_device(tree: Any) -> int:
@@ -426,7 +426,7 @@ def test_what_many_layers_send_is_told_from_one_and_two(axis):
     """Bytes sent and kept are those of the whole program; what it takes is near."""
     experiment = experiment_of({"data": 1}, **LAYERS)
     mesh = mesh_of(**{axis: SIZES[axis]})
-    run = SlamV3Run(experiment, VOCAB, shaped(make_batch(np.float32)))
+    run = slam_v3_run(experiment, VOCAB, shaped(make_batch(np.float32)))
     told, layers = extrapolated(run, functools.partial(compiled_step, mesh=mesh))
     assert [tuple(each.values()) for each in layers] == [(1, 1), (2, 1), (1, 2)]
     whole = compiled_step(run, mesh)
@@ -438,7 +438,7 @@ def test_what_many_layers_send_is_told_from_one_and_two(axis):
 @pytest.mark.parametrize("name", ["standard", "moe", "deepseek_v2"])
 def test_what_many_layers_of_a_language_model_send_is_told_from_two(name):
     mesh = mesh_of(fsdp=2, tensor=2)
-    run = LanguageRun(name, "tiny", 4, 16, {"num_layers": 5})
+    run = LanguageRun(name, "tiny", 4, 16, {"num_layers": 5}).subject()
     told, _ = extrapolated(run, functools.partial(compiled_step, mesh=mesh))
     whole = compiled_step(run, mesh)
     assert whole.sent == told.sent and whole.activations == told.activations
@@ -449,7 +449,7 @@ def test_devices_share_the_activations_of_a_batch(axis):
     """The less of them is kept, the more is made anew; what a device keeps is its rows' alone."""
     told = []
     for remat in (None, "maps", "layers"):
-        run = LanguageRun("standard", "tiny", 8, 16, {"remat": remat})
+        run = LanguageRun("standard", "tiny", 8, 16, {"remat": remat}).subject()
         whole = compiled_step(run, None).activations
         assert compiled_step(run, mesh_of(**{axis: 4})).activations * 4 == whole
         told.append(whole)
@@ -458,10 +458,10 @@ def test_devices_share_the_activations_of_a_batch(axis):
 
 def test_a_search_plans_the_cheapest_mesh_that_fits(monkeypatch):
     """Every mesh of 8 that shares the heads is asked for; the fastest of all has no room."""
-    run = LanguageRun("standard", "tiny", 8, 16)
+    run = LanguageRun("standard", "tiny", 8, 16).subject()
     real, asked = plan_step(run, None), []
 
-    def planned(subject: Any, mesh: Any, machine: Machine, state: Any) -> Any:
+    def planned(subject: Any, mesh: Any, machine: Machine) -> Any:
         asked.append(tuple(mesh.shape.values()))
         many = 2**40 if mesh.shape["data"] == 8 else 0
         return real._replace(
@@ -486,8 +486,9 @@ def test_a_search_plans_the_cheapest_mesh_that_fits(monkeypatch):
 
 
 def test_a_search_without_room_for_the_state_says_so():
+    run = LanguageRun("standard", "tiny", 8, 16).subject()
     with pytest.raises(ConfigError, match="no mesh of 8 devices holds the state in 1e-06 GiB"):
-        search(LanguageRun("standard", "tiny", 8, 16), Machine(device_memory_gib=1e-6), 1)
+        search(run, Machine(device_memory_gib=1e-6), 1)
 
 
 # --- A run

@@ -20,9 +20,9 @@ from slam_jax.layers.linear import Linear
 from slam_jax.planning.compiled import Step, extrapolated, residuals
 from slam_jax.planning.machine import Machine
 from slam_jax.planning.meshes import factors
-from slam_jax.planning.plans import Plan, StateBytes, subject_of
+from slam_jax.planning.plans import Plan, StateBytes
 from slam_jax.planning.report import describe
-from slam_jax.planning.subjects import LanguageRun, SlamV3Run
+from slam_jax.planning.subjects import LanguageRun, Subject, slam_v3_run, subject_of
 from slam_jax.slam_v3 import Inputs
 from slam_jax.slam_v3.flops import decode_flops, encode_flops
 from slam_jax.training import Experiment, default_config, merge_model, read_config, split_model
@@ -32,7 +32,7 @@ SIZES = {"data": 4, "fsdp": 2, "process": 1, "tensor": 8}
 MACHINE = Machine(device_memory_gib=1.0, device_tflops=1.0, link_gb_s=100.0, network_gb_s=10.0)
 
 
-def run_of(**changes: Any) -> SlamV3Run:
+def run_of(**changes: Any) -> Subject:
     config: Any = default_config("tiny")
     config.data.batch_size = 8
     config.loss.alignment = 0.1
@@ -44,7 +44,7 @@ def run_of(**changes: Any) -> SlamV3Run:
 
     inputs = Inputs(text=array(6), image=array(24, 24, 3, dtype=np.uint8))
     batch = Batch(inputs, array(2, 7), array(2), array(2), paired=True)
-    return SlamV3Run(Experiment.from_config(config), 13, batch)
+    return slam_v3_run(Experiment.from_config(config), 13, batch)
 
 
 def plan_of(taken: int = 0, activations: int = 0, **sent: int) -> Plan:
@@ -130,7 +130,7 @@ def test_activations_are_what_differentiation_keeps_of_the_examples():
 
 def test_operations_are_those_of_the_formula():
     run = run_of()
-    model, sizes = run.experiment.with_vocabulary(13), {"text": 6, "pixels": (24, 24)}
+    model, sizes = run.config, {"text": 6, "pixels": (24, 24)}
     memory = 6 + 16
     forward = decode_flops(model, prompts=2, length=6, memory=memory)
     forward += encode_flops(model, **sizes)
@@ -141,10 +141,10 @@ def test_operations_are_those_of_the_formula():
     fewer = run_of(num_processes=3).flops
     assert fewer.process == run.flops.process * 3 // 4
     language = LanguageRun("moe", "tiny", 4, 9)
-    assert language.flops.total == 4 * training_flops(make_config("moe", "tiny"), 9)
+    assert language.subject().flops.total == 4 * training_flops(make_config("moe", "tiny"), 9)
     config = make_config("moe", "tiny")
-    again = dataclasses.replace(language, model={"remat": "layers"}).flops
-    assert again.total == 4 * (training_flops(config, 9) + config.body_flops(9))
+    again = dataclasses.replace(language, model={"remat": "layers"}).subject()
+    assert again.flops.total == 4 * (training_flops(config, 9) + config.body_flops(9))
 
 
 def test_of_a_run_the_largest_view_is_planned_and_named(tmp_path):
@@ -180,7 +180,7 @@ def test_layers_are_added_from_the_first_two():
     run = dataclasses.replace(run_of(num_process_layers=5, num_decoder_layers=4))
 
     def measure(run: Any) -> Step:
-        model = run.experiment.model
+        model = run.config
         deep, wide = model.num_process_layers, model.num_decoder_layers
         sent = {(("data",), "all-reduce"): 7 + 3 * deep, (("fsdp",), "all-gather"): 11 * wide - 11}
         return Step(100 + 10 * deep + wide, 7 * deep + 13 * wide, sent)
@@ -193,9 +193,9 @@ def test_layers_are_added_from_the_first_two():
 
 
 def test_layers_of_language_models_that_differ_are_not_taken_for_one_another():
-    assert LanguageRun("deepseek_v2", "v2", 8, 16).depths["num_layers"] == (1, 1, 59)
-    assert LanguageRun("jamba", "large_1.5", 8, 16).depths["num_layers"] == (0, 8, 9)
-    assert LanguageRun("hunyuan_large", "large", 8, 16).depths == {}
+    assert LanguageRun("deepseek_v2", "v2", 8, 16).subject().depths["num_layers"] == (1, 1, 59)
+    assert LanguageRun("jamba", "large_1.5", 8, 16).subject().depths["num_layers"] == (0, 8, 9)
+    assert LanguageRun("hunyuan_large", "large", 8, 16).subject().depths == {}
 
 
 def test_factors_are_all_products():

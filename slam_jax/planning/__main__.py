@@ -35,8 +35,9 @@ def main(arguments: list[str]) -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
     from slam_jax.planning.machine import Machine
     from slam_jax.planning.meshes import search
-    from slam_jax.planning.plans import plan, subject_of
+    from slam_jax.planning.plans import plan
     from slam_jax.planning.report import describe, describe_search
+    from slam_jax.planning.subjects import subject_of
     from slam_jax.training import override, read_config
 
     machine = Machine(MEMORY.value, TFLOPS.value, LINK.value, NETWORK.value, PER_HOST.value)

@@ -56,7 +56,7 @@ def compiled_step(subject: Subject, mesh: Mesh | None) -> Step:
         batch, key = batch_and_key
         return subject.loss(merge_model(graphdef, params), batch, key=key).total
 
-    graphdef, state = subject.state()
+    graphdef, state = subject.state
     state = with_shardings(state, mesh, zero=subject.mesh.zero)
     with use_mesh(mesh), for_accelerators():
         lowered = subject.step(graphdef, state).lower(state, shapes(subject.batch, 1))

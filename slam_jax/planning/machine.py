@@ -11,17 +11,6 @@ from slam_jax.errors import require, require_count
 Exchange = tuple[tuple[str, ...], str]  # mesh axes along which devices exchange, operation
 Sent = Mapping[Exchange, int]  # -> bytes that each device is sent
 
-# Share of the exchanged bytes that each of n devices in a ring sends. The bytes are those of the
-# result, or of the operand of a reduce-scatter. Source: Thakur, Rabenseifner & Gropp 2005,
-# "Optimization of Collective Communication Operations in MPICH", section 4.
-_RING = {
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "all-gather": lambda n: (n - 1) / n,
-    "reduce-scatter": lambda n: (n - 1) / n,
-    "all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: float(n > 1),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
@@ -66,8 +55,19 @@ class Machine:
     def seconds(self, sent: Sent, sizes: Mapping[str, int]) -> dict[Exchange, float]:
         """Time of each collective by bandwidth alone: without latency and waiting."""
         return {
-            (axes, op): num_bytes
-            * _RING[op](math.prod(sizes[axis] for axis in axes))
-            / self.bandwidth(axes, sizes)
+            (axes, op): num_bytes * _ring_share(op, axes, sizes) / self.bandwidth(axes, sizes)
             for (axes, op), num_bytes in sent.items()
         }
+
+
+def _ring_share(op: str, axes: tuple[str, ...], sizes: Mapping[str, int]) -> float:
+    """The share of the exchanged bytes that each device of a ring sends.
+
+    The bytes are those of the result, or of the operand of a reduce-scatter. Source: Thakur,
+    Rabenseifner & Gropp 2005, "Optimization of Collective Communication Operations in MPICH",
+    section 4.
+    """
+    n = math.prod(sizes[axis] for axis in axes)
+    if op == "collective-permute":
+        return float(n > 1)
+    return (2 if op == "all-reduce" else 1) * (n - 1) / n

@@ -1,19 +1,15 @@
 """The plan of a run: memory, operations and exchanged bytes of each device."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from slam_jax.data import prepare, training_batches
 from slam_jax.planning.compiled import Step, compiled_step, extrapolated
 from slam_jax.planning.machine import Machine
-from slam_jax.planning.subjects import LanguageRun, SlamV3Run, Subject
-from slam_jax.training.experiment import Experiment, as_json, build
+from slam_jax.planning.subjects import Subject, subject_of
 from slam_jax.training.mesh import make_mesh
 from slam_jax.training.sharding import bytes_per_device, with_shardings
 
@@ -40,7 +36,7 @@ class Plan(NamedTuple):
     step: Step
     flops: float
     machine: Machine
-    layers: Sequence[Mapping[str, int]]
+    layers: Sequence[Mapping[str, int]] = ()
     view: str | None = None
 
     @property
@@ -75,18 +71,14 @@ class Plan(NamedTuple):
         return sum(self.seconds.values())
 
 
-def state_bytes(state: Any, mesh: Mesh | None, zero: bool) -> StateBytes:
-    """Bytes per device of a `TrainState` of shapes, sharded over the mesh."""
-    state = with_shardings(state, mesh, zero=zero)
+def state_bytes(subject: Subject, mesh: Mesh | None) -> StateBytes:
+    """Bytes per device of a subject's state on a mesh."""
+    state: Any = with_shardings(subject.state[1], mesh, zero=subject.mesh.zero)
     return StateBytes(*map(bytes_per_device, (state.params, state.opt_state, state.ema)))
 
 
-def plan_step(
-    subject: Subject, mesh: Mesh | None, machine: Machine = Machine(), state: Any = None
-) -> Plan:
+def plan_step(subject: Subject, mesh: Mesh | None, machine: Machine = Machine()) -> Plan:
     """The plan of a subject on a mesh. Its step is compiled and not run.
-
-    state: the shapes of `subject.state()`, if the caller has them.
 
     Raises:
       ConfigError: the devices cannot share the batch evenly.
@@ -94,9 +86,8 @@ def plan_step(
     subject.require_even(mesh)
     sizes = {"data": 1} if mesh is None else dict(mesh.shape)
     step, layers = extrapolated(subject, functools.partial(compiled_step, mesh=mesh))
-    held = state_bytes(state or subject.state()[1], mesh, subject.mesh.zero)
-    flops = subject.flops.of_device(sizes, subject.num_heads)
-    return Plan(sizes, held, step, flops, machine, layers, subject.view)
+    flops = subject.flops.of_device(sizes, subject.config.num_heads)
+    return Plan(sizes, state_bytes(subject, mesh), step, flops, machine, layers, subject.view)
 
 
 def plan(config: ConfigDict | Mapping[str, Any], machine: Machine = Machine()) -> Plan:
@@ -106,25 +97,3 @@ def plan(config: ConfigDict | Mapping[str, Any], machine: Machine = Machine()) -
     """
     subject = subject_of(config)
     return plan_step(subject, make_mesh(subject.mesh), machine)
-
-
-def subject_of(config: ConfigDict | Mapping[str, Any]) -> Subject:
-    """A `LanguageRun` for a configuration with the field `language_model`, else a `SlamV3Run`.
-
-    The data set of a run is built if necessary, since shapes of batches depend on it. Of the views
-    that the run trains on the largest is planned: one that the alignment loss encodes twice comes
-    first, then the one with the most encoder tokens.
-    """
-    values = as_json(config)
-    if "language_model" in values:
-        return build(LanguageRun, values, "")
-    experiment, runs = Experiment.from_config(values), []
-    dataset = prepare(experiment.data, model=experiment.model)
-    for view in experiment.data.views:
-        data = dataclasses.replace(experiment.data, stages=((0, {view: 1.0}),))
-        _, row = next(training_batches(dataset.train, dataset.tokenizer, data, rows=range(1)))
-        batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((experiment.data.batch_size, *x.shape[1:]), x.dtype), row
-        )
-        runs.append(SlamV3Run(experiment, dataset.tokenizer.vocab_size, batch, view))
-    return max(runs, key=lambda run: (run.is_aligned, run.stream_bytes[0]))

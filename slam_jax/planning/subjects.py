@@ -1,6 +1,7 @@
-"""What can be planned: a run of SLAM v3, or the training of a language model."""
+"""What is planned: the training step of a SLAM v3 run, or of a language model."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,20 +10,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from slam_jax.data import Batch
+from slam_jax.data import Batch, prepare, training_batches
 from slam_jax.errors import require_count
 from slam_jax.language_models.flops import training_flops
 from slam_jax.language_models.registry import make_config, make_model
+from slam_jax.slam_v3 import SlamV3
 from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
-from slam_jax.training.experiment import Experiment, require_even_batch
-from slam_jax.training.losses import language_model_loss
+from slam_jax.training.experiment import Experiment, as_json, build, require_even_batch
+from slam_jax.training.losses import language_model_loss, num_answer_tokens, slam_v3_loss
 from slam_jax.training.mesh import MeshConfig
-from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
-from slam_jax.training.start import jit_step, loss_of, state_shapes
-from slam_jax.training.state import TrainState, init_state, make_train_step, split_model
+from slam_jax.training.optimizer import OptimizerConfig
+from slam_jax.training.start import abstract_state, jit_train_step
+from slam_jax.training.state import TrainState, TrainStep
 
-_NUM_STEPS = 1_000  # of a language model's schedule; no figure depends on it
+_NUM_STEPS = 1_000  # of the learning rate's schedule; no figure depends on it
 
 
 class Depth(NamedTuple):
@@ -40,7 +43,7 @@ class Flops(NamedTuple):
     """Floating-point operations of a step on the whole batch, and those of the processes alone."""
 
     total: int
-    process: int
+    process: int = 0
 
     def of_device(self, sizes: Mapping[str, int], num_heads: int) -> float:
         """The part of one device; devices along an axis that divides nothing repeat the work.
@@ -56,109 +59,108 @@ class Flops(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SlamV3Run:
-    """A run of `train` on batches of one view. batch: shapes of a whole batch."""
+class Subject:
+    """The training of a model, of which a plan is made.
 
-    experiment: Experiment
-    vocab_size: int
-    batch: Batch
+    make: (config, rngs=) -> the model. loss: (model, batch, key=) -> the parts of the loss.
+    weight_of: of a part of the batch; see `make_train_step`. batch: shapes of a whole batch.
+    require_even: raises ConfigError where the devices of a mesh cannot share a batch evenly.
+    depths: name of a field of `config` -> its layers. Without them the model is compiled whole.
+    flops: with four forward passes where `remat` is "layers", else three.
+    stream_bytes: the whole batch's activations between layers: encoder tokens, all layers.
+    num_processes: what the axis `process` may divide. view: of the batch, where there are views.
+    """
+
+    config: Any
+    make: Callable[..., nnx.Module]
+    loss: Callable[..., Any]
+    weight_of: Callable[[Any], Any]
+    batch: Any
+    optimizer: OptimizerConfig
+    mesh: MeshConfig
+    require_even: Callable[[Mesh | None], None]
+    depths: Mapping[str, Depth]
+    flops: Flops
+    stream_bytes: tuple[int, int]
+    num_processes: int = 1
     view: str | None = None
 
-    @property
-    def mesh(self) -> MeshConfig:
-        return self.experiment.mesh
+    def with_layers(self, layers: Mapping[str, int]) -> "Subject":
+        """The same with other numbers of layers, by the names of `depths`; `flops` and
+        `stream_bytes` remain those of the whole model."""
+        config = self.config
+        for name, count in layers.items():
+            group, _, field = name.rpartition(".")
+            part = getattr(config, group) if group else config
+            part = dataclasses.replace(part, **{field: count})
+            config = dataclasses.replace(config, **{group: part}) if group else part
+        return dataclasses.replace(self, config=config)
 
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        return self.experiment.optimizer
-
-    @property
-    def num_heads(self) -> int:
-        return self.experiment.model.num_heads
-
-    @property
-    def num_processes(self) -> int:
-        return self.experiment.model.num_processes
-
-    @property
-    def depths(self) -> Mapping[str, Depth]:
-        """Name of a field of the model's configuration -> its layers."""
-        model = self.experiment.model
-        counts = {name: getattr(model, name) for name in _LAYERS}
-        if model.image.encoder == "vit":
-            counts["image.num_layers"] = model.image.num_layers
-        return {name: Depth(0, 1, count) for name, count in counts.items()}
-
-    @property
-    def is_aligned(self) -> bool:
-        """Whether text and image are also encoded alone, for the alignment loss."""
-        return self.experiment.loss.alignment > 0 and self.batch.paired
-
-    @property
-    def stream_bytes(self) -> tuple[int, int]:
-        """Bytes of the whole batch's activations between layers: encoder tokens, all layers."""
-        model = self.experiment.model
-        rows, prompts, length = self.batch.tokens.shape
-        token = rows * model.embed_dim * jnp.dtype(model.dtype).itemsize
-        unpooled = dataclasses.replace(model, num_memory_tokens=0)
-        encoded = token * num_memory(unpooled, **self._sizes)
-        decoded = token * prompts * (length - 1) * model.num_decoder_layers
-        return encoded, encoded * (2 + model.num_processes * model.num_process_layers) + decoded
-
-    @property
-    def flops(self) -> Flops:
-        """Three forward passes, four with remat "layers"; recomputing "maps" is not counted."""
-        model, sizes = self.experiment.with_vocabulary(self.vocab_size), self._sizes
-        encodes = [sizes]
-        if self.is_aligned:
-            encodes += [{name: sizes[name]} for name in ("text", "pixels")]
-
-        def encode(num_process_layers: int) -> int:
-            config = dataclasses.replace(model, num_process_layers=num_process_layers)
-            return sum(encode_flops(config, **inputs) for inputs in encodes)
-
-        rows, prompts, length = self.batch.tokens.shape
-        memory, layers = num_memory(model, **sizes), model.num_process_layers
-        decode = decode_flops(model, prompts=prompts, length=length - 1, memory=memory)
-        passes = rows * (4 if model.remat == "layers" else 3)
-        return Flops(passes * (decode + encode(layers)), passes * layers * (encode(2) - encode(1)))
-
-    @property
-    def loss(self) -> Callable[..., Any]:
-        return loss_of(self.experiment)
-
-    def with_layers(self, layers: Mapping[str, int]) -> "SlamV3Run":
-        own, model = (
-            {name: n for name, n in layers.items() if name in _LAYERS},
-            self.experiment.model,
-        )
-        depth = layers.get("image.num_layers", model.image.num_layers)
-        image = dataclasses.replace(model.image, num_layers=depth)
-        model = dataclasses.replace(model, image=image, **own)
-        experiment = dataclasses.replace(self.experiment, model=model)
-        return dataclasses.replace(self, experiment=experiment)
-
+    @functools.cached_property
     def state(self) -> tuple[nnx.GraphDef, TrainState]:
-        return state_shapes(self.experiment, self.vocab_size)
+        """The structure of the model, and the shapes of the training state."""
+        return abstract_state(functools.partial(self.make, self.config), self.optimizer, _NUM_STEPS)
 
-    def step(self, graphdef: nnx.GraphDef, state: TrainState) -> Any:
-        return jit_step(self.experiment, graphdef, state)
-
-    def require_even(self, mesh: Mesh | None) -> None:
-        self.experiment.check(mesh)
-
-    @property
-    def _sizes(self) -> dict[str, Any]:
-        inputs = self.batch.inputs
-        sizes = {
-            "text": None if inputs.text is None else inputs.text.shape[1],
-            "pixels": None if inputs.image is None else inputs.image.shape[1:3],
-            "aux": None if inputs.aux is None else inputs.aux.shape[1],
-        }
-        return {name: size for name, size in sizes.items() if size is not None}
+    def step(self, graphdef: nnx.GraphDef, state: TrainState) -> TrainStep:
+        """The jitted training step for a state with these shardings."""
+        loss, weight_of = self.loss, self.weight_of
+        return jit_train_step(graphdef, state, loss, self.optimizer, _NUM_STEPS, weight_of)
 
 
-_LAYERS = ("num_process_layers", "num_decoder_layers")
+def slam_v3_run(
+    experiment: Experiment, vocab_size: int, batch: Batch, view: str | None = None
+) -> Subject:
+    """A run of `train` on batches of one view. batch: shapes of a whole batch."""
+    model, inputs = experiment.with_vocabulary(vocab_size), batch.inputs
+    sizes: dict[str, Any] = {}
+    if inputs.text is not None:
+        sizes["text"] = inputs.text.shape[1]
+    if inputs.image is not None:
+        sizes["pixels"] = inputs.image.shape[1:3]
+    if inputs.aux is not None:
+        sizes["aux"] = inputs.aux.shape[1]
+    encodes = [sizes]
+    if _is_aligned(experiment, batch):
+        encodes += [{name: sizes[name]} for name in ("text", "pixels")]
+
+    def encode(num_process_layers: int) -> int:
+        config = dataclasses.replace(model, num_process_layers=num_process_layers)
+        return sum(encode_flops(config, **inputs) for inputs in encodes)
+
+    rows, prompts, length = batch.tokens.shape
+    layers, decoder_layers = model.num_process_layers, model.num_decoder_layers
+    memory = num_memory(model, **sizes)
+    decode = decode_flops(model, prompts=prompts, length=length - 1, memory=memory)
+    passes = rows * (4 if model.remat == "layers" else 3)
+    depths = {
+        "num_process_layers": Depth(0, 1, layers),
+        "num_decoder_layers": Depth(0, 1, decoder_layers),
+    }
+    if model.image.encoder == "vit":
+        depths["image.num_layers"] = Depth(0, 1, model.image.num_layers)
+    token = rows * model.embed_dim * jnp.dtype(model.dtype).itemsize
+    encoded = token * num_memory(dataclasses.replace(model, num_memory_tokens=0), **sizes)
+    decoded = token * prompts * (length - 1) * decoder_layers
+    return Subject(
+        model,
+        SlamV3,
+        functools.partial(slam_v3_loss, config=experiment.loss),
+        num_answer_tokens,
+        batch,
+        experiment.optimizer,
+        experiment.mesh,
+        experiment.check,
+        depths,
+        Flops(passes * (decode + encode(layers)), passes * layers * (encode(2) - encode(1))),
+        (encoded, encoded * (2 + model.num_processes * layers) + decoded),
+        model.num_processes,
+        view,
+    )
+
+
+def _is_aligned(experiment: Experiment, batch: Batch) -> bool:
+    """Whether text and image are also encoded alone, for the alignment loss."""
+    return experiment.loss.alignment > 0 and batch.paired
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,31 +179,34 @@ class LanguageRun:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
 
-    loss = staticmethod(language_model_loss)
-    view = None  # all batches are alike
-    num_processes = 1  # the axis `process` divides no work that a plan counts on
-
-    def __post_init__(self):
+    def subject(self) -> Subject:
+        config = make_config(self.language_model, self.preset, **(self.model or {}))
         require_count("batch_size", self.batch_size)
-        require_count("num_tokens", self.num_tokens, most=self.config.context_length)
-        self.require_even(None)
+        require_count("num_tokens", self.num_tokens, most=config.context_length)
+        rows, parts = self.batch_size, self.optimizer.accumulate_steps
+        require_even = functools.partial(require_even_batch, "batch_size", rows, parts)
+        require_even(None)
+        flops = training_flops(config, self.num_tokens)
+        if config.remat == "layers":
+            flops += config.body_flops(self.num_tokens)
+        stream = rows * self.num_tokens * config.embed_dim * jnp.dtype(config.dtype).itemsize
+        return Subject(
+            config,
+            make_model,
+            language_model_loss,
+            lambda part: 1.0,
+            jax.ShapeDtypeStruct((rows, self.num_tokens + 1), jnp.int32),
+            self.optimizer,
+            self.mesh,
+            require_even,
+            self._depths(config),
+            Flops(rows * flops),
+            (stream, stream * getattr(config, "num_layers", 1)),
+        )
 
-    @property
-    def config(self) -> Any:
-        return make_config(self.language_model, self.preset, **(self.model or {}))
-
-    @property
-    def batch(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.batch_size, self.num_tokens + 1), jnp.int32)
-
-    @property
-    def num_heads(self) -> int:
-        return self.config.num_heads
-
-    @property
-    def depths(self) -> Mapping[str, Depth]:
-        """Empty for models whose layers follow no period: they are compiled whole."""
-        config, first, period = self.config, 0, 1
+    def _depths(self, config: Any) -> dict[str, Depth]:
+        """Empty where the layers follow no period."""
+        first, period = 0, 1
         if self.language_model == "deepseek_v2":
             first = config.num_dense_layers
         elif self.language_model == "jamba":
@@ -211,49 +216,24 @@ class LanguageRun:
         repeats, rest = divmod(config.num_layers - first, period)
         return {} if rest else {"num_layers": Depth(first, period, repeats)}
 
-    @property
-    def stream_bytes(self) -> tuple[int, int]:
-        config = self.config
-        tokens = self.batch_size * self.num_tokens
-        once = tokens * config.embed_dim * jnp.dtype(config.dtype).itemsize
-        return once, once * getattr(config, "num_layers", 1)
 
-    @property
-    def flops(self) -> Flops:
-        """Three forward passes; with remat "layers" a fourth of all but the head."""
-        row = training_flops(self.config, self.num_tokens)
-        if self.config.remat == "layers":
-            row += self.config.body_flops(self.num_tokens)
-        return Flops(self.batch_size * row, 0)
+def subject_of(config: ConfigDict | Mapping[str, Any]) -> Subject:
+    """A `LanguageRun` for a configuration with the field `language_model`, else a `slam_v3_run`.
 
-    def with_layers(self, layers: Mapping[str, int]) -> "LanguageRun":
-        return dataclasses.replace(self, model={**(self.model or {}), **layers})
-
-    def state(self) -> tuple[nnx.GraphDef, TrainState]:
-        def make() -> nnx.Module:
-            return make_model(self.config, rngs=nnx.Rngs(0))
-
-        def first_state() -> TrainState:
-            optimizer = make_optimizer(self.optimizer, _NUM_STEPS)
-            ema = self.optimizer.ema_decay is not None
-            return init_state(split_model(make())[1], optimizer, jax.random.key(0), ema=ema)
-
-        return split_model(nnx.eval_shape(make))[0], jax.eval_shape(first_state)
-
-    def step(self, graphdef: nnx.GraphDef, state: TrainState) -> Any:
-        step = make_train_step(
-            graphdef,
-            self.loss,
-            make_optimizer(self.optimizer, _NUM_STEPS),
-            ema_decay=self.optimizer.ema_decay,
-            accumulate_steps=self.optimizer.accumulate_steps,
+    The data set of a run is built if necessary, since shapes of batches depend on it. Of the views
+    that the run trains on the largest is planned: one that the alignment loss encodes twice comes
+    first, then the one with the most encoder tokens.
+    """
+    values = as_json(config)
+    if "language_model" in values:
+        return build(LanguageRun, values).subject()
+    experiment, runs = Experiment.from_config(values), []
+    dataset = prepare(experiment.data, model=experiment.model)
+    for view in experiment.data.views:
+        data = dataclasses.replace(experiment.data, stages=((0, {view: 1.0}),))
+        _, row = next(training_batches(dataset.train, dataset.tokenizer, data, rows=range(1)))
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((experiment.data.batch_size, *x.shape[1:]), x.dtype), row
         )
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-
-    def require_even(self, mesh: Mesh | None) -> None:
-        parts = self.optimizer.accumulate_steps
-        require_even_batch("batch_size", self.batch_size, parts, mesh)
-
-
-Subject = SlamV3Run | LanguageRun
+        runs.append(slam_v3_run(experiment, dataset.tokenizer.vocab_size, batch, view))
+    return max(runs, key=lambda run: (_is_aligned(experiment, run.batch), run.stream_bytes[0]))

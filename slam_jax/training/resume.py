@@ -11,7 +11,7 @@ from slam_jax.data import Dataset, Tokenizer, prepare
 from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.experiment import Experiment, flatten
-from slam_jax.training.start import initial_state, require_room_for, state_shapes
+from slam_jax.training.start import initial_state, state_shapes
 from slam_jax.training.state import TrainState
 
 MAY_CHANGE = (
@@ -57,7 +57,6 @@ def open_run(experiment: Experiment, checkpoints: Checkpoints, mesh: Mesh | None
             graphdef, state = initial_state(experiment, vocab_size, mesh)
             return OpenedRun(graphdef, state, dataset, False, notes)
         graphdef, like = state_shapes(experiment, vocab_size, mesh)
-        require_room_for(like, mesh)
         state = checkpoints.restore(latest, like)
     pending = experiment.run.evaluates(latest) and not checkpoints.read_metrics(latest)
     return OpenedRun(graphdef, state, dataset, pending, notes)
