@@ -69,8 +69,8 @@ def v6_losses(preset: str, rows: int, length: int, dtype: str) -> Any:
 
     from slam_jax.language_models import make_model
     from slam_jax.runtime.compile_cache import enable_compile_cache
+    from slam_jax.training.losses import token_losses
     from slam_jax.training.state import merge_model, split_model
-    from slam_jax.training.token_losses import token_losses
 
     enable_compile_cache()
     config = make_config("slam_v6", preset)

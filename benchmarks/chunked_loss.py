@@ -41,7 +41,7 @@ def gradient(tokens: int, vocab_size: int, chunk_tokens: int | None, repeats: in
     import jax.numpy as jnp
     import numpy as np
 
-    from slam_jax.training.token_losses import token_losses, token_losses_in_chunks
+    from slam_jax.training.losses import token_losses, token_losses_in_chunks
 
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(rng.standard_normal((DIM, vocab_size), np.float32) / DIM**0.5)

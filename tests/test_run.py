@@ -38,7 +38,7 @@ from slam_jax.training import (
     validation,
 )
 from slam_jax.training.losses import LossParts
-from slam_jax.training.metrics import NoMetrics, read_metrics
+from slam_jax.training.metrics import read_metrics
 from slam_jax.training.optimizer import make_schedule
 from slam_jax.training.start import state_shapes
 from slam_jax.training.state import StepMetrics
@@ -332,7 +332,7 @@ def test_rates_are_of_the_whole_batch(config):
     progress: Any = SimpleNamespace(update=lambda step, **more: shown.append(more))
     nothing: Any = None
     trainer = loop.Trainer(
-        *(Experiment.from_config(config), config, nothing, nothing, nothing, NoMetrics()),
+        *(Experiment.from_config(config), config, nothing, nothing, nothing, None),
         *(progress, Stop(), None),
     )
     half = np.full((2, 5), 6, np.int32)

@@ -17,7 +17,7 @@ from slam_jax.language_models import SYSTEMS, make_config, make_model
 from slam_jax.protocol import Headed
 from slam_jax.slam_v3 import Inputs
 from slam_jax.training import LossConfig, language_model_loss, slam_v3_loss
-from slam_jax.training.token_losses import token_losses, token_losses_in_chunks
+from slam_jax.training.losses import token_losses, token_losses_in_chunks
 
 TOKENS, DIM, VOCAB = (3, 7), 8, 50
 slow = pytest.mark.slow

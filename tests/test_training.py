@@ -34,9 +34,8 @@ from slam_jax.training import (
     split_model,
 )
 from slam_jax.training.experiment import as_json
-from slam_jax.training.losses import LossParts, answer_mask, num_answer_tokens
+from slam_jax.training.losses import LossParts, answer_mask, num_answer_tokens, token_losses
 from slam_jax.training.state import init_state
-from slam_jax.training.token_losses import token_losses
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 13

@@ -13,7 +13,7 @@ _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<op>[a-z-]+
 _CALLED = re.compile(r"(?:to_apply|calls|body|condition)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 # Three spellings of groups of devices: as lists, as a transposed range, and as axes of a mesh.
 _LISTS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
 _IOTA = r"\[[\d,]+\](?:T\([\d,]+\))?"
@@ -83,11 +83,8 @@ def _walk(
 
 def _num_bytes(type_text: str) -> int:
     """Bytes of an array type or of all arrays of a tuple type."""
-    total = 0
-    for name, bits, shape in _ARRAY.findall(type_text):
-        size = math.prod(_integers(shape))
-        total += size if name == "pred" else size * int(bits) // 8
-    return total
+    arrays = _ARRAY.findall(type_text)  # bits are "" for pred, of which each takes a byte
+    return sum(math.prod(_integers(shape)) * int(bits or 8) // 8 for bits, shape in arrays)
 
 
 def _first_group(line: str, num_devices: int) -> list[int]:

@@ -1,11 +1,11 @@
 """What a training step sends and how much memory it takes, from its compiled executable.
 
-An executable for 1,024 virtual CPU devices compiles as fast as one for two, but compile time grows
-with the number of layers. So models with one and with two layers of a kind are compiled, and the
-difference is added for every further layer. For bytes sent and activations this is exact if all
-layers of a kind are alike, as a test checks; for temporary memory it is an estimate.
+Compile time grows with the number of layers. So models with one and with two layers of a kind are
+compiled, and the difference is added for every further layer. For bytes sent and activations this
+is exact if all layers of a kind are alike; for temporary memory it is an estimate.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -42,15 +42,11 @@ def compiled_step(subject: Subject, mesh: Mesh | None) -> Step:
     """The figures of a subject's step with all of its layers compiled."""
     sizes = {"data": 1} if mesh is None else dict(mesh.shape)
 
-    def shapes(batch: Any, parts: int) -> Any:
-        def one(x: Any) -> jax.ShapeDtypeStruct:
-            shape = (x.shape[0] // parts, *x.shape[1:])
-            if mesh is None:
-                return jax.ShapeDtypeStruct(shape, x.dtype)
-            sharding = NamedSharding(mesh, fit(shape, [AXES["batch"]], sizes))
-            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
-
-        return jax.tree.map(one, batch)
+    def part(parts: int, x: Any) -> jax.ShapeDtypeStruct:
+        shape = (x.shape[0] // parts, *x.shape[1:])
+        batch = fit(shape, [AXES["batch"]], sizes)
+        sharding = None if mesh is None else NamedSharding(mesh, batch)
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
     def loss(params: Any, batch_and_key: Any) -> Any:
         batch, key = batch_and_key
@@ -59,10 +55,12 @@ def compiled_step(subject: Subject, mesh: Mesh | None) -> Step:
     graphdef, state = subject.state
     state = with_shardings(state, mesh, zero=subject.mesh.zero)
     with use_mesh(mesh), for_accelerators():
-        lowered = subject.step(graphdef, state).lower(state, shapes(subject.batch, 1))
-        compiled = lowered.compile(compiler_options=_FAST)
-        part = shapes(subject.batch, subject.optimizer.accumulate_steps)
-        activations = residuals(loss, state.params, (part, state.key))
+        step: Any = subject.step(graphdef, state)
+        whole = jax.tree.map(functools.partial(part, 1), subject.batch)
+        compiled = step.lower(state, whole).compile(compiler_options=_FAST)
+        split = functools.partial(part, subject.optimizer.accumulate_steps)
+        batch_and_key = jax.tree.map(split, subject.batch), state.key
+        activations = residuals(loss, state.params, batch_and_key)
     sent: Counter = Counter()
     for each in collectives(compiled.as_text(), sizes):
         sent[each.axes, each.op] += each.count * each.num_bytes

@@ -14,8 +14,9 @@ from slam_jax.errors import UserError, first_line
 from slam_jax.runtime.signals import INTACT, RESUME_ALL, SAVED, PeerLost, Stopped, print_line
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Parses the defined flags and calls `main` with the remaining arguments."""
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Parses the defined flags and calls `main` with the remaining arguments. Its result, if any,
+    is the exit code."""
 
     prepare_process()
 
@@ -27,9 +28,9 @@ def run(main: Callable[[list[str]], None]) -> None:
                 message = str(error).replace("\n", "; ")
                 raise UserError(f"{message}; --help lists the flags") from None
 
-    def guarded(argv: list[str]) -> None:
+    def guarded(argv: list[str]) -> int | None:
         with exit_on_error():
-            main(argv[1:])
+            return main(argv[1:])
 
     app.run(guarded, flags_parser=parse)
 

@@ -24,14 +24,14 @@ from slam_jax.runtime.signals import Stop, Stopped
 from slam_jax.training.checkpoint import Checkpoints
 from slam_jax.training.experiment import Experiment, as_json
 from slam_jax.training.mesh import make_mesh
-from slam_jax.training.metrics import MetricsWriter, NoMetrics
+from slam_jax.training.metrics import MetricsWriter
 from slam_jax.training.optimizer import make_schedule
 from slam_jax.training.progress import Progress
 from slam_jax.training.resume import open_run
 from slam_jax.training.sharding import local_rows, place, use_mesh
 from slam_jax.training.start import jit_step
 from slam_jax.training.state import StepMetrics, TrainState
-from slam_jax.training.validation import EvaluationStopped, summarize, validate
+from slam_jax.training.validation import summarize, validate
 
 
 class TrainingDiverged(UserError):
@@ -70,35 +70,29 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(workdir, keep_every=run.keep_every))
         stack.enter_context(use_mesh(mesh))
         stack.enter_context(distributed.explain_lost_peers())
-        graphdef, state, dataset, pending_evaluation, notes = open_run(
-            experiment, checkpoints, mesh
-        )
-        first = int(state.step)
-        writer = NoMetrics()
+        opened = open_run(experiment, checkpoints, mesh)
+        state, pending = opened.state, opened.pending_evaluation
+        first, writer = int(state.step), None
         if is_first:
-            evaluated, board = not pending_evaluation, run.tensorboard
-            writer = MetricsWriter(workdir, first, evaluated=evaluated, tensorboard=board)
-        stack.enter_context(writer)
+            board = run.tensorboard
+            writer = MetricsWriter(workdir, first, evaluated=not pending, tensorboard=board)
+            stack.enter_context(writer)
         progress = stack.enter_context(Progress(run.num_steps, first_step=first, shown=is_first))
-        for note in notes:
+        for note in opened.notes:
             progress.log(note)
-        if first == run.num_steps and not pending_evaluation:
+        if first == run.num_steps and not pending:
             progress.log(f"{workdir} is already at its last step, {first:,}")
             return state
         count = sum(x.size for x in jax.tree.leaves(state.params))
         origin = f"from step {first:,} of {workdir}" if first else f"in {workdir}"
-        progress.log(f"{count:,} parameters on {_describe(mesh)}, {origin}")
-        stop = stop or Stop()
-        tools = checkpoints, writer, progress, stop, mesh
-        trainer = Trainer(experiment, config, graphdef, dataset, *tools)
+        sizes = {} if mesh is None else mesh.shape
+        axes = [f"{axis} {size}" for axis, size in sizes.items() if size > 1]
+        where = " x ".join(axes) or str(jax.devices()[0])
+        progress.log(f"{count:,} parameters on {where}, {origin}")
+        tools = checkpoints, writer, progress, stop or Stop(), mesh
+        trainer = Trainer(experiment, config, opened.graphdef, opened.dataset, *tools)
         with explain_out_of_memory("a step", _SMALLER_STEPS):
-            return trainer.run(state, pending_evaluation)
-
-
-def _describe(mesh: Mesh | None) -> str:
-    if mesh is None:
-        return str(jax.devices()[0])
-    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+            return trainer.run(state, pending)
 
 
 _SMALLER_STEPS = (
@@ -128,7 +122,7 @@ class Trainer:
     graphdef: nnx.GraphDef
     dataset: Dataset
     checkpoints: Checkpoints
-    writer: MetricsWriter
+    writer: MetricsWriter | None
     progress: Progress
     stop: Stop
     mesh: Mesh | None
@@ -138,14 +132,18 @@ class Trainer:
         """Takes all remaining steps; `pending_evaluation`: and evaluates the given state before."""
         run, first = self.experiment.run, int(state.step)
         step_fn = jit_step(self.experiment, self.graphdef, state)
-        batches = self._batches(first)
+        data, dataset = self.experiment.data, self.dataset
+        rows = local_rows(data.batch_size, self.mesh)
+        batches = training_batches(
+            dataset.train, dataset.tokenizer, data, start_step=first, rows=rows
+        )
         if pending_evaluation:
             self._save(first, state, self._evaluate(first, state))
         unreported: list[StepResult] = []
         for step in range(first + 1, run.num_steps + 1):
             self.checkpoints.poll()
             view, batch = next(batches)
-            state, metrics = step_fn(state, self._place(batch))
+            state, metrics = step_fn(state, place(batch, self.mesh, data.batch_size))
             self.stop.expect_save()
             result = StepResult(step, view, batch, metrics)
             stops = self._should_stop()
@@ -168,14 +166,6 @@ class Trainer:
                 raise Stopped(f"step {step:,} is saved; the same command resumes from there")
         return state
 
-    def _batches(self, first: int) -> Iterator[tuple[str, Batch]]:
-        data, dataset = self.experiment.data, self.dataset
-        rows = local_rows(data.batch_size, self.mesh)
-        return training_batches(dataset.train, dataset.tokenizer, data, start_step=first, rows=rows)
-
-    def _place(self, batch: Batch) -> Batch:
-        return place(batch, self.mesh, self.experiment.data.batch_size)
-
     def _should_stop(self) -> bool:
         """Whether to stop: asked after every step and before every batch of an evaluation.
 
@@ -197,12 +187,11 @@ class Trainer:
         if values.bad_steps:
             skipped = f"step {step:,} ({view}): loss or gradient is not finite, step skipped"
             self.progress.log(skipped)
-        if step % self.experiment.run.log_every == 0:
-            parts = {name: float(value) for name, value in values.loss._asdict().items()}
+        if self.writer and step % self.experiment.run.log_every == 0:
             schedule = make_schedule(self.experiment.optimizer, self.experiment.run.num_steps)
-            rate = np.asarray(schedule(values.updates)).item()
-            more = {"grad_norm": float(values.grad_norm), "learning_rate": rate, "view": view}
-            self.writer.write(step, "train", parts | more)
+            rate = schedule(values.updates)
+            more = {"grad_norm": values.grad_norm, "learning_rate": rate, "view": view}
+            self.writer.write(step, "train", values.loss._asdict() | more)
         return int(values.bad_steps)
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float] | None:
@@ -214,19 +203,21 @@ class Trainer:
         try:
             with explain_out_of_memory("an evaluation", _SMALLER_EVALUATIONS):
                 scores = validate(*evaluated, self._should_stop)
-        except EvaluationStopped:
+        except Stopped:
             return None
         except Exception:
             # Saving takes all processes, and this may be the only one that fails.
             if jax.process_count() == 1:
                 self._save(step, state, None)
             raise
-        self.writer.write(step, "validation", scores)
+        if self.writer:
+            self.writer.write(step, "validation", scores)
         self.progress.log(summarize(step, scores))
         return scores
 
     def _save(self, step: int, state: TrainState, scores: Mapping[str, float] | None) -> None:
-        self.writer.sync()
+        if self.writer:
+            self.writer.sync()
         dataset = self.dataset
         splits = (dataset.train, dataset.validation)
         longest_answer = max(split.answer_length(dataset.tokenizer) for split in splits)

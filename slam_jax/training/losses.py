@@ -1,20 +1,22 @@
 """The losses that training minimises."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slam_jax.array_typing import AnyArray
 from slam_jax.data import Batch
 from slam_jax.errors import require, require_count
+from slam_jax.layers.constrain import constrain
 from slam_jax.layers.masks import prefix_mask
 from slam_jax.protocol import LanguageModel
 from slam_jax.slam_v3 import Inputs, SlamV3
-from slam_jax.training.token_losses import TokenLosses, token_losses, token_losses_in_chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +62,74 @@ def num_answer_tokens(batch: Batch) -> Int[Array, ""]:
     return answer_mask(batch).sum()
 
 
-def _token_losses(
-    model: Any, targets: Int[AnyArray, "*B"], chunk_tokens: int | None, *inputs: Any, key: Any
+class TokenLosses(NamedTuple):
+    """The losses of each token.
+
+    cross_entropy: in nats. z: the squared log-normaliser of the logits. correct: 1 where the most
+    probable token is the target, else 0.
+    """
+
+    cross_entropy: Float[Array, "*B"]
+    z: Float[Array, "*B"]
+    correct: Float[Array, "*B"]
+
+
+def token_losses(logits: Float[Array, "*B V"], targets: Int[AnyArray, "*B"]) -> TokenLosses:
+    return TokenLosses(
+        cross_entropy=optax.softmax_cross_entropy_with_integer_labels(logits, targets),
+        z=jax.nn.logsumexp(logits, axis=-1) ** 2,
+        correct=jnp.float32(logits.argmax(-1) == targets),
+    )
+
+
+def token_losses_in_chunks(
+    head: Callable[[Float[Array, "chunk D"]], Float[Array, "chunk V"]],
+    hidden: Float[Array, "*B D"],
+    targets: Int[AnyArray, "*B"],
+    chunk_tokens: int,
+) -> TokenLosses:
+    """`token_losses(head(hidden), targets)`, with the logits of `chunk_tokens` tokens at a time.
+
+    A gradient recomputes the logits of each chunk, so never more than one chunk is in memory. The
+    gradient of the parameters of the head is summed over the chunks.
+    """
+    flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), jnp.asarray(targets).reshape(-1)
+    count = -(-len(flat) // chunk_tokens)
+    pads = count * chunk_tokens - len(flat)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, pads)] + [(0, 0)] * (x.ndim - 1))
+        # Each device takes a share of every chunk; neighbouring tokens may be on one device.
+        return constrain(x.reshape(count, chunk_tokens, *x.shape[1:]), (None, "batch"))
+
+    @jax.checkpoint
+    def chunk_losses(h: jax.Array, t: jax.Array) -> TokenLosses:
+        return token_losses(head(h), t)
+
+    chunks = (split(flat), split(flat_targets))
+    _, losses = jax.lax.scan(lambda _, chunk: (None, chunk_losses(*chunk)), None, chunks)
+    return TokenLosses(*(x.reshape(-1)[: len(flat)].reshape(targets.shape) for x in losses))
+
+
+def _mean_losses(
+    model: Any,
+    targets: Int[AnyArray, "*B"],
+    mask: Bool[AnyArray, "*B"],
+    chunk_tokens: int | None,
+    *inputs: Any,
+    key: Any,
 ) -> tuple[TokenLosses, Float[Array, ""] | float]:
-    """The losses of the tokens that `model(*inputs)` predicts, and the auxiliary loss."""
+    """The mean losses of the tokens in `mask` that `model(*inputs)` predicts, and its auxiliary
+    loss."""
     if chunk_tokens is None:
         output = model(*inputs, key=key)
-        return token_losses(output.logits, targets), output.aux_loss
-    hidden = model.hidden(*inputs, key=key)
-    losses = token_losses_in_chunks(model.logits, hidden.states, targets, chunk_tokens)
-    return losses, hidden.aux_loss
+        losses = token_losses(output.logits, targets)
+    else:
+        output = model.hidden(*inputs, key=key)
+        losses = token_losses_in_chunks(model.logits, output.states, targets, chunk_tokens)
+    count = jnp.maximum(mask.sum(), 1)
+    means = (jnp.where(mask, x, 0.0).sum() / count for x in losses)
+    return TokenLosses(*means), output.aux_loss
 
 
 def slam_v3_loss(
@@ -82,27 +142,20 @@ def slam_v3_loss(
     """
     chex.assert_equal_shape([batch.prompt_length, batch.length])
     chex.assert_equal_shape_prefix([batch.tokens, batch.length], 2)
-    inputs, targets = (batch.tokens[..., :-1], batch.inputs), batch.tokens[..., 1:]
-    losses, _ = _token_losses(model, targets, config.chunk_tokens, *inputs, key=key)
-    mask = answer_mask(batch)
-    count = jnp.maximum(num_answer_tokens(batch), 1)
-
-    def mean(x: jax.Array) -> jax.Array:
-        return jnp.where(mask, x, 0.0).sum() / count
-
-    cross_entropy, z = mean(losses.cross_entropy), mean(losses.z)
+    tokens, targets, inputs = batch.tokens[..., :-1], batch.tokens[..., 1:], batch.inputs
+    mask, chunk = answer_mask(batch), config.chunk_tokens
+    losses, _ = _mean_losses(model, targets, mask, chunk, tokens, inputs, key=key)
     alignment = jnp.zeros(())
     if config.alignment and batch.paired:
-        inputs = batch.inputs
         text = model.embed(Inputs(text=inputs.text, text_mask=inputs.text_mask), key=key)
         image = model.embed(Inputs(image=inputs.image, image_mask=inputs.image_mask), key=key)
         alignment = model.alignment.loss(text, image)
     return LossParts(
-        total=cross_entropy + config.z_loss * z + config.alignment * alignment,
-        cross_entropy=cross_entropy,
-        z_loss=z,
+        total=losses.cross_entropy + config.z_loss * losses.z + config.alignment * alignment,
+        cross_entropy=losses.cross_entropy,
+        z_loss=losses.z,
         alignment=alignment,
-        accuracy=mean(losses.correct),
+        accuracy=losses.correct,
     )
 
 
@@ -132,15 +185,8 @@ def language_model_loss(
         chex.assert_equal_shape([tokens, mask])  # any other mask could broadcast
     targets = tokens[..., 1:]
     inputs = (tokens[..., :-1], None if mask is None else mask[..., :-1])
-    losses, aux_loss = _token_losses(model, targets, chunk_tokens, *inputs, key=key)
-    both = True if mask is None else mask[..., :-1] & mask[..., 1:]
-    real = jnp.broadcast_to(jnp.float32(both), targets.shape)
-    count = jnp.maximum(real.sum(), 1.0)
-    cross_entropy = jnp.sum(losses.cross_entropy * real) / count
-    aux_loss = jnp.asarray(aux_loss, cross_entropy.dtype)
-    return LanguageLossParts(
-        total=cross_entropy + aux_loss,
-        cross_entropy=cross_entropy,
-        aux_loss=aux_loss,
-        accuracy=jnp.sum(losses.correct * real) / count,
-    )
+    both = jnp.ones(targets.shape, bool) if mask is None else mask[..., :-1] & mask[..., 1:]
+    losses, aux_loss = _mean_losses(model, targets, both, chunk_tokens, *inputs, key=key)
+    aux_loss = jnp.asarray(aux_loss, losses.cross_entropy.dtype)
+    total = losses.cross_entropy + aux_loss
+    return LanguageLossParts(total, losses.cross_entropy, aux_loss, losses.correct)

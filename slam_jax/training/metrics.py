@@ -4,16 +4,16 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slam_jax.errors import ConfigError, writing
+from slam_jax.errors import ConfigError, write_whole, writing
 
 _FILE = "metrics.jsonl"
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
     """Appends records to the metrics file of a run, and flushes each of them.
 
     Args:
@@ -41,11 +41,8 @@ class MetricsWriter:
         self._board = _board(workdir / "tensorboard", resume_step) if tensorboard else None
         with writing(self._path):
             workdir.mkdir(parents=True, exist_ok=True)
-            _drop_after(self._path, resume_step, evaluated)
+            _drop_after(self._path, (resume_step, evaluated))
             self._file = self._path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -82,60 +79,31 @@ class MetricsWriter:
             self._board.close()
 
 
-class NoMetrics(MetricsWriter):
-    """Writes nothing: for every process of a run but the first."""
-
-    def __init__(self):
-        pass
-
-    def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     """All records of a run, in order: `step`, `split`, and floats or None by name."""
     return [record for record, _ in _records(Path(workdir) / _FILE)]
 
 
-def _records(path: Path) -> list[tuple[dict[str, Any], str]]:
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Records and their lines; an unfinished line of a killed run is skipped."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
         with contextlib.suppress(ValueError):
             record = json.loads(line)
-            if (
-                line.endswith("\n")
-                and isinstance(record, dict)
-                and isinstance(record.get("step"), int)
-            ):
-                records.append((record, line))
-    return records
+            whole = line.endswith("\n") and isinstance(record, dict)
+            if whole and isinstance(record.get("step"), int):
+                yield record, line
 
 
-def _drop_after(path: Path, step: int, evaluated: bool) -> None:
-    if not path.exists():
-        return
-
-    def counts(record: dict[str, Any]) -> bool:
-        return record["step"] < step or (
-            record["step"] == step and (evaluated or record["split"] == "train")
-        )
-
-    kept = "".join(line for record, line in _records(path) if counts(record))
-    if kept.encode() == path.read_bytes():
-        return
-    # A new file is renamed over the old one, so that a kill in between loses no line.
-    new = path.with_suffix(".tmp")
-    new.write_text(kept, encoding="utf-8")
-    os.replace(new, path)
+def _drop_after(path: Path, last: tuple[int, bool]) -> None:
+    """Removes the records after `last`: a step, and whether its evaluation is kept."""
+    kept = "".join(
+        line
+        for record, line in _records(path)
+        if (record["step"], record.get("split") != "train") <= last
+    )
+    if path.exists() and kept.encode() != path.read_bytes():
+        write_whole(path, kept)  # a kill in between loses no line
 
 
 def _board(folder: Path, resume_step: int) -> Any:

@@ -8,12 +8,9 @@ from flax import nnx
 
 from slam_jax.data import Dataset, EvaluationBatch, evaluation_batches
 from slam_jax.evaluation import evaluate
+from slam_jax.runtime.signals import Stopped
 from slam_jax.training.experiment import Experiment
 from slam_jax.training.state import TrainState
-
-
-class EvaluationStopped(Exception):
-    """The run was asked to stop during an evaluation."""
 
 
 def validate(
@@ -26,7 +23,7 @@ def validate(
     """The accuracy of generated answers: "view/kind", and as "accuracy" their mean, by which the
     best checkpoint is chosen.
 
-    should_stop: called before each batch; where it returns True, EvaluationStopped is raised.
+    should_stop: called before each batch; where it returns True, `Stopped` is raised.
     """
     run, data, parts = experiment.run, experiment.data, experiment.optimizer.accumulate_steps
     size, count = data.batch_size // parts, run.evaluate_batches and run.evaluate_batches * parts
@@ -37,7 +34,7 @@ def validate(
         )
         for batch in itertools.islice(all_batches, count):
             if should_stop():
-                raise EvaluationStopped
+                raise Stopped
             yield batch
 
     views = run.evaluate_views or data.views

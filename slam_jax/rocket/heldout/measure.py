@@ -20,10 +20,9 @@ from slam_jax.rocket.heldout.settings import HeldoutSettings
 from slam_jax.rocket.tasks import Json, Report
 from slam_jax.rocket.timing import compiled, peak_memory, timed
 from slam_jax.rocket.training import build_model, start_training
-from slam_jax.training.losses import language_model_loss
+from slam_jax.training.losses import language_model_loss, token_losses
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
 from slam_jax.training.state import merge_model
-from slam_jax.training.token_losses import token_losses
 
 _Document = Int[np.ndarray, "_"]
 

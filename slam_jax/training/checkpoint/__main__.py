@@ -9,29 +9,21 @@ arrays of two checkpoints, with exit code 1 if anything differs. Without @STEP i
 step of a workdir; without a second workdir, the step before.
 """
 
-import argparse
 import datetime
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
+from flax.traverse_util import flatten_dict
 
 from slam_jax.errors import UserError
-from slam_jax.runtime.cli import exit_on_error, prepare_process
+from slam_jax.runtime import cli
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.checkpoint.trees import by_name, describe
-from slam_jax.training.experiment import flatten
 
 _MAX_LINES = 20  # differing arrays to list
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists all arguments")
 
 
 def list_steps(workdir: str) -> int:
@@ -63,7 +55,7 @@ def verify(workdir: str) -> int:
     return int(any(damages.values()))
 
 
-def diff(first: str, second: str | None) -> int:
+def diff(first: str, second: str | None = None) -> int:
     one, step = _parse(first)
     if second is not None:
         other, other_step = _parse(second)
@@ -75,13 +67,9 @@ def diff(first: str, second: str | None) -> int:
         other_step = earlier[-1]
     step, other_step = one.resolve(step), other.resolve(other_step)
     print(f"a = {one.directory / str(step)}\nb = {other.directory / str(other_step)}")
-    different = False
-    for line in _differences(one, step, other, other_step):
-        different = True
-        print(line)
-    if not different:
-        print("equal, bit for bit")
-    return int(different)
+    found = list(_differences(one, step, other, other_step))
+    print("\n".join(found or ["equal, bit for bit"]))
+    return int(bool(found))
 
 
 def _parse(place: str) -> tuple[Checkpoints, str]:
@@ -93,7 +81,8 @@ def _parse(place: str) -> tuple[Checkpoints, str]:
 
 
 def _differences(a: Checkpoints, step_a: int, b: Checkpoints, step_b: int) -> Iterator[str]:
-    config_a, config_b = flatten(a.read_config(step_a)), flatten(b.read_config(step_b))
+    configs = a.read_config(step_a), b.read_config(step_b)
+    config_a, config_b = (flatten_dict(config, sep=".") for config in configs)
     for name in sorted(config_a.keys() | config_b.keys()):
         if config_a.get(name) != config_b.get(name):
             yield f"config.{name}: {config_a.get(name)!r} | {config_b.get(name)!r}"
@@ -106,16 +95,12 @@ def _differences(a: Checkpoints, step_a: int, b: Checkpoints, step_b: int) -> It
             yield f"{name}: {shapes_a.get(name, 'absent')} | {shapes_b.get(name, 'absent')}"
     arrays_a, arrays_b = by_name(a.restore(step_a, like_a)), by_name(b.restore(step_b, like_b))
     same = [name for name in shapes_a if shapes_a[name] == shapes_b.get(name)]
-    distances = {name: _distance(arrays_a[name], arrays_b[name]) for name in same}
-    yield from _by_distance({name: x for name, x in distances.items() if x is not None}, len(same))
-
-
-def _by_distance(distances: Mapping[str, float], count: int) -> Iterator[str]:
-    order = sorted(distances, key=lambda name: -distances[name])
+    distances = [(_distance(arrays_a[name], arrays_b[name]), name) for name in same]
+    order = sorted(((-x, name) for x, name in distances if x is not None), key=lambda each: each[0])
     if order:
-        yield f"{len(order)} of {count} arrays differ, by at most:"
-    for name in order[:_MAX_LINES]:
-        yield f"  {distances[name]:.3g}  {name}"
+        yield f"{len(order)} of {len(same)} arrays differ, by at most:"
+    for distance, name in order[:_MAX_LINES]:
+        yield f"  {-distance:.3g}  {name}"
     if len(order) > _MAX_LINES:
         yield f"  .. and {len(order) - _MAX_LINES} more"
 
@@ -131,29 +116,19 @@ def _distance(a: jax.Array, b: jax.Array) -> float | None:
     return float(np.max(np.nan_to_num(np.abs(difference), nan=np.inf)))
 
 
-def main() -> int:
-    parser = _Parser(
-        prog="python -m slam_jax.training.checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("list", "verify"):
-        commands.add_parser(name).add_argument("workdir")
-    compare = commands.add_parser("diff")
-    compare.add_argument("one", metavar="WORKDIR[@STEP]")
-    compare.add_argument("other", metavar="WORKDIR[@STEP]", nargs="?")
-    arguments = parser.parse_args()
-    if arguments.command == "diff":
-        return diff(arguments.one, arguments.other)
-    return {"list": list_steps, "verify": verify}[arguments.command](arguments.workdir)
+def main(arguments: list[str]) -> int:
+    # Another run may use the accelerator, which is not needed here.
+    jax.config.update("jax_platforms", "cpu")
+    match arguments:
+        case ["list", workdir]:
+            return list_steps(workdir)
+        case ["verify", workdir]:
+            return verify(workdir)
+        case ["diff", one, *other] if len(other) <= 1:
+            return diff(one, *other)
+    expected = "list WORKDIR, verify WORKDIR or diff WORKDIR[@STEP] [WORKDIR[@STEP]]"
+    raise UserError(f"arguments are {' '.join(arguments)!r}; expected {expected}")
 
 
 if __name__ == "__main__":
-    prepare_process()
-    flags.FLAGS.mark_as_parsed()  # or absl complains before each warning
-    # Another run may use the accelerator, which is not needed here.
-    jax.config.update("jax_platforms", "cpu")
-    with exit_on_error():
-        code = main()
-    sys.exit(code)
+    cli.run(main)

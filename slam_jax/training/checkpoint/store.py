@@ -28,6 +28,8 @@ from slam_jax.runtime.signals import PeerLost
 from slam_jax.training.checkpoint import manifest, trees
 
 _MAX_JSON_BYTES = 64 << 20  # files are read whole
+_OPTIONAL = ("aux", "generation")
+_SCORE = "accuracy"  # the metric that chooses the best checkpoint; higher is better
 
 Step = int | str | None
 
@@ -45,17 +47,12 @@ class Checkpoints:
         workdir: folder of the run; created by the first `save`.
         keep_every: keep the steps that this number divides, besides the best one and the last two
             (in case the last one is damaged).
-        best_by: name of the metric that chooses the best checkpoint; higher is better.
     """
 
-    def __init__(
-        self, workdir: str | Path, *, keep_every: int | None = None, best_by: str = "accuracy"
-    ):
+    def __init__(self, workdir: str | Path, *, keep_every: int | None = None):
         self.workdir = Path(workdir).absolute()
         self.directory = self.workdir / "checkpoints"
         self._keep_every = keep_every
-        self._best_by = best_by
-        self._background: ThreadPoolExecutor | None = None
         self._pending: tuple[int, Future[None]] | None = None
         self._verified: set[int] = set()
         logging.getLogger("absl").addFilter(_is_not_orbax)
@@ -64,12 +61,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
-        if kind is not None and issubclass(kind, PeerLost):
-            return  # the write in progress would wait for the lost process
-        if kind is not None and jax.process_count() > 1:
-            # The other processes may be in a step, and would not join in `wait`.
-            self._pending = None
-        self.close()
+        if kind is None or jax.process_count() == 1:
+            self.wait()
+        elif self._pending is not None and not issubclass(kind, PeerLost):
+            self._pending[1].exception()  # other processes may be in a step, not in `wait`
 
     def save(
         self,
@@ -107,12 +102,11 @@ class Checkpoints:
         if not distributed.run_on_first(lambda: self._begin(step, items)):
             return False
         folder = self._being_written(step)
-        try:
+        with self._explain_failure(step):
             response = ocp.save_checkpointables_async(str(folder / "arrays"), {"state": state})
-        except OSError as error:
-            raise CheckpointError(self._unwritten(step, error)) from error
-        self._background = self._background or ThreadPoolExecutor(1, "checkpoint")
-        self._pending = step, self._background.submit(self._commit, step, folder, response.result)
+        background = ThreadPoolExecutor(1, "checkpoint")
+        self._pending = step, background.submit(self._commit, step, folder, response.result)
+        background.shutdown(wait=False)  # its thread ends with the write
         return True
 
     def poll(self) -> None:
@@ -121,37 +115,24 @@ class Checkpoints:
         With several processes it does nothing, as each could notice it at another step; `wait`
         then raises it.
         """
-        if jax.process_count() > 1:
-            return
-        if self._pending is not None and self._pending[1].done():
+        if self._pending is not None and self._pending[1].done() and jax.process_count() == 1:
             self.wait()
 
     def wait(self) -> None:
         """Blocks until the write in progress is on disk; raises CheckpointError if it failed."""
         if self._pending is None:
             return
-        step, written = self._pending
-        self._pending = None
+        (step, written), self._pending = self._pending, None
 
         def finish() -> None:
-            try:
+            with self._explain_failure(step, Exception):
                 written.result()
-            except Exception as error:
-                shutil.rmtree(self._being_written(step), ignore_errors=True)
-                raise CheckpointError(self._unwritten(step, error)) from error
 
         if not distributed.is_first_process():
             finish()
         distributed.run_on_first(finish)
 
-    def close(self) -> None:
-        """Waits as `wait` does, then stops the thread; a later `save` starts it again."""
-        try:
-            self.wait()
-        finally:
-            background, self._background = self._background, None
-            if background is not None:
-                background.shutdown()
+    close = wait
 
     def recover(self, report: Callable[[str], None], until: int | None = None) -> int | None:
         """The newest intact step, for a run to resume from; None in a new workdir.
@@ -168,22 +149,17 @@ class Checkpoints:
         return step
 
     def _recover(self, report: Callable[[str], None], until: int | None) -> int | None:
-        self._undo_replacement()
-        steps, damaged = self.steps(), {}
-        wanted = [step for step in steps if until is None or step <= until]
-        for step in (*reversed(wanted), *steps[len(wanted) :]):
-            damage = self._damage(step)
-            if damage is None:
-                break
-            damaged[step] = damage
-        else:
-            if damaged:
-                shown = "; ".join(f"{step}: {damage}" for step, damage in damaged.items())
-                raise CheckpointError(
-                    f"{self.directory}: no checkpoint can be read ({shown}); "
-                    "restore an intact one, or use another workdir"
-                )
+        for replaced in self.directory.glob("*.replaced"):
+            # A run was killed between the two renames of `_commit`, or after them.
+            if replaced.with_suffix("").exists():
+                shutil.rmtree(replaced)
+            else:
+                os.rename(replaced, replaced.with_suffix(""))
+        steps = self.steps()
+        if not steps:
             return None
+        wanted = [step for step in steps if until is None or step <= until]
+        step, damaged = self._first_intact((*reversed(wanted), *steps[len(wanted) :]))
         for number, damage in damaged.items():
             name = _unused(self.directory / f"{number}.damaged")
             os.rename(self.directory / str(number), name)
@@ -198,7 +174,7 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
     def best(self) -> int | None:
-        """The step with the highest `best_by`, the later of equal ones; None where none has it."""
+        """The step with the highest accuracy, the later of equal ones; None where none has one."""
         return next(iter(self._by_score()), None)
 
     def resolve(self, step: Step = None) -> int:
@@ -214,16 +190,17 @@ class Checkpoints:
             raise CheckpointError(f"{self.workdir}: no such folder; give the workdir of a run")
         if not steps:
             raise CheckpointError(f"{self.workdir}: holds no checkpoint; train into it first")
-        if step == "latest":
-            return self._first_intact(reversed(steps))
-        if step is None or step == "best":
-            scored = self._by_score()
-            if step is None:
-                rest = [step for step in reversed(steps) if step not in scored]
-                return self._first_intact(scored + rest)
-            if scored:
-                return self._first_intact(scored)
-            reason = f"no checkpoint has the metric {self._best_by!r}"
+        if step in (None, "best", "latest"):
+            order = [] if step == "latest" else self._by_score()
+            if step != "best":
+                order += [known for known in reversed(steps) if known not in order]
+            if order:
+                found, damaged = self._first_intact(order)
+                for number, damage in damaged.items():
+                    path = self.directory / str(number)
+                    logging.getLogger("slam_jax").warning("skipped %s: %s", path, damage)
+                return found
+            reason = f"no checkpoint has the metric {_SCORE!r}"
         elif str(step).isdecimal():
             if int(step) in steps:
                 return int(step)
@@ -233,44 +210,59 @@ class Checkpoints:
         shown = ", ".join(map(str, steps))
         raise CheckpointError(f"{self.workdir}: {reason}; there are: {shown}")
 
-    def restore(self, step: Step, like: Any) -> Any:
+    def restore(self, step: Step, like: Any, *, partial: bool = False) -> Any:
         """Reads the whole state.
 
         Args:
             step: as in `resolve`.
             like: a pytree of arrays or ShapeDtypeStructs of the saved structure. Arrays get its
                 shardings, whatever they were saved with; by default they are on one device.
+            partial: read only the top-level parts that `like`, a dict, has.
 
         Raises:
             CheckpointError: the files are damaged, or an array is missing, left over, or has
                 another shape or dtype. The message names it; nothing is read then.
         """
-        return self._read_state(step, like)
+        path = self._path(step)
+        saved = _read_metadata(path)
+        if partial:
+            saved = {name: saved.get(name) for name in like}
+        difference = trees.find_difference(saved, like)
+        if difference:
+            raise CheckpointError(f"{path}: {difference}; use the configuration it was saved with")
+        require_memory(trees.num_bytes(like), f"{path}: the checkpoint")
+        context = ocp.Context()
+        context.pytree.loading.partial_load = partial
+        with _explain_damage(path), context:
+            items = ocp.load_checkpointables(
+                str(path / "arrays"), {"state": jax.tree.map(_target, like)}
+            )
+        return items["state"]
 
     def restore_subtree(self, step: Step, name: str, like: Any) -> Any:
         """Reads one top-level part of the state, such as `params`; see `restore`."""
-        return self._read_state(step, {name: like}, part=name)[name]
+        return self.restore(step, {name: like}, partial=True)[name]
 
     def read_config(self, step: Step) -> dict:
         """The configuration saved with a step."""
-        return self._read_json(step, "config", dict)
+        return _read_json(self._path(step), "config", dict)
 
     def read_tokenizer(self, step: Step) -> str:
         """The tokenizer's JSON text saved with a step."""
-        return self._read_json(step, "tokenizer", str)
+        return _read_json(self._path(step), "tokenizer", str)
 
     def read_aux(self, step: Step) -> dict | None:
         """The format of auxiliary vectors saved with a step, None where there is none."""
-        return self._read_optional(step, "aux")
+        return _read_json(self._path(step), "aux", dict)
 
     def read_generation(self, step: Step) -> dict:
         """The defaults of generating saved with a step, none for a step of version 0.11 or older.
         max_new_tokens: the longest answer of the training data, its <eos> included."""
-        return self._read_optional(step, "generation") or {}
+        return _read_json(self._path(step), "generation", dict) or {}
 
     def read_metrics(self, step: Step) -> dict[str, float]:
         """The metrics saved with a step."""
-        return self._read_json(step, "metrics", dict)
+        return _read_json(self._path(step), "metrics", dict)
 
     def read_shapes(self, step: Step) -> Any:
         """The saved state as nested dicts and lists of ShapeDtypeStructs; `restore` takes it."""
@@ -289,16 +281,13 @@ class Checkpoints:
         if step in self.steps() and (not items["metrics"] or self.read_metrics(step)):
             return False
         folder = self._being_written(step)
-        try:
+        with self._explain_failure(step):
             for unfinished in self.directory.glob("*.writing"):  # left behind by a killed run
                 shutil.rmtree(unfinished, ignore_errors=unfinished != folder)
             folder.mkdir(parents=True)
             for name, value in items.items():
-                if value is None:
-                    continue
-                (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(self._unwritten(step, error)) from error
+                if value is not None:
+                    (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
         return True
 
     def _commit(self, step: int, folder: Path, written: Callable[[], Any]) -> None:
@@ -314,14 +303,6 @@ class Checkpoints:
         manifest.sync(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
         self._prune()
-
-    def _undo_replacement(self) -> None:
-        """Restores a step from a run that was killed between the two renames of `_commit`."""
-        for replaced in self.directory.glob("*.replaced"):
-            if replaced.with_suffix("").exists():
-                shutil.rmtree(replaced)
-            else:
-                os.rename(replaced, replaced.with_suffix(""))
 
     def _prune(self) -> None:
         steps = self.steps()
@@ -344,16 +325,19 @@ class Checkpoints:
             self._verified.add(step)
         return damage
 
-    def _first_intact(self, steps: Iterable[int]) -> int:
-        problems = []
+    def _first_intact(self, steps: Iterable[int]) -> tuple[int, dict[int, str]]:
+        """The first intact one of `steps`, and the damage of those before it."""
+        damaged = {}
         for step in steps:
             damage = self._damage(step)
             if damage is None:
-                for problem in problems:
-                    logging.getLogger("slam_jax").warning("skipped %s", problem)
-                return step
-            problems.append(f"{self.directory / str(step)}: {damage}")
-        raise CheckpointError(f"no checkpoint can be read: {'; '.join(problems)}")
+                return step, damaged
+            damaged[step] = damage
+        shown = "; ".join(f"{step}: {damage}" for step, damage in damaged.items())
+        raise CheckpointError(
+            f"{self.directory}: no checkpoint can be read ({shown}); restore an intact one, or use "
+            "another workdir"
+        )
 
     def _by_score(self) -> list[int]:
         """The steps that have a score, best first; of equal ones the later first."""
@@ -361,8 +345,7 @@ class Checkpoints:
         for step in self.steps():
             # A damaged file does not count here; reading that step raises.
             with contextlib.suppress(CheckpointError):
-                metrics = _read_json(self.directory / str(step) / "metrics.json", dict)
-                score = metrics.get(self._best_by)
+                score = _read_json(self.directory / str(step), "metrics", dict).get(_SCORE)
                 if isinstance(score, (int, float)):
                     scores[step] = score
         return sorted(scores, key=lambda step: (scores[step], step), reverse=True)
@@ -376,33 +359,17 @@ class Checkpoints:
             )
         return path
 
-    def _read_json(self, step: Step, item: str, kind: type) -> Any:
-        return _read_json(self._path(step) / f"{item}.json", kind)
-
-    def _read_optional(self, step: Step, item: str) -> dict | None:
-        path = self._path(step) / f"{item}.json"
-        return _read_json(path, dict) if path.exists() else None
-
-    def _read_state(self, step: Step, like: Any, part: str | None = None) -> Any:
-        path = self._path(step)
-        saved = _read_metadata(path)
-        difference = trees.find_difference(saved if part is None else {part: saved.get(part)}, like)
-        if difference:
-            raise CheckpointError(f"{path}: {difference}; use the configuration it was saved with")
-        require_memory(trees.num_bytes(like), f"{path}: the checkpoint")
-        context = ocp.Context()
-        context.pytree.loading.partial_load = part is not None
-        with _explain_damage(path), context:
-            items = ocp.load_checkpointables(
-                str(path / "arrays"), {"state": jax.tree.map(_target, like)}
-            )
-        return items["state"]
-
-    def _unwritten(self, step: int, error: Exception) -> str:
-        return (
-            f"{self.directory / str(step)}: the checkpoint could not be written "
-            f"({first_line(error)}); check free space and permissions, then start again"
-        )
+    @contextlib.contextmanager
+    def _explain_failure(self, step: int, kind: type[Exception] = OSError) -> Iterator[None]:
+        """Removes what was written of a step and raises CheckpointError where its write fails."""
+        try:
+            yield
+        except kind as error:
+            shutil.rmtree(self._being_written(step), ignore_errors=True)
+            raise CheckpointError(
+                f"{self.directory / str(step)}: the checkpoint could not be written "
+                f"({first_line(error)}); check free space and permissions, then start again"
+            ) from error
 
 
 def _read_metadata(path: Path) -> Any:
@@ -415,7 +382,11 @@ def _read_metadata(path: Path) -> Any:
     return saved
 
 
-def _read_json(path: Path, kind: type) -> Any:
+def _read_json(folder: Path, item: str, kind: type) -> Any:
+    """The value of a JSON file of a checkpoint; None for an optional one that is not there."""
+    path = folder / f"{item}.json"
+    if item in _OPTIONAL and not path.exists():
+        return None
     with _explain_damage(path):
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
@@ -427,8 +398,8 @@ def _read_json(path: Path, kind: type) -> Any:
 
 def _unused(path: Path) -> Path:
     """`path`, or the first of path-2, path-3, .. that does not exist."""
-    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(each for each in itertools.chain([path], numbered) if not each.exists())
+    names = itertools.chain([path.name], (f"{path.name}-{n}" for n in itertools.count(2)))
+    return next(each for each in map(path.with_name, names) if not each.exists())
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
