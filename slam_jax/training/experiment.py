@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from slam_jax.data import TRAINING_VIEWS, DataConfig, Dataset
 from slam_jax.errors import ConfigError, check_names, require, require_count
@@ -78,8 +76,8 @@ class RunConfig:
 class Experiment:
     """The configuration of a whole run.
 
-    seed: of the initial parameters and of dropout.
-    model: with a vocabulary of 1 until the tokenizer is known; see `with_vocabulary`.
+    seed: of the initial parameters and of dropout. model: with a vocabulary of 1 until the
+    tokenizer is known; see `with_vocabulary`.
     """
 
     seed: int
@@ -144,20 +142,19 @@ def default_config(preset: str = "small") -> ConfigDict:
     vocabulary size is no field, as the tokenizer has it. Raises ConfigError for another preset.
     """
     require(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
-    config = _defaults(Experiment)
-    del config["model"]["vocab_size"]
-    image = {**config["model"]["image"], **PRESETS[preset].get("image", {})}
-    config["model"] |= {**PRESETS[preset], "image": image}
+    model = SlamV3Config.preset(preset, vocab_size=1)
     # Not the default of the field: a stored configuration that lacks it means None.
-    config["data"]["table_version"] = 2
-    return ConfigDict({**config, "seed": 0})
+    data = DataConfig(table_version=2)
+    groups = Experiment(0, model, data, LossConfig(), OptimizerConfig(), RunConfig())
+    config = dataclasses.asdict(groups)
+    del config["model"]["vocab_size"]
+    config["data"]["stages"] = DataConfig.stages
+    return ConfigDict(config)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The result of `get_config()` of a Python file, as JSON would hold it. The file is executed.
-
-    Raises ConfigError where there is no such file, it has no such function, or it fails.
-    """
+    Raises ConfigError where there is no such file, it has no such function, or it fails."""
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file; give one such as configs/slam_v3_quickstart.py")
     try:
@@ -176,27 +173,6 @@ def as_json(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(plain))
 
 
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested groups as one level of dotted names."""
-    return flatten_dict(dict(config), sep=".")
-
-
-def _defaults(cls: type) -> dict[str, Any]:
-    """The defaults of a dataclass as nested dicts; ConfigDict gets the type of a field from them.
-
-    None becomes a placeholder of the field's type.
-    """
-    types_of, defaults = typing.get_type_hints(cls), {}
-    for field in dataclasses.fields(cls):
-        kind, value = types_of[field.name], field.default
-        if dataclasses.is_dataclass(kind):
-            value = _defaults(types_of[field.name])
-        elif value in (None, dataclasses.MISSING):
-            value = placeholder(next(t for t in (*typing.get_args(kind), int) if t))
-        defaults[field.name] = value
-    return defaults
-
-
 def build(cls: type, values: Mapping[str, Any], group: str = "") -> Any:
     """The dataclass `cls` from nested mappings, with its field types checked.
 
@@ -210,9 +186,8 @@ def build(cls: type, values: Mapping[str, Any], group: str = "") -> Any:
         if name not in values:
             require(field.default is not dataclasses.MISSING, group + name, None, "a value")
         elif dataclasses.is_dataclass(kind):
-            require(
-                isinstance(values[name], Mapping), group + name, values[name], "a group of fields"
-            )
+            is_group = isinstance(values[name], Mapping)
+            require(is_group, group + name, values[name], "a group of fields")
             built[name] = build(types_of[name], values[name], f"{group}{name}.")
         else:
             require(_fits(values[name], kind), group + name, values[name], _describe(kind))
@@ -245,13 +220,8 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _describe(kind: Any) -> str:
     options = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
-    names = {
-        type(None): "None",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        bool: "True or False",
-    }
+    names = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+    names[type(None)] = "None"
     return " or ".join(names.get(option, "a list") for option in options)
 
 

@@ -42,19 +42,15 @@ def load(workdir: str | Path, step: Step = None) -> Loaded:
     """
     checkpoints = Checkpoints(workdir)
     found = checkpoints.resolve(step)
-    config = checkpoints.read_config(found)
+    config, aux = checkpoints.read_config(found), checkpoints.read_aux(found)
     tokenizer = Tokenizer.from_json(checkpoints.read_tokenizer(found))
-    aux = checkpoints.read_aux(found)
     aux_format = None if aux is None else AuxFormat.from_json(aux)
     experiment = Experiment.from_config(config)
-    model = nnx.eval_shape(
-        lambda: SlamV3(experiment.with_vocabulary(tokenizer.vocab_size), rngs=nnx.Rngs(0))
-    )
+    sizes = experiment.with_vocabulary(tokenizer.vocab_size)
+    model = nnx.eval_shape(lambda: SlamV3(sizes, rngs=nnx.Rngs(0)))
     graphdef, like = split_model(model)
     part = "params" if experiment.optimizer.ema_decay is None else "ema"
     with explain_out_of_memory("the model", "load it on a larger machine"):
         params = jax.device_put(checkpoints.restore_subtree(found, part, like))
-    longest = checkpoints.read_generation(found).get("max_new_tokens", 0)
-    return Loaded(
-        merge_model(graphdef, params), tokenizer, aux_format, config, found, max(32, longest)
-    )
+    longest = max(32, checkpoints.read_generation(found).get("max_new_tokens", 0))
+    return Loaded(merge_model(graphdef, params), tokenizer, aux_format, config, found, longest)

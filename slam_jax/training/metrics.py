@@ -16,16 +16,14 @@ _FILE = "metrics.jsonl"
 class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
     """Appends records to the metrics file of a run, and flushes each of them.
 
-    Args:
-        workdir: folder of the run, created if needed.
-        resume_step: step from which the run resumes. Records of later steps are removed, as they
-            will be written again, and so is an unfinished last line of a killed run.
-        evaluated: False removes the evaluation of that step, too, as it is still to be done.
-        tensorboard: also write event files to `WORKDIR/tensorboard`.
+    workdir: folder of the run, created if needed.
+    resume_step: step from which the run resumes. Records of later steps are removed, as they will
+    be written again, and so is an unfinished last line of a killed run.
+    evaluated: False removes the evaluation of that step, too, as it is still to be done.
+    tensorboard: also write event files to `WORKDIR/tensorboard`.
 
-    Raises:
-        ConfigError: `tensorboard` is set and tensorboardX is not installed.
-        WriteError: here and in `write`, the file cannot be written.
+    Raises ConfigError where `tensorboard` is set and tensorboardX is not installed; and WriteError,
+    here and in `write`, where the file cannot be written.
     """
 
     def __init__(
@@ -50,11 +48,8 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Writes one record.
 
-        Args:
-            step: the step that the values belong to.
-            split: `train` or `validation`.
-            values: numbers or arrays of one element; NaN and infinities become null, as JSON has
-                neither. Texts are written to the file only.
+        split: `train` or `validation`. values: numbers or arrays of one element; NaN and infinities
+        become null, as JSON has neither. Texts are written to the file only.
         """
         texts = {name: value for name, value in values.items() if isinstance(value, str)}
         numbers = {name: float(value) for name, value in values.items() if name not in texts}

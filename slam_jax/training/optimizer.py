@@ -48,7 +48,7 @@ class OptimizerConfig:
     accumulate_steps: int = 1
 
     def __post_init__(self):
-        positive = "a number above 0"
+        positive, clip = "a number above 0", self.clip_norm
         require(self.name in OPTIMIZERS, "optimizer.name", self.name, f"one of {OPTIMIZERS}")
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, positive)
         require_count("optimizer.warmup_steps", self.warmup_steps, least=0, most=2**31 - 1)
@@ -56,9 +56,8 @@ class OptimizerConfig:
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         for field in ("final_fraction", "b1", "b2", "momentum", "ema_decay"):
             value = getattr(self, field)
-            ok = (value is None and field == "ema_decay") or (value is not None and 0 <= value <= 1)
+            ok = field == "ema_decay" if value is None else 0 <= value <= 1
             require(ok, f"optimizer.{field}", value, "a number from 0 to 1")
-        clip = self.clip_norm
         require(clip is None or clip > 0, "optimizer.clip_norm", clip, f"None or {positive}")
         require_count("optimizer.accumulate_steps", self.accumulate_steps)
 
@@ -69,10 +68,7 @@ def decay_mask(params: Any) -> Any:
     Norm scales, biases, embeddings and learned queries do not decay.
     """
 
-    def is_kernel(path, _) -> bool:
-        return getattr(path[-1], "key", None) == "kernel"
-
-    return jax.tree_util.tree_map_with_path(is_kernel, params)
+    return jax.tree.map_with_path(lambda path, _: _names(path)[-1] == "kernel", params)
 
 
 def muon_axes(params: Any) -> Any:
@@ -83,7 +79,7 @@ def muon_axes(params: Any) -> Any:
     """
 
     def axes(path, x) -> MuonDimensionNumbers | None:
-        names = [getattr(key, "key", None) for key in path]
+        names = _names(path)
         if names[-1] != "kernel" or names[0] == "head":
             return None
         first = 1 if {"stack", "experts"} & set(names) else 0
@@ -93,7 +89,11 @@ def muon_axes(params: Any) -> Any:
         split = x.ndim - 1 if names[-2] == "out" or is_convolution else first + 1
         return MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, x.ndim)))
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+    return jax.tree.map_with_path(axes, params)
+
+
+def _names(path: Any) -> list[Any]:
+    return [getattr(key, "key", None) for key in path]
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -135,27 +135,21 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     of AdamW).
     """
     schedule = make_schedule(config, num_steps)
+    b1, b2, epsilon, decay = config.b1, config.b2, config.epsilon, config.weight_decay
     if config.name == "muon":
         optimizer = muon(
             schedule,
             _NEWTON_SCHULZ,
             beta=config.momentum,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
+            eps=epsilon,
+            weight_decay=decay,
+            adam_b1=b1,
+            adam_b2=b2,
             muon_weight_dimension_numbers=muon_axes,
             consistent_rms=0.2,
         )
     else:
-        optimizer = optax.adamw(
-            schedule,
-            config.b1,
-            config.b2,
-            config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-        )
+        optimizer = optax.adamw(schedule, b1, b2, epsilon, weight_decay=decay, mask=decay_mask)
     if config.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     return skip_zero_gradients(optimizer)

@@ -18,12 +18,9 @@ _WINDOW = 50  # updates over which rates are averaged
 class Progress:
     """Shows step, loss, rates and the remaining time of a run.
 
-    Args:
-        total_steps: step at which the run ends.
-        first_step: step from which the run resumes.
-        every: steps between two plain lines, where there is no terminal.
-        shown: False = print nothing.
-        console: where to print; by default standard output.
+    total_steps, first_step: at which the run ends, and from which it resumes. every: steps between
+    two plain lines, where there is no terminal. shown: False = print nothing. console: where to
+    print; by default standard output.
     """
 
     def __init__(
@@ -43,6 +40,7 @@ class Progress:
             soft_wrap=True,
             quiet=not shown,
         )
+        # Seconds, steps, examples, tokens.
         self._recent: deque[tuple[float, int, int, int]] = deque(maxlen=_WINDOW + 1)
         self._recent.append((time.monotonic(), first_step, 0, 0))
         # On a narrow terminal the status wraps; the other columns keep their width.
@@ -66,15 +64,7 @@ class Progress:
     def update(
         self, step: int, *, loss: float, examples: int = 0, tokens: int = 0, view: str = ""
     ) -> None:
-        """Shows a finished step.
-
-        Args:
-            step: its number.
-            loss: its loss.
-            examples: number of examples since the last update.
-            tokens: number of tokens since the last update.
-            view: the view of its batch.
-        """
+        """Shows a finished step. examples, tokens: their numbers since the last update."""
         _, _, seen_examples, seen_tokens = self._recent[-1]
         now = time.monotonic()
         self._recent.append((now, step, seen_examples + examples, seen_tokens + tokens))
@@ -89,14 +79,12 @@ class Progress:
 
     def _status(self, loss: float, view: str) -> str:
         old, new = self._recent[0], self._recent[-1]
-        seconds = max(new[0] - old[0], 1e-9)
-        steps, examples, tokens = (new[i] - old[i] for i in (1, 2, 3))
+        seconds, steps, examples, tokens = (b - a for a, b in zip(old, new, strict=True))
+        seconds = max(seconds, 1e-9)
         parts = [f"view {view}"] if view else []
         parts.append(f"loss {loss:.3f}")
-        if examples:
-            parts.append(f"{_rate(examples / seconds)} examples/s")
-        if tokens:
-            parts.append(f"{_rate(tokens / seconds)} tokens/s")
+        parts += [f"{_rate(examples / seconds)} examples/s"] if examples else []
+        parts += [f"{_rate(tokens / seconds)} tokens/s"] if tokens else []
         if steps:
             parts.append(f"ETA {_clock((self._total - new[1]) * seconds / steps)}")
         return self._writable(" · ".join(parts))

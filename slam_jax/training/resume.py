@@ -1,16 +1,16 @@
 """Starts a run, or resumes it from the newest intact checkpoint of its workdir."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from slam_jax.data import Dataset, Tokenizer, prepare
 from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
-from slam_jax.training.experiment import Experiment, flatten
+from slam_jax.training.experiment import Experiment
 from slam_jax.training.start import initial_state, state_shapes
 from slam_jax.training.state import TrainState
 
@@ -89,8 +89,10 @@ def _open_dataset(experiment: Experiment, checkpoints: Checkpoints, latest: int 
 
 def _require_same_config(experiment: Experiment, checkpoints: Checkpoints, latest: int) -> None:
     """Raises CheckpointError where a field differs that may not change."""
-    saved = _fields(Experiment.from_config(checkpoints.read_config(latest)))
-    for name, value in _fields(experiment).items():
+    # The defaults of fields that an old configuration lacks are filled in.
+    old = Experiment.from_config(checkpoints.read_config(latest))
+    saved, ours = (flatten_dict(dataclasses.asdict(each), sep=".") for each in (old, experiment))
+    for name, value in ours.items():
         may_change = name in MAY_CHANGE or name.startswith("mesh.")
         # It says how a folder's table is read, and nothing about other data sets.
         may_change |= name == "data.table_version" and experiment.data.name != "folder"
@@ -99,8 +101,3 @@ def _require_same_config(experiment: Experiment, checkpoints: Checkpoints, lates
                 f"{checkpoints.workdir} holds a run with {name}={saved[name]!r} and this one has "
                 f"{name}={value!r}; use another workdir or the same configuration"
             )
-
-
-def _fields(experiment: Experiment) -> Mapping[str, Any]:
-    """Dotted names and values, with the defaults of fields that an old configuration lacks."""
-    return flatten(dataclasses.asdict(experiment))

@@ -4,6 +4,7 @@ Layers do not know it; they only name dimensions of activations (`layers.constra
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Sequence
 from types import EllipsisType
@@ -67,16 +68,15 @@ def shardings_of(state: PyTree[Any], mesh: Mesh | None, *, zero: bool = False) -
     An axis that does not divide its dimension is left out. Without a mesh everything is on the
     first device. zero: see `MeshConfig`.
     """
-    if mesh is None:
-        one = SingleDeviceSharding(jax.local_devices()[0])
-        return jax.tree.map(lambda leaf: one, state)
 
     def sharding(path, leaf) -> Sharding:
+        if mesh is None:
+            return SingleDeviceSharding(jax.local_devices()[0])
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         over_data = zero and not name.startswith("params/")
         return NamedSharding(mesh, fit(leaf.shape, _axes(name, leaf.ndim, over_data), mesh.shape))
 
-    return jax.tree_util.tree_map_with_path(sharding, state)
+    return jax.tree.map_with_path(sharding, state)
 
 
 def with_shardings(shapes: PyTree[Any], mesh: Mesh | None, *, zero: bool = False) -> PyTree[Any]:
@@ -106,11 +106,9 @@ def _axes(name: str, ndim: int, zero: bool) -> list[tuple[str, ...]]:
 
 def bytes_per_device(tree: PyTree[Any]) -> int:
     """The memory that sharded arrays, or their shapes, take on each device."""
-
-    def part(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
-
-    return num_bytes(jax.tree.map(part, tree))
+    leaves = jax.tree.leaves(tree)
+    shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
+    return num_bytes(list(map(jax.ShapeDtypeStruct, shapes, [leaf.dtype for leaf in leaves])))
 
 
 def local_rows(batch_size: int, mesh: Mesh | None) -> Sequence[int]:
@@ -134,12 +132,8 @@ def place(batch: PyTree[Any], mesh: Mesh | None, batch_size: int) -> PyTree[Any]
     if mesh is None:
         return batch
     sharding = NamedSharding(mesh, PartitionSpec(AXES["batch"]))
-
-    def put(x: Any) -> jax.Array:
-        shape = (batch_size, *x.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, x, shape)
-
-    return jax.tree.map(put, batch)
+    put = functools.partial(jax.make_array_from_process_local_data, sharding)
+    return jax.tree.map(lambda x: put(x, (batch_size, *x.shape[1:])), batch)
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:

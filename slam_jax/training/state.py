@@ -105,21 +105,18 @@ def make_train_step(
 
         return jax.grad(loss, has_aux=True)(params)
 
-    def update(grads, state: TrainState):
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        grads, loss = _accumulate(gradients, state.params, batch, key, accumulate_steps, weight_of)
+        grad_norm = optax.tree.norm(grads)
+        bad = ~(jnp.isfinite(loss.total) & jnp.isfinite(grad_norm))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params, ema = optax.apply_updates(state.params, updates), state.ema
         if ema_decay is not None:
             # The average forgets the random initial values first, then settles.
             decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema = optax.incremental_update(params, ema, 1.0 - decay)
-        return params, opt_state, ema
-
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
-        key = jax.random.fold_in(state.key, state.step)
-        grads, loss = _accumulate(gradients, state.params, batch, key, accumulate_steps, weight_of)
-        grad_norm = optax.tree.norm(grads)
-        bad = ~(jnp.isfinite(loss.total) & jnp.isfinite(grad_norm))
-        new, old = update(grads, state), (state.params, state.opt_state, state.ema)
+        new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
         params, opt_state, ema = jax.tree.map(lambda n, o: jnp.where(bad, o, n), new, old)
         bad_steps = jnp.where(bad, state.bad_steps + 1, 0)
         metrics = StepMetrics(loss, grad_norm, bad_steps, updates_made(state.opt_state))

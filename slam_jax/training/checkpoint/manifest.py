@@ -51,16 +51,15 @@ def find_damage(folder: Path) -> str | None:
             return f"{NAME} has {status.st_size:,} bytes"
         listed = json.loads(path.read_bytes())["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
-        found = {name: (size, path) for name, path, size in _files(folder)}
+        found = {name: size for name, _, size in _files(folder)}
         for name in sorted(expected.keys() | found.keys()):
             if name not in found:
                 return f"{name} is missing"
             if name not in expected:
                 return f"{name} is not in its manifest"
-            size, file = found[name]
-            if size != expected[name][0]:
-                return f"{name} has {size:,} bytes and had {expected[name][0]}"
-            if _sha256(file) != expected[name][1]:
+            if found[name] != expected[name][0]:
+                return f"{name} has {found[name]:,} bytes and had {expected[name][0]}"
+            if _sha256(folder / name) != expected[name][1]:
                 return f"{name} is not what was written"
     except FileNotFoundError:
         return f"it has no {NAME}: its write was interrupted"
@@ -71,17 +70,14 @@ def find_damage(folder: Path) -> str | None:
 
 def _files(folder: Path) -> Iterator[tuple[str, Path, int]]:
     """Name, path and size of each file below `folder`, without the manifest."""
-    for root, folders, names in os.walk(folder):
-        for name in sorted((*folders, *names)):
-            path = Path(root, name)
-            status = path.lstat()
-            if stat.S_ISDIR(status.st_mode):
-                continue
-            relative = path.relative_to(folder).as_posix()
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError(f"{relative} is neither a file nor a folder")
-            if relative not in (NAME, f"{NAME}.tmp"):
-                yield relative, path, status.st_size
+    for path in folder.rglob("*"):
+        status, name = path.lstat(), path.relative_to(folder).as_posix()
+        if stat.S_ISDIR(status.st_mode):
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{name} is neither a file nor a folder")
+        if name not in (NAME, f"{NAME}.tmp"):
+            yield name, path, status.st_size
 
 
 def _sha256(path: Path) -> str:

@@ -43,10 +43,8 @@ class Checkpoints:
 
     Reading never writes: an evaluation may look into the workdir of a run in progress.
 
-    Args:
-        workdir: folder of the run; created by the first `save`.
-        keep_every: keep the steps that this number divides, besides the best one and the last two
-            (in case the last one is damaged).
+    workdir: folder of the run; created by the first `save`. keep_every: keep the steps that this
+    number divides, besides the best one and the last two (in case the last one is damaged).
     """
 
     def __init__(self, workdir: str | Path, *, keep_every: int | None = None):
@@ -79,21 +77,15 @@ class Checkpoints:
     ) -> bool:
         """Starts to write a checkpoint, and returns once the arrays are copied off the device.
 
-        Args:
-            step: number of the step. A step that is already saved is not written again, unless it
-                was saved without metrics and has some now.
-            state: any pytree of arrays, typed PRNG keys included; it may be donated afterwards.
-            config: anything that JSON can hold.
-            tokenizer: its JSON text, stored unchanged.
-            aux: the format of auxiliary vectors, if there is one; anything that JSON can hold.
-            generation: defaults of generating with the model; anything that JSON can hold.
-            metrics: of this step, possibly none; values that are not finite are left out.
+        Returns whether a write was started: a step that is already saved is not written again,
+        unless it was saved without metrics and has some now.
 
-        Returns:
-            Whether a write was started.
+        state: any pytree of arrays, typed PRNG keys included; it may be donated afterwards.
+        tokenizer: its JSON text, stored unchanged. config; aux, the format of auxiliary vectors;
+        generation, defaults of generating: anything that JSON can hold.
+        metrics: of this step, possibly none; values that are not finite are left out.
 
-        Raises:
-            CheckpointError: the previous write failed, or this one could not start.
+        Raises CheckpointError where the previous write failed, or this one could not start.
         """
         self.wait()
         finite = {name: float(x) for name, x in metrics.items() if math.isfinite(x)}
@@ -112,8 +104,7 @@ class Checkpoints:
     def poll(self) -> None:
         """Raises CheckpointError if the write in progress has failed; never blocks.
 
-        With several processes it does nothing, as each could notice it at another step; `wait`
-        then raises it.
+        Several processes could notice it at different steps, so for them only `wait` raises it.
         """
         if self._pending is not None and self._pending[1].done() and jax.process_count() == 1:
             self.wait()
@@ -140,8 +131,7 @@ class Checkpoints:
         Damaged steps after it are renamed, and `report` gets a line for each.
         until: the newest step that is wanted; if all steps are newer, the oldest of them is taken.
 
-        Raises:
-            CheckpointError: there are checkpoints and all of them are damaged.
+        Raises CheckpointError where there are checkpoints and all of them are damaged.
         """
         step = distributed.run_on_first(lambda: self._recover(report, until))
         if step is not None:
@@ -182,8 +172,7 @@ class Checkpoints:
 
         Names refer to intact steps: damaged ones are skipped with a logged warning.
 
-        Raises:
-            CheckpointError: there is no such step; the message says which there are.
+        Raises CheckpointError where there is no such step; the message says which there are.
         """
         steps = self.steps()
         if not self.workdir.is_dir():
@@ -211,17 +200,14 @@ class Checkpoints:
         raise CheckpointError(f"{self.workdir}: {reason}; there are: {shown}")
 
     def restore(self, step: Step, like: Any, *, partial: bool = False) -> Any:
-        """Reads the whole state.
+        """Reads the whole state of a step; see `resolve`.
 
-        Args:
-            step: as in `resolve`.
-            like: a pytree of arrays or ShapeDtypeStructs of the saved structure. Arrays get its
-                shardings, whatever they were saved with; by default they are on one device.
-            partial: read only the top-level parts that `like`, a dict, has.
+        like: a pytree of arrays or ShapeDtypeStructs of the saved structure. Arrays get its
+        shardings, whatever they were saved with; by default they are on one device.
+        partial: read only the top-level parts that `like`, a dict, has.
 
-        Raises:
-            CheckpointError: the files are damaged, or an array is missing, left over, or has
-                another shape or dtype. The message names it; nothing is read then.
+        Raises CheckpointError where the files are damaged, or an array is missing, left over, or
+        has another shape or dtype. The message names it; nothing is read then.
         """
         path = self._path(step)
         saved = _read_metadata(path)
@@ -318,12 +304,11 @@ class Checkpoints:
                 shutil.rmtree(doomed)
 
     def _damage(self, step: int) -> str | None:
-        if step in self._verified:
-            return None
-        damage = manifest.find_damage(self.directory / str(step))
-        if damage is None:
+        if step not in self._verified:
+            if damage := manifest.find_damage(self.directory / str(step)):
+                return damage
             self._verified.add(step)
-        return damage
+        return None
 
     def _first_intact(self, steps: Iterable[int]) -> tuple[int, dict[int, str]]:
         """The first intact one of `steps`, and the damage of those before it."""
@@ -352,8 +337,8 @@ class Checkpoints:
 
     def _path(self, step: Step) -> Path:
         step = self.resolve(step)
-        path, damage = self.directory / str(step), self._damage(step)
-        if damage is not None:
+        path = self.directory / str(step)
+        if damage := self._damage(step):
             raise CheckpointError(
                 f"{path}: the checkpoint is damaged: {damage}; choose another step"
             )
