@@ -35,7 +35,6 @@ from slam_jax.training import (
     resume,
     split_model,
     train,
-    validation,
 )
 from slam_jax.training.losses import LossParts
 from slam_jax.training.metrics import read_metrics
@@ -193,8 +192,8 @@ def ask_at(monkeypatch, module, name, count):
     [
         (loop, "training_batches", 3, 3),
         (loop, "training_batches", 4, 4),  # an evaluation would follow
-        (validation, "evaluation_batches", 3, 4),  # in the middle of the second evaluation
-        (validation, "evaluation_batches", 5, 6),  # and of the last
+        (loop, "evaluation_batches", 3, 4),  # in the middle of the second evaluation
+        (loop, "evaluation_batches", 5, 6),  # and of the last
     ],
 )
 def test_a_run_that_is_asked_to_stop_saves_and_resumes(
@@ -231,7 +230,7 @@ def test_an_evaluation_that_fails_or_is_cut_short_loses_no_step(
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(validation, "evaluate", full)
+        patch.setattr(loop, "evaluate", full)
         with pytest.raises(OutOfMemory, match="an evaluation does not fit into memory; resume"):
             train(config, tmp_path)
     assert Checkpoints(tmp_path).steps() == [2] and Checkpoints(tmp_path).read_metrics(2) == {}
@@ -259,14 +258,14 @@ def test_an_evaluation_takes_its_batches_in_parts(config, finished, monkeypatch)
         taken.append([(len(batch.batch.tokens), len(batch.examples)) for batch in batches])
         return SimpleNamespace(metrics={"views": {"aux": {"relational": {"accuracy": 0.5}}}})
 
-    monkeypatch.setattr(validation, "evaluate", evaluate)
+    monkeypatch.setattr(loop, "evaluate", evaluate)
     dataset = prepare(Experiment.from_config(config).data)
     for parts in (1, 2):
         experiment = Experiment.from_config(
             override(config, [f"--config.optimizer.accumulate_steps={parts}"])
         )
         graphdef, _ = state_shapes(experiment, dataset.tokenizer.vocab_size)
-        validation.validate(experiment, graphdef, finished[1], dataset, lambda: False)
+        loop.validate(experiment, graphdef, finished[1], dataset, lambda: False)
     assert taken == [[(4, 4)] * 2, [(2, 2)] * 4]
 
 

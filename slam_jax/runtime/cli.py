@@ -17,7 +17,6 @@ from slam_jax.runtime.signals import INTACT, RESUME_ALL, SAVED, PeerLost, Stoppe
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Parses the defined flags and calls `main` with the remaining arguments. Its result, if any,
     is the exit code."""
-
     prepare_process()
 
     def parse(argv: list[str]) -> list[str]:
@@ -38,14 +37,13 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 def prepare_process() -> None:
     """Repairs the standard streams and the locale, and sets up warnings. Call it first.
 
-    Where a standard stream is closed, the next opened file would get its number and receive what
-    is printed. Where the locale is not UTF-8, Python and the libraries below it encode file names
-    differently; the process then restarts itself in UTF-8 mode.
+    Where the locale is not UTF-8, Python and the libraries below it encode file names differently;
+    the process then restarts itself in UTF-8 mode.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:
+        except OSError:  # it is closed: the next opened file would receive what is printed
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
@@ -68,8 +66,8 @@ def _ignore_closed_event_loop(unraisable: Any) -> None:
 def exit_on_error() -> Iterator[None]:
     """Ends the process with one line and an exit code instead of a traceback.
 
-    The code is 2 for a UserError or an OSError, SAVED for `Stopped`, INTACT for `PeerLost`, and
-    that of the shell for Ctrl-C and for a closed pipe. Other errors keep their traceback.
+    The code is 2 for a UserError or an OSError, and that of the shell for Ctrl-C and for a closed
+    pipe. Other errors keep their traceback.
     """
     try:
         yield
@@ -89,7 +87,6 @@ def exit_on_error() -> Iterator[None]:
     except BrokenPipeError:
         os._exit(128 + getattr(signal, "SIGPIPE", 13))
     except OSError as error:
-        what = error.filename or "a file"
-        reason = first_line(error)
-        print_line(f"error: {what}: {reason}; check the path, permissions and free space")
+        what = f"{error.filename or 'a file'}: {first_line(error)}"
+        print_line(f"error: {what}; check the path, permissions and free space")
         sys.exit(2)

@@ -11,8 +11,7 @@ def enable_compile_cache() -> None:
     """Keeps compiled executables on disk, so that a later process does not compile them again.
 
     They go to $SLAM_JAX_CACHE_DIR, by default ~/.cache/slam_jax/xla. A cache directory that JAX
-    already has is left alone. Call it before the first compilation; `train` and
-    `evaluate_checkpoint` do.
+    already has is left alone. Call it before the first compilation.
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return

@@ -1,7 +1,7 @@
-"""Several processes of one run, on one host or on many.
+"""Several processes of one run, on one host or on many, by `jax.distributed`.
 
-Built on `jax.distributed`. Every process runs the same code and sees the same workdir; the first
-process alone writes logs, metrics and small files.
+Every process runs the same code and sees the same workdir; the first process alone writes logs,
+metrics and small files.
 """
 
 import contextlib
@@ -26,9 +26,8 @@ def connect(
     """Makes this process part of a run. Call it before anything asks JAX for devices.
 
     None is read from the environment: of Slurm, Open MPI, Kubernetes or a TPU slice, or
-    $JAX_COORDINATOR_ADDRESS.
-
-    Raises ConfigError where a value is not found or the other processes cannot be reached.
+    $JAX_COORDINATOR_ADDRESS. Raises ConfigError where a value is not found or the other processes
+    cannot be reached.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
@@ -52,35 +51,25 @@ def is_first_process() -> bool:
 
 
 def run_on_first(action: Callable[[], Any]) -> Any:
-    """Runs `action` in the first process and returns its result in all of them.
-
-    The result must be something that JSON can hold. All processes wait for it; a UserError of
-    `action` is raised in all of them.
-    """
+    """Runs `action` in the first process. All wait for its result, which JSON must be able to hold,
+    and return it; a UserError of `action` is raised in all of them."""
     if jax.process_count() == 1:
         return action()
-    result, failure = None, None
+    text, failure = b"", None
     if is_first_process():
         try:
             result = {"value": action()}
         except UserError as error:
             result, failure = {"error": str(error)}, error
-    result = _broadcast(result)
-    if failure is not None:
-        raise failure
-    if "error" in result:
-        raise UserError(result["error"])
-    return result["value"]
-
-
-def _broadcast(value: Any) -> Any:
-    """The JSON value of the first process, in all processes."""
-    text = json.dumps(value).encode() if is_first_process() else b""
+        text = json.dumps(result).encode()
     with explain_lost_peers():
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
         text = np.frombuffer(text.ljust(size), np.uint8)
         text = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text), np.uint8))
-    return json.loads(text)
+    result = json.loads(text)
+    if "error" in result:
+        raise failure or UserError(result["error"])
+    return result["value"]
 
 
 @contextlib.contextmanager

@@ -18,10 +18,8 @@ def lock_workdir(workdir: str | Path) -> Iterator[None]:
     """Locks `workdir` against other runs; the folder is created if needed.
 
     The system releases the lock when the process ends, however it ends. Readers such as
-    evaluations do not take it.
-
-    Raises:
-      WorkdirError: another run is in the workdir, or it cannot be written to.
+    evaluations do not take it. Raises WorkdirError where another run is in the workdir, or it
+    cannot be written to.
     """
     if not str(workdir):
         raise WorkdirError("workdir is empty; name a folder")
@@ -31,12 +29,11 @@ def lock_workdir(workdir: str | Path) -> Iterator[None]:
             workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(filelock.FileLock(workdir / "lock", timeout=0))
         except filelock.Timeout:
-            raise WorkdirError(
-                f"{workdir}: another run is in progress; wait for its end, or use another workdir"
-            ) from None
+            advice = "another run is in progress; wait for its end, or use another workdir"
+            raise WorkdirError(f"{workdir}: {advice}") from None
         except OSError as error:
+            reason = f"cannot be written to ({first_line(error)})"
             raise WorkdirError(
-                f"{workdir}: cannot be written to ({first_line(error)}); correct this, or use "
-                "another workdir"
+                f"{workdir}: {reason}; correct this, or use another workdir"
             ) from error
         yield

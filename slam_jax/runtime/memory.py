@@ -15,8 +15,7 @@ class OutOfMemory(UserError):
 
 @contextlib.contextmanager
 def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
-    """Raises OutOfMemory("`what` does not fit into memory; `remedy`") where the memory of the host
-    or of a device runs out."""
+    """Raises OutOfMemory("`what` does not fit into memory; `remedy`") where memory runs out."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:

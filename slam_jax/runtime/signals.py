@@ -12,11 +12,9 @@ from typing import NoReturn
 
 SAVED, INTACT = 75, 76
 """Exit codes: every step taken is in a checkpoint; the steps since the last checkpoint are lost."""
-
 RESUME_ALL = "the same command on all processes resumes from the last checkpoint"
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
-)
+_NAMES = ("SIGTERM", "SIGINT", "SIGHUP")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 _SAME_EVENT_S = 1.0  # a closing terminal sends SIGHUP twice: once each by the shell and the kernel
 
 
@@ -31,23 +29,17 @@ class PeerLost(Exception):
 class Stop:
     """A request to stop. `train` checks it after every step and every batch of an evaluation.
 
-    Args:
-        grace_seconds: how long a save may take after a signal, once `listen` was called.
+    grace_seconds: how long a save may take after a signal, once `listen` was called.
     """
 
     def __init__(self, grace_seconds: float = 10.0):
         self._grace_seconds = grace_seconds
-        self._requested = threading.Event()
-        self._can_save = False
+        self.requested = self._can_save = False
         self._listening = self._several_processes = False
-
-    @property
-    def requested(self) -> bool:
-        return self._requested.is_set()
 
     def request(self) -> None:
         """Asks to stop, from any thread."""
-        self._requested.set()
+        self.requested = True
         if self._listening:
             late = f"not saved within {self._grace_seconds:g} s"
             timer = threading.Timer(self._grace_seconds, _end, [late])
@@ -55,11 +47,8 @@ class Stop:
             timer.start()
 
     def expect_save(self) -> None:
-        """Says that from now on there is something to save.
-
-        Until then a signal ends the process at once, even during an import or the compilation of
-        the first step.
-        """
+        """Says that from now on there is something to save. Until then a signal ends the process
+        at once, even during an import or the compilation of the first step."""
         self._can_save = True
 
     def listen(self, *, several_processes: bool = False) -> None:
@@ -67,13 +56,10 @@ class Stop:
 
         Call it in the main thread before other threads start, since they must inherit the signal
         mask. After the grace period, or at a second signal, the process ends with exit code INTACT
-        whatever it is doing. Python's own handlers cannot do that: they run between two bytecode
-        instructions, and one compilation may take minutes. So the signals are blocked, and a
-        thread waits for them.
+        even during a compilation: the signals are blocked, and a thread waits for them.
 
-        several_processes: the processes of one run have to stop after the same step. They agree on
-        it by JAX's preemption notice, which itself listens for SIGTERM; the other signals are
-        turned into SIGTERM.
+        several_processes: all processes of the run stop after the same step. They agree on it by
+        JAX's preemption notice, which listens for SIGTERM; other signals are turned into SIGTERM.
         """
         numbers = {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
         if several_processes:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from types import FrameType
 
 from slam_jax.runtime.signals import INTACT, RESUME_ALL, SIGNALS, print_line
 
@@ -29,17 +28,12 @@ def is_supervised() -> bool:
 def supervise() -> int:
     """Runs this command again as a child, forwards signals to it, and returns its exit code.
 
-    JAX aborts a process whose peers are gone. No code in that process can turn this into a
-    message; its parent can.
+    JAX aborts a process whose peers are gone; only the parent can turn this into a message.
     """
     environment = {**os.environ, _SUPERVISED: str(os.getpid())}
     child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment)
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        child.send_signal(number)
-
     for number in SIGNALS:
-        signal.signal(number, forward)
+        signal.signal(number, lambda number, frame: child.send_signal(number))
     code = child.wait()
     if code >= 0:
         return code

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from slam_jax.data import Batch, Dataset, training_batches
+from slam_jax.data import Batch, Dataset, EvaluationBatch, evaluation_batches, training_batches
 from slam_jax.errors import UserError
+from slam_jax.evaluation import evaluate
 from slam_jax.runtime import distributed
 from slam_jax.runtime.compile_cache import enable_compile_cache
 from slam_jax.runtime.lock import lock_workdir
@@ -31,7 +32,6 @@ from slam_jax.training.resume import open_run
 from slam_jax.training.sharding import local_rows, place, use_mesh
 from slam_jax.training.start import jit_step
 from slam_jax.training.state import StepMetrics, TrainState
-from slam_jax.training.validation import summarize, validate
 
 
 class TrainingDiverged(UserError):
@@ -43,9 +43,8 @@ def train(
 ) -> TrainState:
     """Trains, or resumes from the checkpoints in `workdir`; returns the final state.
 
-    config: nested mappings as of `default_config`; saved with every checkpoint.
-    stop: asks the run to save and end early. Under `jax.distributed` the cluster's preemption
-    notice does the same.
+    config: nested mappings as of `default_config`; saved with every checkpoint. stop: asks the run
+    to save and end early, as the cluster's preemption notice does under `jax.distributed`.
 
     Raises:
       ConfigError: a field cannot be built.
@@ -199,10 +198,10 @@ class Trainer:
 
         Where the evaluation fails, the step is saved without it.
         """
-        evaluated = self.experiment, self.graphdef, state, self.dataset
+        run = self.experiment, self.graphdef, state, self.dataset
         try:
             with explain_out_of_memory("an evaluation", _SMALLER_EVALUATIONS):
-                scores = validate(*evaluated, self._should_stop)
+                scores = validate(*run, self._should_stop)
         except Stopped:
             return None
         except Exception:
@@ -212,13 +211,15 @@ class Trainer:
             raise
         if self.writer:
             self.writer.write(step, "validation", scores)
-        self.progress.log(summarize(step, scores))
+        shown = [f"{name} {100 * x:.1f}" for name, x in scores.items() if name != "accuracy"]
+        accuracy = f"validation {100 * scores['accuracy']:.1f} %"
+        self.progress.log(" · ".join([f"step {step:,}", accuracy, *shown]))
         return scores
 
     def _save(self, step: int, state: TrainState, scores: Mapping[str, float] | None) -> None:
         if self.writer:
             self.writer.sync()
-        dataset = self.dataset
+        dataset, aux = self.dataset, self.dataset.aux_format
         splits = (dataset.train, dataset.validation)
         longest_answer = max(split.answer_length(dataset.tokenizer) for split in splits)
         self.checkpoints.save(
@@ -226,7 +227,7 @@ class Trainer:
             state,
             config=self.config,
             tokenizer=dataset.tokenizer.to_json(),
-            aux=None if dataset.aux_format is None else dataset.aux_format.to_json(),
+            aux=None if aux is None else aux.to_json(),
             generation={"max_new_tokens": longest_answer + 1},
             metrics=scores or {},
         )
@@ -256,3 +257,45 @@ class Trainer:
         return dataclasses.replace(
             restored, step=state.step, skipped=state.skipped, bad_steps=state.bad_steps
         )
+
+
+def validate(
+    experiment: Experiment,
+    graphdef: nnx.GraphDef,
+    state: TrainState,
+    dataset: Dataset,
+    should_stop: Callable[[], bool],
+) -> dict[str, float]:
+    """The accuracy of generated answers: "view/kind", and as "accuracy" their mean, by which the
+    best checkpoint is chosen.
+
+    should_stop: called before each batch; where it returns True, `Stopped` is raised.
+    """
+    run, data, parts = experiment.run, experiment.data, experiment.optimizer.accumulate_steps
+    size, count = data.batch_size // parts, run.evaluate_batches and run.evaluate_batches * parts
+
+    def batches(view: str) -> Iterator[EvaluationBatch]:
+        all_batches = evaluation_batches(
+            dataset.validation, dataset.tokenizer, view, size, seed=data.seed
+        )
+        for batch in itertools.islice(all_batches, count):
+            if should_stop():
+                raise Stopped
+            yield batch
+
+    views = run.evaluate_views or data.views
+    results = evaluate(
+        graphdef,
+        nnx.State(state.best_params),
+        {view: batches(view) for view in views},
+        dataset.tokenizer,
+        step=int(state.step),
+        max_new_tokens=dataset.validation.answer_length(dataset.tokenizer) + 1,
+    )
+    scores = {
+        f"{view}/{kind}": results.metrics["views"][view][kind]["accuracy"]
+        for view in views
+        for kind in results.metrics["views"].get(view, ())
+        if not kind.startswith("needs_both")
+    }
+    return {"accuracy": float(np.mean(list(scores.values()))), **scores}

@@ -18,10 +18,9 @@ class MeshConfig:
     """Sizes of the mesh axes. Their product is the number of devices; one of them may be -1, which
     stands for the remaining devices. A single device needs no mesh.
 
-    data: the batch is sharded over this axis. fsdp: the batch and the parameters are sharded over
-    it; parameters are gathered where they are used. process: the parallel processes of the model
-    are sharded over it; their parameters are never gathered. tensor: heads, MLPs, vocabulary and
-    experts are sharded over it.
+    The batch is sharded over `data`; the batch and the parameters over `fsdp`, where parameters are
+    gathered when they are used; the parallel processes of the model over `process`, where their
+    parameters are never gathered; and heads, MLPs, vocabulary and experts over `tensor`.
     zero: optimizer state and averaged parameters are sharded over `data` too (ZeRO, stage 1;
     Rajbhandari et al. 2020, section 5.1).
     """

@@ -14,13 +14,7 @@ from slam_jax.training.experiment import Experiment
 from slam_jax.training.losses import num_answer_tokens, slam_v3_loss
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
 from slam_jax.training.sharding import bytes_per_device, with_shardings
-from slam_jax.training.state import (
-    TrainState,
-    TrainStep,
-    init_state,
-    make_train_step,
-    split_model,
-)
+from slam_jax.training.state import TrainState, TrainStep, init_state, make_train_step, split_model
 
 
 def initial_state(
@@ -77,14 +71,9 @@ def jit_train_step(
     weight_of: Callable[[Any], Any],
 ) -> TrainStep:
     """A jitted training step. It donates its state and returns it sharded as `state`."""
-    step = make_train_step(
-        graphdef,
-        loss,
-        make_optimizer(optimizer, num_steps),
-        ema_decay=optimizer.ema_decay,
-        accumulate_steps=optimizer.accumulate_steps,
-        weight_of=weight_of,
-    )
+    parts, decay = optimizer.accumulate_steps, optimizer.ema_decay
+    made = graphdef, loss, make_optimizer(optimizer, num_steps)
+    step = make_train_step(*made, ema_decay=decay, accumulate_steps=parts, weight_of=weight_of)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 

@@ -1,6 +1,5 @@
 """The state of a run, and the pure training step."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,9 +18,8 @@ class TrainState:
     """The whole state of a run: saved, restored and donated as one.
 
     step: number of steps taken, skipped ones included. skipped: number of skipped steps.
-    bad_steps: number of steps skipped in a row up to now.
-    params: nested dicts of arrays. ema: their moving average, or None.
-    key: the root of all randomness; the key of a step is folded from it and the step.
+    bad_steps: number of steps skipped in a row up to now. params: nested dicts of arrays. ema:
+    their moving average, or None. key: the key of a step is folded from it and the step.
     """
 
     step: Int[Array, ""]
@@ -62,15 +60,9 @@ def merge_model(graphdef: nnx.GraphDef, params: Any) -> Any:
 def init_state(
     params: Any, optimizer: optax.GradientTransformation, key: PRNGKeyArray, *, ema: bool
 ) -> TrainState:
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        skipped=jnp.zeros((), jnp.int32),
-        bad_steps=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, params) if ema else None,
-        key=key,
-    )
+    counts = [jnp.zeros((), jnp.int32) for _ in range(3)]
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(*counts, params, optimizer.init(params), average, key)
 
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
@@ -90,9 +82,8 @@ def make_train_step(
     loss_fn: (model, batch, key=) -> a NamedTuple of scalars such as `LossParts`, whose `total` is
     minimised; it becomes `StepMetrics.loss`.
     accumulate_steps: the batch is split into this many parts along its leading axis, and their
-    gradients and metrics are averaged.
-    weight_of: part -> its weight in that average, such as `num_answer_tokens`; by default all
-    parts weigh the same.
+    gradients and metrics are averaged. weight_of: part -> its weight in that average, such as
+    `num_answer_tokens`; by default all parts weigh the same.
 
     A step whose loss or gradient is not finite is skipped: `state.step` increases, but parameters,
     optimizer state (with the step count of its schedule) and average stay as they were.
@@ -120,16 +111,8 @@ def make_train_step(
         params, opt_state, ema = jax.tree.map(lambda n, o: jnp.where(bad, o, n), new, old)
         bad_steps = jnp.where(bad, state.bad_steps + 1, 0)
         metrics = StepMetrics(loss, grad_norm, bad_steps, updates_made(state.opt_state))
-        new_state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            skipped=state.skipped + bad,
-            bad_steps=bad_steps,
-            params=params,
-            opt_state=opt_state,
-            ema=ema,
-        )
-        return new_state, metrics
+        counts = state.step + 1, state.skipped + bad, bad_steps
+        return TrainState(*counts, params, opt_state, ema, state.key), metrics
 
     return step
 
