@@ -15,9 +15,7 @@ CONFIG = flags.DEFINE_string(
     "config", None, "Path of a file of configs/; its code is executed.", required=True
 )
 DEVICES = flags.DEFINE_integer("devices", 1, "Number of devices.", 1, 4_096)
-SEARCH = flags.DEFINE_integer(
-    "search", 0, "Number of meshes to compile; 0 = config.mesh.", 0, 1_000
-)
+SEARCH = flags.DEFINE_integer("search", 0, "Meshes to compile; 0 = config.mesh.", 0, 1_000)
 MEMORY = flags.DEFINE_float("device_memory_gib", 80.0, "Memory of a device in GiB.")
 TFLOPS = flags.DEFINE_float("device_tflops", 989.0, "Speed of a device in 1e12 operations/s.")
 LINK = flags.DEFINE_float("link_gb_s", 450.0, "From a device within its host, in 1e9 bytes/s.")

@@ -25,10 +25,9 @@ class StateBytes(NamedTuple):
 class Plan(NamedTuple):
     """Figures of one device for one step.
 
-    sizes: mesh axis -> number of devices. state: exact, from the shardings. step: from the
-    executable for virtual CPU devices; other compilers may merge or move collectives and may need
-    less memory. flops: floating-point operations. layers: numbers of layers of the models that were
-    compiled; one empty entry if the whole model was. view: of the batches, if there are views.
+    sizes: mesh axis -> number of devices. state: from the shardings. step: from the executable for
+    virtual CPU devices. flops: floating-point operations. layers: numbers of layers of the models
+    that were compiled; one empty entry if the whole model was. view: of the batches, if any.
     """
 
     sizes: Mapping[str, int]

@@ -1,10 +1,10 @@
 """A plan as text. Every line names how its figure was obtained."""
 
 import math
-from collections.abc import Mapping
 
 from slam_jax.planning.meshes import Found
 from slam_jax.planning.plans import Plan
+from slam_jax.training.mesh import name_of
 
 _LEGEND = """\
 exact: from shapes and shardings; gradients are sharded like parameters. formula: matrix products
@@ -41,16 +41,10 @@ def describe(plan: Plan) -> str:
     lines = [f"{name:<56}{value:>20}  {source}" for name, value, source in rows]
     needed, taken = (f"{plan.share(num_bytes):.1%}" for num_bytes in (plan.needed, plan.taken))
     memory = f"of {plan.machine.device_memory_gib:g} GiB are needed, {taken} are taken here"
-    return "\n".join(
-        [
-            f"{mesh_name(plan.sizes)}{view}: on each of {count:,} devices",
-            *lines[:7],
-            f"{_fitting(plan)}: {needed} {memory}",
-            *lines[7:],
-            f"assumed: {plan.machine}",
-            _LEGEND.format(count=count, depth=_compiled_depths(plan)),
-        ]
-    )
+    first = f"{name_of(plan.sizes)}{view}: on each of {count:,} devices"
+    lines.insert(7, f"{_fitting(plan)}: {needed} {memory}")
+    legend = _LEGEND.format(count=count, depth=_compiled_depths(plan))
+    return "\n".join([first, *lines, f"assumed: {plan.machine}", legend])
 
 
 def describe_search(found: Found) -> str:
@@ -61,19 +55,13 @@ def describe_search(found: Found) -> str:
     ]
     for plan in found.plans:
         lines.append(
-            f"  {mesh_name(plan.sizes):<52}{1e3 * plan.step_seconds:>14,.3f} ms"
+            f"  {name_of(plan.sizes):<52}{1e3 * plan.step_seconds:>14,.3f} ms"
             f"{plan.needed / 2**30:>10,.1f} GiB needed{plan.taken / 2**30:>10,.1f} GiB taken  "
             f"{_fitting(plan)}"
         )
     best = found.plans[0]
-    lines.append(
-        "none of these fits; the fastest:" if best.exceeding == 2 else "the best of these:"
-    )
-    return "\n".join([*lines, describe(best)])
-
-
-def mesh_name(sizes: Mapping[str, int]) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    title = "none of these fits; the fastest:" if best.exceeding == 2 else "the best of these:"
+    return "\n".join([*lines, title, describe(best)])
 
 
 def _mib(num_bytes: int) -> str:

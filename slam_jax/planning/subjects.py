@@ -110,15 +110,12 @@ class Subject:
 def slam_v3_run(
     experiment: Experiment, vocab_size: int, batch: Batch, view: str | None = None
 ) -> Subject:
-    """A run of `train` on batches of one view. batch: shapes of a whole batch."""
-    model, inputs = experiment.with_vocabulary(vocab_size), batch.inputs
-    sizes: dict[str, Any] = {}
-    if inputs.text is not None:
-        sizes["text"] = inputs.text.shape[1]
-    if inputs.image is not None:
-        sizes["pixels"] = inputs.image.shape[1:3]
-    if inputs.aux is not None:
-        sizes["aux"] = inputs.aux.shape[1]
+    """A run of `train` on batches of one view, of these shapes."""
+    model, given = experiment.with_vocabulary(vocab_size), batch.inputs
+    arrays: dict[str, Any] = {"text": given.text, "pixels": given.image, "aux": given.aux}
+    sizes: dict[str, Any] = {name: x.shape[1] for name, x in arrays.items() if x is not None}
+    if "pixels" in sizes:
+        sizes["pixels"] = arrays["pixels"].shape[1:3]
     encodes = [sizes]
     if _is_aligned(experiment, batch):
         encodes += [{name: sizes[name]} for name in ("text", "pixels")]
@@ -132,29 +129,26 @@ def slam_v3_run(
     memory = num_memory(model, **sizes)
     decode = decode_flops(model, prompts=prompts, length=length - 1, memory=memory)
     passes = rows * (4 if model.remat == "layers" else 3)
-    depths = {
-        "num_process_layers": Depth(0, 1, layers),
-        "num_decoder_layers": Depth(0, 1, decoder_layers),
-    }
+    counts = {"num_process_layers": layers, "num_decoder_layers": decoder_layers}
     if model.image.encoder == "vit":
-        depths["image.num_layers"] = Depth(0, 1, model.image.num_layers)
+        counts["image.num_layers"] = model.image.num_layers
     token = rows * model.embed_dim * jnp.dtype(model.dtype).itemsize
     encoded = token * num_memory(dataclasses.replace(model, num_memory_tokens=0), **sizes)
     decoded = token * prompts * (length - 1) * decoder_layers
     return Subject(
-        model,
-        SlamV3,
-        functools.partial(slam_v3_loss, config=experiment.loss),
-        num_answer_tokens,
-        batch,
-        experiment.optimizer,
-        experiment.mesh,
-        experiment.check,
-        depths,
-        Flops(passes * (decode + encode(layers)), passes * layers * (encode(2) - encode(1))),
-        (encoded, encoded * (2 + model.num_processes * layers) + decoded),
-        model.num_processes,
-        view,
+        config=model,
+        make=SlamV3,
+        loss=functools.partial(slam_v3_loss, config=experiment.loss),
+        weight_of=num_answer_tokens,
+        batch=batch,
+        optimizer=experiment.optimizer,
+        mesh=experiment.mesh,
+        require_even=experiment.check,
+        depths={name: Depth(0, 1, count) for name, count in counts.items()},
+        flops=Flops(passes * (decode + encode(layers)), passes * layers * (encode(2) - encode(1))),
+        stream_bytes=(encoded, encoded * (2 + model.num_processes * layers) + decoded),
+        num_processes=model.num_processes,
+        view=view,
     )
 
 
@@ -191,28 +185,26 @@ class LanguageRun:
             flops += config.body_flops(self.num_tokens)
         stream = rows * self.num_tokens * config.embed_dim * jnp.dtype(config.dtype).itemsize
         return Subject(
-            config,
-            make_model,
-            language_model_loss,
-            lambda part: 1.0,
-            jax.ShapeDtypeStruct((rows, self.num_tokens + 1), jnp.int32),
-            self.optimizer,
-            self.mesh,
-            require_even,
-            self._depths(config),
-            Flops(rows * flops),
-            (stream, stream * getattr(config, "num_layers", 1)),
+            config=config,
+            make=make_model,
+            loss=language_model_loss,
+            weight_of=lambda part: 1.0,
+            batch=jax.ShapeDtypeStruct((rows, self.num_tokens + 1), jnp.int32),
+            optimizer=self.optimizer,
+            mesh=self.mesh,
+            require_even=require_even,
+            depths=self._depths(config),
+            flops=Flops(rows * flops),
+            stream_bytes=(stream, stream * getattr(config, "num_layers", 1)),
         )
 
     def _depths(self, config: Any) -> dict[str, Depth]:
         """Empty where the layers follow no period."""
-        first, period = 0, 1
-        if self.language_model == "deepseek_v2":
-            first = config.num_dense_layers
-        elif self.language_model == "jamba":
-            period = math.lcm(config.attention_period, config.expert_period)
-        elif self.language_model not in ("standard", "moe"):
+        if self.language_model not in ("standard", "moe", "deepseek_v2", "jamba"):
             return {}
+        first = config.num_dense_layers if self.language_model == "deepseek_v2" else 0
+        is_jamba = self.language_model == "jamba"
+        period = math.lcm(config.attention_period, config.expert_period) if is_jamba else 1
         repeats, rest = divmod(config.num_layers - first, period)
         return {} if rest else {"num_layers": Depth(first, period, repeats)}
 

@@ -24,7 +24,7 @@ from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.runtime.signals import Stop, Stopped
 from slam_jax.training.checkpoint import Checkpoints
 from slam_jax.training.experiment import Experiment, as_json
-from slam_jax.training.mesh import make_mesh
+from slam_jax.training.mesh import make_mesh, name_of
 from slam_jax.training.metrics import MetricsWriter
 from slam_jax.training.optimizer import make_schedule
 from slam_jax.training.progress import Progress
@@ -84,9 +84,8 @@ def train(
             return state
         count = sum(x.size for x in jax.tree.leaves(state.params))
         origin = f"from step {first:,} of {workdir}" if first else f"in {workdir}"
-        sizes = {} if mesh is None else mesh.shape
-        axes = [f"{axis} {size}" for axis, size in sizes.items() if size > 1]
-        where = " x ".join(axes) or str(jax.devices()[0])
+        sizes = {} if mesh is None else {axis: n for axis, n in mesh.shape.items() if n > 1}
+        where = name_of(sizes) or str(jax.devices()[0])
         progress.log(f"{count:,} parameters on {where}, {origin}")
         tools = checkpoints, writer, progress, stop or Stop(), mesh
         trainer = Trainer(experiment, config, opened.graphdef, opened.dataset, *tools)

@@ -59,7 +59,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh 
         return jax.make_mesh(tuple(sizes.values()), tuple(sizes), automatic, devices=devices)
     except (NotImplementedError, ValueError) as error:  # the topology of a TPU, or slices
         raise ConfigError(
-            f"mesh is {_format(sizes)}, and the devices cannot be arranged like that "
+            f"mesh is {name_of(sizes)}, and the devices cannot be arranged like that "
             f"({first_line(error)}); choose sizes that are products of those of the device grid"
         ) from error
 
@@ -73,13 +73,14 @@ def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
         fitting = [_fitting_sizes(config, axis, num_devices) for axis in sizes]
         near = "; or ".join(text for text in fitting if text)
         raise ConfigError(
-            f"mesh is {_format(sizes)}, and the number of devices is {num_devices}; expected "
+            f"mesh is {name_of(sizes)}, and the number of devices is {num_devices}; expected "
             f"{near or f'sizes whose product is {num_devices}'}"
         )
     return {axis: num_devices // known if size == REST else size for axis, size in sizes.items()}
 
 
-def _format(sizes: Mapping[str, int]) -> str:
+def name_of(sizes: Mapping[str, int]) -> str:
+    """Such as "data 2 x tensor 4"."""
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items())
 
 

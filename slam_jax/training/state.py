@@ -60,9 +60,9 @@ def merge_model(graphdef: nnx.GraphDef, params: Any) -> Any:
 def init_state(
     params: Any, optimizer: optax.GradientTransformation, key: PRNGKeyArray, *, ema: bool
 ) -> TrainState:
-    counts = [jnp.zeros((), jnp.int32) for _ in range(3)]
+    step, skipped, bad_steps = (jnp.zeros((), jnp.int32) for _ in range(3))
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(*counts, params, optimizer.init(params), average, key)
+    return TrainState(step, skipped, bad_steps, params, optimizer.init(params), average, key)
 
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
