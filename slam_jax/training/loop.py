@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -102,15 +102,6 @@ _SMALLER_EVALUATIONS = (
 )
 
 
-class StepResult(NamedTuple):
-    """A step whose metrics may still be on their way from the device."""
-
-    step: int
-    view: str
-    batch: Batch
-    metrics: StepMetrics
-
-
 @dataclasses.dataclass(frozen=True)
 class Trainer:
     """The loop of one run and what it uses."""
@@ -137,19 +128,19 @@ class Trainer:
         )
         if pending_evaluation:
             self._save(first, state, self._evaluate(first, state))
-        unreported: list[StepResult] = []
+        unreported: list[tuple[int, str, Batch, StepMetrics]] = []
         for step in range(first + 1, run.num_steps + 1):
             self.checkpoints.poll()
             view, batch = next(batches)
             state, metrics = step_fn(state, place(batch, self.mesh, data.batch_size))
             self.stop.expect_save()
-            result = StepResult(step, view, batch, metrics)
+            result = step, view, batch, metrics
             stops = self._should_stop()
             saves = stops or run.evaluates(step) or run.saves(step)
             # Unless this step is saved, the device computes it while the host reports the last one.
             due = [*unreported, result] if saves else unreported
             unreported = [] if saves else [result]
-            bad_steps = {each.step: self._report(each) for each in due}
+            bad_steps = {each[0]: self._report(*each) for each in due}
             for reported, count in bad_steps.items():
                 if count and count % run.max_bad_steps == 0:
                     state, unreported = self._go_back(reported, state, count), []
@@ -173,9 +164,8 @@ class Trainer:
             self.stop.request()
         return self.stop.requested
 
-    def _report(self, result: StepResult) -> int:
+    def _report(self, step: int, view: str, batch: Batch, metrics: StepMetrics) -> int:
         """Shows and writes a step; returns how many steps in a row were skipped up to it."""
-        step, view, batch, metrics = result
         values = jax.device_get(metrics)
         # A process of several has a part of the rows; those of the others are about as long.
         examples = self.experiment.data.batch_size

@@ -63,7 +63,7 @@ def num_answer_tokens(batch: Batch) -> Int[Array, ""]:
 
 
 class TokenLosses(NamedTuple):
-    """The losses of each token.
+    """The losses of each token, or their means.
 
     cross_entropy: in nats. z: the squared log-normaliser of the logits. correct: 1 where the most
     probable token is the target, else 0.
@@ -90,8 +90,7 @@ def token_losses_in_chunks(
 ) -> TokenLosses:
     """`token_losses(head(hidden), targets)`, with the logits of `chunk_tokens` tokens at a time.
 
-    A gradient recomputes the logits of each chunk, so never more than one chunk is in memory. The
-    gradient of the parameters of the head is summed over the chunks.
+    A gradient recomputes the logits of each chunk, so never more than one chunk is in memory.
     """
     flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), jnp.asarray(targets).reshape(-1)
     count = -(-len(flat) // chunk_tokens)
@@ -137,8 +136,7 @@ def slam_v3_loss(
 ) -> LossParts:
     """The mean cross-entropy over answer tokens, and the terms that the config adds.
 
-    The alignment loss encodes text and image once more, each alone, because fused tokens have seen
-    both.
+    For the alignment loss text and image are encoded once more, each alone.
     """
     chex.assert_equal_shape([batch.prompt_length, batch.length])
     chex.assert_equal_shape_prefix([batch.tokens, batch.length], 2)

@@ -26,9 +26,8 @@ class OptimizerConfig:
     learning_rate: the peak. It is reached from 0 after `warmup_steps`, then follows a cosine to
     `final_fraction` of it at the last step. Skipped steps do not count.
     b1, b2: of Adam. momentum: of Muon. epsilon: of both. weight_decay: of kernels; with Muon not of
-    `head`.
-    clip_norm: largest global gradient norm, None = no clipping.
-    ema_decay: of the moving average of parameters, which evaluations then use; None = no average.
+    `head`. clip_norm: largest global gradient norm, None = no clipping. ema_decay: of the moving
+    average of parameters, which evaluations then use; None = no average.
     accumulate_steps: a batch is split into this many parts, one after the other, and their
     gradients are averaged by answer tokens. The result is the gradient of the whole batch, except
     for the alignment loss, which compares the pairs within a part.
@@ -72,10 +71,9 @@ def decay_mask(params: Any) -> Any:
 
 
 def muon_axes(params: Any) -> Any:
-    """The input and output axes of each kernel for Muon; None = Adam updates it.
+    """The input and output axes of each kernel for Muon; None = Adam updates it, such as `head`.
 
-    Each process and each expert of a stacked kernel is a matrix of its own. `head` is left to Adam,
-    like the embeddings.
+    Each process and each expert of a stacked kernel is a matrix of its own.
     """
 
     def axes(path, x) -> MuonDimensionNumbers | None:
@@ -116,8 +114,7 @@ def updates_made(opt_state: optax.OptState) -> Int[Array, ""] | None:
 def skip_zero_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """`optimizer`, but an array whose gradient is 0 everywhere is not updated.
 
-    A batch without images must not change the image stream. Otherwise momentum would, and Muon,
-    whose updates all have the same size, would repeat the last one at full size.
+    Otherwise momentum would change the image stream after a batch without images.
     """
 
     def update(updates, state, params=None):

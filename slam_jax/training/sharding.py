@@ -114,8 +114,8 @@ def bytes_per_device(tree: PyTree[Any]) -> int:
 def local_rows(batch_size: int, mesh: Mesh | None) -> Sequence[int]:
     """The rows of a batch that are on devices of this host process, ascending.
 
-    They need not be contiguous, as a mesh orders TPU devices by topology. Host processes whose
-    devices run different parts of the model on the same rows share those rows.
+    They need not be contiguous, as a mesh orders TPU devices by topology. Several host processes
+    may hold the same rows.
     """
     if mesh is None:
         return range(batch_size)
