@@ -34,12 +34,16 @@ class Stop:
 
     def __init__(self, grace_seconds: float = 10.0):
         self._grace_seconds = grace_seconds
-        self.requested = self._can_save = False
+        self._requested = self._can_save = False
         self._listening = self._several_processes = False
+
+    @property
+    def requested(self) -> bool:
+        return self._requested
 
     def request(self) -> None:
         """Asks to stop, from any thread."""
-        self.requested = True
+        self._requested = True
         if self._listening:
             late = f"not saved within {self._grace_seconds:g} s"
             timer = threading.Timer(self._grace_seconds, _end, [late])
