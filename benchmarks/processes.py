@@ -45,7 +45,7 @@ def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices
 
     from slam_jax.runtime.compile_cache import enable_compile_cache
     from slam_jax.slam_v3 import SlamV3Config
-    from slam_jax.slam_v3.processes import LevelOne, ParallelProcesses
+    from slam_jax.slam_v3.processes import JointBlock, ParallelProcesses
     from slam_jax.slam_v3.streams import Stream
     from slam_jax.training.mesh import MeshConfig, make_mesh
     from slam_jax.training.sharding import shardings_of, use_mesh
@@ -58,7 +58,7 @@ def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices
         """Parameters have the names of the whole model, for the sharding rules."""
 
         def __init__(self):
-            self.level_one = LevelOne(config, rngs=nnx.Rngs(0))
+            self.level_one = JointBlock(config, rngs=nnx.Rngs(0))
             self.processes = ParallelProcesses(config, rngs=nnx.Rngs(1))
 
     graphdef, params = split_model(jax.jit(Part)())
@@ -72,7 +72,7 @@ def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices
         part = merge_model(graphdef, params)
         streams, bank = part.level_one([Stream(x, None, None)])
         run = functools.partial(_in_turn, part.processes) if in_turn else part.processes
-        y = run(streams, bank)
+        y, _ = run(streams, bank)
         return jnp.vdot(weights, y)
 
     def both(params, x):
@@ -96,4 +96,4 @@ def _in_turn(processes: Any, streams: Any, bank: Any) -> Any:
         jax.tree.map(lambda leaf, p=p: leaf[p], processes.stack)
         for p in range(processes.num_processes)
     ]
-    return jnp.stack([process(streams, bank) for process in every])
+    return jnp.stack([process(streams, bank)[0] for process in every]), None

@@ -88,7 +88,8 @@ def test_attention_is_that_of_the_forward_pass(with_or_without_bottleneck):
     h = h + layer.attention(layer.norms[0](h))
     values = jnp.einsum("bmr,rnv->bmnv", memory.c_mem, layer.memory_attention.v_up.kernel[...])
     read = layer.memory_attention.out(jnp.einsum("bntm,bmnv->btnv", found.decoder[:, 0], values))
-    queries, mask = layer._memory_queries(h, memory)
+    queries = layer.norms[1](h).reshape(1, tokens.shape[-1], -1)
+    mask = None if memory.mask is None else memory.mask[:, None, :]
     expected = layer.memory_attention(queries, memory.c_mem, mask)
     np.testing.assert_allclose(read, expected, atol=1e-3)
 

@@ -14,7 +14,6 @@ from slam_jax.errors import ConfigError
 from slam_jax.layers import attend
 from slam_jax.slam_v3 import ImageConfig, Inputs, SlamV3, SlamV3Config
 from slam_jax.slam_v3.config import PRESETS
-from slam_jax.slam_v3.processes import split_streams
 
 VOCAB, LENGTH = 13, 7
 STREAMS = ("text", "image", "aux")
@@ -39,10 +38,16 @@ def gradients(model, tokens, inputs):
 
 @jax.jit
 def run_parts(model, inputs):
-    """Streams after level 1, the bank, the outputs of the processes."""
+    """Streams after the joint block, the bank, the outputs of the processes."""
     embeddings = None if inputs.text is None else model.embedding(inputs.text)
     streams, bank = model.level_one(model.streams(inputs, embeddings))
     return streams, bank, model.processes(streams, bank)[0]
+
+
+def split(x, streams):
+    """The tokens [.., S, D] of all streams by stream."""
+    ends = np.cumsum([stream.tokens.shape[1] for stream in streams])
+    return jnp.split(x, ends[:-1], axis=-2)
 
 
 def close(x, y, tolerance=1e-5):
@@ -262,11 +267,9 @@ def test_isolated_attention_sees_its_own_stream_only(model, parts):
     for i in range(len(streams)):
 
         def outputs(h, i=i):
-            return split_streams(process.layers[0]._isolated_attention(h, streams), streams)[
-                i
-            ].sum()
+            return split(process.layers[0]._isolated_attention(h, streams), streams)[i].sum()
 
-        grads = split_streams(jax.jit(jax.grad(outputs))(h), streams)
+        grads = split(jax.jit(jax.grad(outputs))(h), streams)
         assert [bool(g.any()) for g in grads] == [i == j for j in range(len(streams))]
 
 
@@ -277,14 +280,24 @@ def test_shared_attention_sees_every_stream(model, parts):
     @jax.grad
     def influence(values, i):
         y, _ = model.processes(streams, bank._replace(v=values))
-        return sum(jnp.where(i == j, p.sum(), 0) for j, p in enumerate(split_streams(y, streams)))
+        return sum(jnp.where(i == j, p.sum(), 0) for j, p in enumerate(split(y, streams)))
 
     for i in range(len(streams)):
         flat = influence(bank.v, i).reshape(2, -1, model.config.embed_dim)
-        seen = [bool(g[0].any()) for g in split_streams(flat, streams)]
+        seen = [bool(g[0].any()) for g in split(flat, streams)]
         assert seen == [True] * len(streams)
         # The image of the second row is absent.
-        assert not split_streams(flat, streams)[1][1].any()
+        assert not split(flat, streams)[1][1].any()
+
+
+def test_shared_attention_may_have_its_own_number_of_heads(build, inputs):
+    model = build(shared_num_heads=8)
+    output = jax.jit(lambda model: model(TOKENS, inputs, attention=True))(model)
+    assert output.attention.processes.shape[3] == 8
+    assert output.attention.decoder.shape[2] == model.config.num_heads == 2
+    layer = model.processes.stack.layers[0]
+    assert layer.query.kernel.shape == (4, 32, 8, 4) and layer.query_bias.shape == (4, 8, 4)
+    assert layer.isolated.query.kernel.shape == (4, 32, 2, 16)
 
 
 # --- Fusion
@@ -293,14 +306,14 @@ def test_shared_attention_sees_every_stream(model, parts):
 def test_cross_modal_is_exactly_0_without_another_stream(model, inputs, parts):
     streams, _, y = parts
     cross_modal, mean = model.fusion.cross_modal, y.mean(axis=0)
-    alone = split_streams(mean, streams)[1]
+    alone = split(mean, streams)[1]
     np.testing.assert_array_equal(cross_modal(alone, streams[1:2]), 0)
     absent = jnp.zeros((2, streams[1].tokens.shape[1]), bool).at[1].set(True)
     masks = [~jnp.zeros(streams[0].tokens.shape[:2], bool), absent, jnp.zeros((2, 3), bool)]
     masks[0] = masks[0].at[1].set(False)
     some = [s._replace(mask=mask) for s, mask in zip(streams, masks, strict=True)]
     # Row 0 has text alone, row 1 the image alone.
-    text, image, _ = split_streams(cross_modal(mean, some), streams)
+    text, image, _ = split(cross_modal(mean, some), streams)
     np.testing.assert_array_equal(text[0], 0)
     np.testing.assert_array_equal(image[1], 0)
     assert text[1].any()
@@ -459,11 +472,13 @@ def test_a_batch_of_none_has_no_logits(model, shape):
         *((name, 0, "at least 1") for name in ("vocab_size", "num_heads", "kv_lora_rank")),
         ("embed_dim", 33, "multiple of num_heads=2, such as 32"),
         ("embed_dim", 30, "even width, such as 32"),
+        ("shared_num_heads", 3, "a divisor of embed_dim=32"),
+        ("shared_num_heads", 0, "at least 1"),
         ("qk_nope_head_dim", 0, "at least 1"),
         ("qk_rope_head_dim", 5, "an even number, such as 6"),
-        ("q_lora_rank", 0, "None or at least 1"),
-        ("window", 0, "None or at least 1"),
-        ("num_memory_tokens", -1, "0 "),
+        ("q_lora_rank", 0, "at least 1"),
+        ("window", 0, "at least 1"),
+        ("num_memory_tokens", -1, "at least 0"),
         ("dropout", 1.0, "a rate"),
         ("dtype", "int8", "one of"),
         ("param_dtype", "float", "one of"),

@@ -99,7 +99,7 @@ def generate(
     ]
 
 
-class Stream(Iterator[str]):
+class AnswerStream(Iterator[str]):
     """The pieces of one answer, in order. finish: as in `Sample`, None before the last piece."""
 
     finish: str | None = None
@@ -121,13 +121,13 @@ def stream(
     sampling: Sampling | None = None,
     *,
     memory: Any = None,
-) -> Stream:
+) -> AnswerStream:
     """The text of `generate`'s first sample in pieces, as it comes.
 
     A piece ends between two characters, and before text that may turn out to be a stop string.
     """
     sampling = dataclasses.replace(sampling or Sampling(), num_samples=1)
-    return Stream(_pieces(loaded, request, sampling, memory))
+    return AnswerStream(_pieces(loaded, request, sampling, memory))
 
 
 def _pieces(

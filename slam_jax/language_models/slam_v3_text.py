@@ -27,10 +27,10 @@ from slam_jax.layers.masks import prefix_mask, without_unknown_pads
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.protocol import Hidden
 from slam_jax.slam_v3.config import SlamV3Config
-from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryBank
+from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryCompressor
 from slam_jax.slam_v3.flops import decode_flops, encode_flops
 from slam_jax.slam_v3.fusion import Fusion
-from slam_jax.slam_v3.processes import LevelOne, ParallelProcesses
+from slam_jax.slam_v3.processes import JointBlock, ParallelProcesses
 from slam_jax.slam_v3.streams import Stream
 
 
@@ -98,10 +98,10 @@ class SlamV3Text(HeadedModel):
         self.text_norm = RMSNorm(config.embed_dim, param_dtype=kw["param_dtype"])
         # `Streams` says why its standard deviation is so large.
         self.type = nnx.Param(normal(0.5)(rngs.params(), (config.embed_dim,), kw["param_dtype"]))
-        self.level_one = LevelOne(v3, rngs=rngs)
+        self.level_one = JointBlock(v3, rngs=rngs)
         self.processes = ParallelProcesses(v3, rngs=rngs)
         self.fusion = Fusion(v3, one_stream=True, rngs=rngs)
-        self.memory_bank = MemoryBank(v3, rngs=rngs)
+        self.memory_bank = MemoryCompressor(v3, rngs=rngs)
         self.decoder = Decoder(v3, rngs=rngs)
         self.head = Linear(config.embed_dim, config.vocab_size, **kw)
 

@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+# The key of a forward pass in training; None = no dropout.
+DropoutKey = PRNGKeyArray | None
+
 
 def dropout(x: Float[Array, "*B"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*B"]:
     """Zeroes each element with probability `rate` and scales the rest; key None = no dropout.

@@ -1,4 +1,4 @@
-"""Text and image of the same scene, brought together: embeddings, loss."""
+"""Retrieval: embeddings of inputs, and the loss that brings those of one scene together."""
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,11 @@ class AlignmentHead(nnx.Module):
         self.bias = nnx.Param(jnp.full((), -10.0, kw["param_dtype"]))
 
     def __call__(self, memory: Memory) -> Float[Array, "B embed"]:
-        present = 1.0 if memory.mask is None else memory.mask[..., None]
-        present = jnp.asarray(present, upcast(memory.c_mem.dtype))
-        weights = jnp.broadcast_to(present, (*memory.c_mem.shape[:2], 1))
-        total = jnp.sum(memory.c_mem * weights, axis=1)
-        mean = total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
-        e = project_to_float32(mean.astype(memory.c_mem.dtype), self.project.kernel[...])
+        c_mem = memory.c_mem
+        mask = jnp.ones(c_mem.shape[:2], bool) if memory.mask is None else memory.mask
+        present = mask[..., None].astype(upcast(c_mem.dtype))
+        mean = jnp.sum(c_mem * present, axis=1) / jnp.maximum(jnp.sum(present, axis=1), 1.0)
+        e = project_to_float32(mean.astype(c_mem.dtype), self.project.kernel[...])
         # Cut before the root, which has no gradient at 0: a row that shows nothing.
         return e / jnp.sqrt(jnp.maximum(jnp.sum(e * e, axis=-1, keepdims=True), 1e-12))
 

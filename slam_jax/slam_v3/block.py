@@ -1,10 +1,10 @@
-"""The pre-norm transformer block of the ViT and of level 1."""
+"""The pre-norm transformer block, of the "vit" and of the joint block."""
 
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from slam_jax.layers.attention import SelfAttention
-from slam_jax.layers.dropout import dropout, split
+from slam_jax.layers.dropout import DropoutKey, dropout, split
 from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.slam_v3.config import SlamV3Config
@@ -31,7 +31,7 @@ class TransformerBlock(nnx.Module):
         mask: Bool[Array, "B #S S"] | None = None,
         positions: Int[Array, "S"] | None = None,
         *,
-        key: PRNGKeyArray | None = None,
+        key: DropoutKey = None,
     ) -> Float[Array, "B S D"]:
         key_attention, key_mlp = split(key, 2)
         h = self.attention(self.attention_norm(x), mask, positions)

@@ -3,19 +3,13 @@
 import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from slam_jax.errors import require, require_count
-from slam_jax.layers.remat import POLICIES
+from slam_jax.model_config import ModelConfig
 
 ENCODERS = ("resnet", "vit")
-DTYPES = ("float32", "bfloat16", "float64")
 # Parts that an ablation can leave out: a process's attention to its own stream or to the bank, each
 # term of the fusion, and the compression of the decoder's cache and memory.
 PARTS = ("isolated", "shared", "residual", "mean", "concat", "cross_modal", "fusion_mlp", "latent")
-# Bounds: layers are built one by one in Python; a side of an image in pixels.
-MOST_LAYERS, MOST_PIXELS = 512, 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,18 +37,16 @@ class ImageConfig:
     def __post_init__(self):
         object.__setattr__(self, "stage_widths", tuple(self.stage_widths))
         require(self.encoder in ENCODERS, "image.encoder", self.encoder, f"one of {ENCODERS}")
-        require_count("image.size", self.size, most=MOST_PIXELS)
-        require_count("image.patch_size", self.patch_size, most=MOST_PIXELS)
-        require_count("image.blocks_per_stage", self.blocks_per_stage, most=MOST_LAYERS)
-        require_count("image.num_layers", self.num_layers, least=0, most=MOST_LAYERS)
+        for field, most in (("size", 1 << 14), ("patch_size", 1 << 14), ("blocks_per_stage", 512)):
+            require_count(f"image.{field}", getattr(self, field), most=most)
+        require_count("image.num_layers", self.num_layers, least=0, most=512)
         if self.encoder == "vit":
             low = self.size - self.size % self.patch_size
             near = f"a multiple of image.patch_size, such as {low or self.patch_size}"
             require(self.size % self.patch_size == 0, "image.size", self.size, near)
         widths = self.stage_widths
-        require(
-            0 < len(widths) <= 16, "image.stage_widths", widths, "at least one width, at most 16"
-        )
+        few = 0 < len(widths) <= 16
+        require(few, "image.stage_widths", widths, "at least one width, at most 16")
         bad = [w for w in widths if not 8 <= w <= 1 << 20 or w % 8]
         require(not bad, "image.stage_widths", widths, "multiples of 8 (the width of a norm group)")
         if self.encoder == "resnet":
@@ -68,17 +60,18 @@ class ImageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SlamV3Config:
+class SlamV3Config(ModelConfig):
     """The configuration of a SLAM v3.
 
     vocab_size: V of text and answers. embed_dim: D. num_heads: N of every attention.
+    shared_num_heads: N of the shared attention alone, None = num_heads.
     mlp_dim: F of every gated MLP. num_processes: P. num_process_layers: layers a process.
     process_mlp_dim: F of the processes alone, None = mlp_dim. num_decoder_layers: layers of the
       decoder.
-    num_memory_tokens: M, the bottleneck; 0 = the fused tokens themselves are the memory.
-    kv_lora_rank: R, of the cache and of the memory bank. q_lora_rank: of the decoder's queries,
-      None = full rank. qk_nope_head_dim, qk_rope_head_dim, v_head_dim: None = the head width, half
-      of it (made even), the head width.
+    num_memory_tokens: M of a bottleneck; 0 = no bottleneck, one memory token per input token.
+    kv_lora_rank: R of the decoder's cache and of the memory. q_lora_rank: of the decoder's queries,
+      None = full rank. qk_nope_head_dim, qk_rope_head_dim, v_head_dim: of the decoder; None = the
+      head width, half of it (made even), the head width.
     window: the decoder's sliding window in tokens, None = all.
     context_length: the most tokens of a text, and of a prompt with its answer, that users may give;
       the model itself has no such bound.
@@ -98,6 +91,7 @@ class SlamV3Config:
     vocab_size: int
     embed_dim: int = 96
     num_heads: int = 4
+    shared_num_heads: int | None = dataclasses.field(default=None, kw_only=True)
     mlp_dim: int = 256
     num_processes: int = 4
     num_process_layers: int = 1
@@ -124,52 +118,23 @@ class SlamV3Config:
 
     def __post_init__(self):
         object.__setattr__(self, "without", tuple(self.without))
-        for field in ["vocab_size", "embed_dim", "mlp_dim", "kv_lora_rank"]:
-            require_count(field, getattr(self, field))
-        for field in ["context_length", "aux_dim", "max_aux", "alignment_dim"]:
-            require_count(field, getattr(self, field))
-        for field in ["num_heads", "num_processes", "num_process_layers", "num_decoder_layers"]:
-            require_count(field, getattr(self, field), most=MOST_LAYERS)
-        near = self.embed_dim - self.embed_dim % self.num_heads or self.num_heads
-        even = f"a multiple of num_heads={self.num_heads}, such as {near}"
-        require(self.embed_dim % self.num_heads == 0, "embed_dim", self.embed_dim, even)
-        require(
-            self.head_dim % 2 == 0,
-            "embed_dim",
-            self.embed_dim,
-            f"num_heads times an even width, such as {self.num_heads * (self.head_dim + 1)}",
-        )
-        require(
-            self.embed_dim % 4 == 0,
-            "embed_dim",
-            self.embed_dim,
-            "a multiple of 4, for the 2-D positions",
-        )
-        for field, width in self.latent_widths.items():
-            require_count(field, width)
+        super().__post_init__()
+        dim, heads, shared = self.embed_dim, self.num_heads, self.shared_heads[0]
+        near = dim - dim % heads or heads
+        even = f"a multiple of num_heads={heads}, such as {near}"
+        require(dim % heads == 0, "embed_dim", dim, even)
+        even = f"num_heads times an even width, such as {heads * (self.head_dim + 1)}"
+        require(self.head_dim % 2 == 0, "embed_dim", dim, even)
+        require(dim % 4 == 0, "embed_dim", dim, "a multiple of 4, for the 2-D positions")
+        require(dim % shared == 0, "shared_num_heads", shared, f"a divisor of embed_dim={dim}")
         rope = self.latent_widths["qk_rope_head_dim"]
         require(rope % 2 == 0, "qk_rope_head_dim", rope, f"an even number, such as {rope + 1}")
-        for field in ("q_lora_rank", "window", "process_mlp_dim"):
-            value = getattr(self, field)
-            require(value is None or value >= 1, field, value, "None or at least 1")
-            require_count(field, 1 if value is None else value)
-        memory = self.num_memory_tokens
-        require(memory >= 0, "num_memory_tokens", memory, "0 (no bottleneck) or more")
-        require_count("num_memory_tokens", memory, least=0)
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "a rate in [0, 1)")
         require(set(self.without) <= {*PARTS}, "without", self.without, f"some of {PARTS}")
         carried = {"residual", "mean", "concat"} - {*self.without}
         left = "one of residual, mean and concat to be left"
         require(bool(carried), "without", self.without, left)
         plain = "latent" in self.without
         require(not (plain and self.window), "window", self.window, 'None without "latent"')
-        policies = (None, *POLICIES)
-        require(self.remat in policies, "remat", self.remat, f"one of {policies}")
-        for field in ("dtype", "param_dtype"):
-            dtype = getattr(self, field)
-            require(dtype in DTYPES, field, dtype, f"one of {DTYPES}")
-            known = dtype != "float64" or jax.dtypes.canonicalize_dtype(dtype) == dtype
-            require(known, field, dtype, "another, or JAX_ENABLE_X64=1 in the environment")
 
     @property
     def head_dim(self) -> int:
@@ -177,16 +142,17 @@ class SlamV3Config:
         return self.embed_dim // self.num_heads
 
     @property
+    def shared_heads(self) -> tuple[int, int]:
+        """N and H of the shared attention."""
+        num_heads = self.shared_num_heads or self.num_heads
+        return num_heads, self.embed_dim // num_heads
+
+    @property
     def latent_widths(self) -> dict[str, int]:
         """The decoder's widths a head by name: those given, or derived from H."""
-        given = {
-            "qk_nope_head_dim": self.qk_nope_head_dim,
-            "qk_rope_head_dim": self.qk_rope_head_dim,
-            "v_head_dim": self.v_head_dim,
-        }
-        half = max(2, self.head_dim // 4 * 2)
-        derived = {**dict.fromkeys(given, self.head_dim), "qk_rope_head_dim": half}
-        return {name: derived[name] if width is None else width for name, width in given.items()}
+        width = self.head_dim
+        derived = dict(qk_nope_head_dim=width, qk_rope_head_dim=width // 4 * 2, v_head_dim=width)
+        return {name: getattr(self, name) or max(2, width) for name, width in derived.items()}
 
     def has(self, part: str) -> bool:
         """Whether one of PARTS is there."""
@@ -194,15 +160,14 @@ class SlamV3Config:
 
     @property
     def memory_dim(self) -> int:
-        """R of the memory bank; D where nothing is compressed."""
+        """Width of the memory: R, or D where nothing is compressed."""
         return self.kv_lora_rank if self.has("latent") else self.embed_dim
 
     @property
     def encoder_out_scale(self) -> float:
-        """Initial scale of each sublayer of the encoder: 1 / sqrt(number of sublayers), which are 2
-        in level 1, 3 in each process layer and 3 in the fusion.
+        """Initial scale of what each sublayer of the encoder adds: 1 / sqrt(number of sublayers).
 
-        So the residual stream is still dominated by the input tokens at the start of training.
+        There are 2 in the joint block, 3 in each process layer and 3 in the fusion.
         Source: Radford et al. 2019 (GPT-2), section 2.3.
         """
         return (2 + 3 * self.num_process_layers + 3) ** -0.5
@@ -211,14 +176,6 @@ class SlamV3Config:
     def decoder_out_scale(self) -> float:
         """The same for the decoder."""
         return (3 * self.num_decoder_layers) ** -0.5
-
-    @property
-    def dtypes(self) -> dict[str, Any]:
-        """The two dtypes as keyword arguments of a layer."""
-        return {
-            "dtype": jnp.dtype(self.dtype),
-            "param_dtype": jnp.dtype(self.param_dtype),
-        }
 
     @classmethod
     def preset(cls, name: str, vocab_size: int, **overrides: Any) -> "SlamV3Config":

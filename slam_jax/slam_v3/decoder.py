@@ -1,14 +1,18 @@
-"""The decoder: causal latent attention to the text so far, and latent attention to the memory."""
+"""The decoder: causal latent attention to the text so far, and latent attention to the memory.
+
+The memory is all that it knows of the inputs. It has nothing to do with the bank, which encoder
+processes read.
+"""
 
 import functools
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from slam_jax.layers.constrain import constrain
-from slam_jax.layers.dropout import dropout, split
+from slam_jax.layers.dropout import DropoutKey, dropout, split
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.kv_cache import KVCache
 from slam_jax.layers.latent_attention import (
@@ -31,30 +35,30 @@ DecoderCache = tuple[LayerCache, ...]
 
 @struct.dataclass
 class Memory:
-    """The result of one encode: a latent per memory token, shared by all decoder layers, questions
-    and samples.
+    """The result of one encode: one latent per memory token.
 
-    mask: True = present, None = all present.
+    All decoder layers, questions and samples read it. mask: True = present, None = all present.
     """
 
     c_mem: Float[Array, "B M R"]
     mask: Bool[Array, "B M"] | None = None
 
 
-class MemoryBank(nnx.Module):
-    """Compresses fused tokens to normed latents; without "latent" it only norms them."""
+class MemoryCompressor(nnx.Module):
+    """Compresses memory tokens to normed latents; without "latent" it only norms them."""
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         kw = dict(**config.dtypes, rngs=rngs)
-        param_dtype = kw["param_dtype"]
-        self.norm_in = RMSNorm(config.embed_dim, param_dtype=param_dtype)
-        latent, rank = config.has("latent"), config.kv_lora_rank
-        self.down = Linear(config.embed_dim, rank, **kw) if latent else None
-        self.norm: Any = RMSNorm(rank, param_dtype=param_dtype) if latent else None
+        dim, rank, param_dtype = config.embed_dim, config.kv_lora_rank, kw["param_dtype"]
+        self.norm_in = RMSNorm(dim, param_dtype=param_dtype)
+        self.compresses = config.has("latent")
+        if self.compresses:
+            self.down = Linear(dim, rank, **kw)
+            self.norm = RMSNorm(rank, param_dtype=param_dtype)
 
-    def __call__(self, fused: Float[Array, "B M D"], mask: Bool[Array, "B M"] | None) -> Memory:
-        c_mem = self.norm_in(fused)
-        return Memory(c_mem if self.down is None else self.norm(self.down(c_mem)), mask)
+    def __call__(self, tokens: Float[Array, "B M D"], mask: Bool[Array, "B M"] | None) -> Memory:
+        c_mem = self.norm_in(tokens)
+        return Memory(self.norm(self.down(c_mem)) if self.compresses else c_mem, mask)
 
 
 class DecoderLayer(nnx.Module):
@@ -98,39 +102,34 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw)
 
     def __call__(
-        self, h, memory: Memory, *, key: PRNGKeyArray | None = None, weights: bool = False
+        self, h, memory: Memory, *, key: DropoutKey = None, attention_weights: bool = False
     ) -> tuple[Float[Array, "B Q T D"], Float[Array, "B N Q T M"] | None]:
-        """The new tokens, and with `weights` the attention weights of the memory (else None)."""
+        """The new tokens, and the weights of the memory attention if asked for, else None."""
         keys = split(key, 2)
         h = h + dropout(self.attention(self.norms[0](h)), self.dropout, keys[0])
-        queries, mask = self._memory_queries(h, memory)
-        h = self._memory_and_mlp(h, memory, keys[1], absorbed=False)
-        if not weights:
-            return h, None
-        found = self.memory_attention.weights(queries, memory.c_mem, mask)
-        return h, found.reshape(*found.shape[:2], *h.shape[1:3], -1)
+        return self._memory_and_mlp(h, memory, keys[1], attention_weights=attention_weights)
 
     def prefill(self, h, cache: LayerCache, memory: Memory, lengths):
         a, cache = self.attention.prefill(self.norms[0](h), cache, lengths)
-        return self._memory_and_mlp(h + a, memory, None, absorbed=False), cache
+        return self._memory_and_mlp(h + a, memory)[0], cache
 
     def decode_step(self, h, cache: LayerCache, memory: Memory):
         a, cache = self.attention.decode_step(self.norms[0](h), cache)
-        return self._memory_and_mlp(h + a, memory, None, absorbed=True), cache
+        return self._memory_and_mlp(h + a, memory, absorbed=True)[0], cache
 
-    def _memory_queries(self, h, memory: Memory):
-        """All positions of all prompts of an example [B, QT, D], and the mask [B, 1, M]."""
-        batch, prompts, length, dim = h.shape
-        mask = None if memory.mask is None else memory.mask[:, None, :]
-        return self.norms[1](h).reshape(batch, prompts * length, dim), mask
-
-    def _memory_and_mlp(self, h, memory, key, *, absorbed):
+    def _memory_and_mlp(
+        self, h, memory, key=None, *, absorbed: bool = False, attention_weights: bool = False
+    ):
         """The memory attention and the MLP."""
-        keys = split(key, 2)
-        queries, mask = self._memory_queries(h, memory)
-        read = self.memory_attention(queries, memory.c_mem, mask, absorbed=absorbed)
+        keys, (batch, prompts, length, dim) = split(key, 2), h.shape
+        x = self.norms[1](h).reshape(batch, prompts * length, dim)
+        mask, weights = None if memory.mask is None else memory.mask[:, None, :], None
+        if attention_weights:
+            weights = self.memory_attention.weights(x, memory.c_mem, mask)
+            weights = weights.reshape(*weights.shape[:2], prompts, length, weights.shape[-1])
+        read = self.memory_attention(x, memory.c_mem, mask, absorbed=absorbed)
         h = h + dropout(read.reshape(h.shape), self.dropout, keys[0])
-        return h + dropout(self.mlp(self.norms[2](h)), self.dropout, keys[1])
+        return h + dropout(self.mlp(self.norms[2](h)), self.dropout, keys[1]), weights
 
 
 class Decoder(nnx.Module):
@@ -138,9 +137,8 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         self.dropout, self.remat = config.dropout, config.remat
-        self.layers = nnx.List(
-            [DecoderLayer(config, rngs=rngs) for _ in range(config.num_decoder_layers)]
-        )
+        num_layers = config.num_decoder_layers
+        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(num_layers)])
         self.norm = RMSNorm(config.embed_dim, param_dtype=config.dtypes["param_dtype"])
 
     def __call__(
@@ -148,18 +146,18 @@ class Decoder(nnx.Module):
         h: Float[Array, "B Q T D"],
         memory: Memory,
         *,
-        key: PRNGKeyArray | None = None,
-        weights: bool = False,
+        key: DropoutKey = None,
+        attention_weights: bool = False,
     ) -> tuple[Float[Array, "B Q T D"], Float[Array, "B layers N Q T M"] | None]:
-        """The states, and with `weights` the attention weights of the memory (else None)."""
-        keys, layer_weights = split(key, len(self.layers) + 1), []
+        """The states, and the weights of the memory attention if asked for, else None."""
+        keys, found = split(key, len(self.layers) + 1), []
         h = dropout(h, self.dropout, keys[-1])
         for layer, layer_key in zip(self.layers, keys, strict=False):
-            call = functools.partial(layer, weights=weights)
-            h, memory_weights = remat(call, self.remat)(h, memory, key=layer_key)
+            call = functools.partial(layer, attention_weights=attention_weights)
+            h, weights = remat(call, self.remat)(h, memory, key=layer_key)
             h = constrain(h, ("batch",))
-            layer_weights.append(memory_weights)
-        return self.norm(h), jnp.stack(layer_weights, axis=1) if weights else None
+            found.append(weights)
+        return self.norm(h), jnp.stack(found, axis=1) if attention_weights else None
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> DecoderCache:
         return tuple(layer.attention.init_cache(batch_shape, max_length) for layer in self.layers)
@@ -171,17 +169,17 @@ class Decoder(nnx.Module):
         memory: Memory,
         lengths: Int[Array, "B Q"] | None,
     ) -> tuple[Float[Array, "B Q T D"], DecoderCache]:
-        new = []
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            h, layer_cache = layer.prefill(h, layer_cache, memory, lengths)
-            new.append(layer_cache)
-        return self.norm(h), tuple(new)
+        return self._cached(lambda layer, *x: layer.prefill(*x, memory, lengths), h, cache)
 
     def decode_step(
         self, h: Float[Array, "B Q 1 D"], cache: DecoderCache, memory: Memory
     ) -> tuple[Float[Array, "B Q 1 D"], DecoderCache]:
+        return self._cached(lambda layer, *x: layer.decode_step(*x, memory), h, cache)
+
+    def _cached(self, run, h, cache):
+        """`run(layer, h, layer_cache)` of all layers, each of which returns both anew."""
         new = []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            h, layer_cache = layer.decode_step(h, layer_cache, memory)
+            h, layer_cache = run(layer, h, layer_cache)
             new.append(layer_cache)
         return self.norm(h), tuple(new)

@@ -1,23 +1,24 @@
-"""SLAM v3: four parallel encoder processes over any mix of inputs, one memory, one decoder."""
+"""SLAM v3 as a whole: `encode` makes the memory of some inputs, `decode` answers from it."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from slam_jax.array_typing import AnyArray
 from slam_jax.layers.constrain import constrain
-from slam_jax.layers.dropout import dropout, split
+from slam_jax.layers.dropout import DropoutKey, dropout, split
 from slam_jax.layers.linear import Linear, project_to_float32
 from slam_jax.layers.masks import prefix_mask, without_unknown_pads
 from slam_jax.protocol import Hidden, Output
 from slam_jax.slam_v3.alignment import AlignmentHead
 from slam_jax.slam_v3.config import SlamV3Config
-from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryBank
+from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryCompressor
 from slam_jax.slam_v3.fusion import Fusion
-from slam_jax.slam_v3.processes import LevelOne, ParallelProcesses
+from slam_jax.slam_v3.processes import JointBlock, ParallelProcesses
 from slam_jax.slam_v3.streams import Inputs, Stream, Streams, check_inputs
 
 
@@ -56,23 +57,24 @@ class SlamV3(nnx.Module):
             **kw,
         )
         self.streams = Streams(config, rngs=rngs)
-        self.level_one = LevelOne(config, rngs=rngs)
+        # Two attributes are named after what checkpoints call their parameters.
+        self.level_one = JointBlock(config, rngs=rngs)
         self.processes = ParallelProcesses(config, rngs=rngs)
         self.fusion = Fusion(config, rngs=rngs)
-        self.memory_bank = MemoryBank(config, rngs=rngs)
+        self.memory_bank = MemoryCompressor(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
         self.head = Linear(config.embed_dim, config.vocab_size, **kw)
         self.alignment = AlignmentHead(config, rngs=rngs)
 
-    def encode(self, inputs: Inputs, *, key: PRNGKeyArray | None = None) -> Memory:
-        """The memory that the decoder attends to. `key`: for dropout, None = no dropout.
+    def encode(self, inputs: Inputs, *, key: DropoutKey = None) -> Memory:
+        """The memory that the decoder attends to. `key`: of dropout.
 
         Raises InputError where there is no input, or one does not have the form of `Inputs`.
         """
         return self._encode(inputs, key)[0]
 
     def decode(
-        self, tokens: Int[AnyArray, "B *Q T"], memory: Memory, *, key: PRNGKeyArray | None = None
+        self, tokens: Int[AnyArray, "B *Q T"], memory: Memory, *, key: DropoutKey = None
     ) -> Float[Array, "B *Q T V"]:
         """Next-token logits (float32 or wider) at every position; right pads change no others."""
         return self.logits(self._decode(tokens, memory, key)[0])
@@ -82,7 +84,7 @@ class SlamV3(nnx.Module):
         tokens: Int[AnyArray, "B *Q T"],
         inputs: Inputs,
         *,
-        key: PRNGKeyArray | None = None,
+        key: DropoutKey = None,
         attention: bool = False,
     ) -> Output:
         """Encodes, then decodes. `attention`: the output also has the attention weights."""
@@ -94,13 +96,13 @@ class SlamV3(nnx.Module):
         tokens: Int[AnyArray, "B *Q T"],
         inputs: Inputs,
         *,
-        key: PRNGKeyArray | None = None,
+        key: DropoutKey = None,
         attention: bool = False,
     ) -> Hidden:
         """The forward pass without the head; the same arguments as `__call__`."""
         key_encode, key_decode = split(key, 2)
-        memory, processes, read = self._encode(inputs, key_encode, weights=attention)
-        states, decoder = self._decode(tokens, memory, key_decode, weights=attention)
+        memory, processes, read = self._encode(inputs, key_encode, attention)
+        states, decoder = self._decode(tokens, memory, key_decode, attention)
         if read is None or decoder is None:
             return Hidden(states)
         decoder = decoder.reshape(*decoder.shape[:3], *tokens.shape[1:], -1)
@@ -110,7 +112,7 @@ class SlamV3(nnx.Module):
         """The head: logits (float32 or wider) of hidden states."""
         return project_to_float32(states, self.head.kernel[...])
 
-    def embed(self, inputs: Inputs, *, key: PRNGKeyArray | None = None) -> Float[Array, "B embed"]:
+    def embed(self, inputs: Inputs, *, key: DropoutKey = None) -> Float[Array, "B embed"]:
         """A unit vector for retrieval; give one input alone (see `AlignmentHead`)."""
         return self.alignment(self.encode(inputs, key=key))
 
@@ -145,15 +147,15 @@ class SlamV3(nnx.Module):
         h, cache = self.decoder.decode_step(self._embed(tokens[..., None]), cache, memory)
         return self.logits(h).reshape(*tokens.shape, self.config.vocab_size), cache
 
-    def _encode(self, inputs: Inputs, key: PRNGKeyArray | None, weights: bool = False):
-        """The memory, and with `weights` those of the processes and of the memory tokens."""
+    def _encode(self, inputs: Inputs, key: DropoutKey, attention_weights: bool = False):
+        """The memory, and the weights of the processes and of the memory tokens if asked for."""
         keys = split(key, 4)
         streams, bank = self.level_one(self._streams(inputs, keys[0]), key=keys[1])
-        y, process_weights = self.processes(streams, bank, key=keys[2], weights=weights)
-        fused = self.fusion(y, streams, key=keys[3], weights=weights)
-        return self.memory_bank(fused.tokens, fused.mask), process_weights, fused.weights
+        y, weights = self.processes(streams, bank, key=keys[2], attention_weights=attention_weights)
+        fused = self.fusion(y, streams, key=keys[3], attention_weights=attention_weights)
+        return self.memory_bank(fused.tokens, fused.mask), weights, fused.weights
 
-    def _streams(self, inputs: Inputs, key: PRNGKeyArray | None) -> list[Stream]:
+    def _streams(self, inputs: Inputs, key: DropoutKey) -> list[Stream]:
         check_inputs(inputs)
         inputs = jax.tree.map(jnp.asarray, inputs)
         text = inputs.text
@@ -166,16 +168,11 @@ class SlamV3(nnx.Module):
             streams.append(stream._replace(tokens=tokens))
         return streams
 
-    def _decode(
-        self,
-        tokens: Int[AnyArray, "B *Q T"],
-        memory: Memory,
-        key: PRNGKeyArray | None,
-        weights: bool = False,
-    ):
-        """The decoder's states [B, *Q, T, D], and with `weights` those of its memory attention."""
-        h, memory_weights = self.decoder(self._embed(tokens), memory, key=key, weights=weights)
-        return h.reshape(*tokens.shape, self.config.embed_dim), memory_weights
+    def _decode(self, tokens, memory: Memory, key: DropoutKey, attention_weights: bool = False):
+        """The states [B, *Q, T, D], and the weights of the memory attention if asked for."""
+        h = self._embed(tokens)
+        h, weights = self.decoder(h, memory, key=key, attention_weights=attention_weights)
+        return h.reshape(*tokens.shape, self.config.embed_dim), weights
 
     def _embed(self, tokens: Int[AnyArray, "B *Q T"]) -> Float[Array, "B Q T D"]:
         rows = jnp.asarray(tokens).reshape(*_rows(tokens.shape[:-1]), tokens.shape[-1])
@@ -184,8 +181,4 @@ class SlamV3(nnx.Module):
 
 def _rows(batch_shape: tuple[int, ...]) -> tuple[int, int]:
     """[B, *Q] as the decoder has it: B and the number of prompts an example."""
-    batch, *prompts = batch_shape
-    count = 1
-    for size in prompts:
-        count *= size
-    return batch, count
+    return batch_shape[0], math.prod(batch_shape[1:])

@@ -1,0 +1,69 @@
+"""What the configurations of all models have in common: checks of fields by name, and dtypes."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slam_jax.errors import require, require_count
+from slam_jax.layers.remat import POLICIES
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+# The largest value of each count, for every model that has a field of this name.
+_MOST = {
+    name: most
+    for most, names in {
+        512: "num_layers level_layers num_blocks num_cycles share_factor attention_period "
+        "expert_period num_dense_layers num_shared_experts num_processes num_process_layers "
+        "num_decoder_layers",
+        4_096: "num_heads num_kv_heads shared_num_heads num_experts state_dim conv_width expand",
+        1 << 20: "vocab_size embed_dim context_length mlp_dim expert_dim process_mlp_dim dt_rank "
+        "kv_lora_rank q_lora_rank head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim window "
+        "text_window num_memory_tokens aux_dim max_aux alignment_dim",
+    }.items()
+    for name in names.split()
+}
+_MAY_BE_0 = ("num_dense_layers", "num_shared_experts", "num_memory_tokens")
+
+
+class ModelConfig:
+    """Base of the configurations of models, which are frozen dataclasses.
+
+    Fields of the same name mean the same in every model, and are checked here by their names:
+    counts, rates, weights of losses, `remat` and dtypes. Raises ConfigError for a wrong value.
+    """
+
+    remat: str | None
+    dtype: str
+    param_dtype: str
+
+    def __post_init__(self):
+        fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]
+        for field in fields:
+            name = field.name
+            value: Any = getattr(self, name)
+            if name.endswith("balance_loss"):
+                require(value >= 0, name, value, "0 (off) or more")
+            if name == "dropout":
+                require(0 <= value < 1, name, value, "a rate in [0, 1)")
+            absent = value is None and field.default is None
+            if name in _MOST and not absent:
+                require_count(name, value, least=0 if name in _MAY_BE_0 else 1, most=_MOST[name])
+        policies = (None, *POLICIES)
+        require(self.remat in policies, "remat", self.remat, f"one of {policies}")
+        for name in ("dtype", "param_dtype"):
+            dtype = getattr(self, name)
+            require(dtype in DTYPES, name, dtype, f"one of {DTYPES}")
+            known = dtype != "float64" or jax.dtypes.canonicalize_dtype(dtype) == dtype
+            require(known, name, dtype, "another, or JAX_ENABLE_X64=1 in the environment")
+
+    @property
+    def dtypes(self) -> dict[str, Any]:
+        """The two dtypes as keyword arguments of a layer."""
+        return {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
+
+    def sizes(self, *fields: str) -> dict[str, Any]:
+        """Fields as keyword arguments, of a layer or of its count in `layers.flops`."""
+        return {field: getattr(self, field) for field in fields}
