@@ -59,7 +59,8 @@ class SlamV3TextConfig(LanguageModelConfig):
         """The configuration of SLAM v3's modules."""
         own = ("text_window", "norm_epsilon", "tie_embeddings")
         names = [field.name for field in dataclasses.fields(self) if field.name not in own]
-        return SlamV3Config(**self.sizes(*names))
+        # With one stream alone there is no other to read.
+        return SlamV3Config(**self.sizes(*names), without=("cross_modal",))
 
     def body_flops(self, num_tokens: int) -> int:
         v3, window = self.slam_v3, self.text_window
@@ -100,7 +101,7 @@ class SlamV3Text(HeadedModel):
         self.type = nnx.Param(normal(0.5)(rngs.params(), (config.embed_dim,), kw["param_dtype"]))
         self.level_one = JointBlock(v3, rngs=rngs)
         self.processes = ParallelProcesses(v3, rngs=rngs)
-        self.fusion = Fusion(v3, one_stream=True, rngs=rngs)
+        self.fusion = Fusion(v3, rngs=rngs)
         self.memory_bank = MemoryCompressor(v3, rngs=rngs)
         self.decoder = Decoder(v3, rngs=rngs)
         self.head = Linear(config.embed_dim, config.vocab_size, **kw)

@@ -75,15 +75,9 @@ class DecoderLayer(nnx.Module):
         self.norms = nnx.List([RMSNorm(dim, param_dtype=kw["param_dtype"]) for _ in range(3)])
         self.attention: Any
         if config.has("latent"):
+            sizes = {**widths, **config.sizes("kv_lora_rank", "q_lora_rank", "window")}
             self.attention = MultiHeadLatentAttention(
-                dim,
-                config.num_heads,
-                kv_lora_rank=config.kv_lora_rank,
-                q_lora_rank=config.q_lora_rank,
-                **widths,
-                window=config.window,
-                out_scale=scale,
-                **kw,
+                dim, config.num_heads, **sizes, out_scale=scale, **kw
             )
         else:
             self.attention = GroupedQueryAttention(

@@ -107,11 +107,9 @@ class Fusion(nnx.Module):
     """f = x + mean_p y_p + W_cat [y_1; ..; y_P] + CrossModal(mean_p y_p); f += MLP(norm(f));
     then the bottleneck, if there is one. x: the tokens of all streams. The parts in
     `config.without` are left out.
-
-    one_stream: there is only ever one stream, so CrossModal has nothing to read and is left out.
     """
 
-    def __init__(self, config: SlamV3Config, *, one_stream: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         kw = dict(**config.dtypes, rngs=rngs)
         dim, scale = config.embed_dim, config.encoder_out_scale
         self.dropout = config.dropout
@@ -121,7 +119,7 @@ class Fusion(nnx.Module):
         self.mlp: Any = None
         if config.has("concat"):
             self.concat = Linear(config.num_processes * dim, dim, init_scale=scale, **kw)
-        if config.has("cross_modal") and not one_stream:
+        if config.has("cross_modal"):
             self.cross_modal = CrossModal(config, rngs=rngs)
         if config.has("fusion_mlp"):
             self.norm = RMSNorm(dim, param_dtype=kw["param_dtype"])

@@ -57,7 +57,7 @@ class SlamV3(nnx.Module):
             **kw,
         )
         self.streams = Streams(config, rngs=rngs)
-        # Two attributes are named after what checkpoints call their parameters.
+        # Checkpoints know the joint block as level_one and the compressor as memory_bank.
         self.level_one = JointBlock(config, rngs=rngs)
         self.processes = ParallelProcesses(config, rngs=rngs)
         self.fusion = Fusion(config, rngs=rngs)
