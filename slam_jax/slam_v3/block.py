@@ -15,13 +15,11 @@ class TransformerBlock(nnx.Module):
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         kw = dict(**config.dtypes, rngs=rngs)
-        dim, param_dtype = config.embed_dim, kw["param_dtype"]
-        scale = config.encoder_out_scale
+        dim, param_dtype, scale = config.embed_dim, kw["param_dtype"], config.encoder_out_scale
+        heads = (config.num_heads, config.head_dim)
         self.dropout = config.dropout
         self.attention_norm = RMSNorm(dim, param_dtype=param_dtype)
-        self.attention = SelfAttention(
-            dim, config.num_heads, config.head_dim, out_scale=scale, **kw
-        )
+        self.attention = SelfAttention(dim, *heads, out_scale=scale, **kw)
         self.mlp_norm = RMSNorm(dim, param_dtype=param_dtype)
         self.mlp = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw)
 

@@ -84,14 +84,9 @@ class DecoderLayer(nnx.Module):
                 dim, config.num_heads, rope=Rope(), out_scale=scale, **kw
             )
         # With a memory of full width this is plain attention.
+        heads = dict(qk_head_dim=widths["qk_nope_head_dim"], v_head_dim=widths["v_head_dim"])
         self.memory_attention = LatentCrossAttention(
-            dim,
-            config.num_heads,
-            kv_lora_rank=config.memory_dim,
-            qk_head_dim=widths["qk_nope_head_dim"],
-            v_head_dim=widths["v_head_dim"],
-            out_scale=scale,
-            **kw,
+            dim, config.num_heads, kv_lora_rank=config.memory_dim, **heads, out_scale=scale, **kw
         )
         self.mlp = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw)
 

@@ -114,16 +114,12 @@ class Fusion(nnx.Module):
         dim, scale = config.embed_dim, config.encoder_out_scale
         self.dropout = config.dropout
         self.has_residual, self.has_mean = config.has("residual"), config.has("mean")
-        self.concat: Any = None
-        self.cross_modal: Any = None
-        self.mlp: Any = None
-        if config.has("concat"):
-            self.concat = Linear(config.num_processes * dim, dim, init_scale=scale, **kw)
-        if config.has("cross_modal"):
-            self.cross_modal = CrossModal(config, rngs=rngs)
-        if config.has("fusion_mlp"):
-            self.norm = RMSNorm(dim, param_dtype=kw["param_dtype"])
-            self.mlp = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw)
+        has_concat, has_mlp = config.has("concat"), config.has("fusion_mlp")
+        all_dim = config.num_processes * dim
+        self.concat: Any = Linear(all_dim, dim, init_scale=scale, **kw) if has_concat else None
+        self.cross_modal: Any = CrossModal(config, rngs=rngs) if config.has("cross_modal") else None
+        self.norm: Any = RMSNorm(dim, param_dtype=kw["param_dtype"]) if has_mlp else None
+        self.mlp: Any = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw) if has_mlp else None
         self.bottleneck = Bottleneck(config, rngs=rngs) if config.num_memory_tokens else None
 
     def __call__(

@@ -103,12 +103,10 @@ class ViT(nnx.Module):
     """
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
-        kw = dict(**config.dtypes, rngs=rngs)
+        kw, num_layers = dict(**config.dtypes, rngs=rngs), config.image.num_layers
         self.patch, self.remat = config.image.patch_size, config.remat
         self.project = Linear(3 * self.patch**2, config.embed_dim, use_bias=True, **kw)
-        self.blocks = nnx.List(
-            [TransformerBlock(config, rngs=rngs) for _ in range(config.image.num_layers)]
-        )
+        self.blocks = nnx.List([TransformerBlock(config, rngs=rngs) for _ in range(num_layers)])
         self.norm = RMSNorm(config.embed_dim, param_dtype=kw["param_dtype"])
 
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
