@@ -19,8 +19,7 @@ from safetensors.flax import load_file, save_file
 
 from slam_jax.errors import UserError
 from slam_jax.interop import load_pretrained, save_pretrained
-from slam_jax.interop.configs import KINDS, read_config, write_config
-from slam_jax.interop.layouts import LAYOUTS
+from slam_jax.interop.formats import FORMATS, make_layout, read_config, write_config
 from slam_jax.language_models import SYSTEMS, make_config, make_model
 from slam_jax.layers.rotary import Rope, Yarn
 
@@ -85,19 +84,19 @@ def test_what_is_saved_is_what_was_read_to_the_last_bit(name, tmp_path):
     assert kinds[0] == kinds[1]
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_every_parameter_has_exactly_one_place(kind):
     """In published files and in fused ones, at odd and even numbers of layers."""
-    name = next(name for name, s in SYSTEMS.items() if s.config is KINDS[kind].config)
+    name = next(name for name, s in SYSTEMS.items() if s.config is FORMATS[kind].config)
     for changes in ({}, {"num_layers": 5, "tie_embeddings": True}):
         config = make_config(name, "tiny", **changes)
         model = nnx.eval_shape(lambda config=config: make_model(config, rngs=nnx.Rngs(0)))
         shapes: dict[Any, Any] = flatten_dict(state(model))
         for fused in (False, True):
             places = [
-                (piece.path, piece.index)
-                for tensor in LAYOUTS[kind](config, fused=fused).values()
-                for piece in tensor.pieces
+                (path, tensor.index)
+                for tensor in make_layout(kind, config, shapes, fused=fused).values()
+                for path in tensor.paths
             ]
             expected = []
             for path, p in shapes.items():
@@ -371,9 +370,9 @@ def test_what_a_configuration_leaves_out_is_as_its_publisher_has_it():
     assert (jamba.num_experts, jamba.attention_period, jamba.dt_rank) == (16, 8, None)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_a_configuration_comes_back_as_it_was(kind):
-    name = next(name for name, s in SYSTEMS.items() if s.config is KINDS[kind].config)
+    name = next(name for name, s in SYSTEMS.items() if s.config is FORMATS[kind].config)
     for preset in SYSTEMS[name].presets:
         config = make_config(name, preset, dtype="float32")
         found_kind, found = read_config(json.loads(json.dumps(write_config(config)[1])))

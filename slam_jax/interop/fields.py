@@ -1,26 +1,17 @@
 """Tables of published fields: a row has a field and our attribute, for reading and for writing."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from slam_jax.errors import InputError, shorten
+from slam_jax.layers.rotary import Rope, Yarn
 
 _LARGEST = 1e30
-_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
-
-
-def _is(value: Any, kind: type) -> bool:
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int)
-    return isinstance(value, (int, float)) and abs(value) < _LARGEST  # False for NaN as well
-
-
-def _first_of_equals(value: Any) -> Any:
-    if isinstance(value, list) and value and all(each == value[0] for each in value):
-        return value[0]
-    return value
+_KINDS: dict[type, tuple[Any, str]] = {
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    bool: (bool, "true or false"),
+}
 
 
 class Group:
@@ -34,35 +25,38 @@ class Group:
 
         A list of equal whole numbers, one for each layer, counts as one of them.
         """
-        value = self.data.get(key)
-        value = _first_of_equals(value) if kind is int else value
+        value, (types, expected) = self.data.get(key), _KINDS[kind]
+        each: Any = value if types is int and isinstance(value, list) else [value]
+        value: Any = each[0] if len(set(map(repr, each))) == 1 else value
         if value is None and default is not ...:
             return default
-        if value is None or not _is(value, kind):
-            raise self.wrong(key, _EXPECTED[kind])
+        fits = isinstance(value, types) and isinstance(value, bool) == (types is bool)
+        if value is None or not fits or not abs(value) < _LARGEST:  # NaN is not below it
+            raise self.wrong(key, expected)
         return kind(value)
 
-    def get_or(self, key: str, word: str) -> int | None:
-        """A whole number; None where the field has this word or is absent."""
-        return None if self.data.get(key, word) == word else self.get(key, int)
+    def read(self, table: "Fields") -> dict[str, Any]:
+        """The attributes that these fields give.
 
-    def one_of(self, key: str, *allowed: Any) -> Any:
-        """A value that is built here; an absent field has the first of them."""
-        value = self.data.get(key, allowed[0])
-        if value not in allowed:
-            raise self.wrong(key, f"{' or '.join(map(repr, allowed))}, which is all that is built")
-        return value
-
-    def no_others(self, known: Iterable[str]) -> None:
-        """Refuses a field that would change the outcome and is not read."""
-        for key in sorted(self.data.keys() - set(known), key=str):
-            if self.data[key] is not None:
-                raise self.wrong(key, "nothing: it is not built")
+        Raises InputError, naming the field.
+        """
+        values = {}
+        for row in table:
+            if row.when is not None and self.data.get(row.when[0]) != row.when[1]:
+                value = row.when[2]
+            elif row.read is None or isinstance(row.read, type):
+                kind = int if row.default in (..., None) else type(row.default)
+                value = self.get(row.key, row.read or kind, row.default)
+            else:
+                value = row.read(self, row.key)
+            if row.attribute is not None:
+                values[row.attribute] = value
+        return values
 
     def wrong(self, key: str, expected: str) -> InputError:
         value = shorten(repr(self.data.get(key)), 80)
         name = shorten(f"{self.prefix}{key}", 80)
-        return InputError(f"config.json: {name!s} is {value}; expected {expected}")
+        return InputError(f"config.json: {name} is {value}; expected {expected}")
 
 
 class Field(NamedTuple):
@@ -73,7 +67,7 @@ class Field(NamedTuple):
     read: the kind of the value, or a function of (group, key) that returns it; None = the kind of
       the default, int where it has none.
     write: what is written for a configuration; None = the attribute, or the default where that is
-      None. written: whether the field is written at all.
+      None.
     when: (key, value, off): without this value of another field the attribute is `off`.
     """
 
@@ -82,18 +76,23 @@ class Field(NamedTuple):
     default: Any = ...
     read: type | Callable[[Group, str], Any] | None = None
     write: Callable[[Any], Any] | None = None
-    written: bool = True
     when: tuple[str, Any, Any] | None = None
 
 
-def only(key: str, *allowed: Any, written: bool = True) -> Field:
+Fields = tuple[Field, ...]
+
+
+def only(key: str, *allowed: Any) -> Field:
     """A field of which only some values are built; the first is the default, and is written."""
-    return Field(
-        key,
-        read=lambda group, key: group.one_of(key, *allowed),
-        write=lambda _: allowed[0],
-        written=written,
-    )
+
+    def read(group: Group, key: str) -> Any:
+        value = group.data.get(key, allowed[0])
+        if value not in allowed:
+            expected = " or ".join(map(repr, allowed))
+            raise group.wrong(key, f"{expected}, which is all that is built")
+        return value
+
+    return Field(key, read=read, write=lambda _: allowed[0])
 
 
 def derived(key: str, write: Callable[[Any], Any]) -> Field:
@@ -101,32 +100,73 @@ def derived(key: str, write: Callable[[Any], Any]) -> Field:
     return Field(key, read=lambda group, key: None, write=write)
 
 
-def read_fields(table: Iterable[Field], group: Group) -> dict[str, Any]:
-    """The attributes that a group of fields gives.
-
-    Raises InputError, naming the field.
-    """
-    values = {}
-    for row in table:
-        if row.when is not None and group.data.get(row.when[0]) != row.when[1]:
-            value = row.when[2]
-        elif row.read is None or isinstance(row.read, type):
-            kind = int if row.default in (..., None) else type(row.default)
-            value = group.get(row.key, row.read or kind, row.default)
-        else:
-            value = row.read(group, row.key)
-        if row.attribute is not None:
-            values[row.attribute] = value
-    return values
-
-
-def write_fields(table: Iterable[Field], config: Any) -> dict[str, Any]:
+def write_fields(table: Fields, config: Any) -> dict[str, Any]:
     """The published fields of a configuration."""
     values = {}
     for row in table:
-        if row.written and row.write is not None:
+        if row.write is not None:
             values[row.key] = row.write(config)
-        elif row.written:
+        else:
             value = getattr(config, row.attribute or "")
             values[row.key] = row.default if value is None else value
     return values
+
+
+_YARN = (
+    Field("factor", "factor", read=float),
+    Field("original_max_position_embeddings", "original_length"),
+    Field("beta_fast", "beta_fast", 32.0),
+    Field("beta_slow", "beta_slow", 1.0),
+    Field("mscale", "mscale", None, float),
+    Field("mscale_all_dim", "mscale_all_dim", None, float),
+)
+_ROPES = {
+    "default": (only("factor", 1.0),),
+    "yarn": _YARN,
+    "dynamic": (Field("alpha", "ntk_alpha", read=float),),
+}
+# Hunyuan's files have some fields of YaRN beside its own stretching, which does not use them.
+_UNUSED = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+
+
+def rope(base: float = 10_000.0, *, interleaved: bool = False, alpha: bool = False) -> Fields:
+    """The fields of the rotary positions, for configurations with an attribute `rope`.
+
+    base: the publisher's default. alpha: whether the publisher's code knows the NTK stretching by
+    `alpha`.
+    """
+
+    def read(group: Group, key: str) -> Rope:
+        """Reads both spellings: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
+        groups = {k: v for k in ("rope_parameters", key) if (v := group.data.get(k)) is not None}
+        if len(groups) > 1:
+            raise InputError(f"config.json: {' beside '.join(groups)}; expected one of them")
+        key, data = next(iter(groups.items()), ("rope_parameters", {}))
+        if not isinstance(data, Mapping):
+            raise group.wrong(key, "a group of fields")
+        inner = Group({"rope_theta": group.data.get("rope_theta"), **data}, f"{key}.")
+        kind = str(data.get("rope_type", data.get("type", "default")))
+        if kind not in _ROPES or (kind == "dynamic" and not alpha):
+            kinds = "default, yarn or dynamic (with alpha)" if alpha else "default or yarn"
+            raise inner.wrong("rope_type" if "rope_type" in data else "type", kinds)
+        theta, values = inner.get("rope_theta", float, base), inner.read(_ROPES[kind])
+        known = {"rope_theta", "rope_type", "type", *(field.key for field in _ROPES[kind])}
+        known |= set(_UNUSED if kind == "dynamic" else ())
+        for other in sorted(inner.data.keys() - known, key=str):
+            if inner.data[other] is not None:
+                raise inner.wrong(other, "nothing: it is not built")
+        if kind == "yarn":
+            return Rope(theta, interleaved, yarn=Yarn(**values))
+        return Rope(theta, interleaved, **values)
+
+    theta = derived("rope_theta", lambda c: c.rope.base)
+    return theta, Field("rope_scaling", "rope", read=read, write=_write_rope)
+
+
+def _write_rope(config: Any) -> dict[str, Any] | None:
+    found: Rope = config.rope
+    if found.yarn is not None:
+        values = write_fields(_YARN, found.yarn)
+        return {"type": "yarn"} | {key: v for key, v in values.items() if v is not None}
+    stretched = found.ntk_alpha != 1.0
+    return {"type": "dynamic", "alpha": found.ntk_alpha, "factor": 1.0} if stretched else None

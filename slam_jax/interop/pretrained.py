@@ -3,15 +3,16 @@
 Only JSON and arrays are read. Nothing in the folder is executed.
 """
 
-import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,11 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
+from safetensors.numpy import save_file
 
 from slam_jax.errors import InputError, first_line, shorten, writing
-from slam_jax.interop.configs import read_config, write_config
-from slam_jax.interop.layouts import LAYOUTS, Layout
+from slam_jax.interop.formats import make_layout, read_config, write_config
+from slam_jax.interop.tensors import Layout, Params
 from slam_jax.language_models import make_model
 
 _INDEX = "model.safetensors.index.json"
@@ -33,7 +34,8 @@ _DTYPES = ("F32", "BF16", "F16")
 _CONSTANTS = "rotary_emb.inv_freq"
 _SHOWN = 5
 
-Params = dict[tuple[str | int, ...], Any]
+# The file, shape and dtype of each stored tensor.
+_Stored = dict[str, tuple[Path, tuple[int, ...], str]]
 
 
 def load_pretrained(
@@ -41,10 +43,10 @@ def load_pretrained(
 ) -> tuple[Any, Any]:
     """The model in a folder downloaded from the hub, and its configuration.
 
-    model_type may be llama, mixtral, jamba, deepseek_v2, hunyuan or hunyuan_v1_moe. Experts may be
-    one tensor each, or one tensor for all experts of a layer. Tensors are read one by one, and a
-    parameter is sent to the device when it is complete, so the host holds only the parameters that
-    are being read, such as the stacked experts of one layer.
+    model_type may be each of `slam_jax.interop.formats.FORMATS`. Experts may be one tensor each, or
+    one tensor for all experts of a layer. Tensors are read one by one, and a parameter is sent to
+    the device when it is complete, so the host holds only the parameters that are being read, such
+    as the stacked experts of one layer.
 
     Args:
       dtype: of the computation. param_dtype: of the parameters, None = as config.json says, with
@@ -56,24 +58,20 @@ def load_pretrained(
     """
     folder = Path(folder)
     kind, config = read_config(_read_json(folder / "config.json", _LARGEST_CONFIG))
-    changes = {"dtype": dtype} | ({} if param_dtype is None else {"param_dtype": param_dtype})
-    config = dataclasses.replace(config, **changes)
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype or config.param_dtype)
     files = _files(folder)
     stored = _headers(files)
     fused = any(key.endswith("experts.gate_up_proj") for key in stored)
     # A mistyped size must not build a model that is far larger than the files.
     for field in ("num_layers",) if fused else ("num_layers", "num_experts"):
-        if getattr(config, field, 0) > len(stored):
-            raise InputError(
-                f"{folder}: config.json has {field} {getattr(config, field):,}, but there are only "
-                f"{len(stored):,} weights"
-            )
-    model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
-    shapes: Params = flatten_dict(nnx.to_pure_dict(state))
-    layout = LAYOUTS[kind](config, fused=fused)
-    _check_keys(layout, stored, folder)
-    _check_tensors(layout, shapes, stored, may_round=param_dtype is not None)
+        count, most = getattr(config, field, 0), len(stored)
+        if count > most:
+            expected = f"but there are only {most:,} weights"
+            raise InputError(f"{folder}: config.json has {field} {count:,}, {expected}")
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0))))
+    shapes: Any = flatten_dict(nnx.to_pure_dict(state))
+    layout = make_layout(kind, config, shapes, fused=fused)
+    _check(layout, shapes, stored, folder, may_round=param_dtype is not None)
     params = _assemble(layout, shapes, files)
     return nnx.merge(graphdef, nnx.State(unflatten_dict(params))), config
 
@@ -94,8 +92,8 @@ def save_pretrained(
     kind, data = write_config(model.config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: it is not empty; give a new or an empty folder")
-    params: Params = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    layout = LAYOUTS[kind](model.config)
+    params: Any = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    layout = make_layout(kind, model.config, params)
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -144,34 +142,24 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-class _Stored(NamedTuple):
-    """Where a tensor is stored, and what its file says of it."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
 def _open(file: Path) -> Any:
     try:
-        return safe_open(file, framework="flax")
+        return safe_open(file, framework="numpy")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: {first_line(error)}; expected a safetensors file") from None
 
 
-def _headers(files: list[Path]) -> dict[str, _Stored]:
-    """The stored tensor of each key, without constants that follow from the configuration."""
-    stored: dict[str, _Stored] = {}
+def _headers(files: list[Path]) -> _Stored:
+    """The stored tensors, without constants that follow from the configuration."""
+    stored: _Stored = {}
     for file in files:
         with _open(file) as tensors:
             for key in sorted(tensors.keys()):
-                if key.endswith(_CONSTANTS):
-                    continue
                 if key in stored:
                     raise InputError(f"{file.parent}: {_shown(key)} is in two files; expected one")
                 found = tensors.get_slice(key)
-                stored[key] = _Stored(file, tuple(found.get_shape()), found.get_dtype())
-    return stored
+                stored[key] = file, tuple(found.get_shape()), found.get_dtype()
+    return {key: found for key, found in stored.items() if not key.endswith(_CONSTANTS)}
 
 
 def _shown(key: str) -> str:
@@ -179,30 +167,23 @@ def _shown(key: str) -> str:
     return shorten(key if key.isprintable() else repr(key), 120)
 
 
-def _check_keys(layout: Layout, stored: Mapping[str, _Stored], folder: Path) -> None:
-    missing = [key for key in layout if key not in stored]
+def _check(layout: Layout, shapes: Params, stored: _Stored, folder: Path, may_round: bool) -> None:
+    """Checks keys, shapes and dtypes; `may_round`: the caller chose the dtype of the parameters."""
+    problems, missing = [], [key for key in layout if key not in stored]
     left_over = sorted(stored.keys() - layout.keys())
-    problems = []
     for what, keys in (("missing", missing), ("left over", left_over)):
         shown = ", ".join(map(_shown, keys[:_SHOWN])) + (", .." if len(keys) > _SHOWN else "")
         problems += [f"{len(keys):,} {what} ({shown})"] if keys else []
     if problems:
         raise InputError(f"{folder}: weights do not fit config.json: {'; '.join(problems)}")
-
-
-def _check_tensors(
-    layout: Layout, shapes: Params, stored: Mapping[str, _Stored], *, may_round: bool
-) -> None:
-    """Checks shapes and dtypes; `may_round`: the caller chose the dtype of the parameters."""
     for key, tensor in layout.items():
         (file, found, dtype), expected = stored[key], tensor.shape(shapes)
         if found != expected:
-            raise InputError(
-                f"{file}: {key} is {list(found)}; config.json makes it {list(expected)}"
-            )
+            expected = f"config.json makes it {list(expected)}"
+            raise InputError(f"{file}: {key} is {list(found)}; {expected}")
         if dtype not in _DTYPES:
             raise InputError(f"{file}: {key} is {dtype}; expected one of {', '.join(_DTYPES)}")
-        rounds = any(shapes[piece.path].dtype == jnp.bfloat16 for piece in tensor.pieces)
+        rounds = any(shapes[path].dtype == jnp.bfloat16 for path in tensor.paths)
         if rounds and dtype != "BF16" and not may_round:
             raise InputError(
                 f"{file}: {key} is {dtype}, and config.json makes it BF16: bits would be lost; "
@@ -210,46 +191,30 @@ def _check_tensors(
             )
 
 
-def _assemble(layout: Layout, shapes: Params, files: list[Path]) -> Params:
+def _assemble(layout: Layout, shapes: Params, files: list[Path]) -> dict[Any, jax.Array]:
     """Reads all tensors, and puts each parameter on the device when its last part was read."""
-    left = dict.fromkeys(shapes, 0)
-    for tensor in layout.values():
-        for piece in tensor.pieces:
-            left[piece.path] += 1
-    unfinished: Params = {}
-    params: Params = {}
+    left = Counter(path for tensor in layout.values() for path in tensor.paths)
+    unfinished, params = {}, {}
     for file in files:
         with _open(file) as tensors:
-            for key in sorted(tensors.keys()):
-                if key not in layout:
-                    continue
-                parts = layout[key].parts(_read(tensors, key), shapes)
-                for piece, part in zip(layout[key].pieces, parts, strict=True):
-                    path, like = piece.path, shapes[piece.path]
+            for key in sorted(layout.keys() & set(tensors.keys())):
+                tensor = layout[key]
+                parts = tensor.parts(tensors.get_tensor(key), shapes)
+                for path, part in zip(tensor.paths, parts, strict=True):
                     if path not in unfinished:
-                        unfinished[path] = np.empty(like.shape, like.dtype)
-                    unfinished[path][... if piece.index is None else piece.index] = part
+                        unfinished[path] = np.empty(shapes[path].shape, shapes[path].dtype)
+                    unfinished[path][... if tensor.index is None else tensor.index] = part
                     left[path] -= 1
                     if not left[path]:
                         params[path] = jax.device_put(unfinished.pop(path))
     return params
 
 
-def _read(tensors: Any, key: str) -> np.ndarray:
-    # safetensors returns bfloat16 only as arrays of JAX; these must not take memory of the device.
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(RuntimeError):  # JAX was configured without a CPU
-            host = jax.local_devices(backend="cpu")[0]
-            stack.enter_context(jax.default_device(host))
-        return np.asarray(tensors.get_tensor(key))
-
-
 def _write(layout: Layout, params: Params, folder: Path, max_shard_bytes: int) -> None:
     shards: list[list[str]] = [[]]
     size = total = 0
     for key, tensor in layout.items():
-        first = params[tensor.pieces[0].path]
-        num_bytes = int(np.prod(tensor.shape(params))) * first.dtype.itemsize
+        num_bytes = math.prod(tensor.shape(params)) * params[tensor.paths[0]].dtype.itemsize
         if shards[-1] and size + num_bytes > max_shard_bytes:
             shards.append([])
             size = 0
@@ -262,7 +227,7 @@ def _write(layout: Layout, params: Params, folder: Path, max_shard_bytes: int) -
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(keys, name)
         # `publish` returns contiguous arrays: safetensors writes the memory of an array as it is.
-        tensors: Any = {key: layout[key].publish(params) for key in keys}
+        tensors = {key: layout[key].publish(params) for key in keys}
         save_file(tensors, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

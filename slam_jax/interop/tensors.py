@@ -1,123 +1,88 @@
-"""One published tensor and the parameters it corresponds to, converted in both directions."""
+"""Tables of published tensors: a row has a name in the files and the parameters behind it."""
 
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import einops
 import numpy as np
 
 Path = tuple[str | int, ...]
-
-
-class Piece(NamedTuple):
-    """A parameter, or the entry `index` of a stacked one, and its axes: "ours -> published"."""
-
-    path: Path
-    pattern: str
-    index: int | None = None
+Params = Mapping[Path, Any]
 
 
 class Tensor(NamedTuple):
-    """Pieces concatenated along the axis named `axis`, then rearranged by the pattern `merge`.
+    """A published tensor: our parameters joined along their last axis, and rearranged.
 
-    For example, each head of `kv_b_proj` has the rows of its keys and then those of its values:
-    `Tensor([Piece(.., "r n h -> n h r"), Piece(.., "r n h -> n h r")], "h", "n h r -> (n h) r")`.
+    For example, `HEADS_IN` and the kernels [R, N, H] of keys and values give DeepSeek's
+    `kv_b_proj`: in each head the rows of the keys, then those of the values.
+
+    index: of stacked parameters only this entry, such as one expert.
     """
 
-    pieces: Sequence[Piece]
-    axis: str = ""
-    merge: str | None = None
+    paths: tuple[Path, ...]
+    pattern: str
+    index: int | None = None
 
-    def publish(self, params: Mapping[Path, Any]) -> np.ndarray:
+    def publish(self, params: Params) -> np.ndarray:
         """The published tensor of these parameters, contiguous in the memory of the host."""
-        views = []
-        for piece in self.pieces:
-            value = params[piece.path]
-            # Indexed on the device first: it may have room for one more expert, not for all.
-            value = np.asarray(value if piece.index is None else value[piece.index])
-            views.append(einops.rearrange(value, piece.pattern))
-        axis = self._view_axes.index(self.axis) if self.axis else 0
-        joined = views[0] if len(views) == 1 else np.concatenate(views, axis=axis)
-        if self.merge is not None:
-            joined = einops.rearrange(joined, self.merge)
-        return np.ascontiguousarray(joined)
+        # Indexed on the device first: it may have room for one more expert, not for all.
+        each = (params[p] if self.index is None else params[p][self.index] for p in self.paths)
+        joined = np.concatenate([np.asarray(value) for value in each], axis=-1)
+        return np.ascontiguousarray(einops.rearrange(joined, self.pattern))
 
-    def shape(self, params: Mapping[Path, Any]) -> tuple[int, ...]:
+    def shape(self, params: Params) -> tuple[int, ...]:
         """The shape of the published tensor; `params` may be shapes alone."""
-        sizes = self._joined(params)
-        last = (self.merge or self.pieces[0].pattern).split("->")[1]
-        groups = re.findall(r"\(([^)]*)\)|(\S+)", last)
-        return tuple(
-            math.prod(1 if name == "1" else sizes[name] for name in (merged or single).split())
-            for merged, single in groups
-        )
+        joined = np.broadcast_to(np.int8(0), self._joined(params))  # takes no memory
+        return einops.rearrange(joined, self.pattern).shape
 
-    def parts(self, published: Any, params: Mapping[Path, Any]) -> list[Any]:
-        """The part of each piece in the published tensor, in the shape of the piece."""
-        sizes = [self._sizes(piece, params[piece.path].shape) for piece in self.pieces]
-        if self.merge is not None:
-            published = einops.rearrange(published, _reverse(self.merge), **self._joined(params))
-        parts, start = [], 0
-        for piece, size in zip(self.pieces, sizes, strict=True):
-            part = published
-            if self.axis:
-                axis, end = self._view_axes.index(self.axis), start + size[self.axis]
-                part = part[(slice(None),) * axis + (slice(start, end),)]
-                start = end
-            parts.append(einops.rearrange(part, _reverse(piece.pattern)))
-        return parts
+    def parts(self, published: np.ndarray, params: Params) -> list[np.ndarray]:
+        """What the published tensor has of each parameter, in the shape of the parameter."""
+        ours, theirs = self.pattern.split(" -> ")
+        sizes = dict(zip(ours.split(), self._joined(params), strict=True))
+        joined = einops.rearrange(published, f"{theirs} -> {ours}", **sizes)
+        ends = np.cumsum([params[path].shape[-1] for path in self.paths])
+        return np.split(joined, ends[:-1], axis=-1)
 
-    def _joined(self, params: Mapping[Path, Any]) -> dict[str, int]:
-        """The sizes of the concatenated axes, by name."""
-        sizes = [self._sizes(piece, params[piece.path].shape) for piece in self.pieces]
-        along = {self.axis: sum(size[self.axis] for size in sizes)} if self.axis else {}
-        return {**sizes[0], **along}
-
-    @property
-    def _view_axes(self) -> list[str]:
-        return self.pieces[0].pattern.split("->")[1].split()
-
-    def _sizes(self, piece: Piece, shape: tuple[int, ...]) -> dict[str, int]:
-        shape = shape if piece.index is None else shape[1:]
-        return dict(zip(piece.pattern.split("->")[0].split(), shape, strict=True))
+    def _joined(self, params: Params) -> tuple[int, ...]:
+        shape = params[self.paths[0]].shape[0 if self.index is None else 1 :]
+        return (*shape[:-1], sum(params[path].shape[-1] for path in self.paths))
 
 
-def _reverse(pattern: str) -> str:
-    left, right = pattern.split("->")
-    return f"{right.strip()} -> {left.strip()}"
+class Row(NamedTuple):
+    """The parameters of one published name, of which "{i}" is the layer and "{e}" the expert.
+
+    paths: of one parameter or of several, with spaces between. In a layer they begin at its block.
+    pattern: see `Tensor`. when: whether a file has the row, by the configuration and by whether the
+      file is fused, which means one tensor for all experts of a layer.
+    """
+
+    paths: str
+    pattern: str
+    when: Callable[[Any, bool], bool] = lambda config, fused: True
 
 
-def linear(*path: str | int) -> Tensor:
-    """A matrix, which PyTorch has as [out, in]."""
-    return Tensor([Piece((*path, "kernel"), "i o -> o i")])
+Table = Mapping[str, Row]
+Layout = dict[str, Tensor]
 
 
-def heads_in(*path: str | int) -> Tensor:
-    """From D to heads [N, H], published as [N H, D]."""
-    return Tensor([Piece((*path, "kernel"), "d n h -> n h d")], merge="n h d -> (n h) d")
+def expand(
+    table: Table, config: Any, shapes: Params, blocks: Sequence[Path], *, fused: bool = False
+) -> Layout:
+    """The tensor behind every name that files of a model have.
 
-
-def heads_out(*path: str | int) -> Tensor:
-    """From heads [N, H] to D, published as [D, N H]."""
-    return Tensor([Piece((*path, "kernel"), "n h d -> d n h")], merge="d n h -> d (n h)")
-
-
-def vector(*path: str | int) -> Tensor:
-    return Tensor([Piece(path, "d -> d")])
-
-
-def matrix(*path: str | int) -> Tensor:
-    """A matrix with the same axes, such as a table of embeddings."""
-    return Tensor([Piece(path, "a b -> a b")])
-
-
-def rows(*paths: Path) -> Tensor:
-    """Several maps of one input, published as one matrix with all their rows."""
-    return Tensor([Piece((*path, "kernel"), "i o -> o i") for path in paths], "o")
-
-
-def expert(index: int, *path: str | int) -> Tensor:
-    """The matrix of one expert."""
-    return Tensor([Piece((*path, "kernel"), "i o -> o i", index)])
+    shapes: of its parameters; a row is left out where the model has no such parameter with as many
+    axes. blocks: the path of each layer.
+    """
+    rows = [(key, row, ()) for key, row in table.items() if "{i}" not in key]
+    for i, block in enumerate(blocks):
+        rows += [(k.replace("{i}", str(i)), row, block) for k, row in table.items() if "{i}" in k]
+    layout: Layout = {}
+    for key, row, block in rows:
+        paths = tuple((*block, *path.split(".")) for path in row.paths.split())
+        axes = len(row.pattern.split(" -> ")[0].split()) + ("{e}" in key)
+        first = shapes.get(paths[0])
+        if first is None or len(first.shape) != axes or not row.when(config, fused):
+            continue
+        for e in range(first.shape[0]) if "{e}" in key else [None]:
+            layout[key.replace("{e}", str(e))] = Tensor(paths, row.pattern, e)
+    return layout
