@@ -19,26 +19,21 @@ def main(arguments: list[str]) -> None:
     if arguments:
         raise InputError(f"argument {arguments[0]!r}; expected --preset=NAME or nothing")
     # Imported here, because importing JAX takes seconds and Ctrl-C must work from the start.
-    from slam_jax.language_models.accounting import measure
+    from slam_jax.language_models.flops import measure
     from slam_jax.language_models.registry import SYSTEMS, make_config
 
-    wanted = [
-        (name, preset)
-        for name, system in SYSTEMS.items()
-        for preset in system.presets
-        if preset == PRESET.value or (PRESET.value == "published" and preset not in OWN_PRESETS)
-    ]
+    each = [(name, preset) for name, system in SYSTEMS.items() for preset in system.presets]
+    own, asked = ("seed", "tiny"), PRESET.value
+    wanted = [p for p in each if p[1] == asked or (asked == "published" and p[1] not in own)]
     if not wanted:
-        known = sorted({preset for system in SYSTEMS.values() for preset in system.presets})
-        raise InputError(f"--preset is {PRESET.value!r}; expected published, {', '.join(known)}")
+        known = ", ".join(sorted({preset for _, preset in each}))
+        raise InputError(f"--preset is {asked!r}; expected published, {known}")
     print("| system | preset | parameters | active | embedding | cache, B/token | state, B |")
     print("|---|---|---|---|---|---|---|")
     for name, preset in wanted:
         counts = " | ".join(f"{n:,}" for n in measure(make_config(name, preset)))
         print(f"| `{name}` | {preset} | {counts} |")
 
-
-OWN_PRESETS = ("seed", "tiny")
 
 if __name__ == "__main__":
     cli.run(main)

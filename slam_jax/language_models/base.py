@@ -30,7 +30,7 @@ from slam_jax.layers.linear import Initializer, Linear, project_to_float32
 from slam_jax.layers.masks import prefix_mask, without_unknown_pads
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.remat import remat
-from slam_jax.layers.router import Routing
+from slam_jax.layers.router import Routing, load_balancing_loss
 from slam_jax.protocol import Hidden, Output
 
 
@@ -45,34 +45,17 @@ def layer_norm(config: LanguageModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(config.embed_dim, epsilon=config.norm_epsilon, **config.dtypes, rngs=rngs)
 
 
-def learned_positions(config: LanguageModelConfig, init: Initializer, rngs: nnx.Rngs) -> nnx.Embed:
-    """A table with a row for each position of the context."""
-    sizes = (config.context_length, config.embed_dim)
-    return nnx.Embed(*sizes, embedding_init=init, **config.dtypes, rngs=rngs)
-
-
-def within_context(positions: Int[Array, "*B T"], config: LanguageModelConfig) -> Any:
-    """Positions within this table: pads may be beyond it, and must not become NaN."""
-    return jnp.minimum(positions, config.context_length - 1)
-
-
-def check_length(num_tokens: int, config: LanguageModelConfig) -> None:
-    """Raises InputError for more tokens than the context has."""
-    if num_tokens > config.context_length:
-        raise InputError(f"{num_tokens:,} tokens; the context is {config.context_length:,}")
+def check_length(lengths: Any, config: LanguageModelConfig) -> None:
+    """Raises InputError for more tokens than the context has; arrays are unknown under `jit`."""
+    most = 0 if isinstance(lengths, Tracer) else int(np.max(lengths))
+    if most > config.context_length:
+        raise InputError(f"{most:,} tokens; the context is {config.context_length:,}")
 
 
 def check_prefill(num_tokens: int, lengths: Any, stored: Any, config: LanguageModelConfig) -> None:
-    """Raises InputError for what `prefill` cannot read: a length outside of the row, more tokens
-    than the context has, or a cache that already stores tokens.
-
-    Only concrete `lengths` and `stored` are checked; under `jax.jit` the caller must see to them.
-    """
+    """Raises InputError for what `prefill` cannot read; see `check_prompts` and `check_length`."""
     check_prompts(lengths, stored, num_tokens)
-    if lengths is None:
-        check_length(num_tokens, config)
-    elif not isinstance(lengths, Tracer):
-        check_length(int(np.asarray(lengths).max()), config)
+    check_length(num_tokens if lengths is None else lengths, config)
 
 
 class ForwardPass(NamedTuple):
@@ -86,8 +69,8 @@ class ForwardPass(NamedTuple):
 
     mix: Callable[[Any, jax.Array, Any], tuple[Any, Any]]
     positions: Int[Array, "*#B T"]
-    mask: Bool[Array, "*B T"] | None
-    training: bool
+    mask: Bool[Array, "*B T"] | None = None
+    training: bool = False
 
 
 Pass = ForwardPass  # its name in version 0.11
@@ -102,29 +85,70 @@ def feed_forward(mlp: Any, x: Float[Array, "*B T D"], forward: ForwardPass) -> t
 
 
 class PreNormBlock(nnx.Module):
-    """h += attention(norm(h)); h += mlp(norm(h)), where the MLP may be a mixture of experts."""
+    """h += attention(norm(h)); h += mlp(norm(h)), where the MLP may be a mixture of experts.
+
+    norms: of the two, None = RMS norms. name: attribute of the attention, and with `_norm` that of
+    its norm; it is part of the paths of their parameters.
+    """
 
     def __init__(
         self,
-        *,
-        attention_norm: nnx.Module,
-        mlp_norm: nnx.Module,
+        config: LanguageModelConfig,
         attention: nnx.Module,
         mlp: nnx.Module,
+        *,
+        norms: Sequence[nnx.Module] | None = None,
+        name: str = "attention",
     ):
-        self.attention_norm: Any = attention_norm
-        self.mlp_norm: Any = mlp_norm
-        self.attention: Any = attention
-        self.mlp: Any = mlp
+        norm, self.mlp_norm = norms or (rms_norm(config), rms_norm(config))
+        setattr(self, name, attention)
+        setattr(self, f"{name}_norm", norm)
+        self.mlp, self.name = mlp, name
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> Any:
-        return self.attention.init_cache(batch_shape, max_length)
+        return getattr(self, self.name).init_cache(batch_shape, max_length)
 
     def __call__(self, h, forward: ForwardPass, cache, key):
-        a, cache = forward.mix(self.attention, self.attention_norm(h), cache)
+        attention, norm = getattr(self, self.name), getattr(self, f"{self.name}_norm")
+        a, cache = forward.mix(attention, norm(h), cache)
         h = h + a
         y, routings = feed_forward(self.mlp, self.mlp_norm(h), forward)
         return h + y, cache, routings
+
+
+class ParallelBlocks(nnx.Module):
+    """Blocks with own parameters that all read what one mixer made of norm(h); their mean.
+
+    They are `config.num_blocks` of the class `block`, computed in one vmap as
+    `block(h, read, positions) -> h`; only the mixer has a cache. num_cycles: how often they run.
+    name: attribute of the mixer; it is part of the paths of its parameters.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        block: Callable[..., nnx.Module],
+        norm: nnx.Module,
+        mixer: nnx.Module,
+        *,
+        num_cycles: int = 1,
+        name: str = "key_values",
+        rngs: nnx.Rngs,
+    ):
+        self.norm, self.num_cycles, self.name = norm, num_cycles, name
+        setattr(self, name, mixer)
+        keys = jax.random.split(rngs.params(), config.num_blocks)
+        self.stack = jax.vmap(lambda key: block(config, rngs=nnx.Rngs(key)))(keys)
+
+    def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> Any:
+        return getattr(self, self.name).init_cache(batch_shape, max_length)
+
+    def __call__(self, h, forward: ForwardPass, cache, key):
+        read, cache = forward.mix(getattr(self, self.name), self.norm(h), cache)
+        run = jax.vmap(lambda block, h: block(h, read, forward.positions), in_axes=(0, None))
+        for _ in range(self.num_cycles):
+            h = jnp.mean(run(self.stack, h), axis=0)
+        return h, cache, ()
 
 
 @struct.dataclass
@@ -172,7 +196,9 @@ class Transformer(HeadedModel):
     """Embedding, blocks, norm and head, with the protocol of a language model.
 
     A subclass gives the blocks, each `block(h, forward, cache, key) -> (h, cache, routings)` with
-    `init_cache(batch_shape, max_length)`, and may override `embed` and `balance`.
+    `init_cache(batch_shape, max_length)`, and may override `embed` and `balance`. Head and
+    embeddings start as `config.init` unless it gives others. learned_positions: a table of them is
+    added to the embeddings; else the blocks see to positions.
     """
 
     def __init__(
@@ -181,19 +207,22 @@ class Transformer(HeadedModel):
         blocks: Sequence[nnx.Module],
         *,
         norm: nnx.Module | None = None,
-        embedding_init: Initializer,
-        head_init: Initializer,
+        embedding_init: Initializer | None = None,
+        head_init: Initializer | None = None,
+        learned_positions: bool = False,
         rngs: nnx.Rngs,
     ):
         kw: Any = dict(**config.dtypes, rngs=rngs)
-        self.config = config
-        self.embedding = nnx.Embed(
-            config.vocab_size, config.embed_dim, embedding_init=embedding_init, **kw
-        )
+        self.config, sizes = config, (config.vocab_size, config.embed_dim)
+        embedding_init = embedding_init or config.init
+        self.embedding = nnx.Embed(*sizes, embedding_init=embedding_init, **kw)
         self.blocks: Any = nnx.List(blocks)
         self.norm = norm or rms_norm(config)
-        tied, sizes = config.tie_embeddings, (config.embed_dim, config.vocab_size)
-        self.head = None if tied else Linear(*sizes, kernel_init=head_init, **kw)
+        tied, init = config.tie_embeddings, head_init or config.init
+        self.head = None if tied else Linear(*sizes[::-1], kernel_init=init, **kw)
+        rows = (config.context_length, config.embed_dim)
+        table = nnx.Embed(*rows, embedding_init=embedding_init, **kw) if learned_positions else None
+        self.positions: Any = table
 
     def hidden(
         self,
@@ -208,11 +237,9 @@ class Transformer(HeadedModel):
         if mask is None:
             check_length(tokens.shape[-1], self.config)
         layout = causal_layout(tokens.shape[-1], mask)
-
-        def mix(mixer, x, cache):
-            return mixer(x, layout), None
-
-        forward = ForwardPass(mix, layout.positions, mask, training=key is not None)
+        forward = ForwardPass(
+            lambda mixer, x, _: (mixer(x, layout), None), layout.positions, mask, key is not None
+        )
         h, _, routings = self._run(tokens, forward, (None,) * len(self.blocks), key)
         return Hidden(h, self.balance(routings, mask))
 
@@ -239,11 +266,9 @@ class Transformer(HeadedModel):
             lengths = jnp.asarray(lengths, jnp.int32)
             mask = prefix_mask(lengths, num_tokens)
         tokens = without_unknown_pads(tokens, mask, self.config.vocab_size)
-
-        def mix(mixer, x, cache):
-            return mixer.prefill(x, cache, lengths)
-
-        forward = ForwardPass(mix, jnp.arange(num_tokens), mask, training=False)
+        forward = ForwardPass(
+            lambda mixer, x, cache: mixer.prefill(x, cache, lengths), jnp.arange(num_tokens), mask
+        )
         h, blocks, _ = self._run(tokens, forward, cache.blocks, None)
         length = jnp.full_like(cache.length, num_tokens) if lengths is None else lengths
         return self.logits(h), Cache(blocks, length)
@@ -255,11 +280,9 @@ class Transformer(HeadedModel):
 
         Rows must not grow beyond the context or the cache: learned positions end with the context.
         """
-
-        def mix(mixer, x, cache):
-            return mixer.decode_step(x, cache)
-
-        forward = ForwardPass(mix, cache.length[..., None], None, training=False)
+        forward = ForwardPass(
+            lambda mixer, x, cache: mixer.decode_step(x, cache), cache.length[..., None]
+        )
         h, blocks, _ = self._run(jnp.asarray(tokens)[..., None], forward, cache.blocks, None)
         return self.logits(h)[..., 0, :], Cache(blocks, cache.length + 1)
 
@@ -269,13 +292,24 @@ class Transformer(HeadedModel):
         positions: Int[Array, "*#B T"],
         key: PRNGKeyArray | None,
     ) -> Float[Array, "*B T D"]:
-        return self.embedding(tokens)
+        """The embeddings; `key`: for dropout."""
+        h = self.embedding(tokens)
+        return h if self.positions is None else h + self.learned(positions)
+
+    def learned(self, positions: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+        """Learned positions. Those of pads may be beyond the table, and must not become NaN."""
+        return self.positions(jnp.minimum(positions, self.config.context_length - 1))
 
     def balance(
         self, routings: Sequence[Routing], mask: Bool[Array, "*B T"] | None
     ) -> Float[Array, ""] | float:
-        """The auxiliary loss; `routings`: how each layer with experts routed its tokens."""
-        return 0.0
+        """The auxiliary loss: here the load-balancing loss of all layers with experts at once.
+
+        routings: how each of these layers routed its tokens.
+        """
+        if not routings:
+            return 0.0
+        return self.config.balance_loss * load_balancing_loss(routings, mask)
 
     def _run(self, tokens, forward: ForwardPass, caches, key):
         """Embedding, all blocks and the norm: hidden states, new caches and all routings."""

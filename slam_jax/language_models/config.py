@@ -3,7 +3,12 @@
 import dataclasses
 from typing import Any
 
+import jax
+from flax import nnx
+
 from slam_jax.errors import require
+from slam_jax.layers.linear import Initializer
+from slam_jax.layers.rotary import Rope
 from slam_jax.model_config import ModelConfig
 
 # Sizes that layers take together, by their constructors' names.
@@ -20,6 +25,13 @@ class LanguageModelConfig(ModelConfig):
     remat: what a block keeps for its gradient, of `slam_jax.layers.remat.POLICIES`; None = all.
     dtype, param_dtype: of the computation and of the parameters.
 
+    Fields of other models, where several have them:
+    mlp_dim: F. num_layers. num_heads: N. num_kv_heads: K, None = N. head_dim: H, None = D / N.
+    rope: the positions. init_std: of all maps and the embeddings.
+    num_experts: E. num_experts_per_token: k. balance_loss: weight of the load-balancing loss.
+    capacity_factor: in training, an expert takes at most this many times its share of the tokens
+      and drops those with the least weight; None = drops none.
+
     Raises ConfigError for a value that cannot be built.
     """
 
@@ -35,35 +47,60 @@ class LanguageModelConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.norm_epsilon > 0, "norm_epsilon", self.norm_epsilon, "a number above 0")
+        fields = vars(self)
+        if "num_heads" in fields and "kv_lora_rank" not in fields:
+            self._check_heads(**fields)
+        width = fields.get("qk_rope_head_dim", 2)
+        require(width % 2 == 0, "qk_rope_head_dim", width, "an even number above 0")
+        if "num_experts" in fields:
+            self._check_experts(**fields)
+
+    def _check_heads(
+        self, num_heads, num_kv_heads=None, head_dim=None, rope=None, **others
+    ) -> None:
+        """Heads divide the width and each other; with rotary positions a head's width is even."""
+        kv_heads, expected = num_kv_heads or num_heads, f"a divisor of num_heads={num_heads}"
+        require(num_heads % kv_heads == 0, "num_kv_heads", kv_heads, expected)
+        field, width = ("embed_dim", self.embed_dim) if head_dim is None else ("head_dim", head_dim)
+        if head_dim is None:
+            expected = f"a multiple of num_heads={num_heads}, or give head_dim"
+            require(width % num_heads == 0, field, width, expected)
+        even = rope is None or (head_dim or self.embed_dim // num_heads) % 2 == 0
+        expected = "such that a head's width is even, for the rotary positions"
+        require(even, field, width, expected)
+
+    def _check_experts(
+        self, num_experts, num_experts_per_token, capacity_factor=None, **others
+    ) -> None:
+        k, expected = num_experts_per_token, f"1 to num_experts={num_experts}"
+        require(1 <= k <= num_experts, "num_experts_per_token", k, expected)
+        expected = f"None, or above 0 and at most {num_experts}"
+        within = capacity_factor is None or 0 < capacity_factor <= num_experts
+        require(within, "capacity_factor", capacity_factor, expected)
 
     def body_flops(self, num_tokens: int) -> int:
-        """Floating-point operations of one row of so many tokens, without the head; see `flops`."""
+        """Floating-point operations of one row of so many tokens, without the head; see
+        `layers.flops`."""
         raise NotImplementedError(f"{type(self).__name__} does not count its operations")
 
-    def check_heads(self) -> None:
-        """Raises ConfigError for heads that do not divide the width, or not each other; with
-        rotary positions (a field `rope`) also for a head of odd width."""
-        heads, width = self._get("num_heads"), self._get("head_dim")
-        expected = f"a divisor of num_heads={heads}"
-        kv_heads = self._get("num_kv_heads") or heads
-        require(heads % kv_heads == 0, "num_kv_heads", kv_heads, expected)
-        if width is None:
-            expected = f"a multiple of num_heads={heads}, or give head_dim"
-            require(self.embed_dim % heads == 0, "embed_dim", self.embed_dim, expected)
-        if self._get("rope") is not None:
-            field = "embed_dim" if width is None else "head_dim"
-            even = (width or self.embed_dim // heads) % 2 == 0
-            expected = "such that a head's width is even, for the rotary positions"
-            require(even, field, getattr(self, field), expected)
+    @property
+    def init(self) -> Initializer:
+        """How maps and embeddings start: normal, with `init_std` where that is a field."""
+        return jax.nn.initializers.normal(getattr(self, "init_std", 0.02))
 
-    def check_experts(self) -> None:
-        """Raises ConfigError where there are fewer experts than a token takes, or for a capacity
-        that no expert can have."""
-        most, k = self._get("num_experts"), self._get("num_experts_per_token")
-        require(1 <= k <= most, "num_experts_per_token", k, f"1 to num_experts={most}")
-        factor = self._get("capacity_factor")
-        within = factor is None or 0 < factor <= most
-        require(within, "capacity_factor", factor, f"None, or above 0 and at most {most}")
+    def options(self, rngs: nnx.Rngs) -> dict[str, Any]:
+        """The keyword arguments that every layer takes."""
+        return dict(**self.dtypes, kernel_init=self.init, rngs=rngs)
 
-    def _get(self, field: str) -> Any:
-        return getattr(self, field, None)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(LanguageModelConfig):
+    """The settings of a stack of layers with grouped queries and rotary positions."""
+
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    rope: Rope = Rope()
+    init_std: float = 0.02

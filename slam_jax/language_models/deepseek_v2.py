@@ -5,13 +5,11 @@ leaves out are those of the released code and configurations.
 """
 
 import dataclasses
-from typing import Any
 
-import jax
 from flax import nnx
 
 from slam_jax.errors import require
-from slam_jax.language_models.base import PreNormBlock, Transformer, rms_norm
+from slam_jax.language_models.base import PreNormBlock, Transformer
 from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.experts import MixtureOfExperts
@@ -34,15 +32,13 @@ class DeepseekV2Config(LanguageModelConfig):
     num_dense_layers: so many first layers have a dense MLP. kv_lora_rank, q_lora_rank,
       qk_nope_head_dim, qk_rope_head_dim, v_head_dim: see `MultiHeadLatentAttention`.
     num_experts, num_experts_per_token: of the routed experts. num_shared_experts: they are one MLP
-      of this many times expert_dim. num_groups, top_groups, routed_scale, renormalize: see
-      `Router`.
+      of this many times expert_dim. num_groups, top_groups, routed_scale (`scale`), renormalize:
+      see `Router`.
     balance_loss, device_balance_loss, communication_balance_loss: weights of the three losses; the
       paper has 0.003, 0.05 and 0.02, the released code 0.001 and no others. The last two assume
       `num_groups` devices, of which a token is sent to at most `top_groups`.
-    capacity_factor: in training, an expert takes at most this many times its share of the tokens
-      and drops those with the least weight; None = drops none. The paper has 1.0 for each device,
-      the released code none.
-    init_std: of all maps and the embeddings; the paper has 0.006.
+    capacity_factor: the paper has 1.0 for each device, the released code none. init_std: that of
+      the paper. The others: see `LanguageModelConfig`.
     """
 
     mlp_dim: int
@@ -71,9 +67,7 @@ class DeepseekV2Config(LanguageModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_experts()
-        k, rope, groups = self.num_experts_per_token, self.qk_rope_head_dim, self.num_groups
-        require(rope % 2 == 0, "qk_rope_head_dim", rope, "an even number above 0")
+        k, groups = self.num_experts_per_token, self.num_groups
         expected = f"a divisor of num_experts={self.num_experts}"
         require(groups >= 1 and self.num_experts % groups == 0, "num_groups", groups, expected)
         expected = f"1 to num_groups={groups}"
@@ -83,13 +77,11 @@ class DeepseekV2Config(LanguageModelConfig):
         require(k <= most, "num_experts_per_token", k, expected)
 
     def body_flops(self, num_tokens: int) -> int:
-        dim, shared_dim = self.embed_dim, self.num_shared_experts * self.expert_dim
-        experts = self.sizes("num_experts", "num_experts_per_token")
+        dim, experts = self.embed_dim, self.sizes("num_experts", "num_experts_per_token")
+        experts |= dict(shared_dim=self.num_shared_experts * self.expert_dim)
         attention = flops.latent_attention(num_tokens, dim, self.num_heads, **self.sizes(*LATENT))
         dense = flops.gated_mlp(num_tokens, dim, self.mlp_dim)
-        sparse = flops.mixture_of_experts(
-            num_tokens, dim, self.expert_dim, shared_dim=shared_dim, **experts
-        )
+        sparse = flops.mixture_of_experts(num_tokens, dim, self.expert_dim, **experts)
         num_dense = min(self.num_dense_layers, self.num_layers)
         mlps = num_dense * dense + (self.num_layers - num_dense) * sparse
         return self.num_layers * attention + mlps
@@ -99,8 +91,7 @@ class DeepseekV2(Transformer):
     """The cache has kv_lora_rank + qk_rope_head_dim numbers for each token and layer."""
 
     def __init__(self, config: DeepseekV2Config, *, rngs: nnx.Rngs):
-        dim, init = config.embed_dim, jax.nn.initializers.normal(config.init_std)
-        kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
+        dim, kw = config.embed_dim, config.options(rngs)
         latent = config.sizes("num_heads", "rope", *LATENT)
         experts = config.sizes(
             "num_experts", "num_experts_per_token", "num_groups", "top_groups", "renormalize"
@@ -109,8 +100,7 @@ class DeepseekV2(Transformer):
         experts |= dict(shared_dim=config.num_shared_experts * config.expert_dim or None)
         blocks = [
             PreNormBlock(
-                attention_norm=rms_norm(config),
-                mlp_norm=rms_norm(config),
+                config,
                 attention=MultiHeadLatentAttention(dim, **latent, **kw),
                 mlp=GatedMLP(dim, config.mlp_dim, **kw)
                 if layer < config.num_dense_layers
@@ -118,18 +108,16 @@ class DeepseekV2(Transformer):
             )
             for layer in range(config.num_layers)
         ]
-        super().__init__(config, blocks, embedding_init=init, head_init=init, rngs=rngs)
+        super().__init__(config, blocks, rngs=rngs)
 
     def balance(self, routings, mask):
         """The three losses, summed over layers."""
         config, total = self.config, 0.0
-        devices = (config.num_groups, config.top_groups)
-        for routing in routings:
-            total += config.balance_loss * sequence_balance_loss(routing, mask)
-            if config.device_balance_loss:
-                loss = device_balance_loss(routing, config.num_groups, mask)
-                total += config.device_balance_loss * loss
-            if config.communication_balance_loss:
-                loss = communication_balance_loss(routing, *devices, mask)
-                total += config.communication_balance_loss * loss
+        groups, top = config.num_groups, config.top_groups
+        for r in routings:
+            total += config.balance_loss * sequence_balance_loss(r, mask)
+            if weight := config.device_balance_loss:
+                total += weight * device_balance_loss(r, groups, mask)
+            if weight := config.communication_balance_loss:
+                total += weight * communication_balance_loss(r, groups, top, mask)
         return total

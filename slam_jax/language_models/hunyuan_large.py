@@ -9,11 +9,10 @@ capacity to random experts, is switched off in the release and not built here.
 import dataclasses
 from typing import Any
 
-import jax
 from flax import nnx
 
 from slam_jax.language_models.base import ForwardPass, Transformer, feed_forward, rms_norm
-from slam_jax.language_models.config import EXPERTS, HEADS, LanguageModelConfig
+from slam_jax.language_models.config import EXPERTS, HEADS, TransformerConfig
 from slam_jax.layers import flops
 from slam_jax.layers.cross_layer_attention import CrossLayerAttention, SharedKeyValues
 from slam_jax.layers.experts import MixtureOfExperts
@@ -22,23 +21,16 @@ from slam_jax.layers.router import load_balancing_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HunyuanLargeConfig(LanguageModelConfig):
+class HunyuanLargeConfig(TransformerConfig):
     """mlp_dim: F of one expert. num_shared_experts: they are one MLP of this many times mlp_dim.
 
     share_factor: layers that read one layer's keys and values, that layer included; 1 = each has
       its own. qk_norm: norms over each head of the rotated queries and keys.
-    balance_loss: weight of the load-balancing loss. The release computes that loss in each layer
-      and discards it; the mean over layers and the weight (of Switch Transformers) are ours.
-    capacity_factor: in training, an expert takes at most this many times its share of the tokens
-      and drops those with the least weight; None = drops none, as released.
-    The others: see `MoEConfig`.
+    balance_loss: the release computes this loss in each layer and discards it; the mean over layers
+      and the weight (of Switch Transformers) are ours. capacity_factor: None, as released.
+    The others: see `LanguageModelConfig`.
     """
 
-    mlp_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
     num_experts: int = 16
     num_experts_per_token: int = 1
     num_shared_experts: int = 1
@@ -49,24 +41,16 @@ class HunyuanLargeConfig(LanguageModelConfig):
     rope: Rope = Rope(ntk_alpha=1_000.0)
     balance_loss: float = 0.01
     capacity_factor: float | None = None
-    init_std: float = 0.02
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_heads()
-        self.check_experts()
 
     def body_flops(self, num_tokens: int) -> int:
-        heads = self.sizes(*HEADS)
-        experts = self.sizes(*EXPERTS)
+        dim, heads, experts = self.embed_dim, self.sizes(*HEADS), self.sizes(*EXPERTS)
         shared_dim = self.num_shared_experts * self.mlp_dim
-        mlp = flops.mixture_of_experts(num_tokens, self.embed_dim, **experts, shared_dim=shared_dim)
-        with_keys, without = (
-            mlp + flops.attention(num_tokens, self.embed_dim, **heads, own_keys=own_keys)
-            for own_keys in (True, False)
-        )
-        num_with_keys = -(-self.num_layers // self.share_factor)
-        return num_with_keys * with_keys + (self.num_layers - num_with_keys) * without
+        mlp = flops.mixture_of_experts(num_tokens, dim, **experts, shared_dim=shared_dim)
+        attention = [
+            flops.attention(num_tokens, dim, **heads, own_keys=layer % self.share_factor == 0)
+            for layer in range(self.num_layers)
+        ]
+        return self.num_layers * mlp + sum(attention)
 
 
 class Layer(nnx.Module):
@@ -76,36 +60,25 @@ class Layer(nnx.Module):
     """
 
     def __init__(self, config: HunyuanLargeConfig, *, own_keys: bool, rngs: nnx.Rngs):
-        init = jax.nn.initializers.normal(config.init_std)
-        kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
-        dim, head_dim = config.embed_dim, config.head_dim or config.embed_dim // config.num_heads
-        num_kv_heads = config.num_kv_heads or config.num_heads
+        dim, heads, kw = config.embed_dim, config.num_heads, config.options(rngs)
+        head_dim, num_kv_heads = config.head_dim or dim // heads, config.num_kv_heads or heads
         self.attention_norm, self.mlp_norm = rms_norm(config), rms_norm(config)
         self.key_values = SharedKeyValues(dim, num_kv_heads, head_dim, **kw) if own_keys else None
-        self.attention = CrossLayerAttention(
-            dim,
-            config.num_heads,
-            head_dim,
-            rope=config.rope,
-            qk_norm_epsilon=config.norm_epsilon if config.qk_norm else None,
-            **kw,
-        )
-        self.mlp = MixtureOfExperts(
-            dim,
-            **config.sizes(*EXPERTS, "capacity_factor"),
-            shared_dim=config.num_shared_experts * config.mlp_dim or None,
-            renormalize=config.num_experts_per_token > 1,
-            **kw,
-        )
+        epsilon = config.norm_epsilon if config.qk_norm else None
+        reader: Any = dict(rope=config.rope, qk_norm_epsilon=epsilon)
+        self.attention = CrossLayerAttention(dim, heads, head_dim, **reader, **kw)
+        experts = config.sizes(*EXPERTS, "capacity_factor")
+        experts |= dict(shared_dim=config.num_shared_experts * config.mlp_dim or None)
+        experts |= dict(renormalize=config.num_experts_per_token > 1)
+        self.mlp = MixtureOfExperts(dim, **experts, **kw)
 
 
 class Block(nnx.Module):
     """The layers that read the keys and values of the first of them, and their one cache."""
 
     def __init__(self, config: HunyuanLargeConfig, num_layers: int, *, rngs: nnx.Rngs):
-        self.layers: Any = nnx.List(
-            [Layer(config, own_keys=i == 0, rngs=rngs) for i in range(num_layers)]
-        )
+        layers = [Layer(config, own_keys=i == 0, rngs=rngs) for i in range(num_layers)]
+        self.layers: Any = nnx.List(layers)
 
     def init_cache(self, batch_shape, max_length):
         return self.layers[0].key_values.init_cache(batch_shape, max_length)
@@ -127,11 +100,10 @@ class HunyuanLarge(Transformer):
     """One cache for `share_factor` layers; a single expert is weighted by its probability."""
 
     def __init__(self, config: HunyuanLargeConfig, *, rngs: nnx.Rngs):
-        init = jax.nn.initializers.normal(config.init_std)
-        firsts = range(0, config.num_layers, config.share_factor)
-        sizes = [min(config.share_factor, config.num_layers - first) for first in firsts]
+        layers, share = config.num_layers, config.share_factor
+        sizes = [min(share, layers - first) for first in range(0, layers, share)]
         blocks = [Block(config, size, rngs=rngs) for size in sizes]
-        super().__init__(config, blocks, embedding_init=init, head_init=init, rngs=rngs)
+        super().__init__(config, blocks, rngs=rngs)
 
     def balance(self, routings, mask):
         """E sum_e f_e P_e of each layer, and the mean over layers."""

@@ -5,20 +5,17 @@ the numbers that the papers leave out are those of `JambaForCausalLM` in transfo
 """
 
 import dataclasses
-from typing import Any
 
-import jax
 from flax import nnx
 
 from slam_jax.errors import require
-from slam_jax.language_models.base import ForwardPass, Transformer, feed_forward, rms_norm
+from slam_jax.language_models.base import PreNormBlock, Transformer
 from slam_jax.language_models.config import EXPERTS, LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.mamba import Mamba
 from slam_jax.layers.mlp import GatedMLP
-from slam_jax.layers.router import load_balancing_loss
 
 MAMBA = ("state_dim", "conv_width", "expand", "dt_rank")
 
@@ -30,8 +27,7 @@ class JambaConfig(LanguageModelConfig):
     attention_period, attention_offset: layer i has attention where i % period == offset, and Mamba
       otherwise. expert_period, expert_offset: likewise experts, and a dense MLP otherwise.
     state_dim, conv_width, expand, dt_rank, conv_bias, proj_bias: see `Mamba`.
-    balance_loss: weight of the load-balancing loss.
-    The others: see `StandardConfig`.
+    The others: see `LanguageModelConfig`.
     """
 
     mlp_dim: int
@@ -55,8 +51,6 @@ class JambaConfig(LanguageModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_heads()
-        self.check_experts()
         for kind in ("attention", "expert"):
             period, offset = getattr(self, f"{kind}_period"), getattr(self, f"{kind}_offset")
             expected = f"0 to {kind}_period - 1 = {period - 1}"
@@ -71,10 +65,9 @@ class JambaConfig(LanguageModelConfig):
 
     def body_flops(self, num_tokens: int) -> int:
         dim, heads = self.embed_dim, self.sizes("num_heads", "num_kv_heads")
-        experts = self.sizes(*EXPERTS)
         attention = flops.attention(num_tokens, dim, **heads)
         mamba = flops.mamba(num_tokens, dim, **self.sizes(*MAMBA))
-        sparse = flops.mixture_of_experts(num_tokens, dim, **experts)
+        sparse = flops.mixture_of_experts(num_tokens, dim, **self.sizes(*EXPERTS))
         dense = flops.gated_mlp(num_tokens, dim, self.mlp_dim)
         return sum(
             (attention if self.has_attention(layer) else mamba)
@@ -83,42 +76,22 @@ class JambaConfig(LanguageModelConfig):
         )
 
 
-class Block(nnx.Module):
-    """h += mixer(norm(h)); h += mlp(norm(h)), where the mixer is an attention or Mamba."""
-
-    def __init__(self, config: JambaConfig, layer: int, *, rngs: nnx.Rngs):
-        init = jax.nn.initializers.normal(config.init_std)
-        kw: Any = dict(**config.dtypes, kernel_init=init, rngs=rngs)
-        dim, heads = config.embed_dim, config.sizes("num_heads", "num_kv_heads")
-        self.mixer_norm, self.mlp_norm = rms_norm(config), rms_norm(config)
-        if config.has_attention(layer):
-            self.mixer = GroupedQueryAttention(dim, **heads, **kw)
-        else:
-            sizes = config.sizes(*MAMBA, "norm_epsilon", "conv_bias", "proj_bias")
-            self.mixer = Mamba(dim, **sizes, **kw)
-        if config.has_experts(layer):
-            experts = config.sizes(*EXPERTS)
-            self.mlp = MixtureOfExperts(dim, **experts, **kw)
-        else:
-            self.mlp = GatedMLP(dim, config.mlp_dim, **kw)
-
-    def init_cache(self, batch_shape, max_length):
-        return self.mixer.init_cache(batch_shape, max_length)
-
-    def __call__(self, h, forward: ForwardPass, cache, key):
-        y, cache = forward.mix(self.mixer, self.mixer_norm(h), cache)
-        h = h + y
-        y, routings = feed_forward(self.mlp, self.mlp_norm(h), forward)
-        return h + y, cache, routings
-
-
 class Jamba(Transformer):
     """Jamba and Jamba 1.5; the weights of a token's experts are the raw probabilities."""
 
     def __init__(self, config: JambaConfig, *, rngs: nnx.Rngs):
-        init = jax.nn.initializers.normal(config.init_std)
-        blocks = [Block(config, layer, rngs=rngs) for layer in range(config.num_layers)]
-        super().__init__(config, blocks, embedding_init=init, head_init=init, rngs=rngs)
-
-    def balance(self, routings, mask):
-        return self.config.balance_loss * load_balancing_loss(routings, mask) if routings else 0.0
+        dim, kw, experts = config.embed_dim, config.options(rngs), config.sizes(*EXPERTS)
+        heads = config.sizes("num_heads", "num_kv_heads")
+        mamba = config.sizes(*MAMBA, "norm_epsilon", "conv_bias", "proj_bias")
+        blocks = []
+        for i in range(config.num_layers):
+            if config.has_attention(i):
+                mixer = GroupedQueryAttention(dim, **heads, **kw)
+            else:
+                mixer = Mamba(dim, **mamba, **kw)
+            if config.has_experts(i):
+                mlp = MixtureOfExperts(dim, **experts, **kw)
+            else:
+                mlp = GatedMLP(dim, config.mlp_dim, **kw)
+            blocks.append(PreNormBlock(config, mixer, mlp, name="mixer"))
+        super().__init__(config, blocks, rngs=rngs)

@@ -39,24 +39,18 @@ class System(NamedTuple):
 _BFLOAT16 = dict(param_dtype="bfloat16", dtype="bfloat16")
 _SEED = dict(vocab_size=10_000, embed_dim=512, mlp_dim=2_048, num_heads=16)
 _SEED_LAYERS = dict(**_SEED, num_layers=6)
+_SEED_LATENT = dict(kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
 _TINY = dict(vocab_size=61, embed_dim=32, mlp_dim=48, num_heads=4, context_length=64)
 _TINY_LAYERS = dict(**_TINY, num_layers=3)
+_TINY_LATENT = dict(kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
 
-_DEEPSEEK_V2 = dict(
-    vocab_size=102_400,
-    embed_dim=5_120,
-    mlp_dim=12_288,
-    expert_dim=1_536,
-    num_layers=60,
-    num_heads=128,
-    kv_lora_rank=512,
-    q_lora_rank=1_536,
-    num_experts=160,
-    num_groups=8,
-    top_groups=3,
-    routed_scale=16.0,
-    context_length=163_840,
-    **_BFLOAT16,
+_JAMBA = dict(vocab_size=65_536, num_kv_heads=8, context_length=262_144, **_BFLOAT16)
+_GROUPS = dict(num_experts=8, num_groups=4, top_groups=2)
+_DEEPSEEK = dict(vocab_size=102_400, kv_lora_rank=512, context_length=163_840, **_BFLOAT16)
+_DEEPSEEK_V2 = (
+    dict(**_DEEPSEEK, embed_dim=5_120, mlp_dim=12_288, num_layers=60, num_heads=128)
+    | dict(q_lora_rank=1_536, expert_dim=1_536, num_experts=160, num_groups=8, top_groups=3)
+    | dict(routed_scale=16.0)
 )
 
 
@@ -66,8 +60,6 @@ def _yarn(mscale: float) -> Rope:
     return Rope(interleaved=True, yarn=yarn)
 
 
-_JAMBA = dict(vocab_size=65_536, num_kv_heads=8, context_length=262_144, **_BFLOAT16)
-
 SYSTEMS: Mapping[str, System] = {
     "slam_v6": System("SLAM V6 Jamba killer", SlamV6Config, SlamV6, {"seed": _SEED, "tiny": _TINY}),
     "jamba": System(
@@ -76,20 +68,12 @@ SYSTEMS: Mapping[str, System] = {
         Jamba,
         {
             "seed": dict(**_SEED_LAYERS, num_kv_heads=4, num_experts=8),
-            "tiny": dict(
-                **{**_TINY_LAYERS, "num_layers": 4},
-                num_kv_heads=2,
-                num_experts=4,
-                attention_period=4,
-                attention_offset=2,
-                state_dim=4,
-            ),
-            "mini_1.5": dict(
-                **_JAMBA, embed_dim=4_096, mlp_dim=14_336, num_layers=32, num_heads=32
-            ),
-            "large_1.5": dict(
-                **_JAMBA, embed_dim=8_192, mlp_dim=24_576, num_layers=72, num_heads=64
-            ),
+            "tiny": dict(**_TINY, num_layers=4, num_kv_heads=2, num_experts=4, state_dim=4)
+            | dict(attention_period=4, attention_offset=2),
+            "mini_1.5": dict(**_JAMBA, embed_dim=4_096, mlp_dim=14_336)
+            | dict(num_layers=32, num_heads=32),
+            "large_1.5": dict(**_JAMBA, embed_dim=8_192, mlp_dim=24_576)
+            | dict(num_layers=72, num_heads=64),
         },
     ),
     "deepseek_v2": System(
@@ -97,47 +81,14 @@ SYSTEMS: Mapping[str, System] = {
         DeepseekV2Config,
         DeepseekV2,
         {
-            "seed": dict(
-                **_SEED_LAYERS,
-                expert_dim=512,
-                q_lora_rank=192,
-                kv_lora_rank=128,
-                qk_nope_head_dim=32,
-                qk_rope_head_dim=16,
-                v_head_dim=32,
-                num_experts=8,
-                num_experts_per_token=2,
-                num_groups=4,
-                top_groups=2,
-            ),
-            "tiny": dict(
-                **_TINY_LAYERS,
-                expert_dim=12,
-                q_lora_rank=20,
-                kv_lora_rank=12,
-                qk_nope_head_dim=8,
-                qk_rope_head_dim=4,
-                v_head_dim=6,
-                num_experts=8,
-                num_experts_per_token=3,
-                num_groups=4,
-                top_groups=2,
-                routed_scale=2.0,
-            ),
+            "seed": dict(**_SEED_LAYERS, **_SEED_LATENT, **_GROUPS)
+            | dict(expert_dim=512, q_lora_rank=192, num_experts_per_token=2),
+            "tiny": dict(**_TINY_LAYERS, **_TINY_LATENT, **_GROUPS)
+            | dict(expert_dim=12, q_lora_rank=20, num_experts_per_token=3, routed_scale=2.0),
             "v2": dict(**_DEEPSEEK_V2, rope=_yarn(0.707)),
             "v2.5": dict(**_DEEPSEEK_V2, rope=_yarn(1.0)),
-            "v2_lite": dict(
-                vocab_size=102_400,
-                embed_dim=2_048,
-                mlp_dim=10_944,
-                expert_dim=1_408,
-                num_layers=27,
-                num_heads=16,
-                kv_lora_rank=512,
-                context_length=163_840,
-                rope=_yarn(0.707),
-                **_BFLOAT16,
-            ),
+            "v2_lite": dict(**_DEEPSEEK, embed_dim=2_048, mlp_dim=10_944, expert_dim=1_408)
+            | dict(num_layers=27, num_heads=16, rope=_yarn(0.707)),
         },
     ),
     "hunyuan_large": System(
@@ -147,18 +98,9 @@ SYSTEMS: Mapping[str, System] = {
         {
             "seed": dict(**_SEED_LAYERS, num_kv_heads=2, num_experts=8),
             "tiny": dict(**_TINY_LAYERS, num_kv_heads=2, num_experts=4),
-            "large": dict(
-                vocab_size=128_512,
-                embed_dim=6_400,
-                mlp_dim=18_304,
-                num_layers=64,
-                num_heads=80,
-                num_kv_heads=8,
-                head_dim=80,
-                rope=Rope(ntk_alpha=100_000.0),
-                context_length=262_144,
-                **_BFLOAT16,
-            ),
+            "large": dict(vocab_size=128_512, embed_dim=6_400, mlp_dim=18_304, num_layers=64)
+            | dict(num_heads=80, num_kv_heads=8, head_dim=80, rope=Rope(ntk_alpha=100_000.0))
+            | dict(context_length=262_144, **_BFLOAT16),
         },
     ),
     "slam_v4_champion": System(
@@ -168,14 +110,7 @@ SYSTEMS: Mapping[str, System] = {
         "SLAM V5",
         SlamV5Config,
         SlamV5,
-        {
-            "seed": dict(
-                **_SEED, kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
-            ),
-            "tiny": dict(
-                **_TINY, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
-            ),
-        },
+        {"seed": dict(**_SEED, **_SEED_LATENT), "tiny": dict(**_TINY, **_TINY_LATENT)},
     ),
     "slam_v4": System("SLAM V4", SlamV4Config, SlamV4, {"seed": _SEED, "tiny": _TINY}),
     "standard": System(

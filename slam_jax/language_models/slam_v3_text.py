@@ -73,14 +73,14 @@ class SlamV3TextConfig(LanguageModelConfig):
 
 @struct.dataclass
 class TextCache:
-    """What is kept of each row R; the axes of the batch are flattened to rows.
+    """The cache of each row; the axes of the batch are flattened to rows.
 
-    c_mem: the memory made from the window before, valid where `has_memory`. window: the tokens of
-    the current window so far. decoder: its latents. length: tokens seen in all.
+    c_mem: the memory made from the window before, which is valid once `length` is at least W.
+    window: the tokens of the current window so far. decoder: its latents. length: tokens seen in
+    all.
     """
 
     c_mem: Float[Array, "rows W R"]
-    has_memory: Bool[Array, "rows"]
     window: Int[Array, "rows W"]
     decoder: DecoderCache
     length: Int[Array, "rows"]
@@ -90,12 +90,10 @@ class SlamV3Text(HeadedModel):
     """The modules of SLAM v3 for text, with the protocol of a language model."""
 
     def __init__(self, config: SlamV3TextConfig, *, rngs: nnx.Rngs):
-        self.config, v3 = config, config.slam_v3
+        self.config, v3, normal = config, config.slam_v3, nnx.initializers.normal
         kw: Any = dict(**config.dtypes, rngs=rngs)
-        normal = nnx.initializers.normal
-        self.embedding = nnx.Embed(
-            config.vocab_size, config.embed_dim, embedding_init=normal(0.02), **kw
-        )
+        sizes = (config.vocab_size, config.embed_dim)
+        self.embedding = nnx.Embed(*sizes, embedding_init=normal(0.02), **kw)
         self.text_norm = RMSNorm(config.embed_dim, param_dtype=kw["param_dtype"])
         # `Streams` says why its standard deviation is so large.
         self.type = nnx.Param(normal(0.5)(rngs.params(), (config.embed_dim,), kw["param_dtype"]))
@@ -122,12 +120,10 @@ class SlamV3Text(HeadedModel):
             # Windows begin at the first real token: pads are moved to the right, and back later.
             order = jnp.argsort(~jnp.asarray(mask).reshape(rows.shape), axis=-1)
             rows, back = jnp.take_along_axis(rows, order, axis=-1), jnp.argsort(order, axis=-1)
-        windows = self._windows(rows)
-        keys = split(key, 2)
-        c_mem = self._encode(windows[:, :-1].reshape(-1, self.config.text_window), keys[0])
-        memory = self._memory(c_mem.reshape(len(rows), -1, *c_mem.shape[1:]))
+        windows, keys = self._windows(rows), split(key, 2)
+        memory = self._memory(self._encode(windows[:, :-1], keys[0]))
         h, _ = self.decoder(self._embed(windows), memory, key=keys[1])
-        h = h.reshape(len(rows), -1, h.shape[-1])[:, : rows.shape[1]]
+        h = _joined(h, rows)
         if back is not None:
             h = jnp.take_along_axis(h, back[..., None], axis=1)
         return Hidden(h.reshape(*tokens.shape, -1))
@@ -135,10 +131,8 @@ class SlamV3Text(HeadedModel):
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> TextCache:
         """An empty cache; it takes any number of tokens, whatever `max_length`."""
         rows, window = math.prod(batch_shape), self.config.text_window
-        dtype = self.config.dtypes["dtype"]
         return TextCache(
-            c_mem=jnp.zeros((rows, window, self.config.kv_lora_rank), dtype),
-            has_memory=jnp.zeros((rows,), bool),
+            c_mem=jnp.zeros((rows, window, self.config.kv_lora_rank), self.config.dtypes["dtype"]),
             window=jnp.zeros((rows, window), jnp.int32),
             decoder=self.decoder.init_cache((rows, 1), window),
             length=jnp.zeros((rows,), jnp.int32),
@@ -165,8 +159,7 @@ class SlamV3Text(HeadedModel):
         rows = without_unknown_pads(rows, real, self.config.vocab_size)
         windows = self._windows(rows)
         count = windows.shape[1]
-        c_mem = self._encode(windows.reshape(-1, size), None)
-        c_mem = c_mem.reshape(len(rows), count, *c_mem.shape[1:])
+        c_mem = self._encode(windows, None)
         h, decoder = self.decoder.prefill(
             self._embed(windows),
             self.decoder.init_cache((len(rows) * count, 1), size),
@@ -174,21 +167,12 @@ class SlamV3Text(HeadedModel):
             None,
         )
         # The window of each row's next token; it is empty where the last one is full.
-        current = length // size
-        row = jnp.arange(len(rows))
-        taken = row * count + jnp.minimum(current, count - 1)
-        decoder = jax.tree.map(lambda x: x[taken], decoder)
-        known = (length - current * size)[:, None]
-        cache = TextCache(
-            c_mem=c_mem[row, jnp.maximum(current - 1, 0)],
-            has_memory=current > 0,
-            window=windows[row, jnp.minimum(current, count - 1)].astype(jnp.int32),
-            decoder=tuple(dataclasses.replace(layer, length=known) for layer in decoder),
-            length=length,
-        )
-        logits = self.logits(h)
-        logits = logits.reshape(len(rows), -1, logits.shape[-1])[:, : rows.shape[1]]
-        return logits.reshape(*tokens.shape, -1), cache
+        current, row = length // size, jnp.arange(len(rows))
+        place = jnp.minimum(current, count - 1)
+        decoder = jax.tree.map(lambda x: x[row * count + place], decoder)
+        c_mem, window = c_mem[row, jnp.maximum(current - 1, 0)], windows[row, place]
+        logits = _joined(self.logits(h), rows).reshape(*tokens.shape, -1)
+        return logits, self._cache(c_mem, window.astype(jnp.int32), decoder, length)
 
     def decode_step(
         self, tokens: Int[AnyArray, "*B"], cache: TextCache, memory: None = None
@@ -196,32 +180,26 @@ class SlamV3Text(HeadedModel):
         """The logits after one more token per row; a row whose window is full then encodes it and
         begins the next one."""
         size, rows = self.config.text_window, jnp.asarray(tokens).reshape(-1)
-        before = Memory(
-            cache.c_mem, jnp.broadcast_to(cache.has_memory[:, None], cache.window.shape)
-        )
+        known = jnp.broadcast_to(cache.length[:, None] >= size, cache.window.shape)
         embedded = self._embed(rows[:, None, None])
+        before = Memory(cache.c_mem, known)
         h, decoder = self.decoder.decode_step(embedded, cache.decoder, before)
         place = cache.length % size
         window = cache.window.at[jnp.arange(len(rows)), place].set(rows.astype(jnp.int32))
-        full = place == size - 1
+        full = (place == size - 1)[:, None, None]
         c_mem = jax.lax.cond(
             jnp.any(full),
-            lambda: jnp.where(full[:, None, None], self._encode(window, None), cache.c_mem),
+            lambda: jnp.where(full, self._encode(window[:, None], None)[:, 0], cache.c_mem),
             lambda: cache.c_mem,
         )
-        start = full[:, None]
-        cache = TextCache(
-            c_mem=c_mem,
-            has_memory=cache.has_memory | full,
-            window=window,
-            decoder=tuple(
-                dataclasses.replace(layer, length=jnp.where(start, 0, layer.length))
-                for layer in decoder
-            ),
-            length=cache.length + 1,
-        )
-        logits = self.logits(h)
-        return logits.reshape(*tokens.shape, -1), cache
+        logits = self.logits(h).reshape(*tokens.shape, -1)
+        return logits, self._cache(c_mem, window, decoder, cache.length + 1)
+
+    def _cache(self, c_mem, window, decoder: DecoderCache, length) -> TextCache:
+        """The cache after `length` tokens, where the decoder knows those of the current window."""
+        known = (length % self.config.text_window)[:, None]
+        decoder = tuple(dataclasses.replace(layer, length=known) for layer in decoder)
+        return TextCache(c_mem, window, decoder, length)
 
     def _windows(self, rows: Int[Array, "rows T"]) -> Int[Array, "rows windows W"]:
         """Whole windows, the last one padded with token 0."""
@@ -235,19 +213,25 @@ class SlamV3Text(HeadedModel):
         return self.embedding(windows.reshape(-1, 1, windows.shape[-1]))
 
     def _encode(
-        self, windows: Int[Array, "rows W"], key: PRNGKeyArray | None
-    ) -> Float[Array, "rows W R"]:
+        self, windows: Int[Array, "rows windows W"], key: PRNGKeyArray | None
+    ) -> Float[Array, "rows windows W R"]:
         """The memory that each window gives to the next."""
         keys = split(key, 4)
-        x = self.text_norm(self.embedding(windows))
+        x = self.text_norm(self.embedding(windows.reshape(-1, windows.shape[-1])))
         x = dropout(x + self.type[None, None].astype(x.dtype), self.config.dropout, keys[0])
         streams, bank = self.level_one([Stream(x, None, jnp.arange(x.shape[1]))], key=keys[1])
         y, _ = self.processes(streams, bank, key=keys[2])
         fused = self.fusion(y, streams, key=keys[3])
-        return self.memory_bank(fused.tokens, fused.mask).c_mem
+        c_mem = self.memory_bank(fused.tokens, fused.mask).c_mem
+        return c_mem.reshape(*windows.shape, self.config.kv_lora_rank)
 
     def _memory(self, c_mem: Float[Array, "rows windows W R"]) -> Memory:
         """The memories of windows 0 .. m, from windows 0 .. m - 1; the first one is empty."""
         c_mem = jnp.pad(c_mem, [(0, 0), (1, 0), (0, 0), (0, 0)])
         mask = jnp.broadcast_to(jnp.arange(c_mem.shape[1])[:, None] > 0, c_mem.shape[:3])
         return Memory(c_mem.reshape(-1, *c_mem.shape[2:]), mask.reshape(-1, c_mem.shape[2]))
+
+
+def _joined(x: Float[Array, "rows_windows 1 W C"], rows: Any) -> Float[Array, "rows T C"]:
+    """The windows of each row one after the other, without the pads of the last one."""
+    return x.reshape(len(rows), -1, x.shape[-1])[:, : rows.shape[1]]

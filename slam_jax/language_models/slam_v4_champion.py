@@ -8,7 +8,6 @@ LayerNorm, learned positions, averages.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,9 @@ from flax import nnx
 
 from slam_jax.language_models.base import (
     ForwardPass,
+    ParallelBlocks,
     Transformer,
     layer_norm,
-    learned_positions,
-    within_context,
 )
 from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers import flops
@@ -28,24 +26,18 @@ from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
 
-INIT = jax.nn.initializers.normal(0.02)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlamV4ChampionConfig(LanguageModelConfig):
-    """mlp_dim: F. num_heads: N. level_layers: layers of level 1, and as many of level 3.
-    num_blocks: parallel blocks of level 2. num_cycles: how often level 2 runs.
-    context_length: also the number of learned positions."""
+    """level_layers: layers of level 1, and as many of level 3. num_blocks: parallel blocks of
+    level 2. num_cycles: how often level 2 runs. context_length: also the number of learned
+    positions."""
 
     mlp_dim: int
     num_heads: int
     level_layers: int = 2
     num_blocks: int = 4
     num_cycles: int = 2
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_heads()
 
     def body_flops(self, num_tokens: int) -> int:
         dim, heads = self.embed_dim, self.num_heads
@@ -65,8 +57,7 @@ class GatedParallel(nnx.Module):
     """
 
     def __init__(self, config: SlamV4ChampionConfig, *, rngs: nnx.Rngs):
-        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
-        dim = config.embed_dim
+        dim, kw = config.embed_dim, config.options(rngs)
         self.attention_norm, self.mlp_norm = layer_norm(config, rngs), layer_norm(config, rngs)
         self.norm = layer_norm(config, rngs)
         self.gate = Linear(dim, dim, **kw)
@@ -83,8 +74,8 @@ class Layer(nnx.Module):
     """A layer of level 1 or 3."""
 
     def __init__(self, config: SlamV4ChampionConfig, *, rngs: nnx.Rngs):
-        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
-        self.attention = GroupedQueryAttention(config.embed_dim, config.num_heads, **kw)
+        sizes = (config.embed_dim, config.num_heads)
+        self.attention = GroupedQueryAttention(*sizes, **config.options(rngs))
         self.rest = GatedParallel(config, rngs=rngs)
 
     def init_cache(self, batch_shape, max_length):
@@ -100,11 +91,8 @@ class EFBlock(nnx.Module):
     """A block of level 2."""
 
     def __init__(self, config: SlamV4ChampionConfig, *, rngs: nnx.Rngs):
-        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
-        head_dim = config.embed_dim // config.num_heads
-        self.attention = CrossLayerAttention(
-            config.embed_dim, config.num_heads, head_dim, query_bias=True, **kw
-        )
+        sizes = (config.embed_dim, config.num_heads, config.embed_dim // config.num_heads)
+        self.attention = CrossLayerAttention(*sizes, query_bias=True, **config.options(rngs))
         self.rest = GatedParallel(config, rngs=rngs)
 
     def __call__(self, h, shared, positions):
@@ -112,39 +100,16 @@ class EFBlock(nnx.Module):
         return self.rest(h, x, self.attention(x, shared, positions))
 
 
-class EFLevel(nnx.Module):
-    """Level 2: one set of keys and values; each cycle is the mean of all blocks that read it."""
-
-    def __init__(self, config: SlamV4ChampionConfig, *, rngs: nnx.Rngs):
-        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
-        dim, head_dim = config.embed_dim, config.embed_dim // config.num_heads
-        self.num_cycles = config.num_cycles
-        self.norm = layer_norm(config, rngs)
-        self.key_values = SharedKeyValues(dim, config.num_heads, head_dim, **kw)
-        keys = jax.random.split(rngs.params(), config.num_blocks)
-        self.stack = jax.vmap(lambda key: EFBlock(config, rngs=nnx.Rngs(key)))(keys)
-
-    def init_cache(self, batch_shape, max_length):
-        return self.key_values.init_cache(batch_shape, max_length)
-
-    def __call__(self, h, forward: ForwardPass, cache, key):
-        shared, cache = forward.mix(self.key_values, self.norm(h), cache)
-        run = jax.vmap(lambda block, h: block(h, shared, forward.positions), in_axes=(0, None))
-        for _ in range(self.num_cycles):
-            h = jnp.mean(run(self.stack, h), axis=0)
-        return h, cache, ()
-
-
 class SlamV4Champion(Transformer):
     """Level 1, level 2 twice, level 3."""
 
     def __init__(self, config: SlamV4ChampionConfig, *, rngs: nnx.Rngs):
-        below = [Layer(config, rngs=rngs) for _ in range(config.level_layers)]
-        above = [Layer(config, rngs=rngs) for _ in range(config.level_layers)]
-        blocks = [*below, EFLevel(config, rngs=rngs), *above]
-        inits: Any = dict(embedding_init=INIT, head_init=INIT)
-        super().__init__(config, blocks, norm=layer_norm(config, rngs), **inits, rngs=rngs)
-        self.positions = learned_positions(config, INIT, rngs)
-
-    def embed(self, tokens, positions, key):
-        return self.embedding(tokens) + self.positions(within_context(positions, self.config))
+        dim, heads, count = config.embed_dim, config.num_heads, config.level_layers
+        layers = [Layer(config, rngs=rngs) for _ in range(2 * count)]
+        norm, sizes = layer_norm(config, rngs), (dim, heads, dim // heads)
+        key_values = SharedKeyValues(*sizes, **config.options(rngs))
+        cycles = config.num_cycles
+        blocks = ParallelBlocks(config, EFBlock, norm, key_values, num_cycles=cycles, rngs=rngs)
+        levels = [*layers[:count], blocks, *layers[count:]]
+        norm = layer_norm(config, rngs)
+        super().__init__(config, levels, norm=norm, learned_positions=True, rngs=rngs)

@@ -7,14 +7,13 @@ its own bias.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from slam_jax.errors import require
-from slam_jax.language_models.base import ForwardPass, PreNormBlock, Transformer, rms_norm
+from slam_jax.language_models.base import ParallelBlocks, PreNormBlock, Transformer, rms_norm
 from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.attention import Layout, causal_layout
@@ -25,15 +24,14 @@ from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.rotary import rotary
 
-INIT = jax.nn.initializers.normal(0.02)
 LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlamV5Config(LanguageModelConfig):
-    """mlp_dim: F. num_heads: N. kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: see
-    `MultiHeadLatentAttention`. level_layers: layers of level 1, and as many of level 3.
-    num_blocks: parallel blocks of level 2."""
+    """kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: see `MultiHeadLatentAttention`.
+    level_layers: layers of level 1, and as many of level 3. num_blocks: parallel blocks of level 2.
+    """
 
     mlp_dim: int
     num_heads: int
@@ -43,11 +41,6 @@ class SlamV5Config(LanguageModelConfig):
     v_head_dim: int
     level_layers: int = 2
     num_blocks: int = 4
-
-    def __post_init__(self):
-        super().__post_init__()
-        rope = self.qk_rope_head_dim
-        require(rope % 2 == 0, "qk_rope_head_dim", rope, "an even number above 0")
 
     def body_flops(self, num_tokens: int) -> int:
         dim, heads, latent = self.embed_dim, self.num_heads, self.sizes(*LATENT)
@@ -62,8 +55,7 @@ class Latents(nnx.Module):
     """The latents of level 1: called as a token mixer, it returns a function that reads them."""
 
     def __init__(self, config: SlamV5Config, *, rngs: nnx.Rngs):
-        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
-        rank, heads = config.kv_lora_rank, config.num_heads
+        kw, rank, heads = config.options(rngs), config.kv_lora_rank, config.num_heads
         self.rank, self.rope_dim, self.dtype = rank, config.qk_rope_head_dim, kw["dtype"]
         self.down = Linear(config.embed_dim, rank, **kw)
         self.norm = RMSNorm(rank, param_dtype=kw["param_dtype"])
@@ -96,24 +88,17 @@ class Latents(nnx.Module):
     def _bank(self, c_kv, k_rope, visible, absorbed):
         """A function of the queries that returns what they read from the latents."""
         k_up, v_up = (up.kernel[...].astype(self.dtype) for up in (self.k_up, self.v_up))
-
-        def read(q, q_rope):
-            return latent_attend(
-                q, c_kv, k_up, v_up, q_rope=q_rope, k_rope=k_rope, mask=visible, absorbed=absorbed
-            )
-
-        return read
+        bank: Any = dict(latents=c_kv, w_uk=k_up, w_uv=v_up, k_rope=k_rope)
+        return functools.partial(latent_attend, **bank, mask=visible, absorbed=absorbed)
 
 
 def layer(config: SlamV5Config, *, rngs: nnx.Rngs) -> PreNormBlock:
     """A layer of level 1 or 3."""
-    kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
-    latent = config.sizes("num_heads", *LATENT)
+    dim, kw, latent = config.embed_dim, config.options(rngs), config.sizes("num_heads", *LATENT)
     return PreNormBlock(
-        attention_norm=rms_norm(config),
-        mlp_norm=rms_norm(config),
-        attention=MultiHeadLatentAttention(config.embed_dim, **latent, **kw),
-        mlp=GatedMLP(config.embed_dim, config.mlp_dim, **kw),
+        config,
+        attention=MultiHeadLatentAttention(dim, **latent, **kw),
+        mlp=GatedMLP(dim, config.mlp_dim, **kw),
     )
 
 
@@ -121,14 +106,12 @@ class EFBlock(nnx.Module):
     """A block of level 2: h += attention to level 1 with a query bias; h += mlp(norm(h))."""
 
     def __init__(self, config: SlamV5Config, *, rngs: nnx.Rngs):
-        kw: Any = dict(**config.dtypes, kernel_init=INIT, rngs=rngs)
-        dim, heads = config.embed_dim, config.num_heads
+        dim, heads, kw = config.embed_dim, config.num_heads, config.options(rngs)
         self.attention_norm, self.mlp_norm = rms_norm(config), rms_norm(config)
         self.q_nope = Linear(dim, (heads, config.qk_nope_head_dim), **kw)
         self.q_rope = Linear(dim, (heads, config.qk_rope_head_dim), **kw)
-        self.query_bias = nnx.Param(
-            INIT(rngs.params(), (heads, config.qk_nope_head_dim), kw["param_dtype"])
-        )
+        shape = (heads, config.qk_nope_head_dim)
+        self.query_bias = nnx.Param(config.init(rngs.params(), shape, kw["param_dtype"]))
         self.out = Linear((heads, config.v_head_dim), dim, **kw)
         self.mlp = GatedMLP(dim, config.mlp_dim, **kw)
 
@@ -136,33 +119,16 @@ class EFBlock(nnx.Module):
         x = self.attention_norm(h)
         q = self.q_nope(x)
         q = q + jax.lax.broadcast_to_rank(self.query_bias[...].astype(q.dtype), q.ndim)
-        h = h + self.out(read(q, rotary(self.q_rope(x), positions)))
+        h = h + self.out(read(q, q_rope=rotary(self.q_rope(x), positions)))
         return h + self.mlp(self.mlp_norm(h))
 
 
-class EFLevel(nnx.Module):
-    """Level 2: one latent for each token, read by all blocks in one vmap, and their mean."""
-
-    def __init__(self, config: SlamV5Config, *, rngs: nnx.Rngs):
-        self.norm = rms_norm(config)
-        self.latents = Latents(config, rngs=rngs)
-        keys = jax.random.split(rngs.params(), config.num_blocks)
-        self.stack = jax.vmap(lambda key: EFBlock(config, rngs=nnx.Rngs(key)))(keys)
-
-    def init_cache(self, batch_shape, max_length):
-        return self.latents.init_cache(batch_shape, max_length)
-
-    def __call__(self, h, forward: ForwardPass, cache, key):
-        read, cache = forward.mix(self.latents, self.norm(h), cache)
-        y = jax.vmap(lambda block: block(h, read, forward.positions))(self.stack)
-        return jnp.mean(y, axis=0), cache, ()
-
-
 class SlamV5(Transformer):
-    """Level 1, level 2, level 3; all caches are latents."""
+    """Level 1, level 2, level 3; all caches are latents, in level 2 one for each token."""
 
     def __init__(self, config: SlamV5Config, *, rngs: nnx.Rngs):
-        below = [layer(config, rngs=rngs) for _ in range(config.level_layers)]
-        above = [layer(config, rngs=rngs) for _ in range(config.level_layers)]
-        blocks = [*below, EFLevel(config, rngs=rngs), *above]
-        super().__init__(config, blocks, embedding_init=INIT, head_init=INIT, rngs=rngs)
+        count, norm = config.level_layers, rms_norm(config)
+        layers = [layer(config, rngs=rngs) for _ in range(2 * count)]
+        latents = Latents(config, rngs=rngs)
+        blocks = ParallelBlocks(config, EFBlock, norm, latents, name="latents", rngs=rngs)
+        super().__init__(config, [*layers[:count], blocks, *layers[count:]], rngs=rngs)

@@ -14,29 +14,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from slam_jax.errors import require
-from slam_jax.language_models.base import (
-    ForwardPass,
-    Transformer,
-    learned_positions,
-    rms_norm,
-    within_context,
-)
+from slam_jax.language_models.base import ForwardPass, Transformer, rms_norm
 from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
-from slam_jax.layers.linear import Linear
+from slam_jax.layers.linear import Initializer, Linear
 from slam_jax.layers.mlp import GatedMLP
-
-HE_NORMAL = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-EMBEDDING_INIT = jax.nn.initializers.normal(0.01)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlamV6Config(LanguageModelConfig):
-    """mlp_dim: F. num_heads: N, even. level_layers: layers of level 1, and as many of level 3.
-    dropout: rate for the embeddings and for what a layer adds to them.
-    context_length: also the number of learned positions."""
+    """level_layers: layers of level 1, and as many of level 3. dropout: rate for the embeddings and
+    for what a layer adds to them. context_length: also the number of learned positions."""
 
     mlp_dim: int
     num_heads: int
@@ -45,10 +35,13 @@ class SlamV6Config(LanguageModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_heads()
         heads, mlp_dim = self.num_heads, self.mlp_dim
         require(heads % 2 == 0, "num_heads", heads, "an even number: one block has half of them")
         require(mlp_dim % 2 == 0, "mlp_dim", mlp_dim, "an even number: one block has half of it")
+
+    @property
+    def init(self) -> Initializer:
+        return jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
     def body_flops(self, num_tokens: int) -> int:
         dim, mlp_dim = self.embed_dim, self.mlp_dim
@@ -67,28 +60,18 @@ class SlamV6Config(LanguageModelConfig):
         return 2 * self.level_layers * layer(mlp_dim) + blocks + fusion
 
 
-def linear(config: SlamV6Config, inputs, outputs, rngs: nnx.Rngs) -> Linear:
-    return Linear(inputs, outputs, kernel_init=HE_NORMAL, **config.dtypes, rngs=rngs)
-
-
-def glu(config: SlamV6Config, mlp_dim: int, rngs: nnx.Rngs) -> GatedMLP:
-    kw: Any = dict(**config.dtypes, rngs=rngs)
-    return GatedMLP(config.embed_dim, mlp_dim, kernel_init=HE_NORMAL, **kw)
-
-
 class ParallelLayer(nnx.Module):
     """a = attention(x) * sigmoid(W x) of x = norm(h), f = GLU(norm(h)), then norm(h + W [a; f])."""
 
     def __init__(self, config: SlamV6Config, num_heads: int, mlp_dim: int, *, rngs: nnx.Rngs):
-        dim = config.embed_dim
-        kw: Any = dict(**config.dtypes, rngs=rngs)
+        dim, kw = config.embed_dim, config.options(rngs)
         self.dropout = config.dropout
         self.attention_norm, self.mlp_norm = rms_norm(config), rms_norm(config)
         self.norm = rms_norm(config)
-        self.attention = GroupedQueryAttention(dim, num_heads, kernel_init=HE_NORMAL, **kw)
-        self.gate = linear(config, dim, dim, rngs)
-        self.mlp = glu(config, mlp_dim, rngs)
-        self.out = linear(config, (2, dim), dim, rngs)
+        self.attention = GroupedQueryAttention(dim, num_heads, **kw)
+        self.gate = Linear(dim, dim, **kw)
+        self.mlp = GatedMLP(dim, mlp_dim, **kw)
+        self.out = Linear((2, dim), dim, **kw)
 
     def init_cache(self, batch_shape, max_length):
         return self.attention.init_cache(batch_shape, max_length)
@@ -101,51 +84,54 @@ class ParallelLayer(nnx.Module):
         return self.norm(h + dropout(y, self.dropout, key)), cache, ()
 
 
-class Sequence(nnx.Module):
+class Pointwise(nnx.Module):
+    """A specialist without attention, and therefore without a cache."""
+
+    def init_cache(self, batch_shape, max_length):
+        return ()
+
+
+class Sequence(Pointwise):
     """W2 silu(W1 norm(m))."""
 
     def __init__(self, config: SlamV6Config, *, rngs: nnx.Rngs):
-        dim = config.embed_dim
+        dim, kw = config.embed_dim, config.options(rngs)
         self.norm = rms_norm(config)
-        self.up, self.down = linear(config, dim, dim, rngs), linear(config, dim, dim, rngs)
+        self.up, self.down = Linear(dim, dim, **kw), Linear(dim, dim, **kw)
 
-    def __call__(self, m):
-        return self.down(jax.nn.silu(self.up(self.norm(m))))
+    def __call__(self, m, forward: ForwardPass, cache, key):
+        return self.down(jax.nn.silu(self.up(self.norm(m)))), (), ()
 
 
-class Pattern(nnx.Module):
+class Pattern(Pointwise):
     """GLU(norm(m))."""
 
     def __init__(self, config: SlamV6Config, *, rngs: nnx.Rngs):
-        self.norm, self.mlp = rms_norm(config), glu(config, config.mlp_dim, rngs)
+        self.norm = rms_norm(config)
+        self.mlp = GatedMLP(config.embed_dim, config.mlp_dim, **config.options(rngs))
 
-    def __call__(self, m):
-        return self.mlp(self.norm(m))
+    def __call__(self, m, forward: ForwardPass, cache, key):
+        return self.mlp(self.norm(m)), (), ()
 
 
 class EFBlock(nnx.Module):
     """m = layer(x + 0.01 (W_q x + W_k x + W_v x) / 3); norm(m + specialist(m))."""
 
     def __init__(self, config: SlamV6Config, specialist: nnx.Module, *, rngs: nnx.Rngs):
-        dim = config.embed_dim
-        self.q, self.k, self.v = (linear(config, dim, dim, rngs) for _ in range(3))
+        dim, kw = config.embed_dim, config.options(rngs)
+        self.q, self.k, self.v = (Linear(dim, dim, **kw) for _ in range(3))
         self.layer = ParallelLayer(config, config.num_heads, config.mlp_dim, rngs=rngs)
         self.specialist: Any = specialist
         self.norm = rms_norm(config)
 
     def init_cache(self, batch_shape, max_length):
-        cache = self.layer.init_cache(batch_shape, max_length)
-        attends = isinstance(self.specialist, ParallelLayer)
-        return cache, self.specialist.init_cache(batch_shape, max_length) if attends else ()
+        return tuple(m.init_cache(batch_shape, max_length) for m in (self.layer, self.specialist))
 
     def __call__(self, x, forward: ForwardPass, caches, key):
         keys, caches = split(key, 2), caches or (None, None)
         x = x + 0.01 * (self.q(x) + self.k(x) + self.v(x)) / 3
         m, cache, _ = self.layer(x, forward, caches[0], keys[0])
-        if isinstance(self.specialist, ParallelLayer):
-            s, specialist_cache, _ = self.specialist(m, forward, caches[1], keys[1])
-        else:
-            s, specialist_cache = self.specialist(m), ()
+        s, specialist_cache, _ = self.specialist(m, forward, caches[1], keys[1])
         return self.norm(m + s), (cache, specialist_cache), ()
 
 
@@ -155,30 +141,27 @@ class EFLevel(nnx.Module):
 
     def __init__(self, config: SlamV6Config, *, rngs: nnx.Rngs):
         dim, heads, mlp_dim = config.embed_dim, config.num_heads, config.mlp_dim
-        specialists = {
-            "attention": ParallelLayer(config, heads, mlp_dim // 2, rngs=rngs),
-            "ffn": ParallelLayer(config, heads // 2, 2 * mlp_dim, rngs=rngs),
-            "sequence": Sequence(config, rngs=rngs),
-            "pattern": Pattern(config, rngs=rngs),
-        }
-        self.blocks = nnx.List([EFBlock(config, s, rngs=rngs) for s in specialists.values()])
-        self.norm = rms_norm(config)
-        self.weights = linear(config, dim, len(specialists), rngs)
-        self.mlp = glu(config, dim, rngs)
+        specialists = [
+            ParallelLayer(config, heads, mlp_dim // 2, rngs=rngs),
+            ParallelLayer(config, heads // 2, 2 * mlp_dim, rngs=rngs),
+            Sequence(config, rngs=rngs),
+            Pattern(config, rngs=rngs),
+        ]
+        self.blocks = nnx.List([EFBlock(config, s, rngs=rngs) for s in specialists])
+        self.norm, kw = rms_norm(config), config.options(rngs)
+        self.weights = Linear(dim, len(specialists), **kw)
+        self.mlp = GatedMLP(dim, dim, **kw)
 
     def init_cache(self, batch_shape, max_length):
         return tuple(block.init_cache(batch_shape, max_length) for block in self.blocks)
 
     def __call__(self, x, forward: ForwardPass, caches, key):
-        caches, outputs, new_caches = caches or (None,) * len(self.blocks), [], []
-        keys = split(key, len(self.blocks))
-        for block, cache, block_key in zip(self.blocks, caches, keys, strict=True):
-            y, cache, _ = block(x, forward, cache, block_key)
-            outputs.append(y)
-            new_caches.append(cache)
+        count = len(self.blocks)
+        each = zip(self.blocks, caches or (None,) * count, split(key, count), strict=True)
+        outputs = [block(x, forward, cache, block_key) for block, cache, block_key in each]
         weights = jax.nn.softmax(self.weights(self.norm(x)), axis=-1)
-        y = jnp.sum(jnp.stack(outputs, axis=-2) * weights[..., None], axis=-2)
-        return x + self.mlp(y), tuple(new_caches), ()
+        y = jnp.sum(jnp.stack([y for y, _, _ in outputs], axis=-2) * weights[..., None], axis=-2)
+        return x + self.mlp(y), tuple(cache for _, cache, _ in outputs), ()
 
 
 class SlamV6(Transformer):
@@ -189,13 +172,11 @@ class SlamV6(Transformer):
             sizes = (config.num_heads, config.mlp_dim)
             return [ParallelLayer(config, *sizes, rngs=rngs) for _ in range(config.level_layers)]
 
+        init = jax.nn.initializers.normal(0.01)
         blocks = [*layers(), EFLevel(config, rngs=rngs), *layers()]
-        inits: Any = dict(embedding_init=EMBEDDING_INIT, head_init=HE_NORMAL)
-        super().__init__(config, blocks, **inits, rngs=rngs)
-        self.positions = learned_positions(config, EMBEDDING_INIT, rngs)
+        super().__init__(config, blocks, embedding_init=init, learned_positions=True, rngs=rngs)
         self.input_norm = rms_norm(config)
 
     def embed(self, tokens, positions, key):
-        place = self.positions(within_context(positions, self.config))
-        h = self.input_norm(self.embedding(tokens) + 0.02 * place)
+        h = self.input_norm(self.embedding(tokens) + 0.02 * self.learned(positions))
         return dropout(h, self.config.dropout, key)
