@@ -16,8 +16,7 @@ from jax.experimental import multihost_utils
 from slam_jax.errors import ConfigError, UserError, first_line
 from slam_jax.runtime.signals import PeerLost
 
-HEARTBEAT_S = 10
-"""After so many seconds without a heartbeat a process counts as lost, and the others end."""
+HEARTBEAT_S = 10  # seconds without a heartbeat after which a process counts as lost
 
 
 def connect(

@@ -15,11 +15,9 @@ class WorkdirError(UserError):
 
 @contextlib.contextmanager
 def lock_workdir(workdir: str | Path) -> Iterator[None]:
-    """Locks `workdir` against other runs; the folder is created if needed.
+    """Locks `workdir`, which is created if needed, against other runs until the process ends.
 
-    The system releases the lock when the process ends, however it ends. Readers such as
-    evaluations do not take it. Raises WorkdirError where another run is in the workdir, or it
-    cannot be written to.
+    Raises WorkdirError where another run is in the workdir, or it cannot be written to.
     """
     if not str(workdir):
         raise WorkdirError("workdir is empty; name a folder")

@@ -27,9 +27,7 @@ def is_supervised() -> bool:
 
 def supervise() -> int:
     """Runs this command again as a child, forwards signals to it, and returns its exit code.
-
-    JAX aborts a process whose peers are gone; only the parent can turn this into a message.
-    """
+    JAX aborts a process whose peers are gone; only the parent can turn this into a message."""
     environment = {**os.environ, _SUPERVISED: str(os.getpid())}
     child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment)
     for number in SIGNALS:

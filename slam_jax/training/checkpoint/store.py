@@ -42,7 +42,6 @@ class Checkpoints:
     """The checkpoints of one workdir.
 
     Reading never writes: an evaluation may look into the workdir of a run in progress.
-
     workdir: folder of the run; created by the first `save`. keep_every: keep the steps that this
     number divides, besides the best one and the last two (in case the last one is damaged).
     """
@@ -102,10 +101,8 @@ class Checkpoints:
         return True
 
     def poll(self) -> None:
-        """Raises CheckpointError if the write in progress has failed; never blocks.
-
-        Several processes could notice it at different steps, so for them only `wait` raises it.
-        """
+        """Raises CheckpointError if the write in progress has failed; never blocks. Several
+        processes could notice it at different steps, so for them only `wait` raises it."""
         if self._pending is not None and self._pending[1].done() and jax.process_count() == 1:
             self.wait()
 
@@ -395,9 +392,7 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
 @contextlib.contextmanager
 def _explain_damage(path: Path) -> Iterator[None]:
     """Raises CheckpointError for whatever Orbax, TensorStore or JSON raise over broken files.
-
-    Errors of JAX itself are about memory or another process, and are raised as they are.
-    """
+    Errors of JAX itself are about memory or another process, and are raised as they are."""
     try:
         yield
     except Exception as error:
