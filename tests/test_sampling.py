@@ -1,4 +1,4 @@
-"""What each filter leaves of a distribution, and what the repetition penalty does."""
+"""The tokens that each filter keeps, and the effect of the repetition penalty."""
 
 import jax
 import jax.numpy as jnp

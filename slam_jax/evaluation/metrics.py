@@ -21,17 +21,12 @@ def bootstrap_interval(
 ) -> Interval:
     """Share of right answers over all questions, with its 95% percentile bootstrap interval.
 
-    Scenes are resampled, not questions: answers to questions about one scene are correlated, and
-    treating them as independent would make the interval too narrow. A scene counts once for each of
-    its questions. If all answers are right (or all wrong), the interval has width 0.
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    Scenes are resampled, not questions, because answers about one scene are correlated. A scene
+    counts once for each of its questions. If all answers are right (or all wrong), the interval has
+    width 0. Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
 
-    Args:
-      correct_by_scene: for each scene, whether the answer to each of its questions is right. Scenes
-        may have different numbers of questions, also none.
-
-    Raises:
-      ValueError: no scene has a question.
+    correct_by_scene: for each scene, whether the answer to each of its questions is right; scenes
+    may have different numbers of questions. Raises ValueError if no scene has one.
     """
     scenes = [scene for scene in correct_by_scene if np.size(scene)]
     if not scenes:
@@ -46,11 +41,8 @@ def bootstrap_interval(
 
 
 class Calibration(NamedTuple):
-    """Answers in bins of similar confidence; empty bins are left out.
-
-    confidence, accuracy: mean of each bin, in [0, 1]. counts: number of its answers. error: the
-    expected calibration error, the mean of |confidence - accuracy| weighted by count.
-    """
+    """Means of the answers in each bin of similar confidence that is not empty, and their counts.
+    error: expected calibration error, the mean of |confidence - accuracy| weighted by count."""
 
     confidence: Float[np.ndarray, "bins"]
     accuracy: Float[np.ndarray, "bins"]
@@ -61,10 +53,8 @@ class Calibration(NamedTuple):
 def calibration(
     confidence: Float[np.ndarray, "n"], correct: Float[np.ndarray, "n"], num_bins: int = 10
 ) -> Calibration:
-    """Mean confidence and accuracy in `num_bins` bins of equal width.
-
-    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2.
-    """
+    """Mean confidence and accuracy in `num_bins` bins of equal width. Source: Guo et al. 2017, "On
+    Calibration of Modern Neural Networks", section 2."""
     index = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
     bins, index, counts = np.unique(index, return_inverse=True, return_counts=True)
     sure, right = (np.bincount(index, x, len(bins)) / counts for x in (confidence, correct))
@@ -91,11 +81,8 @@ def retrieval_metrics(
 ) -> dict[str, dict[str, float] | int]:
     """Recall@1 and @5 between text and image embeddings of the same scenes, both ways."""
 
-    def recalls(queries, keys):
-        return {f"recall@{k}": recall_at_k(queries, keys, k) for k in (1, 5)}
-
-    return {
-        "text_to_image": recalls(text, image),
-        "image_to_text": recalls(image, text),
-        "n": len(text),
+    pairs = {"text_to_image": (text, image), "image_to_text": (image, text)}
+    recalls = {
+        name: {f"recall@{k}": recall_at_k(*pair, k) for k in (1, 5)} for name, pair in pairs.items()
     }
+    return {**recalls, "n": len(text)}

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -11,58 +11,69 @@ from rich.table import Table
 
 from slam_jax.errors import shorten, write_whole
 
-_DIRECTIONS = ("text_to_image", "image_to_text")
-_RECALLS = ("recall@1", "recall@5")
 _LABELS = {"non_relational": "non-relational", "needs_both": "needs both"}
 
 
 def print_metrics(metrics: Mapping[str, Any], file: Any = None) -> None:
     """Prints accuracies with 95% intervals by view and kind of question, then retrieval.
 
-    With rules and colours on a terminal, as plain columns elsewhere. `file` is a text file,
-    standard output by default.
+    file: a text file, standard output by default.
     """
-    # Kinds and answers are text of users: never markup, emoji codes or numbers to highlight.
-    plain: Any = dict(file=file, markup=False, emoji=False, highlight=False)
-    console = Console(**plain)
-    if not console.is_terminal:
-        console = Console(**plain, width=100, color_system=None)
-    style = box.SIMPLE_HEAD if console.is_terminal else None
-
-    baseline = metrics.get("baseline_answer")
-    table = Table("view", "questions", box=style, title=f"step {metrics['step']:,}")
-    table.title_justify = "left"
-    for column in ("right", "95% interval", "n", *(["baseline"] if baseline else [])):
-        table.add_column(column, justify="right")
+    console, baseline = make_console(file), metrics.get("baseline_answer")
+    columns, rows = ["view", "questions", "right", "95% interval", "n"], []
+    columns += ["baseline"] if baseline else []
     for view, entries in metrics["views"].items():
         for i, (entry, row) in enumerate(entries.items()):
             interval = f"{percent(row['low'])} to {percent(row['high'])}"
             cells = [percent(row["accuracy"]), interval, f"{row['n']:,}"]
             cells += [percent(row["baseline"])] if baseline else []
-            table.add_row(view if i == 0 else "", entry_label(entry), *cells)
-        table.add_section()
-    console.print(table)
+            rows.append(("" if i else view, entry_label(entry), *cells))
+        rows.append(None)
+    print_table(console, f"step {metrics['step']:,}", columns, rows, num_left=2)
     if baseline:
         console.print(f"baseline: {explain_baseline(metrics)}")
-
     if retrieval := metrics.get("retrieval"):
-        table = Table(f"retrieval among {retrieval['n']:,} scenes", box=style)
-        for column in _RECALLS:
-            table.add_column(column, justify="right")
-        for direction in _DIRECTIONS:
-            recalls = (percent(retrieval[direction][column]) for column in _RECALLS)
-            table.add_row(direction.replace("_", " "), *recalls)
+        recalls = ("recall@1", "recall@5")
+        rows = [
+            (
+                direction.replace("_", " "),
+                *(percent(retrieval[direction][name]) for name in recalls),
+            )
+            for direction in ("text_to_image", "image_to_text")
+        ]
         console.print()
-        console.print(table)
+        print_table(console, None, (f"retrieval among {retrieval['n']:,} scenes", *recalls), rows)
+
+
+def make_console(file: Any = None) -> Console:
+    """Rules and colours on a terminal, plain columns elsewhere; never markup or emoji codes."""
+    plain: Any = dict(file=file, markup=False, emoji=False, highlight=False)
+    console = Console(**plain)
+    return console if console.is_terminal else Console(**plain, width=100, color_system=None)
+
+
+def print_table(
+    console: Console,
+    title: str | None,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str] | None],
+    num_left: int = 1,
+) -> None:
+    """Prints a table. None = a rule. num_left: columns of words, which come first; the others are
+    of figures and aligned to the right."""
+    if title is not None:
+        console.print(title, style="italic", soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < num_left else "right")
+    for row in rows:
+        table.add_section() if row is None else table.add_row(*row)
+    console.print(table)
 
 
 def write_metrics(path: str | os.PathLike[str], metrics: Mapping[str, Any]) -> None:
-    """Writes the metrics as JSON, all or nothing: a reader never sees half a file.
-
-    Raises:
-      ValueError: a value is NaN or infinite, which JSON cannot hold.
-      WriteError: the file cannot be written; an older file is kept.
-    """
+    """Writes the metrics as JSON, whole or not at all. Raises ValueError for NaN or infinity, which
+    JSON lacks, and WriteError where the file cannot be written; an older one is then kept."""
     write_whole(path, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
 

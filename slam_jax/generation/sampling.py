@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,17 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from slam_jax.data.tokenizer import check_text
 from slam_jax.errors import InputError
 
-_MOST_SAMPLES, _MOST_NEW_TOKENS = 1024, 1 << 16
 _NO_TOP_K = 2**31 - 1
+# Kind of number, smallest and largest value; fields whose default is None may be None too.
+_RANGES = {
+    "max_new_tokens": (Integral, 1, 1 << 16),
+    "num_samples": (Integral, 1, 1024),
+    "temperature": (Real, 0, 1e3),
+    "top_k": (Integral, -1, _NO_TOP_K),
+    "top_p": (Real, 0, 1),
+    "min_p": (Real, 0, 1),
+    "repetition_penalty": (Real, 1e-3, 1e3),
+}
 # Below it, differences of logits would no longer be finite; the result would be greedy anyway.
 _LEAST_TEMPERATURE = 1e-3
 
@@ -30,8 +38,8 @@ class Sampling:
     top_k: only the k most probable tokens; None, 0 or -1 = no such filter.
     top_p: only the most probable tokens that together have at least this probability.
     min_p: only tokens at least this fraction as probable as the most probable one.
-      None = no such filter. The three apply in this order, each to the tokens that the previous
-      ones left. Tokens exactly as probable as the last one left are left too.
+      None = no such filter. The three filters apply in this order, each to the tokens that the
+      previous ones kept. Tokens exactly as probable as the last one kept are kept too.
     repetition_penalty: divides positive logits, and multiplies negative logits, of tokens that the
       prompt or the answer already has; 1 = none.
     num_samples: answers per request, each with its own randomness, all from one encode.
@@ -56,21 +64,19 @@ class Sampling:
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
-        if self.max_new_tokens is not None:
-            _check("max_new_tokens", self.max_new_tokens, 1, _MOST_NEW_TOKENS, Integral)
-            object.__setattr__(self, "max_new_tokens", int(self.max_new_tokens))  # also NumPy's
-        _check("num_samples", self.num_samples, 1, _MOST_SAMPLES, Integral)
-        object.__setattr__(self, "num_samples", int(self.num_samples))
-        _check("temperature", self.temperature, 0, 1e3, Real)
-        if self.top_k is not None:
-            _check("top_k", self.top_k, -1, _NO_TOP_K, Integral)
-        for field in ("top_p", "min_p"):
-            if getattr(self, field) is not None:
-                _check(field, getattr(self, field), 0, 1, Real, "None or ")
-        _check("repetition_penalty", self.repetition_penalty, 1e-3, 1e3, Real)
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise InputError(f"stop is {list(self.stop)!r}; expected texts that are not empty")
-        for text in self.stop:
+        for field, (kind, least, most) in _RANGES.items():
+            value, optional = getattr(self, field), getattr(type(self), field) is None
+            if optional and value is None:
+                continue
+            number = isinstance(value, kind) and not isinstance(value, bool)
+            if not (number and least <= value <= most):
+                expected = f"{least:g} to {most:g}" + ", or None" * optional
+                raise InputError(f"{field} is {value!r}; expected {expected}")
+            # NumPy's numbers become Python's.
+            object.__setattr__(self, field, int(value) if kind is Integral else float(value))
+        if not all(isinstance(text, str) and text for text in stop):
+            raise InputError(f"stop is {list(stop)!r}; expected texts that are not empty")
+        for text in stop:
             check_text(text, "stop")
 
     @property
@@ -101,11 +107,10 @@ def choose(
 ) -> Int[Array, "*B"]:
     """The next token of every row.
 
-    seen: tokens that the row already has. keys: one per row, so that the choice of a row does not
-    depend on the other rows.
+    seen: tokens that the row already has. keys: one per row, so that no row depends on another.
 
-    The noise of a token depends on its id and not on its rank: when two nearly equal logits change
-    places, as they do in bfloat16 from one batch size to another, the choice stays the same.
+    The noise of a token depends on its id and not on its rank. So the choice stays the same when
+    two nearly equal logits change places, as in bfloat16 between batch sizes.
     """
     penalty = rules.repetition_penalty
     penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
@@ -135,11 +140,3 @@ def keep_allowed(logits: Float[Array, "*B V"], rules: Rules) -> Float[Array, "*B
     kept = inside & (rank < rules.top_k) & (probs >= rules.min_p * probs[..., :1])
     least = jnp.where(kept | (rank == 0), ranked, jnp.inf).min(axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
-
-
-def _check(
-    field: str, value: Any, least: int | float, most: int | float, kind: type, before: str = ""
-) -> None:
-    number = isinstance(value, kind) and not isinstance(value, bool)
-    if not (number and least <= value <= most):
-        raise InputError(f"{field} is {value!r}; expected {before}{least:g} to {most:g}")
