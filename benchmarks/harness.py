@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.comparison import Arm, Comparison
 from benchmarks.worker import ArmFailed, Worker
-from slam_jax.rocket.timing import spread
+from slam_jax.rocket.machine import spread
 
 Json = dict[str, Any]
 _PAUSE = 0.05  # seconds for the threads of the arm before to fall asleep

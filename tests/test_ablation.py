@@ -1,4 +1,4 @@
-"""Ablations: variants that are what they are called, accuracies, differences, the board."""
+"""The protocol `ablation`: variants, accuracies, differences, the board."""
 
 import json
 import re
@@ -14,10 +14,8 @@ from flax import nnx
 from slam_jax.errors import ConfigError
 from slam_jax.evaluation.answers import Answer
 from slam_jax.rocket.ablation.measure import AblationSettings, run, score
-from slam_jax.rocket.ablation.page import OVERALL, make_page
-from slam_jax.rocket.ablation.protocol import Ablation
+from slam_jax.rocket.ablation.protocol import OVERALL, Ablation
 from slam_jax.rocket.machine import describe_machine
-from slam_jax.rocket.page import html, markdown
 from slam_jax.rocket.protocols import make_comparison
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.slam_v3.flops import encode_flops
@@ -52,7 +50,7 @@ def test_fewer_processes_are_as_large_or_as_costly_as_four(shipped, name):
     assert sizes(shipped, f"{name}_same_flops")[1] == pytest.approx(flops, rel=0.01)
 
 
-def test_every_variant_differs_in_what_it_says(shipped):
+def test_every_variant_differs_in_the_listed_fields(shipped):
     first = shipped.config_of("four_processes", 0)
     for name, changes in shipped.variants.items():
         config = shipped.config_of(name, 2)
@@ -100,7 +98,7 @@ def protocol(shipped) -> Ablation:
 
 
 def done(right: int, noise: int) -> dict[str, Any]:
-    """As if measured: 40 scenes of 20 questions, of which so many are right, more or less."""
+    """Figures of 40 scenes of 20 questions, of which about `right` are answered rightly."""
     rng = np.random.default_rng(noise)
     hard = np.random.default_rng(7).integers(-4, 4, 40)  # some scenes are hard for all
 
@@ -140,13 +138,13 @@ def test_differences_are_paired_and_have_an_interval(board):
     runs = [run["accuracy"][OVERALL] for run in whole["runs"]]
     mean = whole["accuracy"][OVERALL]
     assert mean["mean"] == pytest.approx(np.mean(runs)) and mean["low"] < mean["mean"]
-    # What needs both is asked among the others already.
+    # Questions that need both halves are counted in their kind already.
     assert mean == whole["accuracy"]["aux/relational"]
     assert whole["difference"] is None
     difference = worse["difference"][OVERALL]
     assert difference["mean"] == pytest.approx(worse["accuracy"][OVERALL]["mean"] - mean["mean"])
     assert -0.13 < difference["low"] < difference["high"] < -0.07
-    # Scenes differ more than that; in pairs it does not matter.
+    # Scenes differ more than variants do; pairing removes that.
     assert mean["high"] - mean["low"] > difference["high"] - difference["low"]
     assert same["difference"][OVERALL]["low"] < 0 < same["difference"][OVERALL]["high"]
     assert broken["status"] == "failed" and broken["reason"] == "took more than 9 s"
@@ -160,10 +158,10 @@ def test_without_the_first_there_are_no_differences(protocol):
     assert whole["status"] == "failed" and [row["difference"] for row in others] == [None, None]
 
 
-def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
+def test_the_board_follows_its_schema_and_the_pages_have_every_row(board, protocol):
     assert schema_errors(board) == []
-    page = make_page(board)
-    text, whole = markdown(page), html(page)
+    page = protocol.page(board)
+    text, whole = page.markdown, page.html
     assert "| num_processes 1 | 100 | 5.00 | 12.00 |" in text
     assert "| without mean, concat |" in text
     assert "- broken: took more than 9 s" in text
@@ -173,10 +171,10 @@ def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
     )
     del board["rows"][1]["difference"]
     assert len(schema_errors(board)) >= 1
-    html(make_page({**board, "rows": [], "category_winners": {}}))
+    protocol.page({**board, "rows": [], "category_winners": {}})
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path):
+def test_invalid_variants_are_errors(tmp_path):
     with pytest.raises(ConfigError, match="variants are not given; give --config a file of them"):
         make_comparison("ablation", None, [], None, tmp_path)
     with pytest.raises(ConfigError, match="variants has no field 'one_proces'; did you mean"):
@@ -188,7 +186,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         make_comparison("ablation", CONFIG, ["--config.seeds=[1, 1]"], None, tmp_path)
 
 
-def test_every_variant_is_run_from_every_seed_and_the_first_always(tmp_path):
+def test_every_variant_runs_with_every_seed_and_the_first_always_runs(tmp_path):
     made = make_comparison(
         "ablation", CONFIG, ["--config.seeds=[3, 5]"], ("shared_only",), tmp_path
     )
@@ -200,7 +198,7 @@ def test_every_variant_is_run_from_every_seed_and_the_first_always(tmp_path):
         ("four_processes", "seed 5"),
         ("shared_only", "seed 5"),
     ]
-    assert made.arguments(tasks[2], {}) == {"workdir": str(tmp_path / "runs"), "seed": 5}
+    assert tasks[2].arguments == {"workdir": str(tmp_path / "runs"), "seed": 5}
 
 
 def test_a_run_is_trained_and_tested(shipped, tmp_path):
@@ -224,7 +222,7 @@ def test_a_run_is_trained_and_tested(shipped, tmp_path):
         assert all(r <= a for r, a in zip(counts["right"], counts["asked"], strict=True))
     assert set(figures["scores"]["split_text_aux/relational"]["asked"]) == {10}
     assert figures["flops"]["split_text_aux"]["encoder"] > 0 and figures["parameters"] > 0
-    # The same again from the checkpoints that are there.
+    # A second run resumes from the checkpoints and gives the same scores.
     again = run("cut", settings, quiet, workdir=str(tmp_path), seed=4)
     assert again["scores"] == figures["scores"]
     assert runpy.run_path(str(CONFIG))["VARIANTS"]["without_concat"] == settings.variants["cut"]

@@ -1,17 +1,17 @@
-"""A system is one file and one line of the registry: docs/rocket.md shows it, this does it."""
+"""A new system is one file and one line of the registry, both taken from docs/rocket.md."""
 
 import importlib.util
 import json
 import re
 import sys
 import types
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slam_jax.language_models import SYSTEMS, registry
-from slam_jax.rocket import worker
 from slam_jax.rocket.engine import run
 from slam_jax.rocket.protocols import make_comparison
 from tests.helpers import schema_errors, write_texts
@@ -21,7 +21,7 @@ FILE, LINE = "bag.py", "registry.py"
 
 
 def shown(name: str) -> str:
-    """The code that stands in the docs under a file's name."""
+    """The code under a file's name in the docs."""
     text = DOCS.read_text()
     found = re.search(rf"`slam_jax/language_models/{name}`.*?```(?:python)?\n(.*?)```", text, re.S)
     assert found, name
@@ -30,7 +30,7 @@ def shown(name: str) -> str:
 
 @pytest.fixture
 def added(tmp_path, monkeypatch):
-    """The file as a module, and the line in the registry."""
+    """Adds the file as a module, and the line to the registry."""
     name = "slam_jax.language_models.bag"
     (tmp_path / FILE).write_text(shown(FILE))
     spec = importlib.util.spec_from_file_location(name, tmp_path / FILE)
@@ -50,11 +50,11 @@ def added(tmp_path, monkeypatch):
 
 @pytest.fixture
 def here(monkeypatch):
-    """Tasks in this process, which knows the system."""
+    """Runs tasks in this process, which has the system."""
 
-    def run_job(what, system, settings, folder, *, arguments, progress, **limits):
-        task, made = worker.TASKS[what]
-        figures = task(system, made(**settings), progress, **arguments)
+    def run_job(task, settings, limits, *, progress, **others):
+        made = typing.get_type_hints(task.function)["settings"](**settings)
+        figures = task.function(task.system, made, progress, **task.arguments)
         *_, figures = [figures] if isinstance(figures, dict) else figures
         return json.loads(json.dumps(figures))
 

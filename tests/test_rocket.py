@@ -1,10 +1,11 @@
-"""The Rocket Engine: which tasks are done when, what fails, what is kept, what is written."""
+"""The Rocket Engine: order of tasks, failures, resuming, and the files that it writes."""
 
 import io
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -14,17 +15,17 @@ from slam_jax.rocket.board import Comparison
 from slam_jax.rocket.engine import run
 from slam_jax.rocket.live import LiveTable
 from slam_jax.rocket.machine import code_version
-from slam_jax.rocket.page import Bullets, Page, Plots, Table, html, markdown, print_page
+from slam_jax.rocket.page import Page, print_page, table, to_html
 from slam_jax.rocket.protocols import make_comparison
 from slam_jax.rocket.seed.measure import SeedSettings
 from slam_jax.rocket.seed.protocol import Seed
-from slam_jax.rocket.tasks import Impossible, Json, Task, failure, plain
+from slam_jax.rocket.tasks import Json, Results, Task, failure, plain
 from slam_jax.runtime.lock import lock_workdir
 from tests.helpers import TINY_SEED
 
 
 class Pretended(Comparison):
-    """A protocol whose tasks are never run in earnest: see `pretend`."""
+    """A protocol whose tasks do not run; see `pretend`."""
 
     name = "pretended"
 
@@ -33,20 +34,23 @@ class Pretended(Comparison):
         self.settings: Json = settings or {"width": 1}
         self.data = {"from": "nowhere"}
 
-    def tasks(self, results: Mapping[str, Mapping[str, Json]]) -> list[Task]:
-        labels = (("first", False), ("second", False), ("extra", True))
+    def tasks(self, results: Results) -> list[Task]:
+        why = {("c", "second"): "no arguments"}
         return [
-            Task(name, label, "what", optional=optional, timed=self._timed)
-            for label, optional in labels
+            Task(
+                name,
+                label,
+                print,
+                arguments={"before": list(results.get(name, {}))},
+                optional=label == "extra",
+                timed=self._timed,
+                impossible=why.get((name, label)),
+            )
+            for label in ("first", "second", "extra")
             for name in self.models
         ]
 
-    def arguments(self, task: Task, done: Mapping[str, Json]) -> Json:
-        if (task.system, task.label) == ("c", "second"):
-            raise Impossible("nothing to go on")
-        return {"label": task.label, "before": list(done)}
-
-    def board(self, about: Json, results: Mapping[str, Mapping[str, Json]]) -> Json:
+    def board(self, about: Json, results: Results) -> Json:
         plain = {
             name: {
                 label: {key: value for key, value in figures.items() if key != "measured"}
@@ -56,37 +60,37 @@ class Pretended(Comparison):
         }
         return {**about, "results": plain}
 
-    def row(self, name: str, done: Mapping[str, Json]) -> Json:
+    def row(self, name: str, done: Any) -> Json:
         return {}
 
     def judge(self, rows: list[Json]) -> Json:
         return {}
 
     def page(self, board: Json) -> Page:
-        return Page("Pretended", [], [])
+        return Page("# Pretended", "", "")
 
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """Jobs that are only noted down, and fail where they are told to."""
+    """Replaces jobs: each is recorded, and returns a figure or fails."""
     asked, fails = [], set()
 
-    def run_job(what, system, settings, folder, *, arguments, progress, **limits):
-        asked.append((system, arguments["label"], tuple(arguments["before"])))
+    def run_job(task, settings, limits, *, progress, **others):
+        asked.append((task.system, task.label, tuple(task.arguments["before"])))
         progress(0.5, "half")
-        if (system, arguments["label"]) in fails:
+        if (task.system, task.label) in fails:
             return {"reason": "it failed"}
-        return {"value": f"{system} {arguments['label']}"}
+        return {"value": f"{task.system} {task.label}"}
 
     monkeypatch.setattr("slam_jax.rocket.engine.run_job", run_job)
     return asked, fails
 
 
-def test_one_that_fails_costs_its_own_row(tmp_path, pretend, capsys):
+def test_a_failure_affects_one_row(tmp_path, pretend, capsys):
     asked, fails = pretend
     fails |= {("a", "first"), ("b", "extra")}
     board = run(Pretended(("a", "b", "c")), tmp_path)
-    # Nothing more is asked of a system without figures; an optional task may fail.
+    # A system runs no more tasks after a failure, unless the failed task was optional.
     assert asked == [
         ("a", "first", ()),
         ("b", "first", ()),
@@ -96,22 +100,23 @@ def test_one_that_fails_costs_its_own_row(tmp_path, pretend, capsys):
     ]
     assert board["results"]["a"] == {"first": {"reason": "it failed"}}
     assert board["results"]["b"]["extra"] == {"reason": "it failed"}
-    assert board["results"]["c"]["second"] == {"reason": "nothing to go on"}
-    tasks = [task for task in Pretended(("a", "b", "c")).tasks({}) if task.system == "b"]
-    assert failure(tasks, board["results"]["b"]) is None
-    told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("1/7 a, first: it failed · ETA 0:00") and len(told) == 6
-    assert told[-1] == "6/6 b, extra: it failed"
+    assert board["results"]["c"]["second"] == {"reason": "no arguments"}
+    tasks = Pretended(("a", "b", "c")).tasks({})
+    assert failure("b", tasks, board["results"]["b"]) is None
+    assert failure("a", tasks, board["results"]["a"]) == "it failed"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1/7 a, first: it failed · ETA 0:00:00") and len(lines) == 6
+    assert lines[-1] == "6/6 b, extra: it failed"
 
 
-def test_what_is_not_timed_may_run_side_by_side(tmp_path, monkeypatch):
+def test_untimed_tasks_may_run_at_the_same_time(tmp_path, monkeypatch):
     meet, beside = threading.Barrier(2, timeout=30), []
 
-    def run_job(what, system, settings, folder, *, arguments, **others):
-        if arguments["label"] != "extra":
-            meet.wait()  # another one is there, too
-        beside.append((arguments["label"], system))
-        return {"value": system}
+    def run_job(task, *given, **others):
+        if task.label != "extra":
+            meet.wait()  # until another task runs, too
+        beside.append((task.label, task.system))
+        return {"value": task.system}
 
     monkeypatch.setattr("slam_jax.rocket.engine.run_job", run_job)
     board = run(Pretended(("a", "b"), timed=False), tmp_path, jobs=2)
@@ -123,14 +128,14 @@ def test_what_is_not_timed_may_run_side_by_side(tmp_path, monkeypatch):
     }
 
 
-def test_the_next_task_starts_when_one_ends(tmp_path, monkeypatch):
-    """The first of `a` takes until both of `b` are done."""
+def test_a_task_starts_when_another_ends(tmp_path, monkeypatch):
+    """The first task of `a` ends after two tasks of `b`."""
     over = threading.Event()
 
-    def run_job(what, system, settings, folder, *, arguments, **others):
-        if (system, arguments["label"]) == ("a", "first"):
+    def run_job(task, *given, **others):
+        if (task.system, task.label) == ("a", "first"):
             assert over.wait(30)
-        if (system, arguments["label"]) == ("b", "second"):
+        if (task.system, task.label) == ("b", "second"):
             over.set()
         return {}
 
@@ -147,10 +152,10 @@ def test_the_next_task_starts_when_one_ends(tmp_path, monkeypatch):
         (False, 5, {()}),
     ],
 )
-def test_what_is_not_timed_has_its_share_of_the_cores(tmp_path, monkeypatch, timed, jobs, expected):
+def test_untimed_tasks_use_their_share_of_the_cores(tmp_path, monkeypatch, timed, jobs, expected):
     shares = set()
 
-    def run_job(what, system, settings, folder, *, cores, **others):
+    def run_job(task, *given, cores, **others):
         shares.add(tuple(cores))
         return {}
 
@@ -161,14 +166,14 @@ def test_what_is_not_timed_has_its_share_of_the_cores(tmp_path, monkeypatch, tim
 
 
 @pytest.mark.parametrize(("models", "timed"), [(("a", "b"), True), (("a",), False)])
-def test_what_is_timed_and_what_depends_on_another_runs_alone(tmp_path, monkeypatch, models, timed):
+def test_timed_tasks_and_tasks_of_one_system_run_alone(tmp_path, monkeypatch, models, timed):
     running = []
 
-    def run_job(what, system, settings, folder, *, arguments, **others):
+    def run_job(task, *given, **others):
         assert not running
-        running.append(system)
+        running.append(task)
         time.sleep(0.02)
-        running.remove(system)
+        running.remove(task)
         return {}
 
     monkeypatch.setattr("slam_jax.rocket.engine.run_job", run_job)
@@ -176,11 +181,11 @@ def test_what_is_timed_and_what_depends_on_another_runs_alone(tmp_path, monkeypa
     assert all(len(done) == 3 for done in board["results"].values())
 
 
-def test_what_ends_one_ends_those_beside_it(tmp_path, monkeypatch):
+def test_an_exception_stops_the_other_tasks(tmp_path, monkeypatch):
     ended = []
 
-    def run_job(what, system, settings, folder, *, stop, **others):
-        if system == "a":
+    def run_job(task, *given, stop, **others):
+        if task.system == "a":
             raise KeyboardInterrupt
         ended.append(stop.wait(30))
         return {}
@@ -191,7 +196,7 @@ def test_what_ends_one_ends_those_beside_it(tmp_path, monkeypatch):
     assert ended == [True]
 
 
-def test_a_run_goes_on_with_what_is_missing(tmp_path, pretend):
+def test_a_run_resumes_with_missing_tasks(tmp_path, pretend):
     asked, _ = pretend
     whole = run(Pretended(("a", "b")), tmp_path)
     kept = json.loads((tmp_path / "results.json").read_text())
@@ -214,29 +219,29 @@ def test_a_run_goes_on_with_what_is_missing(tmp_path, pretend):
     assert names == pages | {"comprehensive_model_results.json", "results.json", "lock"}
     for name in ("leaderboard.json", "comprehensive_model_results.json"):
         assert json.loads((tmp_path / name).read_text()) == again
-    # Systems that were measured before and are not asked for stay out of the board.
+    # The board has the systems of this run; others that were measured before are left out.
     assert set(run(Pretended(("b",)), tmp_path)["results"]) == {"b"}
 
 
-def test_what_failed_is_tried_again(tmp_path, pretend):
+def test_failed_tasks_run_again(tmp_path, pretend):
     asked, fails = pretend
     fails |= {("a", "first"), ("b", "extra")}
     run(Pretended(("a", "b")), tmp_path)
     fails.clear()
     asked.clear()
     board = run(Pretended(("a", "b")), tmp_path)
-    # Not what was optional: `b` went on without it.
+    # Optional tasks do not: `b` has continued without its own.
     labels = [("a", "first"), ("a", "second"), ("a", "extra")]
     assert [each[:2] for each in asked] == labels
     assert board["results"]["b"]["extra"] == {"reason": "it failed"}
 
 
-def test_two_do_not_measure_into_one_workdir(tmp_path, pretend):
+def test_two_runs_cannot_share_a_workdir(tmp_path, pretend):
     with lock_workdir(tmp_path), pytest.raises(UserError, match="another run is in progress"):
         run(Pretended(("a",)), tmp_path)
 
 
-def test_other_settings_want_another_workdir(tmp_path, pretend):
+def test_other_settings_need_another_workdir(tmp_path, pretend):
     run(Pretended(("a",)), tmp_path)
     with pytest.raises(UserError, match="is of other settings; give another --workdir"):
         run(Pretended(("a",), {"width": 2}), tmp_path)
@@ -259,57 +264,47 @@ def test_a_system_is_measured_in_a_process_of_its_own(tmp_path, capsys):
     assert json.loads((tmp_path / "leaderboard.json").read_text()) == board
 
 
-def test_the_remaining_time_goes_by_weight(monkeypatch):
+def test_the_remaining_time_follows_from_weights(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("slam_jax.rocket.live.time.monotonic", lambda: now[0])
     output = io.StringIO()
-    tasks = [Task("a", "first", "what", 2.0), Task("a", "second", "what", 1.0)]
+    tasks = [Task("a", "first", print, 2.0), Task("a", "second", print, 1.0)]
     with LiveTable(["a"], Console(file=output, width=80)) as table:
         now[0] = 100.0
         table.finished(tasks[0], None, 100.0, tasks[1:])
         now[0] = 150.0
         table.finished(tasks[1], "it failed", 50.0, [])
     assert output.getvalue().splitlines() == [
-        "1/2 a, first: 100 s · ETA 0:50",
+        "1/2 a, first: 100 s · ETA 0:00:50",
         "2/2 a, second: it failed",
     ]
 
 
-def test_the_live_table_has_a_row_a_system():
+def test_the_live_table_has_a_row_for_each_system():
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=80)
-    tasks = [Task("standard", "updates", "seed"), Task("moe", "updates", "seed")]
+    tasks = [Task("standard", "updates", print), Task("moe", "updates", print)]
     with LiveTable(["standard", "moe"], console) as table:
         table.update(tasks[0], 0.5, "loss 9.1")
         table.finished(tasks[1], None, 3.0, tasks[:1])
-        console.print(table.table())
     shown = output.getvalue()
     assert "updates: loss 9.1" in shown and "1 of 2 tasks · ETA" in shown
     assert "updates: 3 s" in shown
 
 
-PAGE = Page(
-    "A <page>",
-    ["A note."],
-    [
-        Table("T", ("system", "value", "more"), [("a<b", "1", "x")], "of it", True, ("value",)),
-        Bullets("B", ["one & two"]),
-        Plots("P", {"a plot": "<svg></svg>"}),
-    ],
-)
-
-
-def test_a_page_is_the_same_in_every_form():
-    whole = html(PAGE)
-    for escaped in ("A &lt;page&gt;", "a&lt;b", "one &amp; two", "<svg></svg>", "of it"):
-        assert escaped in whole
-    assert markdown(PAGE) == (
-        "# A <page>\n\nA note.\n\n## T\n\nof it\n\n| system | value | more |\n| --- | --- | --- |\n"
-        "| a<b | 1 | x |\n\n## B\n\n- one & two\n"
-    )
+def test_a_page_is_escaped_and_has_its_figures():
+    row = {"system": "a<b|c", "seconds": {"median": 1.0, "least": 0.5, "most": 2.0, "n": 3}}
+    text = table([row], {"system": "{system}", "ms": "{seconds ms:.0f}", "n": "{seconds.n:d}"})
+    assert text.splitlines()[1:] == [
+        "| :--- | ---: | ---: |",
+        "| a<b\\|c | 1000 (500 to 2000) | 3 |",
+    ]
+    whole = to_html(f"# A <page>\n\n{text}\n\n- one & two\n\n![a plot](0)\n", ["<svg></svg>"])
+    for part in ("<title>A &lt;page&gt;</title>", "a&lt;b|c</td>", "one &amp; two", "<svg></svg>"):
+        assert part in whole
     output = io.StringIO()
-    print_page(PAGE, Console(file=output, width=40))
-    assert output.getvalue().split() == ["T", "value", "1"]  # what a terminal has room for
+    print_page(Page("", "", "## T\n\n| value |\n| --- |\n| 1 |\n"), Console(file=output, width=40))
+    assert output.getvalue().split()[0] == "T" and "1" in output.getvalue()
 
 
 def test_settings_come_from_a_file_and_from_arguments(tmp_path):

@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slam_jax.rocket.heldout.page import make_page
 from slam_jax.rocket.heldout.protocol import Heldout
-from slam_jax.rocket.heldout.rates import choose_learning_rate
 from slam_jax.rocket.heldout.settings import HeldoutSettings
 from slam_jax.rocket.machine import describe_machine
-from slam_jax.rocket.metrics import interval
-from slam_jax.rocket.page import html, markdown
+from slam_jax.rocket.metrics import Ratio, interval
+from slam_jax.rocket.sweep import best_rate
 from slam_jax.rocket.tasks import plain
 from tests.helpers import schema_errors, write_texts
 
@@ -39,7 +37,7 @@ MEASURED = {
 
 
 def _done(level: float, noise: float, seed: int) -> dict[str, Any]:
-    """As if measured: 30 documents of 10 tokens and 20 bytes, nats a token around a level."""
+    """Figures of 30 documents of 10 tokens and 20 bytes, with about `level` nats a token."""
     rng = np.random.default_rng(seed)
     hard = np.random.default_rng(9).normal(0, 0.5, 30)  # some documents are hard for all
 
@@ -75,7 +73,7 @@ def results() -> dict[str, Any]:
     return {
         "standard": _done(2.00, 0.001, 1),
         "moe": _done(2.30, 0.001, 2),
-        # Not to be told from the one above by 30 documents with so much noise.
+        # With 30 documents and so much noise, not significantly different from the one above.
         "slam_v4": _done(2.32, 0.4, 3),
         "jamba": {"learning rate 0.001": {"reason": "x"}, "seed 0": {"reason": "no rate"}},
     }
@@ -123,12 +121,12 @@ def test_metrics_are_sums_over_documents_with_an_interval(board):
     assert first["top5"]["mean"] == 0.7
 
 
-def test_ranks_are_shared_where_the_paired_difference_is_not_clear_of_0(board):
+def test_ranks_are_shared_if_the_paired_difference_is_not_significant(board):
     first, second, third, failed = board["rows"]
     assert [row["system"] for row in board["rows"]] == ["standard", "moe", "slam_v4", "jamba"]
     assert [row["rank"] for row in board["rows"][:3]] == [1, 2, 2]
     assert first["difference_from_above"] is None
-    # Paired: what is hard for both does not widen it, though the intervals themselves overlap.
+    # Paired: documents that are hard for both do not widen it, although the intervals overlap.
     assert second["bits_per_byte"]["low"] < first["bits_per_byte"]["high"]
     above = second["difference_from_above"]
     assert 0 < above["low"] < above["mean"] < above["high"]
@@ -143,29 +141,24 @@ def test_ranks_are_shared_where_the_paired_difference_is_not_clear_of_0(board):
     }
 
 
-def test_intervals_are_of_both_causes_of_chance():
+def test_intervals_include_the_variation_over_units_and_seeds():
     rng = np.random.default_rng(0)
     units = rng.normal(0, 1, 400)
     seeds = np.array([0.1, -0.1, 0.3])
     values = units + seeds[:, None]
-
-    def mean(weights):
-        return (weights * values).sum((1, 2)) / weights.sum((1, 2))
-
-    found = interval((3, 400), mean)
+    found = interval(Ratio(values, np.ones_like(values)))
     assert found["mean"] == pytest.approx(values.mean())
     of_units, of_seeds = 1.96 * np.std(units) / 20, 4.303 * np.std(seeds, ddof=1) / math.sqrt(3)
     reach = (found["high"] - found["low"]) / 2
     assert reach == pytest.approx(math.hypot(of_units, of_seeds), rel=0.03)
-    # As often as it says: of 100 comparisons of equal systems, about one in twenty is significant.
+    # Of 100 comparisons of equal systems, about one in twenty is significant.
     clear = 0
     for _ in range(100):
         values = rng.normal(0, 1, (3, 1)) + rng.normal(0, 0.1, (3, 50))
-        told = interval((3, 50), mean)
-        clear += not told["low"] <= 0 <= told["high"]
+        equal = interval(Ratio(values, np.ones_like(values)))
+        clear += not equal["low"] <= 0 <= equal["high"]
     assert 0 < clear < 11
-    values = units[None]
-    alone = interval((1, 400), mean)
+    alone = interval(Ratio(units[None], np.ones((1, 400))))
     assert (alone["high"] - alone["low"]) / 2 == pytest.approx(of_units, rel=0.05)
 
 
@@ -177,7 +170,7 @@ def test_seeds_that_differ_widen_the_interval(results, protocol):
     assert rows[1]["system"] == "moe" and rows[1]["rank"] == 1  # 0.3 apart, seeds 1.2 apart
 
 
-def test_costs_are_rates_of_all_visits(board):
+def test_costs_are_rates_over_all_timing_tasks(board):
     row = board["rows"][0]
     tokens = SETTINGS.batch_size * SETTINGS.length
     trained = row["training_tokens_per_second"]
@@ -190,24 +183,24 @@ def test_costs_are_rates_of_all_visits(board):
 
 def test_the_score_is_its_parts(board):
     first, second, *_ = board["rows"]
-    assert first["score"] == pytest.approx(100)  # the best, and none is faster or smaller
+    assert first["score"] == pytest.approx(100)  # the best; no other is faster or smaller
     share = first["bits_per_byte"]["mean"] / second["bits_per_byte"]["mean"]
     assert second["score"] == pytest.approx(70 * share + 30)
     assert set(first["score_parts"]) == set(board["score_rule"])
 
 
-def test_the_learning_rate_is_the_one_that_the_validation_split_chose(board):
+def test_the_learning_rate_is_that_of_the_lowest_validation_loss(board):
     row = board["rows"][0]
     assert row["learning_rate"] == 0.016 and row["learning_rate_is_at_edge"]
     assert [each["validation_loss"] for each in row["tried"]] == [4.5, 4.4, 4.3]
-    assert choose_learning_rate({1.0: None, 2.0: 4.0, 3.0: 3.9}) == 3.0
-    assert choose_learning_rate({1.0: None}) is None
+    assert best_rate({1.0: None, 2.0: 4.0, 3.0: 3.9}) == 3.0
+    assert best_rate({1.0: None}) is None
 
 
-def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
+def test_the_board_follows_its_schema_and_the_pages_have_every_row(board, protocol):
     assert schema_errors(board) == []
-    page = make_page(board)
-    text, whole = markdown(page), html(page)
+    page = protocol.page(board)
+    text, whole = page.markdown, page.html
     assert "| 1 | standard |" in text and "| 2= | moe |" in text and "| 2= | slam_v4 |" in text
     assert "- jamba: no rate" in text and "0.016*" in text
     assert "slam_jax 1.0 (abc); measured 2026-01-02 to 2026-01-03." in text
@@ -215,4 +208,4 @@ def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
     assert whole.count("<svg") == 10 and "jamba: no rate" in whole
     del board["rows"][0]["runs"][0]["curve"]
     assert len(schema_errors(board)) == 1
-    html(make_page({**board, "rows": [], "category_winners": {}}))
+    protocol.page({**board, "rows": [], "category_winners": {}})

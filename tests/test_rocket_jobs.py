@@ -1,22 +1,23 @@
-"""Jobs of the Rocket Engine: a process each, its limits, its end, its clocks."""
+"""Jobs of the Rocket Engine: processes, their limits, how they end, and timings."""
 
 import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
-from slam_jax.rocket.jobs import _read_progress, run_job
-from slam_jax.rocket.tasks import Json, plain
-from slam_jax.rocket.timing import timed
+from slam_jax.rocket.jobs import _read, run_job
+from slam_jax.rocket.machine import timed
+from slam_jax.rocket.seed.measure import learn
+from slam_jax.rocket.tasks import Json, Task, plain
 from tests.helpers import TINY_SEED
 
 LIMITS: dict[str, Any] = {"memory_gib": 16.0, "seconds": 300.0}
@@ -26,11 +27,28 @@ def quiet(*_: Any) -> None:
     pass
 
 
-def job(tmp_path: Path, what: str = "seed", settings: Any = None, **limits: Any) -> Json:
-    limits = {**LIMITS, **limits}
-    settings = settings or plain(TINY_SEED)
-    limits.setdefault("stop", threading.Event())
-    return run_job(what, "standard", settings, tmp_path, arguments={}, progress=quiet, **limits)
+def job(
+    settings: Any = None, stop: Any = None, cores: Any = (), progress: Any = quiet, **limits: Any
+) -> Json:
+    task, stop = Task("standard", "updates", learn), stop or threading.Event()
+    given = settings or plain(TINY_SEED), {**LIMITS, **limits}
+    return run_job(task, *given, progress=progress, stop=stop, cores=cores)
+
+
+@pytest.fixture
+def replace_worker(tmp_path, monkeypatch):
+    """Another script is run in place of the worker."""
+    started = subprocess.Popen
+
+    def replace(script: str) -> None:
+        worker = tmp_path / "worker.py"
+        worker.write_text(script)
+        monkeypatch.setattr(
+            "slam_jax.rocket.jobs.subprocess.Popen",
+            lambda command, **kw: started([command[0], str(worker)], **kw),
+        )
+
+    return replace
 
 
 @pytest.mark.parametrize(
@@ -40,80 +58,59 @@ def job(tmp_path: Path, what: str = "seed", settings: Any = None, **limits: Any)
         ({"seconds": 0.2}, "took more than 0.2 s"),
     ],
 )
-def test_a_process_is_ended_at_its_limits(tmp_path, limits, reason):
-    assert job(tmp_path, **limits) == {"reason": reason}
-    assert not list(tmp_path.iterdir())
+def test_a_process_is_ended_at_its_limits(limits, reason):
+    assert job(**limits) == {"reason": reason}
 
 
-def test_a_process_is_ended_when_all_are(tmp_path):
+def test_a_process_ends_when_the_comparison_is_stopped():
     stop = threading.Event()
     stop.set()
-    assert job(tmp_path, stop=stop) == {"reason": "was stopped"}
-    assert not list(tmp_path.iterdir())
+    assert job(stop=stop) == {"reason": "was stopped"}
 
 
-def test_a_process_that_fails_says_why(tmp_path):
-    reason = job(tmp_path, settings={**plain(TINY_SEED), "preset": "no such"})["reason"]
+def test_a_process_that_fails_says_why():
+    reason = job(settings={**plain(TINY_SEED), "preset": "no such"})["reason"]
     assert reason.startswith("ended with exit code 1: ") and "preset is 'no such'" in reason
 
 
-def test_what_was_measured_before_the_end_is_kept(tmp_path, monkeypatch):
-    # A process that writes one level and is then ended by its limit.
-    import slam_jax.rocket.jobs as jobs
-
-    script = (
-        "import json, pathlib, sys, time\n"
-        "out = pathlib.Path(sys.argv[2])\n"
-        "out.write_text(json.dumps({'levels': [1]}))\n"
+def test_figures_from_before_the_end_are_kept(replace_worker):
+    replace_worker(
+        "import json, time\n"
+        "print(json.dumps({'figures': {'levels': [0]}}))\n"
+        "print(json.dumps({'figures': {'levels': [1]}}))\n"
+        "print(json.dumps([0.5, 'half']), flush=True)\n"
         "time.sleep(60)\n"
     )
-    worker = tmp_path / "worker.py"
-    worker.write_text(script)
-    started = jobs.subprocess.Popen
-
-    def popen(command, **kw):
-        return started([command[0], str(worker), *command[3:]], **kw)
-
-    monkeypatch.setattr(jobs.subprocess, "Popen", popen)
-    found = job(tmp_path, "seed_stress", seconds=1.0)
-    assert found == {"levels": [1], "reason": "took more than 1 s"}
+    stop = threading.Event()
+    found = job(stop=stop, progress=lambda *_: stop.set())
+    assert found == {"levels": [1], "reason": "was stopped"}
 
 
-def test_lines_that_are_no_progress_are_passed_over():
-    told = []
+def test_lines_that_are_neither_progress_nor_figures_are_skipped():
+    seen, figures = [], {}
     lines = ["3", '"ab"', "null", "[0.1]", '["a", "b"]', "{}", "a word", '[0.5, "half"]']
-    _read_progress(lines, lambda *each: told.append(each))
-    assert told == [(0.5, "half")]
+    _read([*lines, '{"figures": {"loss": 1}}'], lambda *each: seen.append(each), figures)
+    assert seen == [(0.5, "half")] and figures == {"loss": 1}
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no cores can be chosen here")
-def test_a_process_runs_on_its_cores_alone(tmp_path, monkeypatch):
-    import slam_jax.rocket.jobs as jobs
-
-    worker = tmp_path / "worker.py"
-    worker.write_text(
-        "import json, os, pathlib, sys, time\n"
+def test_a_process_runs_on_its_cores_alone(replace_worker):
+    replace_worker(
+        "import json, os, time\n"
         "time.sleep(0.5)\n"
-        "cores = sorted(os.sched_getaffinity(0))\n"
-        "pathlib.Path(sys.argv[2]).write_text(json.dumps({'cores': cores}))\n"
-    )
-    started = jobs.subprocess.Popen
-    monkeypatch.setattr(
-        jobs.subprocess,
-        "Popen",
-        lambda command, **kw: started([command[0], str(worker), *command[3:]], **kw),
+        "print(json.dumps({'figures': {'cores': sorted(os.sched_getaffinity(0))}}))\n"
     )
     last = max(os.sched_getaffinity(0))
-    assert job(tmp_path, cores=[last]) == {"cores": [last]}
-    assert job(tmp_path) == {"cores": sorted(os.sched_getaffinity(0))}
+    assert job(cores=[last]) == {"cores": [last]}
+    assert job() == {"cores": sorted(os.sched_getaffinity(0))}
 
 
 def test_a_process_ends_with_the_engine_that_was_killed(tmp_path):
-    """Also before it has begun. The engine is a shell here; by itself the job takes much longer."""
-    settings = {"num_updates": 100_000}
-    job = {"what": "seed", "system": "standard", "settings": settings, "arguments": {}}
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    worker = f"{sys.executable} -m slam_jax.rocket.worker job.json out.json $$ >/dev/null 2>&1 &"
+    """Even before its task has begun. A shell stands in for the engine; the job would take long."""
+    job = {"function": "slam_jax.rocket.seed.measure:learn", "system": "standard"}
+    job |= {"settings": {"num_updates": 100_000}, "arguments": {}}
+    command = [sys.executable, "-m", "slam_jax.rocket.jobs", json.dumps(job)]
+    worker = f"{shlex.join(command)} $$ >/dev/null 2>&1 &"
     engine = subprocess.Popen(
         ["sh", "-c", f"{worker} echo $!; wait"], stdout=subprocess.PIPE, text=True, cwd=tmp_path
     )
@@ -132,18 +129,18 @@ def test_a_process_ends_with_the_engine_that_was_killed(tmp_path):
             worker.kill()
 
 
-def test_timings_are_of_what_is_waited_for():
+def test_timings_exclude_the_first_call():
     calls = []
     seconds = timed(lambda: calls.append(0) or np.zeros(1), 3)
     assert len(calls) == 4 and len(seconds) == 3 and min(seconds) >= 0
 
 
-def test_compiling_is_timed_without_a_cache_of_programs(tmp_path):
-    """In a process of its own, whose cache is used before and after."""
+def test_compile_time_does_not_use_the_compilation_cache(tmp_path):
+    """The process uses its cache before and after."""
     script = (
         "import jax, jax.numpy as jnp\n"
         "from jax._src import monitoring\n"
-        "from slam_jax.rocket.timing import compiled\n"
+        "from slam_jax.rocket.machine import compiled\n"
         f"jax.config.update('jax_compilation_cache_dir', {str(tmp_path)!r})\n"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
         "told = []\n"

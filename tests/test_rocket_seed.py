@@ -1,4 +1,4 @@
-"""The published comparison, repeated: what it measures, and its board and page."""
+"""The protocol `seed`: its measurements, its board and its page."""
 
 import json
 import math
@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slam_jax.rocket.machine import describe_machine
-from slam_jax.rocket.page import html, markdown
+from slam_jax.rocket.machine import describe_machine, spread, timed
 from slam_jax.rocket.seed.measure import SeedSettings, learn, stability, stress, time_inference
 from slam_jax.rocket.seed.protocol import SCORE, Seed
 from slam_jax.rocket.seed.published import PUBLISHED
 from slam_jax.rocket.tasks import plain
-from slam_jax.rocket.timing import spread, timed
 from tests.helpers import schema_errors
 
 TINY = SeedSettings(
@@ -40,7 +38,7 @@ def figures() -> dict[str, Any]:
     return learn("standard", TINY, quiet)
 
 
-def test_figures_are_of_the_batch_that_is_learned(figures):
+def test_figures_describe_the_batch_that_is_learned(figures):
     losses, accuracies = figures["losses"], figures["accuracies"]
     assert len(losses) == len(accuracies) == 4
     assert losses[-1] < losses[0] - 0.5 and abs(figures["loss_fresh"] - losses[0]) < 2
@@ -53,7 +51,7 @@ def test_figures_are_of_the_batch_that_is_learned(figures):
     json.dumps(figures, allow_nan=False)
 
 
-def test_quality_is_the_same_every_time(figures):
+def test_quality_is_reproducible(figures):
     again = learn("standard", TINY, quiet)
     assert again["losses"] == figures["losses"] and again["accuracies"] == figures["accuracies"]
 
@@ -62,7 +60,7 @@ def test_the_stress_test_doubles_until_the_context_is_full_or_a_pass_is_slow(mon
     shapes, real = [], timed
 
     def timed_once(call, repeats):
-        """The first level runs; the others only have their shape noted."""
+        """Runs the first level; of the others only the shape is recorded."""
         (tokens,) = call.__defaults__
         shapes.append(tokens.shape)
         return real(call, repeats) if len(shapes) == 1 else [1.0]
@@ -71,23 +69,23 @@ def test_the_stress_test_doubles_until_the_context_is_full_or_a_pass_is_slow(mon
     *_, last = levels = list(stress("standard", TINY, quiet))
     sizes = [(level["batch_size"], level["length"]) for level in last["levels"]]
     assert sizes == [(1, 16), (2, 32), (4, 64)] == shapes  # the context has 64
-    # Each level is reported at once, so that one that ends the process leaves the others.
+    # Each level is yielded at once, so that earlier levels survive the end of the process.
     assert [len(each["levels"]) for each in levels] == [1, 2, 3]
     slow = SeedSettings(**{**vars(TINY), "stress_seconds": 0.5})
     assert len(list(stress("standard", slow, quiet))) == 1
 
 
-def test_inference_is_timed_so_often_as_asked():
+def test_inference_is_timed_as_often_as_the_settings_say():
     assert len(time_inference("standard", TINY, quiet)["seconds"]) == TINY.repeats
 
 
-def test_a_stable_run_is_one_whose_loss_does_not_move():
+def test_stability_is_1_if_the_loss_is_constant():
     assert stability([3.0, 3.0, 3.0]) == 1.0
     assert stability([1.0, 3.0]) == 0.5
-    # What is known of the published rule: evenly falling losses of five epochs come close to it.
+    # Evenly falling losses of five epochs come close to the published values.
     for row in PUBLISHED.values():
-        even = np.linspace(row.initial_loss, row.final_loss, 5).tolist()
-        assert abs(stability(even) - row.stability) < 0.06
+        even = np.linspace(row["initial_loss"], row["final_loss"], 5).tolist()
+        assert abs(stability(even) - row["stability"]) < 0.06
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +154,7 @@ def test_equal_scores_share_a_rank(results):
     assert [row["rank"] for row in rows[:4]] == [1, 1, 3, 4]
 
 
-def test_rows_stand_beside_the_published_ones(board):
+def test_rows_have_the_published_figures(board):
     first, second, third, _ = board["rows"]
     assert first["published"]["final_loss"] == 1.4962 and third["published"] is None
     assert (first["reaches_published_after"], second["reaches_published_after"]) == (1, None)
@@ -176,7 +174,7 @@ def test_rows_stand_beside_the_published_ones(board):
     assert statistics["above_target_score"] == [] == statistics["below_target_inference"]
 
 
-def test_a_stress_test_that_was_ended_says_so_and_keeps_what_it_has(board):
+def test_a_stress_test_that_was_ended_keeps_its_levels_and_the_reason(board):
     first, second, *_ = board["rows"]
     assert first["stress"]["ended"] == "a forward pass took more than 4 s"
     assert (first["stress"]["max_batch"], first["stress"]["max_length"]) == (1, 16)
@@ -186,28 +184,30 @@ def test_a_stress_test_that_was_ended_says_so_and_keeps_what_it_has(board):
 
 def test_published_averages_are_those_of_the_published_rows():
     rows = PUBLISHED.values()
-    assert np.mean([r.initial_loss - r.final_loss for r in rows]) == pytest.approx(3.1628, abs=1e-4)
-    assert np.mean([r.accuracy for r in rows]) == pytest.approx(0.4831, abs=1e-4)
+    assert np.mean([r["initial_loss"] - r["final_loss"] for r in rows]) == pytest.approx(
+        3.1628, abs=1e-4
+    )
+    assert np.mean([r["accuracy"] for r in rows]) == pytest.approx(0.4831, abs=1e-4)
     # Their perplexity is that of the final loss, and their accuracies are of one batch of 1,024.
     for row in rows:
-        assert row.perplexity == pytest.approx(math.exp(row.final_loss), rel=0.01)
-        assert abs(1024 * row.accuracy - round(1024 * row.accuracy)) < 0.06
+        assert row["perplexity"] == pytest.approx(math.exp(row["final_loss"]), rel=0.01)
+        assert abs(1024 * row["accuracy"] - round(1024 * row["accuracy"])) < 0.06
 
 
 def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
     assert schema_errors(board) == []
     page = PROTOCOL.page(board)
-    text, whole = markdown(page), html(page)
+    text, whole = page.markdown, page.html
     for row in board["rows"]:
         assert f"| {row['system']} |" in text or f"{row['system']}: took more" in text
         assert row["system"] in whole
     assert "| 1 | slam_v6 | 71.7 | 9.000 → 1.000 | 1.0000 |" in text
     assert whole.count("<svg") == 9 and "http://" not in whole.replace("http://www.w3.org", "")
     assert "moe: took more than 16 GiB of memory" in whole
-    html(PROTOCOL.page({**board, "rows": [], "category_winners": {}}))
+    PROTOCOL.page({**board, "rows": [], "category_winners": {}})
 
 
-def test_a_board_that_lacks_something_does_not_follow_the_schema(board):
+def test_a_board_without_a_required_field_does_not_follow_the_schema(board):
     for path in (["machine", "jax"], ["rows", 0, "losses"], ["rows", 3, "reason"], ["statistics"]):
         broken = json.loads(json.dumps(board))
         *above, last = path
@@ -218,7 +218,7 @@ def test_a_board_that_lacks_something_does_not_follow_the_schema(board):
         assert len(schema_errors(broken)) == 1, path
 
 
-def test_tasks_come_in_turns_and_the_stress_test_last():
+def test_systems_take_turns_and_the_stress_test_is_last():
     tasks = Seed(TINY, ("standard", "moe")).tasks({})
     assert [(task.system, task.label) for task in tasks] == [
         (name, label)
@@ -228,5 +228,5 @@ def test_tasks_come_in_turns_and_the_stress_test_last():
     assert [task.optional for task in tasks] == [False] * 6 + [True] * 2
 
 
-def test_timings_are_summed_up_by_median_and_range():
+def test_timings_are_summarised_by_median_and_range():
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "least": 1.0, "most": 3.0, "n": 3}

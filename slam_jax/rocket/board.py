@@ -1,24 +1,24 @@
 """What all protocols have in common: from tasks and their figures to a leaderboard."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from slam_jax.language_models import SYSTEMS
 from slam_jax.rocket.metrics import Part
-from slam_jax.rocket.page import Page
-from slam_jax.rocket.tasks import Json, Task, failure, plain
+from slam_jax.rocket.page import Page, make_page
+from slam_jax.rocket.tasks import Json, Results, Task, failure, plain
 
 SCHEMA_VERSION = 2  # of leaderboard.schema.json
-Results = Mapping[str, Mapping[str, Json]]  # figures by system and label of the task
 
 
 class Comparison(abc.ABC):
     """A protocol with its settings.
 
-    models: the systems that are compared. settings: JSON, given to every worker. data: what else
-    the figures depend on. score: parts of the score, if there is one; rows are then sorted.
+    name: also of the template of its page. score: parts of the score, if there is one; rows are
+    then sorted. models: the systems that are compared. settings: JSON, given to every worker. data:
+    what else the figures depend on.
     """
 
     name: ClassVar[str]
@@ -28,13 +28,14 @@ class Comparison(abc.ABC):
         self.options, self.settings, self.models = options, plain(options), tuple(models)
         self.data: Json = {}
 
+    @property
+    def identity(self) -> Json:
+        """What figures must share to be comparable."""
+        return {"protocol": self.name, "settings": self.settings, "data": self.data}
+
     @abc.abstractmethod
     def tasks(self, results: Results) -> list[Task]:
         """All tasks in the order in which they run, as far as the results so far determine them."""
-
-    def arguments(self, task: Task, done: Mapping[str, Json]) -> Json:
-        """Arguments of a task, given the figures of its system so far. Raises Impossible."""
-        return {}
 
     def known(self, name: str) -> Json:
         """The fields of a system that do not depend on its tasks."""
@@ -52,15 +53,12 @@ class Comparison(abc.ABC):
         """More fields of the board; `measured` are the rows that did not fail."""
         return {}
 
-    @abc.abstractmethod
-    def page(self, board: Json) -> Page: ...
-
     def board(self, about: Json, results: Results) -> Json:
         """The leaderboard. about: protocol, settings, data, limits and machine."""
         tasks, rows = self.tasks(results), []
         for name, done in results.items():
             title = SYSTEMS[name].title if name in SYSTEMS else name.replace("_", " ")
-            reason = failure([task for task in tasks if task.system == name], done)
+            reason = failure(name, tasks, done)
             row: Json = {"system": name, "title": title, **self.known(name)}
             if reason is None:
                 rows.append({**row, "status": "ok", **self.row(name, done)})
@@ -72,13 +70,23 @@ class Comparison(abc.ABC):
         if self.score:
             board["score_rule"] = {name: part.rule for name, part in self.score.items()}
             rows = measured + [row for row in rows if row["status"] != "ok"]
-        return {
-            **board,
-            "rows": rows,
-            "category_winners": winners,
-            **self.summary(rows, measured),
-        }
+        summary = self.summary(rows, measured)
+        return {**board, "rows": rows, "category_winners": winners, **summary}
 
-    def each(self, label: str, what: str, weight: float = 1.0, **kw: bool) -> list[Task]:
+    def page(self, board: Json) -> Page:
+        return make_page(self.name, board)
+
+    def each(
+        self, label: str, function: Callable[..., Any], weight: float = 1.0, **kw: Any
+    ) -> list[Task]:
         """The same task of every model."""
-        return [Task(name, label, what, weight, **kw) for name in self.models]
+        return [Task(name, label, function, weight, **kw) for name in self.models]
+
+    def visits(self, function: Callable[..., Any], weight: float, **kw: Any) -> list[Task]:
+        """Timing tasks: every model is measured in `rounds` processes, and models take turns."""
+        labels = [f"timing {i + 1}" for i in range(self.options.rounds)]
+        return [task for label in labels for task in self.each(label, function, weight, **kw)]
+
+    def timings(self, done: Mapping[str, Json]) -> list[Json]:
+        """The figures of a system from all timing tasks."""
+        return [done[f"timing {i + 1}"] for i in range(self.options.rounds)]

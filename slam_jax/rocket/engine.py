@@ -4,9 +4,10 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from slam_jax.rocket.board import Comparison
 from slam_jax.rocket.jobs import run_job
 from slam_jax.rocket.live import LiveTable
 from slam_jax.rocket.machine import code_version, describe_machine
-from slam_jax.rocket.page import html, markdown
-from slam_jax.rocket.tasks import Impossible, Json, Task, failure
+from slam_jax.rocket.tasks import Json, Results, Task, failure
 from slam_jax.runtime.lock import lock_workdir
 
 _Measured = tuple[Task, Json, float]  # a task, its figures, and the seconds that it took
@@ -51,15 +51,15 @@ def run(
         machine = describe_machine()
         results = _measure(comparison, Path(workdir), limits, machine["cores"], console)
         results = {name: results[name] for name in comparison.models}
-        about = {**_identity(comparison), "limits": limits, "machine": machine}
+        about = {**comparison.identity, "limits": limits, "machine": machine}
         board = comparison.board({**about, "measured": _provenance(results)}, results)
         page = comparison.page(board)
         text = json.dumps(board, indent=2, allow_nan=False) + "\n"
         for name, content in {
             "leaderboard.json": text,
             "comprehensive_model_results.json": text,  # the name of the published file
-            "leaderboard.md": markdown(page),
-            "leaderboard.html": html(page),
+            "leaderboard.md": page.markdown,
+            "leaderboard.html": page.html,
         }.items():
             write_whole(Path(workdir, name), content)
     return board
@@ -67,44 +67,31 @@ def run(
 
 def _measure(
     comparison: Comparison, workdir: Path, limits: Json, all_cores: int, console: Any
-) -> dict[str, Any]:
+) -> dict[str, dict[str, Json]]:
     """The figures of all tasks, by system and label, including those of earlier runs."""
-    path = workdir / "results.json"
-    results = _read_results(path, comparison)
-    for name in comparison.models:
-        results.setdefault(name, {})
+    path, models = workdir / "results.json", comparison.models
+    results = {**{name: {} for name in models}, **_read_results(path, comparison)}
 
     def remaining() -> list[Task]:
         tasks = comparison.tasks(results)
-        own = {name: [task for task in tasks if task.system == name] for name in comparison.models}
-        failed = {name for name in own if failure(own[name], results[name]) is not None}
+        failed = {name for name in models if failure(name, tasks, results[name])}
         return [t for t in tasks if t.system not in failed and t.label not in results[t.system]]
 
     def measure(task: Task, cores: Sequence[int], stop: threading.Event) -> _Measured:
-        start = time.monotonic()
-        at = datetime.now(UTC).isoformat(timespec="seconds")
+        start, at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
         measured = {"code": code_version(), "cores": len(cores) or all_cores, "at": at}
-        try:
+        progress = partial(table.update, task)
+        figures: Json = {"reason": task.impossible}
+        if task.impossible is None:
             figures = run_job(
-                task.what,
-                task.system,
-                comparison.settings,
-                workdir,
-                arguments=comparison.arguments(task, results[task.system]),
-                memory_gib=limits["memory_gib"],
-                seconds=limits["seconds"],
-                cores=cores,
-                progress=lambda share, text: table.update(task, share, text),
-                stop=stop,
+                task, comparison.settings, limits, cores=cores, progress=progress, stop=stop
             )
-        except Impossible as error:
-            figures = {"reason": str(error)}
         return task, {**figures, "measured": measured}, time.monotonic() - start
 
-    with LiveTable(comparison.models, console) as table:
+    with LiveTable(models, console) as table:
         for task, figures, took in _schedule(measure, remaining, limits["jobs"]):
             results[task.system][task.label] = figures
-            stored = {**_identity(comparison), "results": results}
+            stored = {**comparison.identity, "results": results}
             write_whole(path, json.dumps(stored, indent=1, allow_nan=False))
             table.finished(task, figures.get("reason"), took, remaining())
     return results
@@ -165,24 +152,15 @@ def _shares(jobs: int) -> list[Sequence[int]]:
     return [cores[i::jobs] for i in range(jobs)]
 
 
-def _provenance(results: Mapping[str, Mapping[str, Json]]) -> Json:
+def _provenance(results: Results) -> Json:
     """The versions of the code that measured, the numbers of cores, and the first and last time."""
     stamps = [figures["measured"] for done in results.values() for figures in done.values()]
-    times = [stamp["at"] for stamp in stamps]
-    return {
-        "code": sorted({stamp["code"] for stamp in stamps}),
-        "cores": sorted({stamp["cores"] for stamp in stamps}),
-        "first": min(times),
-        "last": max(times),
-    }
+    found = {key: sorted({stamp[key] for stamp in stamps}) for key in ("code", "cores", "at")}
+    times = found.pop("at")
+    return {**found, "first": times[0], "last": times[-1]}
 
 
-def _identity(comparison: Comparison) -> Json:
-    """What figures must share to be comparable."""
-    return {"protocol": comparison.name, "settings": comparison.settings, "data": comparison.data}
-
-
-def _read_results(path: Path, comparison: Comparison) -> dict[str, Any]:
+def _read_results(path: Path, comparison: Comparison) -> dict[str, dict[str, Json]]:
     """The figures that an earlier run of the same settings has stored; none if there was none.
 
     Failed tasks are left out and run again. Failed optional tasks stay: other tasks have depended
@@ -193,17 +171,13 @@ def _read_results(path: Path, comparison: Comparison) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text())
         results = {name: dict(done) for name, done in stored["results"].items()}
-        _ = [
-            (stamp["code"], stamp["cores"], stamp["at"])
-            for done in results.values()
-            for stamp in (figures["measured"] for figures in done.values())
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _provenance(results)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: not the results of a leaderboard ({error}); give another --workdir, or "
             "delete this one"
         ) from None
-    identity = _identity(comparison)
+    identity = comparison.identity
     if {name: stored.get(name) for name in identity} != identity:
         raise InputError(f"{path}: is of other settings; give another --workdir, or delete it")
     optional = {(task.system, task.label) for task in comparison.tasks(results) if task.optional}

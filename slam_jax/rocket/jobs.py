@@ -1,83 +1,77 @@
-"""Runs one task in a process of its own, so that a system that fails costs one row."""
+"""Runs one task in a process of its own, so that a system that fails costs one row.
+
+The process is `python -m slam_jax.rocket.jobs TASK PARENT`. TASK: JSON of {"function":
+"module:name", "system", "settings", "arguments"}. PARENT: the process that started it; when that
+ends, it ends too. It prints lines of JSON: [share, text] for progress, {"figures": ...} for all
+figures so far.
+"""
 
 import json
 import os
+import pkgutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
 
-from slam_jax.errors import write_whole
-from slam_jax.rocket.tasks import Json, Report
+from slam_jax.rocket.tasks import Json, Report, Task
+from slam_jax.runtime.compile_cache import enable_compile_cache
 
 _POLL_SECONDS = 0.1
 
 
 def run_job(
-    what: str,
-    system: str,
-    settings: Mapping[str, Any],
-    folder: Path,
+    task: Task,
+    settings: Json,
+    limits: Mapping[str, Any],
     *,
-    arguments: Mapping[str, Any],
-    memory_gib: float,
-    seconds: float,
     progress: Report,
     stop: threading.Event,
     cores: Sequence[int] = (),
 ) -> Json:
-    """Runs a task of `slam_jax.rocket.worker` and waits for it. The process is ended when it
-    exceeds its memory or its time, and when `stop` is set. cores: those that it may use; () = all.
+    """Runs a task and waits for it. Its process is ended when it exceeds the limits "memory_gib"
+    and "seconds", and when `stop` is set. cores: those that it may use; () = all.
 
     Returns its figures, as far as it got, and under "reason" why it did not finish.
     """
-    job, out = folder / f"{what}.{system}.job.json", folder / f"{what}.{system}.out.json"
-    given = {"what": what, "system": system, "settings": {**settings}, "arguments": {**arguments}}
-    write_whole(job, json.dumps(given))
-    out.unlink(missing_ok=True)
-    last_lines = deque(maxlen=20)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "slam_jax.rocket.worker", str(job), str(out), str(os.getpid())],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env={**os.environ, "PYTHONUTF8": "1"},
-    )
-    if cores:  # before the process starts threads, which inherit them
-        os.sched_setaffinity(process.pid, cores)
-    with process:
-        readers = [
-            _start_thread(_read_progress, process.stdout, progress),
-            _start_thread(last_lines.extend, process.stderr),
-        ]
+    function = f"{task.function.__module__}:{task.function.__qualname__}"
+    job = {"function": function, "system": task.system, "settings": settings}
+    job = json.dumps({**job, "arguments": {**task.arguments}})
+    figures: Json = {}
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as messages,
+        subprocess.Popen(
+            [sys.executable, "-m", "slam_jax.rocket.jobs", job, str(os.getpid())],
+            stdout=subprocess.PIPE,
+            stderr=messages,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "PYTHONUTF8": "1"},
+        ) as process,
+    ):
+        if cores:  # before the process starts threads, which inherit them
+            os.sched_setaffinity(process.pid, cores)
+        given = (process.stdout, progress, figures)
+        reader = threading.Thread(target=_read, args=given, daemon=True)
+        reader.start()
         try:
-            reason = _watch(process, memory_gib, seconds, stop)
+            reason = _watch(process, limits["memory_gib"], limits["seconds"], stop)
         finally:
             process.kill()  # does nothing if it has ended
-            for reader in readers:
-                reader.join()
-            job.unlink(missing_ok=True)
-    if reason is None and process.returncode:
-        last = next((line.strip() for line in reversed(last_lines) if line.strip()), "no message")
+            reader.join()
         code = process.returncode
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        reason = f"ended with {how}: {last[:200]}"
-    figures = json.loads(out.read_text()) if out.exists() else {}
-    out.unlink(missing_ok=True)
+        if reason is None and code:
+            messages.seek(0)
+            lines = [line for line in map(str.strip, messages) if line] or ["no message"]
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            reason = f"ended with {how}: {lines[-1][:200]}"
     return figures if reason is None else {**figures, "reason": reason}
-
-
-def _start_thread(function: Callable[..., Any], *args: Any) -> threading.Thread:
-    thread = threading.Thread(target=function, args=args, daemon=True)
-    thread.start()
-    return thread
 
 
 def _watch(
@@ -100,13 +94,41 @@ def _watch(
     return None
 
 
-def _read_progress(lines: Iterable[str], progress: Report) -> None:
-    """Reports the lines that are progress; libraries print others."""
+def _read(lines: Iterable[str], progress: Report, figures: Json) -> None:
+    """Reports the lines that are progress and stores the figures; libraries print other lines."""
     for line in lines:
         try:
-            report = json.loads(line)
+            value = json.loads(line)
         except ValueError:
             continue
-        match report:
+        match value:
             case [int() | float() as share, str() as text]:
                 progress(share, text)
+            case {"figures": dict() as found}:
+                figures.update(found)
+
+
+def main() -> None:
+    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
+    enable_compile_cache()
+    task: Json = json.loads(sys.argv[1])
+    function = pkgutil.resolve_name(task["function"])
+    settings = typing.get_type_hints(function)["settings"](**task["settings"])
+
+    def report(share: float, text: str) -> None:
+        print(json.dumps([round(share, 3), text]), flush=True)
+
+    figures = function(task["system"], settings, report, **task["arguments"])
+    for each in figures if isinstance(figures, Iterator) else [figures]:
+        print(json.dumps({"figures": each}, allow_nan=False), flush=True)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has ended, which could not do it if it was killed."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,20 +4,59 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.special import stdtrit
 
 from slam_jax.rocket.tasks import Json
 
 RESAMPLES = 2_000
-Weights = Float[np.ndarray, "_ seeds units"]
+
+
+class Ratio(NamedTuple):
+    """A figure that is one sum over seeds and units (documents or scenes) divided by another."""
+
+    above: Float[np.ndarray, "seeds units"]
+    below: Float[np.ndarray, "seeds units"]
+
+    def of_seeds(self) -> list[float]:
+        return (self.above.sum(1) / self.below.sum(1)).tolist()
+
+    def values(self, drawn: Int[np.ndarray, "resamples units"]) -> Float[np.ndarray, "_"]:
+        """The figure, that of each seed, and that of each resample of the units."""
+        above, below = (
+            np.concatenate([[part.sum()], part.sum(1), drawn @ part.sum(0)]) for part in self
+        )
+        return above / below
+
+
+def interval(figure: Ratio, minus: Ratio | None = None) -> Json:
+    """The 95% interval of a figure, or of its paired difference to another.
+
+    Seeds and units vary independently, so that the half-widths add in quadrature. Over units, a
+    bootstrap of 2,000 resamples. Over S seeds, too few for a bootstrap, t s / sqrt(S), with s the
+    standard deviation over seeds and t Student's quantile for S - 1 degrees of freedom. With a
+    single seed the interval does not include the variation over seeds, which is then unknown.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13.
+    """
+    seeds, units = figure.above.shape
+    drawn = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=RESAMPLES)
+    values = figure.values(drawn) - (0.0 if minus is None else minus.values(drawn))
+    mean, over_seeds = float(values[0]), 0.0
+    half_widths = np.quantile(values[1 + seeds :], [0.025, 0.975]) - mean
+    if seeds > 1:
+        deviation = np.std(values[1 : 1 + seeds], ddof=1)
+        over_seeds = stdtrit(seeds - 1, 0.975) * deviation / np.sqrt(seeds)
+    low, high = np.hypot(half_widths, over_seeds)
+    return {"mean": mean, "low": float(mean - low), "high": float(mean + high)}
 
 
 class Metric(NamedTuple):
     """One number of every row.
 
-    path: its field, with dots between nested fields. least: whether the smallest value is best.
-    scale: from the unit in the row to the unit that is shown. Values keep their type without it.
+    path: its field, with dots between nested fields and numbers of items of lists. least: whether
+    the smallest value is best. scale: from the unit in the row to the unit that is shown; without
+    it values keep their type.
     """
 
     path: str
@@ -27,7 +66,7 @@ class Metric(NamedTuple):
     def of(self, row: Json) -> Any:
         value: Any = row
         for field in self.path.split("."):
-            value = value[field]
+            value = value[int(field) if isinstance(value, list) else field]
         return value if self.scale == 1 else self.scale * value
 
     def best(self, rows: Sequence[Json]) -> Any:
@@ -64,29 +103,3 @@ def winners(rows: Sequence[Json], categories: Mapping[str, Metric]) -> Json:
         systems = [row["system"] for row in rows if metric.of(row) == best]
         found[name] = {"system": ", ".join(systems), "value": best}
     return found
-
-
-def interval(shape: tuple[int, int], figure: Callable[[Weights], Float[np.ndarray, "_"]]) -> Json:
-    """A figure with its 95% interval over seeds and units (documents or scenes).
-
-    The figure is a function of weights: how often each unit counts for each seed. The interval of a
-    difference is paired, since both sides get the same weights.
-
-    Seeds and units vary independently, so that the half-widths add in quadrature. Over units, a
-    bootstrap of 2,000 resamples. Over S seeds, too few for a bootstrap, t s / sqrt(S), with s the
-    standard deviation over seeds and t Student's quantile for S - 1 degrees of freedom. With a
-    single seed the interval does not include the variation over seeds, which is then unknown.
-
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13.
-    """
-    seeds, units = shape
-    mean = float(figure(np.ones((1, seeds, units)))[0])
-    drawn = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=RESAMPLES)
-    resampled = figure(np.repeat(drawn[:, None], seeds, axis=1).astype(np.float64))
-    half_widths = np.quantile(resampled, [0.025, 0.975]) - mean
-    over_seeds = 0.0
-    if seeds > 1:
-        each = figure(np.repeat(np.eye(seeds)[..., None], units, axis=-1))
-        over_seeds = stdtrit(seeds - 1, 0.975) * np.std(each, ddof=1) / np.sqrt(seeds)
-    low, high = np.hypot(half_widths, over_seeds)
-    return {"mean": mean, "low": float(mean - low), "high": float(mean + high)}

@@ -1,82 +1,72 @@
-"""A leaderboard for people, as a self-contained HTML page, as Markdown and on a terminal."""
+"""A leaderboard for people: Markdown from the template of its protocol, and HTML from that.
 
-from collections.abc import Mapping, Sequence
-from importlib import resources
-from typing import NamedTuple
+A template, templates/<protocol>.md, extends page.md. It has the `board`, the `rows` that did not
+fail, `plots` (whether to plot; true for HTML), `plot(caption, svg)`, and `_FUNCTIONS`.
+"""
+
+import re
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jinja2
+from markdown_it import MarkdownIt
 from rich.console import Console
-from rich.table import Table as TerminalTable
+from rich.markdown import Markdown
 
+from slam_jax.reporting.plots import plot_bars, plot_curves, plot_points
+from slam_jax.rocket.metrics import Metric
+from slam_jax.rocket.tasks import Json
 
-class Table(NamedTuple):
-    """rows: one cell a column. note: printed above it. sortable: by a click on a column's title,
-    on the HTML page. short: the columns that a terminal shows; none = it does not show the table.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-    sortable: bool = False
-    short: Sequence[str] = ()
-
-
-class Bullets(NamedTuple):
-    """A list of sentences."""
-
-    title: str
-    items: Sequence[str]
-    note: str = ""
-
-
-class Plots(NamedTuple):
-    """SVG of `slam_jax.reporting.plots`, by caption."""
-
-    title: str
-    plots: Mapping[str, str]
-    note: str = ""
-
-
-Section = Table | Bullets | Plots
+UNITS = {"ms": 1e3, "%": 100.0, "GiB": 2**-30, "M": 1e-6}
+_LEFT = ("system", "category", "variant", "changes", "widths")  # columns of words
+Cell = str | Callable[[Json], str]
 
 
 class Page(NamedTuple):
-    """notes: paragraphs before the sections."""
+    """short: what a terminal shows."""
 
-    title: str
-    notes: Sequence[str]
-    sections: Sequence[Section]
+    markdown: str
+    html: str
+    short: str
 
 
-def html(page: Page) -> str:
-    """The whole page; text from users and systems is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+class _Formatter(string.Formatter):
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        path, _, unit = field_name.rpartition(" ")
+        path, scale = (path, UNITS[unit]) if unit in UNITS else (field_name, None)
+        value = Metric(path).of(kwargs)
+        if scale and isinstance(value, Mapping):
+            return {key: scale * number for key, number in value.items()}, path
+        return scale * value if scale else value, path
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if not isinstance(value, Mapping):
+            return format(value, format_spec)
+        keys = ("mean", "low", "high") if "mean" in value else ("median", "least", "most")
+        middle, low, high = (format(value[key], format_spec) for key in keys)
+        return f"{middle} ({low} to {high})"
+
+
+def cell(form: Cell, row: Json) -> str:
+    """The text of a cell: of a function of the row, or of a format string of fields.
+
+    Fields are given as in `Metric` and may have a unit: "{seconds.median ms:.1f}". Intervals and
+    repeated measurements become "middle (low to high)".
+    """
+    text = _Formatter().vformat(form, (), row) if isinstance(form, str) else form(row)
+    return text.strip().replace("|", "\\|")
+
+
+def table(rows: Iterable[Json], columns: Mapping[str, Cell], chosen: Sequence[str] = ()) -> str:
+    """A table of the board's rows. columns: the `cell` of each, by title. chosen: () = all."""
+    names = chosen or list(columns)
+    head, _, *lines = markdown_table(
+        names, [[cell(columns[n], row) for n in names] for row in rows]
     )
-    template = resources.files("slam_jax.rocket") / "templates" / "leaderboard.html"
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
-        page=page, sections=[(type(section).__name__, section) for section in page.sections]
-    )
-
-
-def markdown(page: Page) -> str:
-    """Everything except the plots."""
-    lines = [f"# {page.title}", ""]
-    for note in page.notes:
-        lines += [note, ""]
-    for section in page.sections:
-        if isinstance(section, Plots):
-            continue
-        lines += [f"## {section.title}", ""]
-        if section.note:
-            lines += [section.note, ""]
-        if isinstance(section, Table):
-            lines += markdown_table(section.columns, section.rows)
-        else:
-            lines += [f"- {item}" for item in section.items]
-        lines.append("")
-    return "\n".join(lines)
+    sides = (":---" if name in _LEFT else "---:" for name in names)
+    return "\n".join([head, f"| {' | '.join(sides)} |", *lines])
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -84,16 +74,95 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def across(keys: Iterable[Any], form: Callable[[Any, Json], str]) -> dict[str, Cell]:
+    """A column for each key, such as the learning rates. form: a function of a key and the row."""
+    return {f"{key}": partial(form, key) for key in keys}
+
+
+def across_seeds(rows: Sequence[Json], form: Callable[[Any, Json], str]) -> dict[str, Cell]:
+    """A column for each seed. form: a function of the number of a run and the row."""
+    return {f"seed {run['seed']}": partial(form, i) for i, run in enumerate(rows[0]["runs"])}
+
+
+def bars(rows: Sequence[Json], path: str, unit: str = "", least: bool = False) -> str:
+    """A bar for every system. path: a field, as in `Metric`. least: whether the lowest is best."""
+    metric = Metric(path, scale=UNITS.get(unit, 1.0))
+    return plot_bars({row["system"]: metric.of(row) for row in rows}, lowest=least)
+
+
+def points(rows: Sequence[Json], x: str, y: str, xlabel: str, ylabel: str, unit: str = "") -> str:
+    """A point for every system. x, y: fields, as in `Metric`. unit: of x."""
+    cost, quality = Metric(x, scale=UNITS.get(unit, 1.0)), Metric(y)
+    return plot_points({r["system"]: (cost.of(r), quality.of(r)) for r in rows}, xlabel, ylabel)
+
+
+def series(rows: Sequence[Json], field: str, xlabel: str, ylabel: str, unit: str = "") -> str:
+    """A curve for every system: a list of numbers."""
+    scale = UNITS.get(unit, 1.0)
+    curves = {
+        row["system"]: (list(range(len(row[field]))), [scale * y for y in row[field]])
+        for row in rows
+    }
+    return plot_curves(curves, ylabel, xlabel=xlabel)
+
+
+def mean_curves(rows: Sequence[Json], x: str, y: str, xlabel: str, ylabel: str) -> str:
+    """A curve for every system: fields of the points of its runs' curves, mean over seeds."""
+    curves = {}
+    for row in rows:
+        xs, ys = ([[point[key] for point in run["curve"]] for run in row["runs"]] for key in (x, y))
+        means = [sum(values) / len(values) for values in zip(*ys, strict=True)]
+        curves[row["system"]] = list(map(float, xs[0])), means
+    return plot_curves(curves, ylabel, xlabel=xlabel)
+
+
+_FUNCTIONS = {
+    function.__name__: function
+    for function in (cell, table, across, across_seeds, bars, points, series, mean_curves)
+} | {"number": format}
+
+
+def make_page(template: str, board: Json) -> Page:
+    """The page of a board, from the template of a protocol."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("slam_jax.rocket"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    rows = [row for row in board["rows"] if row["status"] == "ok"]
+    figures: list[str] = []
+
+    def plot(caption: str, svg: str) -> str:
+        figures.append(svg)
+        return f"![{caption}]({len(figures) - 1})"
+
+    environment.filters["number"] = format
+    environment.globals |= _FUNCTIONS | {"plot": plot, "board": board, "rows": rows}
+    source = environment.get_template(f"{template}.md")
+    text = re.sub(r"\n{3,}", "\n\n", source.render(plots=False))
+    html = to_html(source.render(plots=True), figures)
+    module: Any = source.make_module({"plots": False})
+    return Page(text, html, module.short())
+
+
+def to_html(text: str, figures: Sequence[str] = ()) -> str:
+    """A self-contained HTML page of Markdown. Its images are numbers of figures, which are SVG;
+    markup in the text is escaped."""
+
+    def figure(match: re.Match[str]) -> str:
+        number, caption = match.groups()
+        return f"<figure><figcaption>{caption}</figcaption>{figures[int(number)]}</figure>"
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    body = re.sub(r"<p>((?:<img [^>]*>\s*)+)</p>", r'<div class="plots">\1</div>', body)
+    body = re.sub(r'<img src="(\d+)" alt="(.*?)" />', figure, body)
+    body = re.sub(r"(<table>.*?</table>)", r'<div class="scroll">\1</div>', body, flags=re.S)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("slam_jax.rocket"))
+    title = text.splitlines()[0].lstrip("# ")
+    return environment.get_template("leaderboard.html").render(title=title, body=body)
+
+
 def print_page(page: Page, console: Console | None = None) -> None:
-    """Prints the short columns of the tables that have some."""
-    console = console or Console(highlight=False)
-    for section in page.sections:
-        if not isinstance(section, Table) or not section.short:
-            continue
-        table = TerminalTable(title=section.title, box=None, padding=(0, 1), title_justify="left")
-        for name in section.short:
-            table.add_column(name, justify="left" if name == "system" else "right")
-        for row in section.rows:
-            cells = dict(zip(section.columns, row, strict=True))
-            table.add_row(*(cells[name] for name in section.short))
-        console.print(table)
+    """Prints the short tables."""
+    (console or Console(highlight=False)).print(Markdown(page.short))

@@ -38,5 +38,5 @@ def make_comparison(
     given = {} if config is None else read_config(config)
     values = build(settings, override({**plain(settings()), **given}, arguments))
     if models is None:
-        models = tuple(values.variants) if protocol == "ablation" else DEFAULT_MODELS
+        models = tuple(getattr(values, "variants", DEFAULT_MODELS))
     return comparison(values, tuple(dict.fromkeys(models)), workdir)

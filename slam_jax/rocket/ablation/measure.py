@@ -17,8 +17,8 @@ from slam_jax.data.views import with_halves
 from slam_jax.errors import require
 from slam_jax.evaluation import evaluate
 from slam_jax.evaluation.answers import Answer
-from slam_jax.rocket.tasks import Json, Report, check_seeds
-from slam_jax.rocket.timing import peak_memory
+from slam_jax.rocket.machine import peak_memory
+from slam_jax.rocket.tasks import Json, Report, check_settings
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
 from slam_jax.training import Experiment, load, override, split_model, train
@@ -38,7 +38,7 @@ class AblationSettings:
     seeds: Sequence[int] = (0, 1, 2)
 
     def __post_init__(self):
-        check_seeds(self)
+        check_settings(self, zero=("seeds",), large=("seeds",))
         for name, changes in self.variants.items():
             mapping = isinstance(changes, Mapping)
             require(mapping, f"variants.{name}", changes, "fields and their values")
@@ -50,45 +50,36 @@ class AblationSettings:
 
 
 def run(name: str, settings: AblationSettings, report: Report, *, workdir: str, seed: int) -> Json:
-    """Trains a variant, and tests it on every view that it was trained on.
+    """Trains and tests a variant; see `train_and_test`."""
+    return train_and_test(settings.config_of(name, seed), Path(workdir) / name / str(seed), report)
 
-    Returns its cost and "scores": see `score`.
+
+def train_and_test(config: Json, folder: Path, report: Report) -> Json:
+    """Trains a model, and tests it on every view that it was trained on.
+
+    config: as `train.py` takes it. folder: the run's workdir. Returns its cost and "scores": see
+    `score`.
     """
     report(0.0, "training")
-    config, folder = settings.config_of(name, seed), Path(workdir) / name / str(seed)
     start = time.perf_counter()
     train(config, folder)
     seconds = time.perf_counter() - start
     report(0.9, "answering")
-    loaded, experiment = load(folder, "latest"), Experiment.from_config(config)
-    dataset = prepare(experiment.data, loaded.tokenizer, model=loaded.model.config)
-    graphdef, params = split_model(loaded.model)
+    loaded, data = load(folder, "latest"), Experiment.from_config(config).data
+    model, tokenizer = loaded.model, loaded.tokenizer
+    test = prepare(data, tokenizer, model=model.config).test
     batches = {
-        view: list(
-            evaluation_batches(
-                dataset.test,
-                loaded.tokenizer,
-                view,
-                experiment.data.batch_size,
-                seed=experiment.data.seed,
-            )
-        )
-        for view in with_halves(experiment.data.views)
+        view: list(evaluation_batches(test, tokenizer, view, data.batch_size, seed=data.seed))
+        for view in with_halves(data.views)
     }
+    graphdef, params = split_model(model)
+    longest = test.answer_length(tokenizer) + 1
     results = evaluate(
-        graphdef,
-        params,
-        batches,
-        loaded.tokenizer,
-        step=loaded.step,
-        max_new_tokens=dataset.test.answer_length(loaded.tokenizer) + 1,
+        graphdef, params, batches, tokenizer, step=loaded.step, max_new_tokens=longest
     )
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "flops": {
-            view: _flops(loaded.model.config, batches[view][0].batch)
-            for view in experiment.data.views
-        },
+        "flops": {view: _flops(model.config, batches[view][0].batch) for view in data.views},
         "scores": score(results.answers),
         "train_seconds": seconds,
         "peak_memory_bytes": peak_memory(),
@@ -98,24 +89,17 @@ def run(name: str, settings: AblationSettings, report: Report, *, workdir: str, 
 def score(answers: Sequence[Answer]) -> dict[str, dict[str, list[int]]]:
     """By "view/kind", "asked" and "right": one count per scene. "view/needs both" are the questions
     of any kind that need both halves of a split scene."""
-    asked: Any = defaultdict(lambda: defaultdict(int))
-    right: Any = defaultdict(lambda: defaultdict(int))
+    num_scenes = 1 + max(answer.scene for answer in answers)
+    counts: Any = defaultdict(lambda: {"asked": [0] * num_scenes, "right": [0] * num_scenes})
     for answer in answers:
         view, _, only = answer.view.partition("_only_")
         entries = [] if only else [f"{view}/{answer.kind}"]
         if answer.needs_both:
             entries.append(f"{view}/needs both" + (f", {only} only" if only else ""))
         for entry in entries:
-            asked[entry][answer.scene] += 1
-            right[entry][answer.scene] += answer.correct
-    scenes = range(1 + max(answer.scene for answer in answers))
-    return {
-        entry: {
-            "asked": [asked[entry][scene] for scene in scenes],
-            "right": [right[entry][scene] for scene in scenes],
-        }
-        for entry in asked
-    }
+            counts[entry]["asked"][answer.scene] += 1
+            counts[entry]["right"][answer.scene] += answer.correct
+    return dict(counts)
 
 
 def _flops(config: SlamV3Config, batch: Any) -> Json:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from slam_jax.errors import require, require_count
-from slam_jax.rocket.heldout.budgets import BUDGETS, Budget, fit
+from slam_jax.rocket.heldout.budgets import BUDGETS, fit
 from slam_jax.rocket.heldout.corpus import STDLIB
-from slam_jax.rocket.tasks import check_distinct, check_seeds
+from slam_jax.rocket.tasks import check_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +51,16 @@ class HeldoutSettings:
     repeats: int = 3
 
     def __post_init__(self):
-        check_distinct(self, "learning_rates")
-        check_seeds(self)
-        counts = ("length", "batch_size", "document_tokens", "prompt_length", "new_tokens")
-        for field in (*counts, "rounds", "repeats", "curve_points"):
-            require_count(field, getattr(self, field))
+        zero = ("more_learning_rates", "weight_decay", "warmup", "seeds")
+        check_settings(self, zero, large=("num_tokens", "sweep_tokens", "seeds"))
+        require_count("more_learning_rates", self.more_learning_rates, least=0, most=16)
         for field in ("num_tokens", "sweep_tokens"):
             value, least = getattr(self, field), self.curve_points * self.batch_size * self.length
             expected = f"at least {least:,}, a batch for each of the curve_points"
             require(value >= least, field, value, expected)
-        require_count("more_learning_rates", self.more_learning_rates, least=0, most=16)
-        positive = all(rate > 0 for rate in self.learning_rates)
-        require(positive, "learning_rates", self.learning_rates, "numbers above 0")
         require(self.budget_of in BUDGETS, "budget_of", self.budget_of, f"one of {BUDGETS}")
-        require(self.budget > 0, "budget", self.budget, "a number above 0")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        require(0 <= self.warmup < 1, "warmup", self.warmup, "a share in [0, 1)")
+        require(self.warmup < 1, "warmup", self.warmup, "a share in [0, 1)")
 
     def config_of(self, name: str, vocab_size: int) -> Any:
         """The configuration of a system that meets the budget."""
-        return fit(name, Budget(self.budget_of, self.budget), self.length, vocab_size)
+        return fit(name, self.budget_of, self.budget, self.length, vocab_size)

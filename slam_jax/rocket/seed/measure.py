@@ -14,15 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
-from slam_jax.errors import require, require_count
-from slam_jax.language_models import make_config, measure
+from slam_jax.language_models import make_config
 from slam_jax.language_models.flops import forward_flops, training_flops
-from slam_jax.rocket.tasks import Json, Report
-from slam_jax.rocket.timing import peak_memory, spread, timed
-from slam_jax.rocket.training import build_model, start_training
+from slam_jax.rocket.machine import peak_memory, spread, timed
+from slam_jax.rocket.systems import build_model, sizes, start_training
+from slam_jax.rocket.tasks import Json, Report, check_settings
 from slam_jax.training.losses import language_model_loss
+from slam_jax.training.state import merge_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,23 +52,17 @@ class SeedSettings:
     stress_seconds: float = 4.0
 
     def __post_init__(self):
-        counts = ("batch_size", "length", "num_updates", "rounds", "repeats")
-        for field in (*counts, "stress_batch", "stress_length"):
-            require_count(field, getattr(self, field))
-        require_count("seed", self.seed, least=0, most=2**32 - 1)
-        for field in ("learning_rate", "stress_seconds"):
-            require(getattr(self, field) > 0, field, getattr(self, field), "a number above 0")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        check_settings(self, zero=("seed", "weight_decay"), large=("seed",))
 
 
 def learn(name: str, settings: SeedSettings, report: Report) -> Json:
     """Trains a system on the batch; everything but the timed inference and the stress test."""
     config = make_config(name, settings.preset)
-    size = measure(config)
+    size = sizes(config)
     report(0.05, "building")
     batch, other_batch = _tokens(config, settings)
     graphdef, step, state = start_training(
-        build_model(config, settings.seed),
+        config,
         # Without the dropout key: the one system with dropout would learn the batch more slowly.
         lambda model, batch, key: language_model_loss(model, batch),
         optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay),
@@ -84,16 +77,13 @@ def learn(name: str, settings: SeedSettings, report: Report) -> Json:
         accuracies.append(float(metrics.loss.accuracy))
         share = (i + 1) / settings.num_updates
         report(0.1 + 0.8 * share, f"update {i + 1}, loss {losses[-1]:.2f}")
-    memory = peak_memory()
-    trained = nnx.merge(graphdef, nnx.State(state.params))
-    evaluate = jax.jit(language_model_loss)
+    memory, evaluate = peak_memory(), jax.jit(language_model_loss)
+    trained = merge_model(graphdef, state.params)
     after, other = (evaluate(trained, tokens) for tokens in (batch, other_batch))
     losses.append(float(after.cross_entropy))
     accuracies.append(float(after.accuracy))
     return {
-        "parameters": {"total": size.total, "active": size.active, "embedding": size.embedding},
-        "cache_bytes_per_token": size.cache_bytes_per_token,
-        "state_bytes": size.state_bytes,
+        **size,
         "forward_flops": settings.batch_size * forward_flops(config, settings.length),
         "training_flops": settings.batch_size * training_flops(config, settings.length),
         "losses": losses,
