@@ -344,6 +344,16 @@ def test_overrides_are_literals_or_text_and_leave_the_original():
     assert config["seed"] == 0
 
 
+@pytest.mark.parametrize("text", ["2024", "1e3", "007", "1_0", "True", "[1]", "data/2024"])
+def test_text_that_looks_like_a_number_is_text_where_text_is_expected(text):
+    config = as_json(default_config())
+    for field in ("path", "data_dir"):
+        changed = override(config, [f"--config.data.{field}={text}"])
+        assert getattr(Experiment.from_config(changed).data, field) == text
+    for written, value in ((repr(text), text), ("None", None)):
+        assert override(config, [f"--config.data.path={written}"])["data"]["path"] == value
+
+
 def test_a_config_file_that_gives_no_config_is_named(tmp_path):
     path = tmp_path / "config.py"
     with pytest.raises(ConfigError, match="config.py: no such file; give one such as configs/"):

@@ -228,8 +228,9 @@ def _describe(kind: Any) -> str:
 def override(config: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
     """A copy of the configuration with `--config.group.field=value` arguments applied.
 
-    Values are Python literals; anything else is text. Raises ConfigError for an argument of another
-    form and for a field that the configuration does not have.
+    Values are Python literals; anything else is text, and so is every value of a field of text,
+    such as the path 2024. Raises ConfigError for an argument of another form and for a field that
+    the configuration does not have.
     """
     changed = copy.deepcopy(dict(config))
     for argument in arguments:
@@ -238,12 +239,16 @@ def override(config: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, A
         if root != "config" or not names or not equals:
             raise ConfigError(f"argument {argument!r}; expected --config.field=value")
         group: Any = changed
+        kind: Any = Experiment
         for i, name in enumerate(names):
             known = list(group) if isinstance(group, dict) else []
             check_names([name], known, ".".join(names[:i]) or "the config")
+            kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
             if i < len(names) - 1:
                 group = group[name]
-        group[names[-1]] = _literal(text)
+        value = _literal(text)
+        is_text = str in (kind, *typing.get_args(kind)) and not _fits(value, kind)
+        group[names[-1]] = text if is_text else value
     return changed
 
 
