@@ -1,4 +1,4 @@
-"""Errors for people: one line that says what was wrong, what was expected and what to do."""
+"""Errors for users: one line that says what is wrong, what is expected and what to do."""
 
 import contextlib
 import difflib
@@ -10,19 +10,19 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can put right; entry points print it and exit 2."""
+    """An error that the user can correct. Entry points print it in one line and exit with 2."""
 
 
 class ConfigError(UserError, ValueError):
-    """A field has a value that cannot be built; the message names it and says what would do."""
+    """A field of a configuration has a wrong value. The message says what is expected."""
 
 
 class InputError(UserError, ValueError):
-    """Something that a model or a reader was given is not what it takes."""
+    """An input of a model or of a reader has the wrong type, shape or content."""
 
 
 class WriteError(UserError):
-    """A file could not be written: the message names it and says why."""
+    """A file could not be written. The message names it and says why."""
 
 
 def require(ok: bool, field: str, value: object, expected: str) -> None:
@@ -32,13 +32,15 @@ def require(ok: bool, field: str, value: object, expected: str) -> None:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is a whole number, Python's or NumPy's."""
+    """Whether the value is an integer of Python or NumPy; booleans are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def require_count(field: str, value: Any, least: int = 1, most: int = 1 << 20) -> None:
-    """Raises ConfigError unless value is a whole number from `least` to `most`. Without a bound a
-    mistyped number would build for hours, or end in a message about overflows."""
+    """Raises ConfigError unless `value` is a whole number from `least` to `most`.
+
+    The upper bound is for mistyped numbers, which would run for hours or overflow.
+    """
     require(is_whole(value), field, value, "a whole number")
     require(value >= least, field, value, f"at least {least:,}")
     require(value <= most, field, value, f"at most {most:,}")
@@ -47,7 +49,7 @@ def require_count(field: str, value: Any, least: int = 1, most: int = 1 << 20) -
 def check_names(
     names: Iterable[str], known: Sequence[str], group: str, kind: str = "field"
 ) -> None:
-    """Raises ConfigError for the first name that is not known, with the nearest one that is."""
+    """Raises ConfigError for the first unknown name, and suggests the most similar known one."""
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -68,9 +70,9 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file, its folders too, all or nothing: a reader never sees half of it.
+    """Writes a file and creates its folders. A reader never sees a part of the file.
 
-    Raises WriteError where it cannot be written; what was there before is kept.
+    Raises WriteError if it cannot be written; an older file is then kept.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -84,14 +86,14 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """What happened first: libraries wrap it in what they tried."""
+    """The original error, which libraries wrap in errors of their own."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def first_line(error: BaseException) -> str:
-    """What happened first, in words: of the innermost cause the first line, or its type's name."""
+    """The first line of the innermost error's message, or the name of its type."""
     error = innermost(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

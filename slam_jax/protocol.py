@@ -1,4 +1,4 @@
-"""What training, generation and evaluation know of a model, whatever it is made of."""
+"""The interface of models that training, generation and evaluation use."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,11 +10,11 @@ from slam_jax.array_typing import AnyArray
 
 @struct.dataclass
 class Output:
-    """What a full forward pass returns.
+    """The result of a full forward pass.
 
-    logits: of the next token, at every position. aux_loss: what training adds to the cross-entropy
-    for this call, in nats and already weighted, such as the load balance of experts. attention:
-    the attention weights, where a model was asked for them.
+    logits: the logits of the next token at every position. aux_loss: a loss that training adds to
+    the cross-entropy, in nats and already weighted, such as the load-balancing loss of experts.
+    attention: the attention weights, if the caller asked for them.
     """
 
     logits: Float[Array, "*B T V"]
@@ -24,7 +24,7 @@ class Output:
 
 @struct.dataclass
 class Hidden:
-    """The same before the head: `model.logits(states)` are the logits."""
+    """As `Output`, with the states before the head: `model.logits(states)` gives the logits."""
 
     states: Float[Array, "*B T D"]
     aux_loss: Float[Array, ""] | float = 0.0
@@ -35,9 +35,9 @@ class Hidden:
 class Decodable(Protocol):
     """A model that continues token sequences with a cache passed in and out.
 
-    `memory` is what an encoder made of the other inputs; a pure language model is given None.
-    prefill reads right-padded prompts into an empty cache and returns the logits of every position,
-    decode_step reads one token a row. Both agree with the full forward pass.
+    `memory` is the output of an encoder for the other inputs; for a pure language model it is None.
+    `prefill` reads right-padded prompts into an empty cache and returns the logits of every
+    position. `decode_step` reads one token a row. Both agree with the full forward pass.
     """
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> Any: ...
@@ -60,8 +60,8 @@ class Decodable(Protocol):
 class LanguageModel(Decodable, Protocol):
     """A model of token sequences alone.
 
-    mask: True = a real token, None = all are; pads change nothing for the others.
-    key: given in training, for dropout and whatever else happens only there.
+    mask: True = a real token, None = all are real. Pads do not change the logits of real tokens.
+    key: passed in training only, for dropout and other random choices.
     """
 
     def __call__(
@@ -75,10 +75,10 @@ class LanguageModel(Decodable, Protocol):
 
 @runtime_checkable
 class Headed(Protocol):
-    """A model whose full forward pass can be had in two parts, so that a loss may ask for the
-    logits of a few tokens at a time.
+    """A model that computes its forward pass in two parts.
 
-    hidden: takes what the forward pass takes. logits: float32 or wider, of any number of tokens.
+    A loss can then compute the logits of a few tokens at a time. `hidden` takes the arguments of
+    the forward pass. `logits` takes any number of tokens and returns float32 or wider.
     """
 
     def hidden(self, tokens: Int[AnyArray, "*B T"], *inputs: Any, key: Any = None) -> Hidden: ...
