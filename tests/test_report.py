@@ -317,6 +317,7 @@ def test_an_evaluation_names_its_data_and_keeps_those_of_other_data_apart(workdi
             "path": str(table),
             "sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
             "rows": {"train": 6, "validation": 6, "test": 6},
+            "notes": [],
         }
         folders_written.append(write_evaluation(evaluation))
         page = (folders_written[-1] / "report.html").read_text(encoding="utf-8")
@@ -329,6 +330,18 @@ def test_an_evaluation_names_its_data_and_keeps_those_of_other_data_apart(workdi
     assert json.loads((first / "metrics.json").read_text())["data"]["path"] == str(
         own / "data.jsonl"
     )
+
+
+def test_a_page_says_what_is_odd_about_the_data(workdir, tmp_path):
+    table = write_table(tmp_path / "odd", ["no", "yes"] * 9) / "data.jsonl"
+    leak = {"text": "red 0", "answer": "no", "split": "test", "weight": 1, "by <hand>": "x"}
+    table.write_text(f"{table.read_text()}\n{json.dumps(leak)}")
+    evaluation = evaluate_checkpoint(workdir, None, [f"--config.data.path={table}"])
+    unused, shared = evaluation.metrics["data"]["notes"]
+    assert unused == "columns that are not used: 'by <hand>' (row 19: 'x' is no number)"
+    assert "more than one split: 1 (first told by row 19); scores on them are too good" in shared
+    page = render_report(evaluation)
+    assert "not used: &#39;by &lt;hand&gt;&#39; (row 19" in page and shared in page
 
 
 def test_the_table_is_printed_even_if_no_file_can_be_written(

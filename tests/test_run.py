@@ -468,14 +468,13 @@ def test_an_evaluation_changes_the_data_alone(finished):
         evaluate_checkpoint(finished[0], "latest", ["--config.model.embed_dim=64"])
 
 
-def test_a_run_resumes_only_with_the_numbers_it_was_trained_on(config, tmp_path):
-    folder = tmp_path / "own"
-    folder.mkdir()
+def write_table(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
 
-    def write(offset: float) -> None:
-        rows = [{"answer": "ab"[i % 2], "size": i + offset} for i in range(12)]
-        (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
+def config_of_table(config: Any, folder: Path) -> Any:
     config = copy.deepcopy(config)
     config["data"] |= {
         "name": "folder",
@@ -485,6 +484,34 @@ def test_a_run_resumes_only_with_the_numbers_it_was_trained_on(config, tmp_path)
     }
     config["model"]["aux_slots"] = True
     config["run"] |= {"num_steps": 2, "evaluate_every": 1}
+    return config
+
+
+def test_a_run_tells_once_what_is_odd_about_its_data(config, tmp_path, caplog):
+    rows = [{"answer": "ab"[i % 2], "size": i, "question": "why?"} for i in range(12)]
+    rows[0]["split"] = "train"
+    rows.append({"answer": "a", "size": 0, "split": "test"})
+    folder = write_table(tmp_path / "own", rows)
+    train(config_of_table(config, folder), tmp_path / "run")
+    told = [record.getMessage() for record in caplog.records if record.name == "slam_jax"]
+    unused, shared = told
+    assert unused == (
+        f"{folder / 'data.jsonl'}: columns that are not used: 'question' (row 1: 'why?' is no "
+        "number; did you mean 'prompt'?)"
+    )
+    assert shared.startswith(
+        f"{folder / 'data.jsonl'}: pictures or texts that are in more than one split: 1 (first "
+        "told by row 13)"
+    )
+
+
+def test_a_run_resumes_only_with_the_numbers_it_was_trained_on(config, tmp_path):
+    folder = tmp_path / "own"
+
+    def write(offset: float) -> None:
+        write_table(folder, [{"answer": "ab"[i % 2], "size": i + offset} for i in range(12)])
+
+    config = config_of_table(config, folder)
     write(0.0)
     train(config, tmp_path / "run")
     assert load(tmp_path / "run").aux_format == AuxFormat(("size",), *aux_of(tmp_path / "run"))

@@ -143,14 +143,18 @@ def _keep_first(
 
 
 def _identify(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
-    """What a reader needs to know the data again; path and sha256 are those of a folder's table."""
+    """What a reader needs to know the data again; path and sha256 are those of a folder's table.
+
+    notes: `Dataset.notes`.
+    """
     path, sha256 = None, None
     if dataset.table is not None:
         path = str(dataset.table.path.absolute())
         with dataset.table.path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     splits = {name: len(getattr(dataset, name)) for name in ("train", "validation", "test")}
-    return {"name": config.name, "path": path, "sha256": sha256, "rows": splits}
+    named = {"name": config.name, "path": path, "sha256": sha256, "rows": splits}
+    return {**named, "notes": list(dataset.notes)}
 
 
 def _results_folder(

@@ -73,6 +73,7 @@ def render_report(evaluation: Evaluation) -> str:
         plots={name: markup(svg) for name, svg in plots.items()},
         accuracy=rows,
         baseline=explain_baseline(metrics) if "baseline_answer" in metrics else "",
+        notes=metrics["data"].get("notes", ()),
         calibration={
             "error": percent(bins.error),
             "confidence": percent(float(confidence.mean())),
