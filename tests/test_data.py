@@ -167,7 +167,7 @@ def test_text_and_table_say_what_the_objects_are():
 
 
 def named(example):
-    """Colours that the text and the table of an example show, in order."""
+    """The colours in the text and in the table of an example, in order."""
     words = (example.text or "").split()
     rows = [] if example.aux is None else example.aux[:, :6].argmax(-1).tolist()
     return [word for word in words if word in COLOURS], [COLOURS[i] for i in rows]
@@ -342,7 +342,7 @@ def test_evaluation_shows_each_scene_once_in_order_and_pads_the_last_batch(datas
 
 
 class Captions:
-    """A source of another kind: ragged texts, no picture, one question."""
+    """Another kind of source: texts of different lengths, no pictures, one question."""
 
     def __init__(self, texts, longest):
         self.texts, self.longest = texts, longest
@@ -377,9 +377,6 @@ class Captions:
 
     def answers(self):
         yield from ()
-
-    def corpus(self):
-        yield from self.texts
 
 
 def test_ragged_texts_of_any_source_are_padded_and_masked(dataset):
@@ -439,18 +436,21 @@ def test_config_survives_json_and_config_dict():
     "fields, message",
     [
         ({"batch_size": 0}, "batch_size is 0.*at least 1"),
-        ({"seed": -1}, "seed is -1.*0.."),
+        ({"seed": -1}, "seed is -1; expected at least 0"),
         ({"stages": []}, "stages begin at steps .*begin at 0"),
         ({"stages": [[5, {"text": 1}]]}, "stages begin at steps .*begin at 0"),
         ({"stages": [[0, {"text": 1}], [0, {"aux": 1}]]}, "must begin at 0 and increase"),
-        ({"stages": [[0, {"txt": 1}]]}, r"stages\[0\] names the view 'txt'.*use one of image"),
+        (
+            {"stages": [[0, {"txt": 1}]]},
+            r"stages\[0\]: training has no view 'txt'; did you mean 'text'",
+        ),
         (
             {"stages": [[0, {"split_image_text_only_text": 1}]]},
-            "names the view 'split_image",
+            "has no view 'split_image",
         ),
-        ({"stages": [[0, {"text": -1}]]}, r"stages\[0\] gives text the rate -1"),
-        ({"stages": [[0, {"text": float("nan")}]]}, "the rate nan"),
-        ({"stages": [[0, {"text": 0}]]}, "no view with a rate above 0"),
+        ({"stages": [[0, {"text": -1}]]}, r"stages\[0\]: the rate of text is -1.*0 to 1e9"),
+        ({"stages": [[0, {"text": float("nan")}]]}, "the rate of text is nan"),
+        ({"stages": [[0, {"text": 0}]]}, "expected a view with a rate above 0"),
         ({"stages": [[0, "text"]]}, "must be .first step, .view: rate"),
         ({"stages": [0, {"text": 1}]}, "must be .first step, .view: rate"),
     ],
@@ -468,7 +468,9 @@ def test_an_unknown_data_set_is_refused(name, tmp_path):
 
 def test_a_model_of_another_image_size_is_refused_where_it_is_shown_images(tmp_path):
     model = SlamV3Config(vocab_size=1, image=ImageConfig(size=24))
-    with pytest.raises(ValueError, match="model.image.size is 24, and the pictures of sort_of"):
+    with pytest.raises(
+        ValueError, match="model.image.size is 24; expected 75, the size of the pic"
+    ):
         prepare(DataConfig("sort_of_clevr/tiny", str(tmp_path)), model=model)
 
 
@@ -513,8 +515,7 @@ def test_a_build_that_fails_says_so(config, tmp_path, monkeypatch):
 
 @pytest.fixture
 def damaged(config, dataset, tmp_path):
-    """A copy of the data in which two records of the training split are damaged, and one of the
-    test split: the records, and the configuration."""
+    """The configuration of a copy of the data with damaged records: two for training, one test."""
     shutil.copytree(config.data_dir, tmp_path / "copy")
     config = dataclasses.replace(config, data_dir=str(tmp_path / "copy"))
     for split, places in (("train", (87_000, 131_072)), ("test", (5_000,))):

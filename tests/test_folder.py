@@ -1,4 +1,4 @@
-"""A folder of one's own: what its table may say, and what is said of what cannot be used."""
+"""Folders of users: which tables are read, and the messages for what cannot be used."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ def picture(folder: Path, name: str, colour: Any = (200, 10, 10), size=(20, 30))
 
 @pytest.fixture
 def own(tmp_path) -> Path:
-    """Twelve pictures with two questions each, and two numbers of which one is missing at times."""
+    """Twelve pictures, each with two questions and two numbers. One number is often missing."""
     folder, rows = tmp_path / "own", []
     for i in range(12):
         image = picture(folder, f"{i}.png", (20 * i, 0, 0))
@@ -100,7 +100,7 @@ def test_csv_and_jsonl_of_the_same_rows_are_the_same_table(own, tmp_path):
 
 
 def test_the_index_that_pandas_writes_is_no_input(tmp_path):
-    """Its name is empty."""
+    """That column has no name."""
     rows = [f"{i},text {i},{i % 2},{0.5 * i}" for i in range(9)]
     write(tmp_path, [",text,answer,width", *rows, "9,text 9,1,4.5,more"], "data.csv")
     table = read_table(tmp_path)
@@ -288,10 +288,10 @@ def test_a_place_without_a_table_is_named(tmp_path):
         (
             {"stages": ((0, {"text": 1.0}),)},
             {},
-            "data.stages use the view 'text'; folder has",
+            "data.stages: folder has no view 'text'; it has image, aux, image_aux, all",
         ),
-        ({}, {"aux_slots": False}, r"model.aux_slots is False, and .* columns of numbers \(width"),
-        ({}, {"max_aux": 1}, "model.max_aux is 1, and .* has 2 columns of numbers; raise it"),
+        ({}, {"aux_slots": False}, r"model.aux_slots is False; expected True, as .* \(width"),
+        ({}, {"max_aux": 1}, "model.max_aux is 1; expected at least 2, as .* has 2 columns of"),
     ],
 )
 def test_a_config_that_does_not_fit_the_table_is_told_why(own, fields, model, message):
@@ -497,7 +497,7 @@ def test_a_picture_in_two_given_splits_is_told_and_a_split_holds_for_equal_pictu
 
 
 def numbers_table(folder: Path, *names: str) -> Path:
-    """width is 100 + i and price i % 3, under the names and in the order given."""
+    """A table with `names` as number columns: width is 100 + i and price is i % 3."""
     values = {"width": lambda i: 100.0 + i, "price": lambda i: float(i % 3)}
     rows = [
         {"text": f"t{i}", "answer": "a"} | {n: values.get(n, float)(i) for n in names}

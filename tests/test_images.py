@@ -58,7 +58,7 @@ def encode(image, kind, **options):
 
 @pytest.mark.parametrize("kind", ["tiff", "ppm"])
 def test_integers_of_32_bits_keep_their_range(kind):
-    """Small values in a TIFF are labels; Pillow reads 16-bit PGM as 32 bits of the full range."""
+    """Small values in a TIFF are labels. Pillow scales a PGM to 0..65535 and gives 32 bits."""
     values = np.array([[0, 3], [200, 255]], np.int32)
     pixels = load_image(encode(Image.fromarray(values), kind), 2)
     expected = values if kind == "tiff" else values >> 8
@@ -81,7 +81,7 @@ def test_a_very_long_picture_keeps_one_pixel_of_its_short_side(shape):
 
 
 def odd_exif(tag):
-    """EXIF with orientation 6 and one more tag, as bytes: Pillow writes no malformed tags."""
+    """The bytes of EXIF data with orientation 6 and `tag`, which may be malformed."""
     entries = [struct.pack("<HHI4s", 0x0112, 3, 1, b"\6\0\0\0"), tag]
     rational = struct.pack("<ii", -1, 0)
     header = b"II*\0" + struct.pack("<IH", 8, len(entries))

@@ -1,4 +1,4 @@
-"""`python -m slam_jax.data inspect`: what it says of a data set, and the pictures it shows."""
+"""`python -m slam_jax.data inspect`: what it prints about a data set, and its contact sheet."""
 
 import io
 import json
@@ -27,7 +27,7 @@ MODEL = SlamV3Config(vocab_size=1, aux_dim=4, aux_slots=True, image=ImageConfig(
 
 
 def report(config, model=MODEL):
-    """What was found, and the printed lines with single spaces."""
+    """The inspection, and its printed lines with single spaces."""
     found = inspect_data(config, model)
     file = io.StringIO()
     print_inspection(found, file)
@@ -41,8 +41,10 @@ def below(lines, title, count):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Twenty rows with a picture, numbers and an answer, five of which cannot be used; every third
-    has no height."""
+    """Twenty rows with a picture, numbers and an answer.
+
+    Five of them cannot be used. Every third row has no height.
+    """
     folder = tmp_path_factory.mktemp("own")
     rows: list[dict[str, Any]] = []
     for i in range(20):

@@ -1,6 +1,8 @@
-"""Data sets that TFDS builds once; they are read by index and without TensorFlow."""
+"""Data sets that TFDS builds once. They are read by index and without TensorFlow."""
 
 import contextlib
+import functools
+import importlib.util
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +63,33 @@ def open_splits(
             download=False,
         )
     return sources
+
+
+def open_public(
+    config: DataConfig, name: str, splits: Sequence[str], *, images: bool = True
+) -> list[Sequence[Any]]:
+    """As `open_splits`, of a data set of TFDS, which downloads and builds it with TensorFlow.
+
+    Raises DataError if the data set can neither be read nor built.
+    """
+    folder = config.directory / name
+    if not any(folder.glob("[0-9]*/dataset_info.json")):
+        advice = "copy it from where TFDS built it with file_format='array_record'"
+        # Without this check TFDS fails only after the download.
+        if importlib.util.find_spec("tensorflow") is None:
+            raise DataError(
+                f"{folder} is not there, and TFDS needs TensorFlow to build it: "
+                f"`pip install tensorflow`, which nothing else needs, or {advice}"
+            )
+        advice = f"check the network, free space and permissions, or {advice}"
+        build_once(config, functools.partial(tfds.builder, name), advice=advice)
+    if not any(folder.glob("[0-9]*/*.array_record*")):
+        raise DataError(
+            f"{folder} has no array_record files, and others cannot be read by index; "
+            "have TFDS build it with file_format='array_record'"
+        )
+    # Given a version, TFDS only reads the files; its code for COCO would import TensorFlow.
+    return open_splits(config, f"{name}:*.*.*", splits, images=images)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 
 from slam_jax.data.tokenizer import SMALLEST_VOCABULARY
 from slam_jax.data.views import TRAINING_VIEWS
-from slam_jax.errors import ConfigError, require, require_count
+from slam_jax.errors import ConfigError, check_names, require, require_count
 
 
 class Stage(NamedTuple):
@@ -68,8 +68,7 @@ class DataConfig:
         require(self.table_version in versions, "table_version", self.table_version, "None or 2")
         require(0 <= self.augment < 1, "augment", self.augment, "a share from 0 to below 1")
         require(0 <= self.drop_inputs < 1, "drop_inputs", self.drop_inputs, "a rate in [0, 1)")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed is {self.seed}; it must be in 0..{2**32 - 1}")
+        require_count("seed", self.seed, least=0, most=2**32 - 1)
         stages = tuple(_stage(i, stage) for i, stage in enumerate(self.stages))
         starts = [stage.first for stage in stages]
         if starts[:1] != [0] or starts != sorted(set(starts)):
@@ -117,13 +116,8 @@ def _stage(i: int, stage: Any) -> Stage:
             f"stages[{i}] is {stage!r}; it must be (first step, {{view: rate}}), "
             'such as (0, {"image": 1.0})'
         ) from None
+    check_names(rates, list(TRAINING_VIEWS), f"stages[{i}]: training", "view")
     for view, rate in rates.items():
-        if view not in TRAINING_VIEWS:
-            raise ConfigError(
-                f"stages[{i}] names the view {view!r}; use one of {', '.join(TRAINING_VIEWS)}"
-            )
-        if not 0 <= rate <= 1e9:
-            raise ConfigError(f"stages[{i}] gives {view} the rate {rate}; it must be in 0..1e9")
-    if not any(rates.values()):
-        raise ConfigError(f"stages[{i}] has no view with a rate above 0; give at least one")
+        require(0 <= rate <= 1e9, f"stages[{i}]: the rate of {view}", rate, "0 to 1e9")
+    require(any(rates.values()), f"stages[{i}]", rates, "a view with a rate above 0")
     return Stage(first, rates)

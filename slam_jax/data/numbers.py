@@ -18,7 +18,6 @@ _MOST_DEVIATIONS = 8.0
 _OUTLIER_RANGES = 10.0
 _MOST_BYTES = 1 << 24  # of a file of numbers; it is read whole
 
-
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _MISSING = ("", "na", "n/a", "nan", "null", "none")
 _WORDS = {"true": 1.0, "false": 0.0}
@@ -34,7 +33,7 @@ def is_missing(value: Any) -> bool:
 def parse_number(value: Any, *, words: bool = True) -> float | None:
     """A finite number, or None for anything else, such as "1_1", "1,5" and "12%".
 
-    words: "true" and "false" in any case are 1 and 0, as are those of JSON and Python.
+    words: whether the texts "true" and "false", in any case, are 1 and 0. Booleans always are.
     """
     if isinstance(value, str):
         value = value.strip()
@@ -60,10 +59,10 @@ def find_outliers(numbers: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
     if not len(known):
         return np.zeros(len(numbers), bool)
     low, middle, high = np.quantile(known, (0.25, 0.5, 0.75))
+    distances = np.abs(known - middle)
     spread = high - low
-    if spread == 0:
-        distances = np.abs(known - middle)
-        spread = np.median(distances[distances > 0]) if distances.any() else 0.0
+    if spread == 0 and distances.any():
+        spread = np.median(distances[distances > 0])
     reach = _OUTLIER_RANGES * spread
     return (numbers < low - reach) | (numbers > high + reach)
 
@@ -72,9 +71,9 @@ def find_outliers(numbers: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
 class AuxFormat:
     """The content of the auxiliary vectors of a data set; saved with every checkpoint.
 
-    Either rows are given as the model reads them and `names` are those of their numbers; or `names`
-    are columns of a table, of which each makes one vector, and `mean` and `scale` (the standard
-    deviation) are those of the training rows.
+    Either the vectors are given as the model reads them, and `names` are the names of their
+    numbers. Or each column of a table gives one vector, `names` are the names of the columns, and
+    `mean` and `scale` (the standard deviation) are computed from the training rows.
     """
 
     names: tuple[str, ...]
@@ -82,9 +81,7 @@ class AuxFormat:
     scale: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "names", tuple(self.names))
-        for field in ("mean", "scale"):
-            values = getattr(self, field)
+        for field, values in vars(self).items():
             object.__setattr__(self, field, None if values is None else tuple(values))
 
     @property
@@ -95,10 +92,10 @@ class AuxFormat:
     def of_columns(
         cls, names: Sequence[str], rows: Float[np.ndarray, "n A"], *, robust: bool = True
     ) -> "AuxFormat":
-        """For a table whose training rows are `rows`; NaN = missing.
+        """The format for a table whose training rows are `rows`; NaN = missing.
 
-        robust: mean and scale are computed without outliers (`find_outliers`), of which one would
-        make all other numbers look the same.
+        robust: mean and scale are computed without outliers (see `find_outliers`), because a single
+        outlier would make all other numbers look the same.
         """
         mean, scale = [], []
         for column in rows.T:
@@ -107,12 +104,12 @@ class AuxFormat:
                 known = known[~find_outliers(known)]
             mean.append(float(known.mean()) if len(known) else 0.0)
             spread = float(known.std()) if len(known) else 0.0
-            # A column that does not change tells nothing: any scale will do.
+            # A column that does not change tells nothing, so its scale does not matter.
             scale.append(spread if spread > 1e-12 * max(1.0, abs(mean[-1])) else 1.0)
         return cls(tuple(names), tuple(mean), tuple(scale))
 
     def encode(self, value: Any, width: int) -> Float[np.ndarray, "A C"]:
-        """The auxiliary vectors, `width` numbers each; NaN rows are those of missing numbers.
+        """The auxiliary vectors, `width` numbers each. The vector of a missing number is NaN.
 
         Args:
           value: rows of `width` numbers; or, for columns, numbers in their order or by name, of
@@ -153,9 +150,7 @@ class AuxFormat:
         return made
 
 
-def as_vectors(
-    value: Any, width: int, names: Sequence[str] | None = None
-) -> Float[np.ndarray, "A C"]:
+def as_vectors(value: Any, width: int, names: Sequence[str] = ()) -> Float[np.ndarray, "A C"]:
     """Rows of numbers as float32; raises InputError for another width."""
     rows = _as_numbers(value)
     if rows.ndim != 2 or rows.shape[-1] != width or not rows.shape[0]:
@@ -167,10 +162,10 @@ def as_vectors(
 
 
 def number_features(numbers: Float[np.ndarray, "A"], width: int) -> Float[np.ndarray, "A C"]:
-    """Each number as itself and as sines and cosines of it, from a period of 16 deviations down by
-    halves: coarse and fine differences alike show in a linear map.
+    """Each number, and sines and cosines of it: a linear map can read coarse and fine differences.
 
-    Source: the Fourier features of Tancik et al. 2020 (arXiv 2006.10739), with fixed octaves.
+    The longest period is 16 standard deviations, and each next one is half as long. Source: the
+    Fourier features of Tancik et al. 2020 (arXiv 2006.10739), with fixed octaves.
     """
     clipped = np.clip(numbers, -_MOST_DEVIATIONS, _MOST_DEVIATIONS)
     columns = [clipped / 2]
@@ -199,7 +194,7 @@ def _shape(numbers: np.ndarray) -> str:
 def read_numbers(path: str) -> Any:
     """Rows of numbers, or numbers by name, from a JSON or CSV file.
 
-    Raises InputError, naming the file, for what holds neither.
+    Raises InputError, naming the file, for a file that holds neither.
     """
     file = Path(path)
     try:

@@ -25,13 +25,13 @@ _QUESTIONS_KEPT = 1 << 14
 
 
 class Example(NamedTuple):
-    """An example as one view shows it; all examples of a view have the same number Q of prompts.
+    """An example as one view shows it. All examples of a view have the same number Q of prompts.
 
-    text, image, aux: None where the view does not show it, or the record lacks it. Rows of aux that
-    the record lacks are NaN.
-    needs_both: per prompt, whether the answer needs both inputs of a split scene; else False.
-    numbers: the numbers of the row's columns that `aux` encodes, NaN = missing; None where the data
-      set has no such columns or the view does not show them.
+    text, image, aux: None where the view does not show it or the record lacks it. Rows of `aux`
+      that the record lacks are NaN.
+    needs_both: for each prompt, whether the answer needs both inputs of a split scene.
+    numbers: the numbers that `aux` encodes, NaN = missing. None where the data set has no number
+      columns or the view does not show them.
     """
 
     text: str | None
@@ -52,56 +52,35 @@ class Example(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """Records by index, their rendering in each view, and bounds of their lengths in tokens.
+    """Records by index, how each view shows them, and bounds of their lengths in tokens.
 
-    views: those that it can render. image_size: height and width of its images.
     Indexing raises DamagedRecord for a record that cannot be read; batches skip it.
+
+    views: the views that can be rendered. image_size: height and width of the images.
+    render: the record as `view` shows it. All random choices come from `rng`.
+    streams: the inputs of a batch of `view`, some of "text", "image" and "aux".
+    complete: whether every record has all inputs of `view`; otherwise batches have masks.
+    paired: whether text and image of `view` show the same content, as retrieval needs it.
+    text_lengths: the smallest and the largest number of tokens of a text in `view`.
+    question_length: the largest number of tokens of a prompt and its answer together.
+    answer_length: the largest number of tokens of an answer.
+    answers: the expected answers of a bounded sample of records. No picture is read for it.
     """
 
     @property
     def views(self) -> tuple[str, ...]: ...
     @property
     def image_size(self) -> tuple[int, int]: ...
-
     def __len__(self) -> int: ...
-
     def __getitem__(self, index: int) -> Any: ...
-
-    def render(self, record: Any, view: str, rng: np.random.Generator) -> Example:
-        """The record as `view` shows it; all random choices come from `rng`."""
-        ...
-
-    def text_lengths(self, view: str, tokenizer: Tokenizer) -> tuple[int, int]:
-        """The smallest and the largest number of tokens of a text in `view`."""
-        ...
-
-    def streams(self, view: str) -> tuple[str, ...]:
-        """The inputs of a batch of `view`: some of "text", "image" and "aux"."""
-        ...
-
-    def complete(self, view: str) -> bool:
-        """Whether every record has all inputs of `view`; otherwise batches have masks."""
-        ...
-
-    def paired(self, view: str) -> bool:
-        """Whether text and image of `view` show the same content, as retrieval needs it."""
-        ...
-
-    def question_length(self, tokenizer: Tokenizer) -> int:
-        """The largest number of tokens of a prompt and its answer together."""
-        ...
-
-    def answer_length(self, tokenizer: Tokenizer) -> int:
-        """The largest number of tokens of an answer."""
-        ...
-
-    def corpus(self) -> Iterator[str]:
-        """A bounded sample of texts, prompts and answers to train a tokenizer on."""
-        ...
-
-    def answers(self) -> Iterator[str]:
-        """The expected answers of a bounded sample of records; reads no picture."""
-        ...
+    def render(self, record: Any, view: str, rng: np.random.Generator) -> Example: ...
+    def streams(self, view: str) -> tuple[str, ...]: ...
+    def complete(self, view: str) -> bool: ...
+    def paired(self, view: str) -> bool: ...
+    def text_lengths(self, view: str, tokenizer: Tokenizer) -> tuple[int, int]: ...
+    def question_length(self, tokenizer: Tokenizer) -> int: ...
+    def answer_length(self, tokenizer: Tokenizer) -> int: ...
+    def answers(self) -> Iterator[str]: ...
 
 
 @struct.dataclass
@@ -145,13 +124,13 @@ def training_batches(
     rows: the rows of each global batch that this process needs; None = all.
     """
     rows = range(config.batch_size) if rows is None else rows
-    records = grain.MapDataset.source(_Whole(source)).seed(config.seed).shuffle().repeat()
+    indices = grain.MapDataset.source(range(len(source))).seed(config.seed).shuffle().repeat()
 
     def examples_of(view: str) -> grain.MapDataset:
-        def render(record: Any, rng: np.random.Generator) -> Example:
-            return source.render(record, view, rng)
+        def render(index: int, rng: np.random.Generator) -> Example:
+            return source.render(_read_from(source, index), view, rng)
 
-        return records.random_map(render)
+        return indices.random_map(render)
 
     examples: dict[str, Any] = {view: examples_of(view) for view in config.views}
     collate = {view: _Collate(source, tokenizer, view) for view in config.views}
@@ -169,9 +148,12 @@ def training_batches(
 def evaluation_batches(
     source: Source, tokenizer: Tokenizer, view: str, batch_size: int, *, seed: int
 ) -> Iterator[EvaluationBatch]:
-    """Every example of `source` once, in order. Records that are damaged, or lack all inputs of the
-    view, are skipped. Example i depends on (seed, i) and the view alone, and all views of a scene
-    make the same random choices, so that the two halves of a split view complete each other."""
+    """Every example of `source` once, in order.
+
+    Records that are damaged or lack all inputs of the view are skipped. Example i depends on
+    (seed, i) and the view alone. All views of a scene make the same random choices, so the two
+    halves of a split view complete each other.
+    """
     collate = _Collate(source, tokenizer, view)
 
     def examples() -> Iterator[Example]:
@@ -187,20 +169,12 @@ def evaluation_batches(
         yield EvaluationBatch(collate(chosen + padding), chosen, len(chosen))
 
 
-class _Whole:
-    """A source in which the next readable record replaces a damaged one; the order stays."""
-
-    def __init__(self, source: Source):
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Any:
-        for i in range(len(self)):
-            with contextlib.suppress(DamagedRecord):
-                return self._source[(index + i) % len(self)]
-        raise DataError(f"all {len(self)} records are damaged; build the data set again")
+def _read_from(source: Source, index: int) -> Any:
+    """The record of this index, or the next one that can be read."""
+    for i in range(len(source)):
+        with contextlib.suppress(DamagedRecord):
+            return source[(index + i) % len(source)]
+    raise DataError(f"all {len(source)} records are damaged; build the data set again")
 
 
 class _Collate:
@@ -238,34 +212,35 @@ class _Collate:
             rows.append([*padded, len(start), len(ids)])
         return np.array(rows, np.int32)
 
-    def _images(self, images: Sequence[np.ndarray | None]) -> dict[str, Any]:
-        if "image" not in self._streams:
-            return {}
-        blank = np.zeros((*self._image_size, 3), np.uint8)
-        stacked = np.stack([blank if image is None else image for image in images])
-        if self._complete:
-            return {"image": stacked}
-        return {"image": stacked, "image_mask": np.array([image is not None for image in images])}
-
-    def _aux(self, auxs: Sequence[np.ndarray | None]) -> dict[str, Any]:
-        if "aux" not in self._streams:
-            return {}
-        stacked = np.stack([aux for aux in auxs if aux is not None])
-        if self._complete:
-            return {"aux": stacked}
-        known = np.logical_not(np.isnan(stacked).any(axis=-1))
-        return {"aux": np.where(known[..., None], stacked, 0), "aux_mask": known}
-
     def _texts(self, texts: Sequence[str | None]) -> dict[str, Any]:
         if "text" not in self._streams:
             return {}
         ids = [self._tokenizer.encode(text or "") for text in texts]
         rows = [_pad(row, self._longest, self._tokenizer.pad_id) for row in ids]
-        text = np.array(rows, np.int32)
-        if self._complete and self._shortest == self._longest:
-            return {"text": text}
         lengths = np.array([len(row) for row in ids])
-        return {"text": text, "text_mask": np.arange(self._longest) < lengths[:, None]}
+        mask = np.arange(self._longest) < lengths[:, None]
+        complete = self._complete and self._shortest == self._longest
+        return _masked("text", np.array(rows, np.int32), None if complete else mask)
+
+    def _images(self, images: Sequence[np.ndarray | None]) -> dict[str, Any]:
+        if "image" not in self._streams:
+            return {}
+        blank = np.zeros((*self._image_size, 3), np.uint8)
+        stacked = np.stack([blank if image is None else image for image in images])
+        mask = np.array([image is not None for image in images])
+        return _masked("image", stacked, None if self._complete else mask)
+
+    def _aux(self, auxs: Sequence[np.ndarray | None]) -> dict[str, Any]:
+        if "aux" not in self._streams:
+            return {}
+        stacked = np.stack([aux for aux in auxs if aux is not None])
+        known = np.logical_not(np.isnan(stacked).any(axis=-1))
+        known_or_0 = np.where(known[..., None], stacked, 0)
+        return _masked("aux", known_or_0, None if self._complete else known)
+
+
+def _masked(name: str, value: np.ndarray, mask: np.ndarray | None) -> dict[str, Any]:
+    return {name: value} if mask is None else {name: value, f"{name}_mask": mask}
 
 
 def _pad(ids: list[int], length: int, pad_id: int) -> list[int]:

@@ -1,42 +1,51 @@
-"""Public data sets from TFDS: MNIST, COCO captions, and text sets.
+"""Public data sets: digits of scikit-learn; MNIST, COCO captions and text sets of TFDS."""
 
-TFDS needs TensorFlow to build them, and nothing to read them once they are built.
-"""
-
-import dataclasses
-import functools
-import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tensorflow_datasets as tfds
+import numpy as np
 
-from slam_jax.data.built import build_once, open_splits
+from slam_jax.data.built import open_public
 from slam_jax.data.config import DataConfig
 from slam_jax.data.folder import SPLITS
-from slam_jax.data.records import DataError
+from slam_jax.data.records import DataError, Mapped
 from slam_jax.data.rows import Row, Texts
 from slam_jax.data.tokenizer import Tokenizer
-from slam_jax.errors import InputError
+from slam_jax.errors import ConfigError, InputError
 
-MNIST_TEXTS = tuple(Texts("", "digit", str(digit)) for digit in range(10))
+DIGIT_TEXTS = tuple(Texts("", "digit", str(digit)) for digit in range(10))
 
-
-@dataclasses.dataclass(frozen=True)
-class MappedRecords(Sequence[Any]):
-    """Records that `convert` is applied to when they are indexed; raises what it raises."""
-
-    records: Sequence[Any]
-    convert: Callable[[Any], Row]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.convert(self.records[index])
+_DIGITS_SPLIT_ENDS = (1_257, 1_437, 1_797)
+_DIGITS_SEED = 1797
 
 
-def read_mnist(config: DataConfig) -> dict[str, MappedRecords]:
+def read_digits() -> dict[str, list[Row]]:
+    """The handwritten digits of scikit-learn, 8 x 8 pixels: rows by split, shuffled.
+
+    1,257 rows are for training, 180 for validation and 360 for testing. The prompt is "digit", the
+    answer is the label. All splits have the same writers. Source: Alpaydin and Kaynak 1998,
+    "Optical Recognition of Handwritten Digits" (UCI), test part.
+
+    Raises:
+      ConfigError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ConfigError(
+            "data.name is 'digits', which scikit-learn has, and it is not installed: "
+            "`pip install 'slam_jax[digits]'`"
+        ) from None
+    images, labels = load_digits(return_X_y=True)
+    pixels = (np.asarray(images) * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)
+    answers = [(str(label),) for label in np.asarray(labels)]
+    order = np.random.default_rng(_DIGITS_SEED).permutation(len(pixels))
+    rows = [Row(pixels[i], None, None, "digit", answers[i]) for i in order]
+    bounds = zip(SPLITS, (0, *_DIGITS_SPLIT_ENDS), _DIGITS_SPLIT_ENDS, strict=False)
+    return {split: rows[start:end] for split, start, end in bounds}
+
+
+def read_mnist(config: DataConfig) -> dict[str, Mapped]:
     """MNIST: rows by split, with the prompt "digit" and the label as the answer.
 
     The test split has 10,000 pictures. The last 5,000 of the 60,000 training pictures are the
@@ -45,11 +54,15 @@ def read_mnist(config: DataConfig) -> dict[str, MappedRecords]:
     Raises:
       DataError: the data set can neither be read nor built.
     """
-    splits = _open(config, "mnist", ("train[:-5000]", "train[-5000:]", "test"))
-    return dict(zip(SPLITS, (MappedRecords(each, _digit) for each in splits), strict=True))
+
+    def digit(record: Mapping[str, Any]) -> Row:
+        return Row(record["image"], None, None, "digit", (str(record["label"]),))
+
+    splits = open_public(config, "mnist", ("train[:-5000]", "train[-5000:]", "test"))
+    return {split: Mapped(each, digit) for split, each in zip(SPLITS, splits, strict=True)}
 
 
-def read_captions(config: DataConfig) -> dict[str, MappedRecords]:
+def read_captions(config: DataConfig) -> dict[str, Mapped]:
     """COCO captions 2014: rows by split, with the prompt "caption" and every caption as an answer.
 
     82,783 pictures for training, 5,000 for validation and 5,000 for testing, mostly with five
@@ -58,33 +71,20 @@ def read_captions(config: DataConfig) -> dict[str, MappedRecords]:
     Raises:
       DataError: the data set can neither be read nor built.
     """
-    splits = _open(config, "coco_captions/2014", ("train", "val", "test"))
-    return dict(zip(SPLITS, (MappedRecords(each, _captioned) for each in splits), strict=True))
+
+    def captioned(record: Mapping[str, Any]) -> Row:
+        texts = (text.decode().strip() for text in record["captions"]["text"])
+        captions = tuple(text for text in texts if text)
+        where = record["image/filename"].decode()
+        if not captions:
+            raise InputError(f"{where}: it has no caption")
+        return Row(record["image"], None, None, "caption", captions, where=where)
+
+    splits = open_public(config, "coco_captions/2014", ("train", "val", "test"))
+    return {split: Mapped(each, captioned) for split, each in zip(SPLITS, splits, strict=True)}
 
 
-def read_texts(name: str) -> list[str]:
-    """The texts of the training split of a TFDS text set, such as "ag_news_subset", in its order.
-
-    Of each record it is the field "text" or, without one, the longest text.
-
-    Raises:
-      DataError: the data set can neither be read nor built, or its records have no text.
-    """
-    (records,) = _open(DataConfig(name=name), name, ("train",), images=False)
-    return [_text(records[i], name) for i in range(len(records))]
-
-
-def _text(record: Mapping[str, Any], name: str) -> str:
-    texts = {key: value for key, value in record.items() if isinstance(value, (str, bytes))}
-    if not texts:
-        raise DataError(f"{name} has {', '.join(record)}, none of which is text; give another set")
-    text = texts.get("text") or max(texts.values(), key=len)
-    return text.decode(errors="replace") if isinstance(text, bytes) else text
-
-
-def with_fitting_answers(
-    rows: Sequence[Any], tokenizer: Tokenizer, context_length: int
-) -> MappedRecords:
+def with_fitting_answers(rows: Sequence[Any], tokenizer: Tokenizer, context_length: int) -> Mapped:
     """The rows without the answers that do not fit into the context with prompt, <bos> and <eos>.
 
     Indexing raises InputError for a row with no fitting answer.
@@ -100,40 +100,26 @@ def with_fitting_answers(
             )
         return row._replace(answers=answers)
 
-    return MappedRecords(rows, fit)
+    return Mapped(rows, fit)
 
 
-def _digit(record: Mapping[str, Any]) -> Row:
-    return Row(record["image"], None, None, MNIST_TEXTS[0].prompt, (str(record["label"]),))
+def read_texts(name: str) -> list[str]:
+    """The texts of the training split of a TFDS text set, such as "ag_news_subset", in its order.
 
+    The text of a record is its field "text" or, without one, its longest text.
 
-def _captioned(record: Mapping[str, Any]) -> Row:
-    texts = (text.decode().strip() for text in record["captions"]["text"])
-    captions = tuple(text for text in texts if text)
-    where = record["image/filename"].decode()
-    if not captions:
-        raise InputError(f"{where}: it has no caption")
-    return Row(record["image"], None, None, "caption", captions, where=where)
+    Raises:
+      DataError: the data set can neither be read nor built, or its records have no text.
+    """
 
-
-def _open(
-    config: DataConfig, name: str, splits: Sequence[str], *, images: bool = True
-) -> list[Sequence[Any]]:
-    folder = config.directory / name
-    if not any(folder.glob("[0-9]*/dataset_info.json")):
-        advice = "copy it from where TFDS built it with file_format='array_record'"
-        # Without this check TFDS fails only after the download.
-        if importlib.util.find_spec("tensorflow") is None:
+    def text_of(record: Mapping[str, Any]) -> str:
+        texts = {key: value for key, value in record.items() if isinstance(value, (str, bytes))}
+        if not texts:
             raise DataError(
-                f"{folder} is not there, and TFDS needs TensorFlow to build it: "
-                f"`pip install tensorflow`, which nothing else needs, or {advice}"
+                f"{name} has {', '.join(record)}, none of which is text; give another set"
             )
-        advice = f"check the network, free space and permissions, or {advice}"
-        build_once(config, functools.partial(tfds.builder, name), advice=advice)
-    if not any(folder.glob("[0-9]*/*.array_record*")):
-        raise DataError(
-            f"{folder} has no array_record files, and others cannot be read by index; "
-            "have TFDS build it with file_format='array_record'"
-        )
-    # Given a version, TFDS only reads the files; its code for COCO would import TensorFlow.
-    return open_splits(config, f"{name}:*.*.*", splits, images=images)
+        text = texts.get("text") or max(texts.values(), key=len)
+        return text.decode(errors="replace") if isinstance(text, bytes) else text
+
+    (records,) = open_public(DataConfig(name=name), name, ("train",), images=False)
+    return [text_of(records[i]) for i in range(len(records))]

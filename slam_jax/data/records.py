@@ -1,8 +1,9 @@
-"""Random access to records of which some may be damaged."""
+"""Random access to records, some of which may be damaged."""
 
+import functools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from slam_jax.errors import UserError, first_line
@@ -16,12 +17,29 @@ class DamagedRecord(Exception):
     """A record cannot be read. Raised by a `Source`; batches skip the record."""
 
 
+class Mapped(Sequence[Any]):
+    """Records to which `convert` is applied when they are indexed; it may raise.
+
+    kept: how many of the converted records are kept in memory.
+    """
+
+    def __init__(self, records: Sequence[Any], convert: Callable[[Any], Any], kept: int = 0):
+        self._records = records
+        self._read = functools.lru_cache(maxsize=kept)(lambda index: convert(records[index]))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._read(index)
+
+
 class Records(Sequence[Any]):
     """The records of a split.
 
     Args:
-      records: indexing it may raise any exception for a damaged record.
-      name: of the split, for messages.
+      records: may raise any exception when a damaged record is indexed.
+      name: the name of the split, for messages.
       most: how many damaged records are allowed.
 
     Raises, when indexed:
@@ -40,7 +58,7 @@ class Records(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         try:
             return self._records[index]
-        except Exception as error:  # the reader's library has no type of its own for it
+        except Exception as error:  # the libraries that read records have no common error type
             self._count(index, first_line(error))
             raise DamagedRecord(f"record {index} of {self._name}") from error
 

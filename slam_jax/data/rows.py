@@ -8,26 +8,30 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from slam_jax.data.config import DataConfig
 from slam_jax.data.images import crop_at_random, load_image
 from slam_jax.data.numbers import AuxFormat
 from slam_jax.data.pipeline import Example
-from slam_jax.data.records import DamagedRecord, Records
+from slam_jax.data.records import DamagedRecord, Mapped, Records
 from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.data.views import TRAINING_VIEWS
 from slam_jax.errors import InputError
+from slam_jax.slam_v3.config import SlamV3Config
 
 ANY_KIND = "all"
-_CORPUS_ROWS = 20_000
-_BYTES_KEPT = 1 << 29
-_LENGTHS_KEPT = 64
+CORPUS_ROWS = 20_000
+"""How many rows are read as a sample of all texts."""
+
+_MAX_CACHE_BYTES = 1 << 29
 
 
 class Row(NamedTuple):
     """A question and what it is about.
 
-    image: what `load_image` takes, or None. numbers: one for each column, NaN = missing; or None.
-    answers: one of them is drawn each time, to be learned or to be matched. kind: of the question.
-    where: the row stands, for messages.
+    image: anything that `load_image` takes, or None.
+    numbers: one for each number column, NaN = missing; None where the table has no such columns.
+    answers: the right answers. Training learns one of them, drawn at random each time.
+    kind: the kind of question. where: the file and the row in it, for messages.
     """
 
     image: Any
@@ -40,70 +44,92 @@ class Row(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """What of a row is text."""
+    """The texts of a row, with one of its answers."""
 
     text: str
     prompt: str
     answer: str
 
 
-class Rows:
-    """A split of a table.
+class Lengths(NamedTuple):
+    """Lengths of texts in tokens.
+
+    text: the smallest and the largest of a text. question: the largest of a prompt and its answer
+    together. answer: the largest of an answer.
+    """
+
+    text: tuple[int, int]
+    question: int
+    answer: int
+
+
+def texts_of(rows: Sequence[Any], most: int | None = None) -> Iterator[Texts]:
+    """The texts of the first `most` rows, once for each answer. Damaged rows are skipped."""
+    for i in range(len(rows))[:most]:
+        with contextlib.suppress(DamagedRecord):
+            row = rows[i]
+            for answer in row.answers:
+                yield Texts(row.text or "", row.prompt, answer)
+
+
+def measure(texts: Iterable[Texts], tokenizer: Tokenizer) -> Lengths:
+    """The lengths that the texts have."""
+    count = functools.lru_cache(maxsize=None)(lambda text: len(tokenizer.encode(text)))
+    lengths = [tuple(map(count, each)) for each in texts] or [(0, 0, 0)]
+    text, _, answer = zip(*lengths, strict=True)
+    question = max(prompt + answer for _, prompt, answer in lengths)
+    return Lengths((min(text), max(text)), question, max(answer))
+
+
+class Rows(Records):
+    """A split of a table as a `Source`.
 
     Args:
-      rows: a `Row` by index; may raise for one that cannot be read, so none is read to check it.
-      name: of the split, for messages.
-      size: pixels a side that images are brought to. augment: share of a side that may be cropped,
-        at random, each time one is shown. drop_inputs: rate at which an input is left out.
-      aux_format, aux_width: of the columns of numbers, if there are any, and of each one's vector.
-      lacking: those of the streams that some rows do not have.
-      texts: every text there can be; None = those of all rows, which are read for them.
-      longest: tokens that a prompt and its answer have at most, so that rows without texts need not
-        be read; None = counted.
-      max_damaged: how many rows may not be readable.
+      rows: a `Row` by index; indexing raises for a row that cannot be read.
+      name: the name of the split, for messages.
+      config: `augment` and `drop_inputs` are applied, `max_damaged_records` rows may be damaged.
+      model: gives the size of pictures and the width of auxiliary vectors.
+      streams: the inputs that the table has. lacking: those of them that some rows do not have.
+      aux_format: the format of the number columns, if there are any.
+      lengths: of all texts, where they are known without reading the rows.
     """
 
     def __init__(
         self,
         rows: Sequence[Any],
         name: str,
+        config: DataConfig,
+        model: SlamV3Config,
         *,
-        size: int,
-        augment: float = 0.0,
-        drop_inputs: float = 0.0,
         streams: Sequence[str],
-        aux_format: AuxFormat | None = None,
-        aux_width: int = 1,
         lacking: Sequence[str] = (),
-        texts: Iterable[Texts] | None = None,
-        longest: int | None = None,
-        max_damaged: int = 0,
+        aux_format: AuxFormat | None = None,
+        lengths: Lengths | None = None,
     ):
-        self.rows = rows
-        self.undecoded = Records(rows, name, max_damaged)
-        self.records = Records(_Decoded(rows, size), name, max_damaged)
+        size, most = model.image.size, config.max_damaged_records
+        decode = functools.partial(_decode, size=size)
+        super().__init__(
+            Mapped(rows, decode, max(1, _MAX_CACHE_BYTES // (3 * size**2))), name, most
+        )
+        undecoded = Records(rows, name, most)
+        self.rows, self._undecoded = rows, undecoded
         self.image_size = (size, size)
-        self._augment, self._drop_inputs = augment, drop_inputs
-        self._streams = frozenset(streams)
-        self._aux_format, self._aux_width = aux_format, aux_width
-        self._lacking = frozenset(lacking)
-        self._given_texts = None if texts is None else tuple(texts)
-        self._longest = longest
+        self._augment, self._drop_inputs = config.augment, config.drop_inputs
+        self._streams, self._lacking = frozenset(streams), frozenset(lacking)
+        self._aux_format, self._aux_width = aux_format, model.aux_dim
+        # Of all rows; other tokenizers than that of the data set are rare.
+        self._lengths = functools.lru_cache(maxsize=4)(
+            lambda tokenizer: lengths or measure(texts_of(undecoded), tokenizer)
+        )
 
     @property
     def views(self) -> tuple[str, ...]:
-        """Those whose streams the table has; `all` shows what there is."""
+        """The views whose streams the table has. `all` shows what there is."""
         return tuple(
             name
             for name, view in TRAINING_VIEWS.items()
             if not view.split and (name == "all" or self._streams.issuperset(view.streams))
         )
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Row:
-        return self.records[index]
 
     def render(self, record: Row, view: str, rng: np.random.Generator) -> Example:
         shown = self.streams(view)
@@ -130,17 +156,17 @@ class Rows:
             numbers=numbers,
         )
 
-    def _drop(self, record: Row, shown: Sequence[str], rng: np.random.Generator) -> frozenset[str]:
-        """The inputs to leave out this time; one of those that the row has always stays."""
+    def _drop(self, record: Row, shown: Sequence[str], rng: np.random.Generator) -> set[str]:
+        """The inputs to leave out this time. At least one input of the row always stays."""
         if not self._drop_inputs:
-            return frozenset()
+            return set()
         numbers = None if record.numbers is None or np.isnan(record.numbers).all() else True
         parts = {"text": record.text, "image": record.image, "aux": numbers}
         given = [name for name in shown if parts[name] is not None]
         kept = [name for name in given if rng.random() >= self._drop_inputs]
         if given and not kept:
             kept = [given[int(rng.integers(len(given)))]]
-        return frozenset(given) - frozenset(kept)
+        return set(given) - set(kept)
 
     def streams(self, view: str) -> tuple[str, ...]:
         return tuple(s for s in TRAINING_VIEWS[view].streams if s in self._streams)
@@ -162,68 +188,15 @@ class Rows:
     def answer_length(self, tokenizer: Tokenizer) -> int:
         return self._lengths(tokenizer).answer
 
-    def corpus(self) -> Iterator[str]:
-        for texts in self._texts(_CORPUS_ROWS):
-            yield from texts
-
     def answers(self) -> Iterator[str]:
-        for i in range(len(self))[:_CORPUS_ROWS]:
-            with contextlib.suppress(DamagedRecord):
-                yield from self.undecoded[i].answers
-
-    @functools.cached_property
-    def _lengths(self) -> Any:
-        return functools.lru_cache(maxsize=_LENGTHS_KEPT)(self._measure)
-
-    def _measure(self, tokenizer: Tokenizer) -> "_Lengths":
-        if self._longest is not None:
-            return _Lengths((0, 0), self._longest, self._longest)
-        count = functools.lru_cache(maxsize=None)(lambda text: len(tokenizer.encode(text)))
-        lengths = [tuple(map(count, texts)) for texts in self._texts(None)]
-        if not lengths:
-            return _Lengths((0, 0), 0, 0)
-        texts, _, answers = zip(*lengths, strict=True)
-        question = max(prompt + answer for _, prompt, answer in lengths)
-        return _Lengths((min(texts), max(texts)), question, max(answers))
-
-    def _texts(self, most: int | None) -> Iterator[Texts]:
-        if self._given_texts is not None:
-            yield from self._given_texts
-            return
-        for i in range(len(self))[:most]:
-            try:
-                row = self.undecoded[i]
-            except DamagedRecord:
-                continue
-            for answer in row.answers:
-                yield Texts(row.text or "", row.prompt, answer)
+        return (texts.answer for texts in texts_of(self._undecoded, CORPUS_ROWS))
 
 
-class _Lengths(NamedTuple):
-    text: tuple[int, int]
-    question: int
-    answer: int
-
-
-class _Decoded(Sequence[Row]):
-    """Rows with their pictures as pixels, of which as many are kept as fit into half a GiB."""
-
-    def __init__(self, rows: Sequence[Any], size: int):
-        self._rows, self._size = rows, size
-        kept = max(1, _BYTES_KEPT // (3 * size**2))
-        self._read = functools.lru_cache(maxsize=kept)(self._decode)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._read(index)
-
-    def _decode(self, index: int) -> Row:
-        row = self._rows[index]
-        if row.image is None:
-            return row
-        try:
-            return row._replace(image=load_image(row.image, self._size))
-        except InputError as error:
-            raise InputError(f"{row.where}, image: {error}" if row.where else str(error)) from None
+def _decode(row: Row, size: int) -> Row:
+    """The row with its picture as pixels."""
+    if row.image is None:
+        return row
+    try:
+        return row._replace(image=load_image(row.image, size))
+    except InputError as error:
+        raise InputError(f"{row.where}, image: {error}" if row.where else str(error)) from None

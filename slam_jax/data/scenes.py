@@ -1,8 +1,6 @@
 """Sort-of-CLEVR scenes rendered as images, texts and auxiliary vectors."""
 
 import contextlib
-import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from slam_jax.data.pipeline import Example
-from slam_jax.data.records import DamagedRecord
+from slam_jax.data.records import DamagedRecord, Mapped
 from slam_jax.data.sort_of_clevr import (
     ANSWERS,
     COLOURS,
@@ -61,36 +59,26 @@ class Scene(NamedTuple):
     answer_texts: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Scenes:
+def _scene(record: dict[str, Any]) -> Scene:
+    questions, answers = record["questions"], record["answers"]
+    prompt_texts = tuple(_PROMPTS[c][kind][subtype] for c, kind, subtype in questions.tolist())
+    answer_texts = tuple(ANSWERS[answer] for answer in answers.tolist())
+    return Scene(record["objects"], questions, answers, prompt_texts, answer_texts)
+
+
+class Scenes(Mapped):
     """A split of Sort-of-CLEVR as a `Source`.
 
     records: random access to the features of `SortOfClevr`. Pictures are drawn from the objects,
-    which is faster than decoding the stored, equal ones. Objects come in random order; in a split
-    view one rendering shows the first three of that order and the other one the last three.
+    which is faster than decoding the stored, equal ones. Objects come in random order. In a split
+    view one input shows the first three of that order and the other one the last three.
     """
-
-    records: Sequence[dict[str, Any]]
 
     views = tuple(VIEWS)
     image_size = (SIZE, SIZE)
 
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Scene:
-        return self._scene(index)
-
-    @functools.cached_property
-    def _scene(self) -> Any:
-        return functools.lru_cache(maxsize=_CACHED_SCENES)(self._read)
-
-    def _read(self, index: int) -> Scene:
-        record = self.records[index]
-        questions, answers = record["questions"], record["answers"]
-        prompt_texts = tuple(_PROMPTS[c][kind][subtype] for c, kind, subtype in questions.tolist())
-        answer_texts = tuple(ANSWERS[answer] for answer in answers.tolist())
-        return Scene(record["objects"], questions, answers, prompt_texts, answer_texts)
+    def __init__(self, records: Sequence[Any]):
+        super().__init__(records, _scene, kept=_CACHED_SCENES)
 
     def render(self, record: Scene, view: str, rng: np.random.Generator) -> Example:
         parts, objects = VIEWS[view], record.objects
@@ -112,22 +100,13 @@ class Scenes:
         shown = VIEWS[view].text
         if shown is None:
             return 0, 0
-        # Byte-level BPE never merges across a space: the lengths of the words add up.
-        sentences = [
-            [f"{start}{colour} {shape} at" for colour in COLOURS for shape in SHAPES]
-            for start in ("", " ")
-        ]
-        numbers = [f" {n}" for n in range(RADIUS, SIZE - RADIUS)]
         count = len(range(*shown.indices(len(COLOURS))))
-
-        def extreme(choose: Any) -> int:
-            first, later, number, stop = (
-                choose(len(tokenizer.encode(word)) for word in words)
-                for words in (*sentences, numbers, [" ."])
-            )
-            return first + (count - 1) * later + count * (2 * number + stop)
-
-        return extreme(min), extreme(max)
+        names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+        sentences = [f"{each} at {n} {n} ." for each in names for n in range(RADIUS, SIZE - RADIUS)]
+        # Byte-level BPE never merges across a space, so the lengths of the sentences add up.
+        first = [len(tokenizer.encode(sentence)) for sentence in sentences]
+        later = [len(tokenizer.encode(f" {sentence}")) for sentence in sentences]
+        return min(first) + (count - 1) * min(later), max(first) + (count - 1) * max(later)
 
     def streams(self, view: str) -> tuple[str, ...]:
         return VIEWS[view].streams
@@ -147,12 +126,14 @@ class Scenes:
         return max(len(tokenizer.encode(answer)) for answer in ANSWERS)
 
     def corpus(self) -> Iterator[str]:
-        for i in range(min(len(self), _CORPUS_SCENES)):
-            with contextlib.suppress(DamagedRecord):
-                example = self.render(self[i], "text", np.random.default_rng((0, i)))
-                yield from (example.text or "", *example.prompts, *example.answers)
+        for i, scene in self._sample():
+            example = self.render(scene, "text", np.random.default_rng((0, i)))
+            yield from (example.text or "", *example.prompts, *example.answers)
 
     def answers(self) -> Iterator[str]:
+        return (answer for _, scene in self._sample() for answer in scene.answer_texts)
+
+    def _sample(self) -> Iterator[tuple[int, Scene]]:
         for i in range(min(len(self), _CORPUS_SCENES)):
             with contextlib.suppress(DamagedRecord):
-                yield from self[i].answer_texts
+                yield i, self[i]

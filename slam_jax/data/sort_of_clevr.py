@@ -33,12 +33,8 @@ _RGB = np.array(
 )
 _SEED = 1706_01427
 _OFFSET = np.arange(-RADIUS, RADIUS + 1)
-_STAMPS = np.stack(
-    [
-        _OFFSET[:, None] ** 2 + _OFFSET**2 <= (RADIUS + 0.5) ** 2,
-        np.ones((2 * RADIUS + 1, 2 * RADIUS + 1), bool),
-    ]
-)
+_CIRCLE = _OFFSET[:, None] ** 2 + _OFFSET**2 <= (RADIUS + 0.5) ** 2
+_STAMPS = np.stack([_CIRCLE, np.ones_like(_CIRCLE)])
 
 
 def draw(objects: Int[np.ndarray, "6 3"], visible: Iterable[int]) -> UInt8[np.ndarray, "75 75 3"]:
@@ -72,12 +68,9 @@ def answer_table(
     furthest = np.where(others, distance, -1).argmax(1)
     alike = (visible & (shape[:, None] == shape)).sum(1)
     left, top = (np.where(centre < SIZE / 2, 2, 3)).T
-    return np.stack(
-        [
-            np.stack([shape, left, top], -1),
-            np.stack([shape[closest], shape[furthest], 3 + alike], -1),
-        ]
-    )
+    of_one = np.stack([shape, left, top], -1)
+    of_several = np.stack([shape[closest], shape[furthest], 3 + alike], -1)
+    return np.stack([of_one, of_several])
 
 
 def needs_both(
@@ -149,29 +142,26 @@ class SortOfClevr(tfds.core.GeneratorBasedBuilder):
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        tensor = tfds.features.Tensor
+        count = 2 * QUESTIONS_PER_KIND
+        shapes = {"index": (), "objects": (6, 3), "questions": (count, 3), "answers": (count,)}
+        features: dict[str, Any] = {
+            name: tfds.features.Tensor(shape=shape, dtype=np.int32)
+            for name, shape in shapes.items()
+        }
+        features["image"] = tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png")
         return tfds.core.DatasetInfo(
             builder=self,
             description="Six coloured shapes on a 75x75 image and twenty questions about them.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "index": tensor(shape=(), dtype=np.int32),
-                    "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png"),
-                    "objects": tensor(shape=(6, 3), dtype=np.int32),
-                    "questions": tensor(shape=(2 * QUESTIONS_PER_KIND, 3), dtype=np.int32),
-                    "answers": tensor(shape=(2 * QUESTIONS_PER_KIND,), dtype=np.int32),
-                }
-            ),
+            features=tfds.features.FeaturesDict(features),
             homepage="https://arxiv.org/abs/1706.01427",
             disable_shuffling=True,
         )
 
     def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
-        config: Any = self.builder_config
+        firsts = {"train": 0, "validation": 9300, "test": 9800}
         return {
-            "train": self._generate_examples(0, config.train),
-            "validation": self._generate_examples(9300, config.validation),
-            "test": self._generate_examples(9800, config.test),
+            split: self._generate_examples(first, getattr(self.builder_config, split))
+            for split, first in firsts.items()
         }
 
     def _generate_examples(self, first: int, count: int) -> Iterator[tuple[int, dict]]:
@@ -180,13 +170,11 @@ class SortOfClevr(tfds.core.GeneratorBasedBuilder):
             colour, kind, subtype = questions.T
             png = io.BytesIO()
             Image.fromarray(draw(objects, range(6))).save(png, "png")
-            yield (
-                index,
-                {
-                    "index": index,
-                    "image": png.getvalue(),
-                    "objects": objects.astype(np.int32),
-                    "questions": questions.astype(np.int32),
-                    "answers": answer_table(objects)[kind, colour, subtype].astype(np.int32),
-                },
-            )
+            arrays = {
+                "index": np.array(index),
+                "objects": objects,
+                "questions": questions,
+                "answers": answer_table(objects)[kind, colour, subtype],
+            }
+            record = {name: array.astype(np.int32) for name, array in arrays.items()}
+            yield index, record | {"image": png.getvalue()}

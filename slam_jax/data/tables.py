@@ -1,4 +1,4 @@
-"""Reads the table of a user, a .jsonl or .csv file, into one record per row."""
+"""Reading the table of a user, a .jsonl or .csv file, as one record per row."""
 
 import csv
 import itertools
@@ -12,6 +12,16 @@ from slam_jax.data.records import DataError
 from slam_jax.errors import InputError, first_line, shorten
 
 Record = dict[str, Any]
+COLUMNS = {
+    "image": ("imagepath", "imagefile", "filename", "file", "path", "picture", "photo", "img"),
+    "text": ("context", "passage", "sentence", "document"),
+    "prompt": ("question", "query", "instruction"),
+    "answer": ("label", "target", "output", "response", "caption", "class"),
+    "kind": ("type", "category"),
+    "split": ("subset", "fold", "partition"),
+}
+"""The columns that a table may have, each with names that other tables have for it."""
+
 _MOST_BYTES = 1 << 30
 _SUFFIXES = (".jsonl", ".csv")
 _SHOWN = 110  # letters of a value in a message
@@ -47,9 +57,10 @@ def find_table(path: Path) -> Path:
 
 
 def read_records(path: Path) -> list[tuple[int, Record | str]]:
-    """(line, record) for each row that is not empty; in place of a record that cannot be read, the
-    reason. Lines count from 1; the header of a CSV is line 1, and a row that spans several lines
-    has the number of its first.
+    """(line, record) for each row that is not empty, or (line, reason) if it cannot be read.
+
+    Lines count from 1, and the header of a CSV is line 1. A row that spans several lines has the
+    number of its first line.
 
     Raises:
       DataError: the file cannot be read, is no UTF-8, is larger than 1 GiB, is a JSON array, has a
@@ -73,19 +84,19 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Record | str]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         # strict: otherwise a quote that is not closed takes in the rows that follow.
         reader = csv.reader(file, skipinitialspace=True, strict=True)
-        names, line = None, 1
+        names, line = [], 1
         try:
             for cells in reader:
-                if names is None and cells:
+                if not names:
                     names = [name.strip() for name in cells]
                     if twice := _repeated([name for name in names if name]):
                         raise DataError(
                             f"{path}, row {line}: two columns have the name {quote(twice)}; "
                             "rename or delete one"
                         )
-                elif names is not None and len(cells) > len(names):
+                elif len(cells) > len(names):
                     yield line, "more values than columns"
-                elif names is not None and cells:
+                elif cells:
                     record = dict(itertools.zip_longest(names, cells, fillvalue=""))
                     record.pop("", None)  # the index that pandas writes has no name
                     yield line, record

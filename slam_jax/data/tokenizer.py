@@ -17,22 +17,19 @@ _SPECIALS = ("<pad>", "<bos>", "<eos>")
 SMALLEST_VOCABULARY = len(_SPECIALS) + 256
 
 
-def _byte_of_letter() -> dict[str, int]:
-    """The byte of each letter of byte-level BPE: printable bytes stand for themselves, the others,
-    in order, are the letters from U+0100 on. Source: Radford et al. 2019 (GPT-2)."""
-    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printed]
-    return {chr(byte): byte for byte in printed} | {
-        chr(256 + i): byte for i, byte in enumerate(others)
-    }
-
-
-_BYTE_OF = _byte_of_letter()
+# The byte of each letter of byte-level BPE: printable bytes stand for themselves. The others, in
+# order, are the letters from U+0100 on. Source: Radford et al. 2019 (GPT-2).
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTED}
+_BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
 def check_text(text: str, name: str) -> None:
-    """Raises InputError, naming the text, if it contains a special token such as "<eos>", which
-    would be encoded letter by letter, or a lone surrogate, which UTF-8 cannot encode."""
+    """Raises InputError, naming the text, if a tokenizer could not give it back as it is.
+
+    These are texts with a special token such as "<eos>" or a lone surrogate, which is not UTF-8.
+    """
     for special in _SPECIALS:
         if special in text:
             raise InputError(f"{name} holds {special!r}, which is added by itself; leave it out")
@@ -44,7 +41,7 @@ def check_text(text: str, name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A trained tokenizer, held as the JSON of the `tokenizers` library.
+    """A trained tokenizer, stored as the JSON of the `tokenizers` library.
 
     Text never encodes to a special token: a literal "<eos>" is encoded letter by letter.
 
@@ -102,8 +99,7 @@ class Tokenizer:
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of each token, empty for special tokens; those of a text's tokens, joined, are
-        the text in UTF-8."""
+        """The bytes of each token, empty for special tokens. Joined, they are a text in UTF-8."""
         pieces = [self._model.id_to_token(i) for i in range(self.vocab_size)]
         return [
             b"" if piece in _SPECIALS else bytes(_BYTE_OF[letter] for letter in piece or "")

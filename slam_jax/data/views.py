@@ -40,12 +40,10 @@ TRAINING_VIEWS = {
 }
 
 HALF_VIEWS = {
-    "split_image_text_only_image": View(image=FIRST),
-    "split_image_text_only_text": View(text=SECOND),
-    "split_image_aux_only_image": View(image=FIRST),
-    "split_image_aux_only_aux": View(aux=SECOND),
-    "split_text_aux_only_text": View(text=FIRST),
-    "split_text_aux_only_aux": View(aux=SECOND),
+    f"{name}_only_{stream}": View(**{stream: getattr(view, stream)})
+    for name, view in TRAINING_VIEWS.items()
+    for stream in view.streams
+    if view.split
 }
 
 VIEWS = TRAINING_VIEWS | HALF_VIEWS

@@ -1,0 +1,73 @@
+"""Notes: what a user should know about a data set, one line each.
+
+`inspect`, training and the report of an evaluation show them.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from slam_jax.data.numbers import find_outliers
+from slam_jax.data.tables import COLUMNS, Record, quote
+
+_MOST_NAMED = 8
+
+
+def table_notes(
+    records: Sequence[tuple[int, Record]],
+    unused: Mapping[str, tuple[int, Any]],
+    shared: Sequence[int],
+    cleaned: Sequence[int],
+) -> Iterator[str]:
+    """Notes about the records of a table, which are given with their lines.
+
+    unused: columns that are not used, with the line and the value of the first that is no number.
+    shared: a line of each picture or text that is in more than one split. cleaned: the lines whose
+    answer or kind was changed when it was read.
+    """
+    present = {name for _, record in records for name in record}
+    free = [column for column in COLUMNS if column not in present]
+    aliases = {alias: column for column in free for alias in (column, *COLUMNS[column])}
+    parts = []
+    for name, (line, value) in list(unused.items())[:_MOST_NAMED]:
+        plain = re.sub(r"[\W_]", "", name.lower())
+        similar = difflib.get_close_matches(plain, free, n=1, cutoff=0.75) or [None]
+        near = aliases.get(plain, similar[0])
+        hint = f"; did you mean {near!r}?" if near else ""
+        parts.append(f"{quote(name)} (row {line}: {quote(value)} is no number{hint})")
+    if more := len(unused) - len(parts):
+        parts.append(f"and {more} more")
+    if parts:
+        yield f"columns that are not used: {', '.join(parts)}"
+    if shared:
+        yield (
+            f"pictures or texts that are in more than one split: {len(shared):,} (first told by "
+            f"row {min(shared)}); scores on them are too good, so give all rows of one the same "
+            "split"
+        )
+    if cleaned:
+        yield (
+            "answers and kinds read without the blanks around them, accents composed: "
+            f"{len(cleaned):,} (first in row {cleaned[0]})"
+        )
+
+
+def outlier_notes(
+    columns: Sequence[str], numbers: Float[np.ndarray, "n A"], lines: Sequence[int], robust: bool
+) -> Iterator[str]:
+    """A note for each column with outliers among the training numbers, which are in `lines`.
+
+    robust: mean and scale are computed without outliers.
+    """
+    effect = "left out of mean and scale" if robust else "the other numbers hardly differ for it"
+    for name, column in zip(columns, numbers.T, strict=True):
+        (places,) = np.nonzero(find_outliers(column))
+        if len(places):
+            yield (
+                f"column {name!r}: {len(places):,} of {len(column):,} training numbers far from "
+                f"the others, {effect} (first in row {lines[places[0]]}: {column[places[0]]:.6g})"
+            )
