@@ -1,11 +1,15 @@
 """Shared by all tests: models that are built once, and something to put into them."""
 
+import atexit
 import dataclasses
 import functools
 import importlib
 import inspect
+import os
 import pkgutil
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from flax import nnx
 
 import slam_jax
 from slam_jax.runtime.signals import SIGNALS
-from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
+from slam_jax.slam_v3 import ImageConfig, Inputs, SlamV3, SlamV3Config
 from slam_jax.training import read_config, train
 
 # Accelerators multiply float32 in fewer bits by default; the tolerances here are those of float32.
@@ -25,7 +29,18 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Nearly all of the time goes into compiling what then runs for a millisecond.
 jax.config.update("jax_disable_most_optimizations", True)
 
+# Workers, and processes that tests start, compile many of the same functions.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _executables = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, _executables, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _executables
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
 VOCAB = 13
+# As many tokens as the preset's 24 pixels and two stages give, but faster to compile.
+IMAGE = ImageConfig(size=12, stage_widths=(8,))
 
 
 def _check_calls_only() -> None:
@@ -52,11 +67,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """Every compiled program keeps a few of the 65,530 memory maps that Linux gives a process; with
-    all of a whole session's, the next one would end it."""
+def forget_executables():
+    """Every compiled executable keeps a few of the 65,530 memory maps that Linux gives a process;
+    with all of a whole session's, the next one would end it."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
@@ -83,24 +100,26 @@ def small_run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def build() -> Callable[..., SlamV3]:
-    """`build(**changes)`: the tiny preset with some fields changed, one model a configuration.
+    """`build(**changes)`: the tiny preset, small images and some fields changed, one model a
+    configuration.
 
     The models are shared: a test that changes one has to copy it first.
     """
 
     @functools.cache
     def make(**changes) -> SlamV3:
-        config = SlamV3Config.preset("tiny", VOCAB, **changes)
-        return jax.jit(lambda: SlamV3(config, rngs=nnx.Rngs(0)))()
+        config = SlamV3Config.preset("tiny", VOCAB, **{"image": IMAGE, **changes})
+        # Not under jit: all models share the initialisers, which are compiled once for each shape.
+        return SlamV3(config, rngs=nnx.Rngs(0))
 
     return make
 
 
 @pytest.fixture(scope="session")
 def make_inputs() -> Callable[..., Any]:
-    """`make_inputs(batch)`: random inputs of the tiny preset, all streams present and masked."""
+    """`make_inputs(batch)`: random inputs of the models above, all streams present and masked."""
 
-    def make(batch: int = 2, *, text: int = 6, aux: int = 3, size: int = 24, seed: int = 0):
+    def make(batch: int = 2, *, text: int = 6, aux: int = 3, size: int = 12, seed: int = 0):
         rng = np.random.default_rng(seed)
         arrays: dict[str, Any] = {
             "text": rng.integers(0, VOCAB, (batch, text), np.int32),

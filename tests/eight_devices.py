@@ -444,11 +444,18 @@ def test_what_many_layers_of_a_language_model_send_is_told_from_two(name):
     assert whole.sent == told.sent and whole.activations == told.activations
 
 
-@pytest.mark.parametrize("axis", ["data", pytest.param("fsdp", marks=slow)])
-def test_devices_share_the_activations_of_a_batch(axis):
-    """The less of them is kept, the more is made anew; what a device keeps is its rows' alone."""
+@pytest.mark.parametrize(
+    ("axis", "policies"),
+    [
+        ("data", (None,)),
+        pytest.param("data", (None, "maps", "layers"), marks=slow),
+        pytest.param("fsdp", (None, "maps", "layers"), marks=slow),
+    ],
+)
+def test_devices_share_the_activations_of_a_batch(axis, policies):
+    """The fewer are stored, the more are recomputed; a device stores those of its rows alone."""
     told = []
-    for remat in (None, "maps", "layers"):
+    for remat in policies:
         run = LanguageRun("standard", "tiny", 8, 16, {"remat": remat}).subject()
         whole = compiled_step(run, None).activations
         assert compiled_step(run, mesh_of(**{axis: 4})).activations * 4 == whole

@@ -86,11 +86,12 @@ def test_latent_attention_is_its_definition_head_by_head(mla):
 
 def test_prefill_and_steps_give_what_the_full_pass_gives_at_every_position(mla):
     x = normal(2, 2, 2, LENGTH, DIM)
-    full = mla(x)
+    full = jax.jit(lambda mla, x: mla(x))(mla, x)
     lengths = jnp.array([[5, 1], [3, 6]])
     real = prefix_mask(lengths, 6)
     prompt = jnp.where(real[..., None], x[:, :, :6], normal(3, 2, 2, 6, DIM))
-    y, cache = mla.prefill(prompt, mla.init_cache((2, 2), LENGTH), lengths)
+    prefill = jax.jit(MultiHeadLatentAttention.prefill)
+    y, cache = prefill(mla, prompt, mla.init_cache((2, 2), LENGTH), lengths)
     close(y[real], full[:, :, :6][real])
     step = jax.jit(MultiHeadLatentAttention.decode_step, static_argnames="absorbed")
     for _ in range(LENGTH - 1):
@@ -158,7 +159,10 @@ def test_the_gradient_of_a_cached_step_is_that_of_the_full_pass(rows):
         _, cache = mla.prefill(x[:, :4], mla.init_cache((rows,), LENGTH))
         return (mla.decode_step(x[:, 4:], cache)[0] * weights).sum()
 
-    close(jax.grad(cached)(x), jax.grad(lambda x: (mla(x)[:, 4:] * weights).sum())(x))
+    def full(x):
+        return (mla(x)[:, 4:] * weights).sum()
+
+    close(*(jax.jit(jax.grad(loss))(x) for loss in (cached, full)))
 
 
 def test_prefill_of_more_than_the_cache_holds_says_what_would_fit():
@@ -182,8 +186,8 @@ def test_latent_attention_goes_through_jit_grad_and_vmap():
     mla, x = make_mla(), normal(10, 3, LENGTH, DIM)
     y = mla(x)
     close(jax.jit(lambda mla, x: mla(x))(mla, x), y)
-    close(jax.vmap(lambda mla, x: mla(x), in_axes=(None, 0))(mla, x), y)
-    grads = jax.grad(lambda mla: jnp.sum(mla(x) ** 2))(mla)
+    close(jax.jit(jax.vmap(lambda mla, x: mla(x), in_axes=(None, 0)))(mla, x), y)
+    grads = jax.jit(jax.grad(lambda mla: jnp.sum(mla(x) ** 2)))(mla)
     assert all(g.any() and jnp.isfinite(g).all() for g in jax.tree.leaves(nnx.state(grads)))
 
 

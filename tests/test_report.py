@@ -68,30 +68,36 @@ def test_attention_is_that_of_the_forward_pass(with_or_without_bottleneck):
     loaded = with_or_without_bottleneck
     model, inputs = loaded.model, read_inputs(loaded, [EVERYTHING])
     tokens = np.array([[1, 5, 6]], np.int32)
-    output = jax.jit(lambda model: model(tokens, inputs, attention=True))(model)
-    found: Any = output.attention
-    np.testing.assert_allclose(output.logits, model(tokens, inputs).logits, atol=1e-5)
-    for shares in (found.processes, found.memory, found.decoder):
+    output, read, expected = jax.jit(_attention_and_what_it_reads)(model, tokens, inputs)
+    np.testing.assert_allclose(output.logits, expected["logits"], atol=1e-5)
+    for shares in (output.attention.processes, output.attention.memory, output.attention.decoder):
         np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-5)
+    np.testing.assert_allclose(read["bank"], expected["bank"], atol=1e-4)
+    np.testing.assert_allclose(read["memory"], expected["memory"], atol=1e-3)
+
+
+def _attention_and_what_it_reads(model: Any, tokens: Any, inputs: Any) -> Any:
+    output, read = model(tokens, inputs, attention=True), {}
+    found, expected = output.attention, {"logits": model(tokens, inputs).logits}
     streams, bank = model.level_one(model._streams(inputs, None))
     process = jax.tree.map(lambda x: x[1], model.processes.stack)
     h = jnp.concatenate([stream.tokens for stream in streams], axis=1)
     h = h + process.instruction[None, None]
     layer = process.layers[0]
     h = h + layer._isolated_attention(h, streams)
-    read = jnp.einsum("bnts,bsnv->btnv", found.processes[1][:, 0], bank.v)
+    read["bank"] = jnp.einsum("bnts,bsnv->btnv", found.processes[1][:, 0], bank.v)
     queries = layer.query(layer.norms[1](h)) + layer.query_bias[None, None]
-    expected = attend(queries, bank.k, bank.v, bank.mask)
-    np.testing.assert_allclose(read, expected, atol=1e-4)
+    expected["bank"] = attend(queries, bank.k, bank.v, bank.mask)
     memory = model.encode(inputs)
     layer, h = model.decoder.layers[0], model._embed(tokens)
     h = h + layer.attention(layer.norms[0](h))
     values = jnp.einsum("bmr,rnv->bmnv", memory.c_mem, layer.memory_attention.v_up.kernel[...])
-    read = layer.memory_attention.out(jnp.einsum("bntm,bmnv->btnv", found.decoder[:, 0], values))
+    values = jnp.einsum("bntm,bmnv->btnv", found.decoder[:, 0], values)
+    read["memory"] = layer.memory_attention.out(values)
     queries = layer.norms[1](h).reshape(1, tokens.shape[-1], -1)
     mask = None if memory.mask is None else memory.mask[:, None, :]
-    expected = layer.memory_attention(queries, memory.c_mem, mask)
-    np.testing.assert_allclose(read, expected, atol=1e-3)
+    expected["memory"] = layer.memory_attention(queries, memory.c_mem, mask)
+    return output, read, expected
 
 
 def test_maps_cover_what_was_given_and_nothing_else(with_or_without_bottleneck):
