@@ -42,6 +42,8 @@ class Group:
         """
         values = {}
         for row in table:
+            if row.attribute is None and row.read is None and row.default is ...:
+                continue
             if row.when is not None and self.data.get(row.when[0]) != row.when[1]:
                 value = row.when[2]
             elif row.read is None or isinstance(row.read, type):
@@ -67,7 +69,7 @@ class Field(NamedTuple):
     read: the kind of the value, or a function of (group, key) that returns it; None = the kind of
       the default, int where it has none.
     write: what is written for a configuration; None = the attribute, or the default where that is
-      None.
+      None. With a key and `write` alone the field is written for other libraries and not read.
     when: (key, value, off): without this value of another field the attribute is `off`.
     """
 
@@ -93,11 +95,6 @@ def only(key: str, *allowed: Any) -> Field:
         return value
 
     return Field(key, read=read, write=lambda _: allowed[0])
-
-
-def derived(key: str, write: Callable[[Any], Any]) -> Field:
-    """A field that is written for other libraries and not read."""
-    return Field(key, read=lambda group, key: None, write=write)
 
 
 def write_fields(table: Fields, config: Any) -> dict[str, Any]:
@@ -159,7 +156,7 @@ def rope(base: float = 10_000.0, *, interleaved: bool = False, alpha: bool = Fal
             return Rope(theta, interleaved, yarn=Yarn(**values))
         return Rope(theta, interleaved, **values)
 
-    theta = derived("rope_theta", lambda c: c.rope.base)
+    theta = Field("rope_theta", write=lambda c: c.rope.base)
     return theta, Field("rope_scaling", "rope", read=read, write=_write_rope)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from slam_jax import language_models as models
 from slam_jax.errors import InputError
-from slam_jax.interop.fields import Field, Fields, Group, derived, only, rope, write_fields
+from slam_jax.interop.fields import Field, Fields, Group, only, rope, write_fields
 from slam_jax.interop.tensors import Layout, Params, Path, Row, Table, expand
 
 # Patterns of einops, from our axes to the published ones. PyTorch has the outputs of a map first.
@@ -69,7 +69,7 @@ _KV_HEADS = Field(
     "num_key_value_heads", "num_kv_heads", None, write=lambda c: c.num_kv_heads or c.num_heads
 )
 _NO_BIASES = (only("attention_bias", False), only("mlp_bias", False))
-_LIMITED = ("topk_method", "group_limited_greedy", 1)
+_LIMITED, _MIXED = ("topk_method", "group_limited_greedy", 1), ("use_mixed_mlp_moe", True, 0)
 
 
 def _model(*layer: Table, norm: str = "model.norm") -> Table:
@@ -103,10 +103,6 @@ def _gated(theirs: str, ours: str = "mlp") -> Table:
     return {f"{theirs}.{p}_proj.weight": Row(f"{ours}.{p}.kernel", LINEAR) for p in parts}
 
 
-def _is_fused(config: Any, fused: bool) -> bool:
-    return fused
-
-
 def _experts(
     mlp: str,
     router: str = "gate",
@@ -118,17 +114,18 @@ def _experts(
 
     names: the published names of gate, up and down. fused_mlp: instead of `mlp` in fused files.
     """
+    is_fused, is_not = (lambda _, fused: fused), (lambda _, fused: not fused)
     scores = "mlp.router.scores.kernel"
     gate, up, down = ours = [f"mlp.experts.{part}.kernel" for part in ("gate", "up", "down")]
     rows = {
         f"{mlp}.{router}.weight": Row(scores, LINEAR, lambda _, fused: not fused or not fused_mlp),
-        f"{fused_mlp or mlp}.experts.gate_up_proj": Row(f"{gate} {up}", STACKED, _is_fused),
-        f"{fused_mlp or mlp}.experts.down_proj": Row(down, STACKED, _is_fused),
+        f"{fused_mlp or mlp}.experts.gate_up_proj": Row(f"{gate} {up}", STACKED, is_fused),
+        f"{fused_mlp or mlp}.experts.down_proj": Row(down, STACKED, is_fused),
     }
     for name, path in zip(names, ours, strict=True):
-        rows[f"{mlp}.experts.{{e}}.{name}.weight"] = Row(path, LINEAR, lambda _, fused: not fused)
+        rows[f"{mlp}.experts.{{e}}.{name}.weight"] = Row(path, LINEAR, is_not)
     if fused_mlp:
-        rows[f"{fused_mlp}.{router}.weight"] = Row(scores, LINEAR, _is_fused)
+        rows[f"{fused_mlp}.{router}.weight"] = Row(scores, LINEAR, is_fused)
     return rows
 
 
@@ -217,7 +214,7 @@ FORMATS: dict[str, Format] = {
             Field("mamba_dt_rank", "dt_rank", "auto", _read_rank),
             Field("mamba_conv_bias", "conv_bias", True),
             Field("mamba_proj_bias", "proj_bias", False),
-            derived("use_mamba_kernels", lambda _: False),
+            Field("use_mamba_kernels", write=lambda _: False),
             Field("router_aux_loss_coef", "balance_loss", 0.001),
         ),
         tensors=_model(
@@ -235,14 +232,14 @@ FORMATS: dict[str, Format] = {
         fields=(
             *_common(),
             *rope(interleaved=True),
-            derived("num_key_value_heads", lambda c: c.num_heads),
+            Field("num_key_value_heads", write=lambda c: c.num_heads),
             Field("moe_intermediate_size", "expert_dim", 1_407),
             Field("kv_lora_rank", "kv_lora_rank", 512),
             Field("q_lora_rank", "q_lora_rank", None),
             Field("qk_nope_head_dim", "qk_nope_head_dim", 128),
             Field("qk_rope_head_dim", "qk_rope_head_dim", 64),
-            derived("qk_head_dim", lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim),
-            derived("head_dim", lambda c: c.qk_rope_head_dim),
+            Field("qk_head_dim", write=lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim),
+            Field("head_dim", write=lambda c: c.qk_rope_head_dim),
             Field("v_head_dim", "v_head_dim", 128),
             Field("first_k_dense_replace", "num_dense_layers", 0),
             only("moe_layer_freq", 1),
@@ -258,7 +255,7 @@ FORMATS: dict[str, Format] = {
             Field("routed_scaling_factor", "routed_scale", 1.0),
             Field("norm_topk_prob", "renormalize", False),
             Field("aux_loss_alpha", "balance_loss", 0.001),
-            derived("seq_aux", lambda _: True),
+            Field("seq_aux", write=lambda _: True),
             *_NO_BIASES,
         ),
         tensors=_model(
@@ -279,9 +276,7 @@ FORMATS: dict[str, Format] = {
             Field("attention_head_dim", "head_dim", None, write=_head_dim),
             Field("num_experts", "num_experts", 1),
             Field("moe_topk", "num_experts_per_token", 1),
-            Field(
-                "num_shared_expert", "num_shared_experts", 1, when=("use_mixed_mlp_moe", True, 0)
-            ),
+            Field("num_shared_expert", "num_shared_experts", 1, when=_MIXED),
             Field("use_mixed_mlp_moe", None, False, write=lambda c: c.num_shared_experts > 0),
             Field("use_cla", None, False, write=lambda c: c.share_factor > 1),
             Field("cla_share_factor", "share_factor", 1, when=("use_cla", True, 1)),
@@ -299,10 +294,7 @@ FORMATS: dict[str, Format] = {
             _experts("mlp", "gate.wg"),
             _gated("mlp.shared_mlp", "mlp.shared"),
         ),
-        block=lambda config, layer: (
-            *("blocks", layer // config.share_factor),
-            *("layers", layer % config.share_factor),
-        ),
+        block=lambda c, i: ("blocks", i // c.share_factor, "layers", i % c.share_factor),
     ),
     "hunyuan_v1_moe": Format(
         models.HunyuanV1MoEConfig,
@@ -352,9 +344,8 @@ def write_config(config: Any) -> tuple[str, dict[str, Any]]:
             data |= write_fields(form.fields, config)
             rope, found = (getattr(c, "rope", None) for c in (config, read_config(data)[1]))
             if rope != found:
-                raise InputError(
-                    f"rope is {rope}; {kind} cannot express it, and would read {found}"
-                )
+                problem = f"{kind} cannot express it, and would read {found}"
+                raise InputError(f"rope is {rope}; {problem}")
             return kind, data
     known = ", ".join(form.config.__name__ for form in FORMATS.values())
     raise InputError(f"a {type(config).__name__} has no published form; expected {known}")

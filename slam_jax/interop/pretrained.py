@@ -222,9 +222,8 @@ def _write(layout: Layout, params: Params, folder: Path, max_shard_bytes: int) -
         size, total = size + num_bytes, total + num_bytes
     weight_map = {}
     for i, keys in enumerate(shards):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        part = f"-{i + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        name = f"model{part}.safetensors"
         weight_map |= dict.fromkeys(keys, name)
         # `publish` returns contiguous arrays: safetensors writes the memory of an array as it is.
         tensors = {key: layout[key].publish(params) for key in keys}

@@ -45,19 +45,6 @@ def layer_norm(config: LanguageModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(config.embed_dim, epsilon=config.norm_epsilon, **config.dtypes, rngs=rngs)
 
 
-def check_length(lengths: Any, config: LanguageModelConfig) -> None:
-    """Raises InputError for more tokens than the context has; arrays are unknown under `jit`."""
-    most = 0 if isinstance(lengths, Tracer) else int(np.max(lengths))
-    if most > config.context_length:
-        raise InputError(f"{most:,} tokens; the context is {config.context_length:,}")
-
-
-def check_prefill(num_tokens: int, lengths: Any, stored: Any, config: LanguageModelConfig) -> None:
-    """Raises InputError for what `prefill` cannot read; see `check_prompts` and `check_length`."""
-    check_prompts(lengths, stored, num_tokens)
-    check_length(num_tokens if lengths is None else lengths, config)
-
-
 class ForwardPass(NamedTuple):
     """What the blocks have to know of one call of a model.
 
@@ -161,7 +148,11 @@ class Cache:
 
 
 class HeadedModel(nnx.Module):
-    """A language model whose full forward pass is `logits(hidden(tokens).states)`."""
+    """A language model whose full forward pass is `logits(hidden(tokens).states)`.
+
+    A subclass gives `_hidden` and `_prefill`, which get checked tokens, and the rest of the
+    protocol.
+    """
 
     config: Any
     embedding: Any
@@ -182,14 +173,61 @@ class HeadedModel(nnx.Module):
         hidden = self.hidden(tokens, mask, key=key)
         return Output(self.logits(hidden.states), hidden.aux_loss)
 
-    def hidden(self, tokens, mask=None, *, key=None) -> Hidden:
-        raise NotImplementedError
+    def hidden(
+        self,
+        tokens: Int[AnyArray, "*B T"],
+        mask: Bool[AnyArray, "*B T"] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Hidden:
+        """The hidden states before the head, for the same arguments as a forward pass."""
+        if mask is None:
+            self._check_length(tokens.shape[-1])
+        else:
+            mask = jnp.asarray(mask)
+        return self._hidden(without_unknown_pads(tokens, mask, self.config.vocab_size), mask, key)
 
     def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head: logits (float32 or wider) of hidden states."""
         if self.head is None:
             return project_to_float32(states, self.embedding.embedding[...].T)
         return project_to_float32(states, self.head.kernel[...])
+
+    def prefill(
+        self,
+        tokens: Int[AnyArray, "*B T"],
+        cache: Any,
+        memory: None = None,
+        *,
+        lengths: Int[AnyArray, "*B"] | None = None,
+    ) -> tuple[Float[Array, "*B T V"], Any]:
+        """The logits of right-padded prompts, and the empty cache filled with them.
+
+        Raises InputError as `check_prompts` does, and for more tokens than the context has. Under
+        `jax.jit` lengths are not checked.
+        """
+        num_tokens, mask = tokens.shape[-1], None
+        check_prompts(lengths, cache.length, num_tokens)
+        if lengths is None:
+            self._check_length(num_tokens)
+        else:
+            if not isinstance(lengths, Tracer):
+                self._check_length(int(np.max(lengths)))
+            lengths = jnp.asarray(lengths, jnp.int32)
+            mask = prefix_mask(lengths, num_tokens)
+        tokens = without_unknown_pads(tokens, mask, self.config.vocab_size)
+        return self._prefill(tokens, cache, lengths, mask)
+
+    def _hidden(self, tokens, mask, key) -> Hidden:
+        raise NotImplementedError
+
+    def _prefill(self, tokens, cache, lengths, mask) -> tuple[Any, Any]:
+        raise NotImplementedError
+
+    def _check_length(self, num_tokens: int) -> None:
+        most = self.config.context_length
+        if num_tokens > most:
+            raise InputError(f"{num_tokens:,} tokens; the context is {most:,}")
 
 
 class Transformer(HeadedModel):
@@ -224,18 +262,7 @@ class Transformer(HeadedModel):
         table = nnx.Embed(*rows, embedding_init=embedding_init, **kw) if learned_positions else None
         self.positions: Any = table
 
-    def hidden(
-        self,
-        tokens: Int[AnyArray, "*B T"],
-        mask: Bool[AnyArray, "*B T"] | None = None,
-        *,
-        key: PRNGKeyArray | None = None,
-    ) -> Hidden:
-        """The hidden states before the head, for the same arguments as a forward pass."""
-        mask = None if mask is None else jnp.asarray(mask)
-        tokens = without_unknown_pads(tokens, mask, self.config.vocab_size)
-        if mask is None:
-            check_length(tokens.shape[-1], self.config)
+    def _hidden(self, tokens, mask, key) -> Hidden:
         layout = causal_layout(tokens.shape[-1], mask)
         forward = ForwardPass(
             lambda mixer, x, _: (mixer(x, layout), None), layout.positions, mask, key is not None
@@ -248,24 +275,8 @@ class Transformer(HeadedModel):
         blocks = tuple(block.init_cache(batch_shape, max_length) for block in self.blocks)
         return Cache(blocks, jnp.zeros(batch_shape, jnp.int32))
 
-    def prefill(
-        self,
-        tokens: Int[AnyArray, "*B T"],
-        cache: Cache,
-        memory: None = None,
-        *,
-        lengths: Int[AnyArray, "*B"] | None = None,
-    ) -> tuple[Float[Array, "*B T V"], Cache]:
-        """The logits of right-padded prompts, and the empty cache filled with them.
-
-        Raises InputError as `check_prefill` does.
-        """
-        num_tokens, mask = tokens.shape[-1], None
-        check_prefill(num_tokens, lengths, cache.length, self.config)
-        if lengths is not None:
-            lengths = jnp.asarray(lengths, jnp.int32)
-            mask = prefix_mask(lengths, num_tokens)
-        tokens = without_unknown_pads(tokens, mask, self.config.vocab_size)
+    def _prefill(self, tokens, cache: Cache, lengths, mask) -> tuple[jax.Array, Cache]:
+        num_tokens = tokens.shape[-1]
         forward = ForwardPass(
             lambda mixer, x, cache: mixer.prefill(x, cache, lengths), jnp.arange(num_tokens), mask
         )

@@ -14,16 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from slam_jax.array_typing import AnyArray
 from slam_jax.errors import require
-from slam_jax.language_models.base import HeadedModel, check_length, check_prefill
+from slam_jax.language_models.base import HeadedModel
 from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.flops import linear
 from slam_jax.layers.linear import Linear
-from slam_jax.layers.masks import prefix_mask, without_unknown_pads
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.protocol import Hidden
 from slam_jax.slam_v3.config import SlamV3Config
@@ -104,21 +103,11 @@ class SlamV3Text(HeadedModel):
         self.decoder = Decoder(v3, rngs=rngs)
         self.head = Linear(config.embed_dim, config.vocab_size, **kw)
 
-    def hidden(
-        self,
-        tokens: Int[AnyArray, "*B T"],
-        mask: Bool[AnyArray, "*B T"] | None = None,
-        *,
-        key: PRNGKeyArray | None = None,
-    ) -> Hidden:
-        """The hidden states before the head, for the same arguments as a forward pass."""
-        tokens = without_unknown_pads(tokens, mask, self.config.vocab_size)
+    def _hidden(self, tokens, mask, key) -> Hidden:
         rows, back = tokens.reshape(-1, tokens.shape[-1]), None
-        if mask is None:
-            check_length(tokens.shape[-1], self.config)
-        else:
+        if mask is not None:
             # Windows begin at the first real token: pads are moved to the right, and back later.
-            order = jnp.argsort(~jnp.asarray(mask).reshape(rows.shape), axis=-1)
+            order = jnp.argsort(~mask.reshape(rows.shape), axis=-1)
             rows, back = jnp.take_along_axis(rows, order, axis=-1), jnp.argsort(order, axis=-1)
         windows, keys = self._windows(rows), split(key, 2)
         memory = self._memory(self._encode(windows[:, :-1], keys[0]))
@@ -138,25 +127,10 @@ class SlamV3Text(HeadedModel):
             length=jnp.zeros((rows,), jnp.int32),
         )
 
-    def prefill(
-        self,
-        tokens: Int[AnyArray, "*B T"],
-        cache: TextCache,
-        memory: None = None,
-        *,
-        lengths: Int[AnyArray, "*B"] | None = None,
-    ) -> tuple[Float[Array, "*B T V"], TextCache]:
-        """The logits of right-padded prompts, and an empty cache filled with them.
-
-        Raises InputError as `check_prefill` does.
-        """
+    def _prefill(self, tokens, cache: TextCache, lengths, mask) -> tuple[jax.Array, TextCache]:
         num_tokens, size = tokens.shape[-1], self.config.text_window
-        check_prefill(num_tokens, lengths, cache.length, self.config)
-        length = jnp.full(tokens.shape[:-1], num_tokens) if lengths is None else lengths
-        length = jnp.asarray(length, jnp.int32).reshape(-1)
-        real = prefix_mask(length, num_tokens)
         rows = tokens.reshape(-1, num_tokens)
-        rows = without_unknown_pads(rows, real, self.config.vocab_size)
+        length = jnp.full_like(cache.length, num_tokens) if lengths is None else lengths.reshape(-1)
         windows = self._windows(rows)
         count = windows.shape[1]
         c_mem = self._encode(windows, None)
