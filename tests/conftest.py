@@ -28,6 +28,8 @@ from slam_jax.training import read_config, train
 jax.config.update("jax_default_matmul_precision", "highest")
 # Nearly all of the time goes into compiling what then runs for a millisecond.
 jax.config.update("jax_disable_most_optimizations", True)
+# Arrays are broadcast along new axes only where the code says so.
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Workers, and processes that tests start, compile many of the same functions.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
