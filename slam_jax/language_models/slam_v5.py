@@ -45,10 +45,12 @@ class SlamV5Config(LanguageModelConfig):
     def body_flops(self, num_tokens: int) -> int:
         dim, heads, latent = self.embed_dim, self.num_heads, self.sizes(*LATENT)
         mlp = flops.gated_mlp(num_tokens, dim, self.mlp_dim)
-        keys = flops.latent_keys(num_tokens, dim, heads, **latent)
-        queries = flops.latent_queries(num_tokens, dim, heads, **latent)
-        layers = 2 * self.level_layers * (keys + queries + mlp)
-        return layers + keys + self.num_blocks * (queries + mlp)
+        attention, reader = (
+            flops.latent_attention(num_tokens, dim, heads, **latent, own_keys=own_keys)
+            for own_keys in (True, False)
+        )
+        layers = 2 * self.level_layers * (attention + mlp)
+        return layers + (attention - reader) + self.num_blocks * (reader + mlp)
 
 
 class Latents(nnx.Module):

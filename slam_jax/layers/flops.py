@@ -43,7 +43,7 @@ def attention(
     return total + (2 * linear(num_keys, embed_dim, kv_width) if own_keys else 0)
 
 
-def latent_keys(
+def latent_attention(
     num_tokens: int,
     embed_dim: int,
     num_heads: int,
@@ -52,42 +52,20 @@ def latent_keys(
     qk_nope_head_dim: int,
     qk_rope_head_dim: int,
     v_head_dim: int,
-) -> int:
-    """The latents, and the keys and values made from them (the expanded form)."""
-    down = linear(num_tokens, embed_dim, kv_lora_rank + qk_rope_head_dim)
-    return down + linear(num_tokens, kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim))
-
-
-def latent_queries(
-    num_tokens: int,
-    embed_dim: int,
-    num_heads: int,
-    *,
-    qk_nope_head_dim: int,
-    qk_rope_head_dim: int,
-    v_head_dim: int,
     q_lora_rank: int | None = None,
-    kv_lora_rank: int | None = None,
+    own_keys: bool = True,
 ) -> int:
-    """The queries, what they read and the output; kv_lora_rank does not matter in this form."""
+    """In the expanded form. own_keys: as in `attention`; with the latents that keys are made of."""
     key_dim, value_dim = num_heads * (qk_nope_head_dim + qk_rope_head_dim), num_heads * v_head_dim
-    down = 0 if q_lora_rank is None else linear(num_tokens, embed_dim, q_lora_rank)
-    maps = linear(num_tokens, q_lora_rank or embed_dim, key_dim)
-    maps += linear(num_tokens, value_dim, embed_dim)
-    return down + maps + scores(num_tokens, num_tokens, key_dim, value_dim)
-
-
-def latent_attention(
-    num_tokens: int,
-    embed_dim: int,
-    num_heads: int,
-    *,
-    q_lora_rank: int | None = None,
-    **sizes: int,
-) -> int:
-    """sizes: as in `latent_keys`."""
-    queries = latent_queries(num_tokens, embed_dim, num_heads, q_lora_rank=q_lora_rank, **sizes)
-    return queries + latent_keys(num_tokens, embed_dim, num_heads, **sizes)
+    total = linear(num_tokens, q_lora_rank or embed_dim, key_dim)
+    total += scores(num_tokens, num_tokens, key_dim, value_dim)
+    total += linear(num_tokens, value_dim, embed_dim)
+    if q_lora_rank is not None:
+        total += linear(num_tokens, embed_dim, q_lora_rank)
+    if own_keys:
+        total += linear(num_tokens, embed_dim, kv_lora_rank + qk_rope_head_dim)
+        total += linear(num_tokens, kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim))
+    return total
 
 
 def mixture_of_experts(

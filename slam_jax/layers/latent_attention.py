@@ -115,16 +115,9 @@ def latent_attend(
             shared = jnp.broadcast_to(k_rope[..., None, :], (*k.shape[:-1], k_rope.shape[-1]))
             q, k = jnp.concatenate([q, q_rope], -1), jnp.concatenate([k, shared], -1)
         return cudnn_attention.causal_attend(q, k, v, mask, scale=score_scale * width**-0.5)
-    probs = latent_attention_weights(
-        q,
-        latents,
-        w_uk,
-        q_rope=q_rope,
-        k_rope=k_rope,
-        mask=mask,
-        score_scale=score_scale,
-        absorbed=absorbed,
-    ).astype(latents.dtype)
+    kw: Any = dict(q_rope=q_rope, k_rope=k_rope, mask=mask, score_scale=score_scale)
+    probs = latent_attention_weights(q, latents, w_uk, **kw, absorbed=absorbed)
+    probs = probs.astype(latents.dtype)
     if absorbed:
         mixed = jnp.einsum("...nts,...sr->...ntr", probs, latents)
         return jnp.einsum("...ntr,rnv->...tnv", mixed, w_uv)
@@ -243,18 +236,9 @@ class MultiHeadLatentAttention(nnx.Module):
         return self.q_nope(latent), q_rope, self.kv_norm(self.kv_down(x)), k_rope
 
     def _attend(self, q, q_rope, c_kv, k_rope, mask, absorbed):
-        heads = latent_attend(
-            q,
-            c_kv,
-            self.k_up.kernel[...].astype(self.dtype),
-            self.v_up.kernel[...].astype(self.dtype),
-            q_rope=q_rope,
-            k_rope=k_rope,
-            mask=mask,
-            score_scale=self.rope.score_scale,
-            absorbed=absorbed,
-        )
-        return self.out(heads)
+        k_up, v_up = (up.kernel[...].astype(self.dtype) for up in (self.k_up, self.v_up))
+        kw: Any = dict(q_rope=q_rope, k_rope=k_rope, mask=mask, score_scale=self.rope.score_scale)
+        return self.out(latent_attend(q, c_kv, k_up, v_up, **kw, absorbed=absorbed))
 
 
 class LatentCrossAttention(nnx.Module):
@@ -301,15 +285,8 @@ class LatentCrossAttention(nnx.Module):
         absorbed: bool = False,
     ) -> Float[Array, "*B T D"]:
         """What the tokens of x read from the bank; 0 for a row whose bank is fully masked."""
-        heads = latent_attend(
-            self.q(x),
-            latents,
-            self.k_up.kernel[...].astype(self.dtype),
-            self.v_up.kernel[...].astype(self.dtype),
-            mask=mask,
-            absorbed=absorbed,
-        )
-        return self.out(heads)
+        k_up, v_up = (up.kernel[...].astype(self.dtype) for up in (self.k_up, self.v_up))
+        return self.out(latent_attend(self.q(x), latents, k_up, v_up, mask=mask, absorbed=absorbed))
 
     def weights(
         self,
@@ -318,6 +295,5 @@ class LatentCrossAttention(nnx.Module):
         mask: Bool[Array, "*#B #T S"] | None = None,
     ) -> Float[Array, "*B N T S"]:
         """The attention weights of the same call."""
-        return latent_attention_weights(
-            self.q(x), latents, self.k_up.kernel[...].astype(self.dtype), mask=mask, absorbed=False
-        )
+        k_up = self.k_up.kernel[...].astype(self.dtype)
+        return latent_attention_weights(self.q(x), latents, k_up, mask=mask, absorbed=False)

@@ -170,12 +170,11 @@ class Mamba(nnx.Module):
         """
         num_tokens, before = x.shape[-2], self.conv_width - 1
         mask = None if lengths is None else prefix_mask(lengths, num_tokens)
-        y, value, state = self._scan(x, mask, cache.state)
+        y, padded, state = self._scan(x, mask, cache.state)
         if lengths is None:
             lengths = jnp.full(x.shape[:-2], num_tokens, jnp.int32)
         # The last real inputs; those before the first token are 0.
-        padded = jnp.pad(value, [(0, 0)] * (value.ndim - 2) + [(before, 0), (0, 0)])
-        slots = jax.lax.broadcast_to_rank(jnp.arange(before), value.ndim - 1)
+        slots = jax.lax.broadcast_to_rank(jnp.arange(before), x.ndim - 1)
         last = lengths[..., None] + slots
         return y, MambaCache(jnp.take_along_axis(padded, last[..., None], axis=-2), state)
 
@@ -193,7 +192,7 @@ class Mamba(nnx.Module):
         return self._leave(x, v, y), MambaCache(seen[..., 1:, :], state)
 
     def _scan(self, x, mask: Bool[Array, "*B T"] | None, state):
-        """The output, the inputs of the convolution, and the state after the last token."""
+        """The output, the padded inputs of the convolution, and the state after the last token."""
         value = self.value(x)
         if mask is not None:
             value = jnp.where(mask[..., None], value, 0)
@@ -209,7 +208,7 @@ class Mamba(nnx.Module):
         if mask is not None:
             dt = jnp.where(mask[..., None], dt, 0)
         y, state = selective_scan(v, dt, a, b, c, state, chunk_size=self.chunk_size)
-        return self._leave(x, v, y), value, state
+        return self._leave(x, v, y), padded, state
 
     def _activate(self, mixed):
         if self.conv_bias is not None:
