@@ -1,4 +1,4 @@
-"""Questions from a shell, and the files they may come with."""
+"""`python -m slam_jax.generation`, and the files of numbers that it reads."""
 
 import json
 import math
@@ -12,6 +12,7 @@ import pytest
 from slam_jax.data.numbers import read_numbers
 from slam_jax.generation import Request, Sampling, generate, score
 from slam_jax.training import load
+from slam_jax.training.checkpoint.store import Checkpoints
 
 CUT = "the answer was cut at the limit of tokens; raise --max_new_tokens\n"
 # Runs the command for several lists of arguments in one process, which imports JAX once.
@@ -76,6 +77,14 @@ def test_the_command_says_what_generate_says(small_run, tmp_path):
     assert wrong == [[2, "", ""]] * len(WRONG)
     for error, (_, message) in zip(errors, WRONG, strict=True):
         assert error.startswith(f"error: {message}")
+
+
+def test_the_default_length_follows_the_longest_answer_of_training(small_run, monkeypatch):
+    loaded = load(small_run)
+    stored = Checkpoints(small_run).read_generation(loaded.step)["max_new_tokens"]
+    assert 1 < stored < loaded.max_new_tokens == 32
+    monkeypatch.setattr(Checkpoints, "read_generation", lambda *_: {"max_new_tokens": 47})
+    assert load(small_run).max_new_tokens == 47
 
 
 WRONG = [

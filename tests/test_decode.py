@@ -1,4 +1,4 @@
-"""Greedy decoding: what it says, when it stops, and that neither the cache nor pads change it."""
+"""Greedy decoding: its tokens, when it stops, and that neither the cache nor pads change it."""
 
 import dataclasses
 from functools import cache, partial
@@ -26,6 +26,7 @@ class Cache(NamedTuple):
     room: jax.Array
 
 
+@jax.tree_util.register_static
 class Adder:
     """The next token is (sum of all tokens so far + memory) mod VOCAB: a wrong history shows."""
 
@@ -88,7 +89,7 @@ def test_nothing_after_a_prompt_changes_its_continuation():
     assert new[0].tolist() == new[1].tolist()
 
 
-def test_a_row_yields_pads_after_its_eos_and_the_others_go_on():
+def test_a_row_yields_pads_after_its_eos_while_the_others_continue():
     # Sums 12, 5 and 7: the first row says EOS at once, the second 5 10 9 .., the third 7 3 6 EOS.
     new = decode(Adder(), None, jnp.array([[12], [5], [7]]), jnp.array([1, 1, 1]), 5)
     assert new.tolist() == [[EOS, 0, 0, 0, 0], [5, 10, 9, 7, 3], [7, 3, 6, EOS, 0]]
@@ -104,12 +105,12 @@ def test_the_loop_ends_with_the_last_row_and_never_outgrows_the_cache(prompts, s
     assert all((room > 0).all() for room in model.steps)
 
 
-def test_asking_for_no_token_says_so():
+def test_asking_for_no_token_is_refused():
     with pytest.raises(ValueError, match="max_new_tokens is 0; ask for at least 1"):
         decode(Adder(), None, jnp.array([[2]]), jnp.array([1]), 0)
 
 
-def test_slam_v3_says_with_its_cache_what_it_says_reading_everything_again_at_each_token():
+def test_slam_v3_decodes_the_same_with_its_cache_as_with_a_full_forward_pass_per_token():
     config = SlamV3Config.preset("tiny", vocab_size=VOCAB)
     shapes = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
     graphdef, shapes = nnx.split(shapes, nnx.Param)

@@ -1,4 +1,4 @@
-"""The page: in a browser as a visitor has it, and its parts without one."""
+"""The demo page: in a browser, as a visitor sees it, and its parts without one."""
 
 import asyncio
 import contextlib
@@ -27,11 +27,10 @@ from selenium.webdriver.common.keys import Keys
 
 import slam_jax
 from slam_jax.data import AuxFormat
-from slam_jax.demo.app import add_row, ask_model, make_app
+from slam_jax.demo.app import add_row, ask_model, make_app, read_aux
 from slam_jax.demo.examples import PROMPTS, SCENES, show, trained_views
-from slam_jax.demo.reading import read_aux
 from slam_jax.generation import Request, Sampling, generate, stream
-from slam_jax.reporting.attention_html import attention_html
+from slam_jax.reporting.attention import attention_html
 
 NOTHING = "nothing to answer from: give at least one of text, image and aux"
 USUAL: Any = (0, 32, 0, 0, 1, 0, 1)  # the seed and the fields of Sampling, as on the page
@@ -53,7 +52,7 @@ def picture(tmp_path_factory):
 
 
 def command(*arguments, before=""):
-    """Of starting the page, as `python -m slam_jax.demo` does, after some other code."""
+    """The command line of `python -m slam_jax.demo`, with some code that runs before it."""
     main = "runpy.run_module('slam_jax.demo', run_name='__main__', alter_sys=True)"
     return [sys.executable, "-c", f"import runpy, signal, sys; {before}{main}", *arguments]
 
@@ -151,7 +150,7 @@ def answer_and_maps(browser):
     return find(browser, "#answer textarea").get_property("value"), maps
 
 
-def test_asked_without_anything_the_page_says_so_and_goes_on(browser):
+def test_an_empty_question_shows_an_error_and_the_page_stays_usable(browser):
     find(browser, "#ask").click()
     notice = eventually(lambda: find(browser, "#notice p").text, bool)
     assert notice == NOTHING
@@ -181,7 +180,7 @@ def test_an_example_and_its_prompt_are_chosen_by_a_click_each(browser, loaded):
     assert "red" in maps and "yellow" in maps
 
 
-def test_neither_html_in_a_file_name_nor_what_is_no_picture_breaks_the_page(browser, tmp_path):
+def test_a_file_that_is_no_picture_and_has_html_in_its_name_shows_an_error(browser, tmp_path):
     path = tmp_path / "<i>no picture.png"
     path.write_text("<svg>")
     find(browser, "#image input[type=file]").send_keys(str(path))
@@ -205,14 +204,14 @@ def test_no_request_leaves_this_machine(browser):
     assert hosts == {"127.0.0.1"}
 
 
-def test_a_page_elsewhere_whose_name_leads_here_is_not_answered(page):
+def test_a_foreign_host_name_that_resolves_to_this_machine_is_refused(page):
     connection = http.client.HTTPConnection("127.0.0.1", urlsplit(page[1]).port, timeout=WAIT_S)
     with contextlib.closing(connection):
         connection.request("GET", "/", headers={"Host": "elsewhere.example"})
         assert connection.getresponse().status == 400
 
 
-def test_ctrl_c_ends_it_in_a_line_and_removes_the_pictures_it_was_given(page):
+def test_ctrl_c_ends_the_server_with_one_line_and_removes_uploaded_pictures(page):
     process, _, folder = page
     assert list(folder.iterdir())
     process.send_signal(signal.SIGINT)
@@ -230,7 +229,7 @@ def assert_ends(command, message):
     assert message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_port_that_is_taken_is_told_in_a_line():
+def test_a_port_that_is_taken_is_named_in_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         message = f"port {port}: Address already in use; give another with --port"
@@ -250,7 +249,7 @@ def test_without_gradio_the_page_says_how_to_get_it():
         (["--workdir=nowhere", "more"], "unknown argument 'more'"),
     ],
 )
-def test_what_it_cannot_be_started_with_is_told_in_a_line(arguments, message):
+def test_a_start_with_wrong_arguments_ends_with_one_line(arguments, message):
     assert_ends(command(*arguments), message)
 
 
@@ -299,7 +298,7 @@ def test_what_cannot_be_answered_is_one_line_of_escaped_html(loaded, given, mess
     assert message.replace("<", "&lt;").replace("'", "&#x27;") in notice
 
 
-def test_of_what_is_no_picture_the_visitors_name_is_told_and_not_ours(loaded, tmp_path):
+def test_an_error_about_a_picture_names_the_file_as_the_visitor_knows_it(loaded, tmp_path):
     file = {"path": str(tmp_path / "3f2a" / "image.png"), "orig_name": "holiday.png"}
     *_, (_, notice, _) = ask_model(loaded, file, "", {"data": []}, "red", *USUAL)
     assert "holiday.png: no such file" in notice and str(tmp_path) not in notice
@@ -316,7 +315,7 @@ def test_of_what_is_no_picture_the_visitors_name_is_told_and_not_ours(loaded, tm
         ([["", ""], [4, "3"]], True, [4, 3]),
     ],
 )
-def test_a_table_is_read_as_people_fill_it(rows, one_row, expected):
+def test_blank_cells_and_rows_of_the_table_are_missing_numbers(rows, one_row, expected):
     assert read_aux(rows, ["x", "y"], one_row=one_row) == expected
 
 
@@ -392,7 +391,7 @@ def test_examples_are_of_the_test_split_in_the_views_of_the_run(loaded):
     assert whole.image is None and whole.text.count(" .") == 6 and whole.aux == []
 
 
-def test_nothing_of_gradio_asks_for_the_outside(loaded):
+def test_gradio_sends_no_analytics_and_offers_no_public_api(loaded):
     app = build(loaded)
     assert app.analytics_enabled is False
     assert not any(fn.api_visibility == "public" for fn in app.fns.values())

@@ -1,4 +1,4 @@
-"""What evaluation counts, and how sure it is of it."""
+"""Accuracies, their confidence intervals, and retrieval."""
 
 import io
 import json
@@ -235,7 +235,7 @@ def test_a_scene_weighs_as_much_as_it_has_questions():
     assert 0.8 < interval.low < 0.9 < interval.high < 1.0
 
 
-def test_no_question_at_all_says_so():
+def test_an_interval_over_no_question_is_refused():
     with pytest.raises(ValueError, match="no question to average over"):
         bootstrap_interval([[], []], seed=0)
 
@@ -289,7 +289,7 @@ def test_the_table_shows_every_figure_in_plain_text():
     print_metrics({**METRICS, "retrieval": None}, file=out)
 
 
-def test_kinds_and_answers_of_users_are_no_markup():
+def test_kinds_and_answers_of_users_are_never_read_as_markup():
     kinds = ["[red]x", "[/]", ":smile:", "a_b", "x" * 5_000]
     views = {"all": {kind: {**FIGURES, "baseline": 0.5} for kind in kinds}}
     out = io.StringIO()

@@ -18,8 +18,7 @@ from PIL import Image
 from slam_jax.data import DataConfig
 from slam_jax.data.records import DataError
 from slam_jax.reporting.contact_sheet import COLUMNS, SIDE, Tile, contact_sheet
-from slam_jax.reporting.inspection import inspect_data
-from slam_jax.reporting.inspection_table import print_inspection
+from slam_jax.reporting.inspection import inspect_data, print_inspection
 from slam_jax.slam_v3 import ImageConfig, SlamV3Config
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +123,7 @@ def test_a_folder_without_pictures_has_no_tiles(tmp_path):
     assert not any("columns" in line for line in lines)
 
 
-def test_a_folder_of_which_nothing_can_be_used_ends_in_one_line(tmp_path):
+def test_a_folder_without_any_usable_row_is_refused_in_one_line(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "a", "answer": ""}\n')
     with pytest.raises(DataError, match="row 1: answer: it is empty; .*; no row can be used"):
         inspect_data(DataConfig("folder", path=str(tmp_path)), MODEL)

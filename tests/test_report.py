@@ -1,4 +1,4 @@
-"""The report and what it draws: attention maps, calibration, curves; it stands alone."""
+"""The report is one self-contained page with correct attention maps, calibration and curves."""
 
 import hashlib
 import html.parser
@@ -24,8 +24,7 @@ from slam_jax.generation import Request
 from slam_jax.generation.requests import read_inputs
 from slam_jax.layers.attention import attend, attention_weights
 from slam_jax.reporting import checkpoint
-from slam_jax.reporting.attention import attention_maps
-from slam_jax.reporting.attention_html import attention_html
+from slam_jax.reporting.attention import attention_html, attention_maps
 from slam_jax.reporting.checkpoint import Evaluation, choose_examples, evaluate_checkpoint
 from slam_jax.reporting.plots import (
     plot_bars,
@@ -128,7 +127,7 @@ def test_calibration_of_an_honest_and_of_a_boastful_answerer():
     assert boastful.counts == (100,)
 
 
-def test_labels_of_users_are_no_mathtext():
+def test_labels_of_users_are_never_read_as_mathtext():
     names = ["$", "$$", "$5 to $10", "_x", "猫", "a\nb", "x" * 300]
     curve = ([1, 2], [1.0, 0.1])
     plots = [
@@ -210,7 +209,7 @@ def evaluation(loaded, **changes) -> Evaluation:
     return Evaluation(**{**fields, **changes})
 
 
-def test_a_page_escapes_what_users_wrote_and_loads_nothing(loaded):
+def test_a_page_escapes_text_of_users_and_loads_nothing(loaded):
     text = render_report(evaluation(loaded))
     page = Page()
     page.feed(text)
@@ -224,7 +223,7 @@ def test_a_page_escapes_what_users_wrote_and_loads_nothing(loaded):
     assert page.tags.count("svg") == 4 and "prefers-color-scheme: dark" in text
 
 
-def test_those_with_a_wrong_answer_come_first():
+def test_examples_with_a_wrong_answer_come_first():
     shown = choose_examples(results(), {"all": [example()] * 6}, 3)
     assert [each.answers[0].scene for each in shown] == [0, 1, 2]
     assert [all(a.correct for a in each.answers) for each in shown] == [False, True, True]
@@ -244,7 +243,7 @@ def test_columns_are_shown_by_name(loaded):
     assert "&lt;price&gt;" in both
 
 
-# --- A table of a user, from the file to the page
+# A table of a user, from the file to the page.
 
 
 KINDS = ("$", "$5 to $10", "_x")
@@ -302,7 +301,7 @@ def test_a_report_shows_numbers_and_kinds_as_users_wrote_them(workdir):
     assert all(f">{kind}</text>" in page for kind in KINDS)
 
 
-def test_the_most_frequent_answer_stands_beside_the_score(workdir):
+def test_the_score_of_the_most_frequent_answer_is_shown_beside_that_of_the_model(workdir):
     evaluation = evaluate_checkpoint(workdir)
     assert evaluation.metrics["baseline_answer"] == "yes"
     baselines = [row["baseline"] for row in evaluation.metrics["views"]["text_aux"].values()]
@@ -311,7 +310,7 @@ def test_the_most_frequent_answer_stands_beside_the_score(workdir):
     assert "always answering &#34;yes&#34;" in page and "<b>83.3%</b>baseline" in page
 
 
-def test_an_evaluation_names_its_data_and_keeps_those_of_other_data_apart(workdir, folders):
+def test_an_evaluation_names_its_data_and_each_data_set_has_its_own_folder(workdir, folders):
     own, other, more = folders
     folders_written = []
     for path in (own, other, more, other):

@@ -23,8 +23,7 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"the command is {given}; expected: inspect --config=FILE")
     # Imported here, where Ctrl-C is handled, because it takes seconds.
     from slam_jax.reporting.contact_sheet import contact_sheet
-    from slam_jax.reporting.inspection import inspect_data
-    from slam_jax.reporting.inspection_table import print_inspection
+    from slam_jax.reporting.inspection import inspect_data, print_inspection
     from slam_jax.training.experiment import Experiment, override, read_config
 
     experiment = Experiment.from_config(override(read_config(CONFIG.value), arguments[1:]))

@@ -5,6 +5,7 @@ neither they nor the page connect to other machines. Needs `pip install 'slam_ja
 """
 
 import importlib.util
+import os
 import signal
 import tempfile
 
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> None:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     # Imported here because importing JAX takes seconds, in which Ctrl-C must already work.
-    from slam_jax.demo.serving import HOST, keep_to_this_machine, open_port, serve
+    from slam_jax.demo.serving import HOST, open_port, serve
 
     with (
         open_port(PORT.value) as listener,
@@ -41,7 +42,9 @@ def main(arguments: list[str]) -> None:
 
         enable_compile_cache()
         loaded = load(WORKDIR.value, STEP.value)
-        keep_to_this_machine(files)
+        # Gradio reads these when it is imported. Uploaded pictures go to `files`.
+        os.environ |= dict(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
+        os.environ["GRADIO_TEMP_DIR"] = files
         from slam_jax.demo.app import make_app
 
         app = make_app(loaded)

@@ -2,17 +2,17 @@
 
 import functools
 import html
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 import jax
 
-from slam_jax.demo.examples import PROMPTS, SCENES, draw_whole, show, trained_views
-from slam_jax.demo.reading import column_names, has_columns, read_request
-from slam_jax.errors import UserError
-from slam_jax.generation import Sampling, stream
-from slam_jax.reporting.attention_html import attention_html
+from slam_jax.demo.examples import PROMPTS, SCENES, show, trained_views
+from slam_jax.errors import InputError, UserError, shorten
+from slam_jax.generation import Request, Sampling, stream
+from slam_jax.reporting.attention import attention_html
 from slam_jax.training import Loaded
 
 _BLANK_ROWS = 6
@@ -23,7 +23,11 @@ def make_app(loaded: Loaded) -> gr.Blocks:
     views = trained_views(loaded.config)
     image, text, aux = inputs = _inputs(loaded)
     prompt = gr.Textbox(label="Prompt", max_lines=1, elem_id="prompt", render=False)
-    outputs = _outputs()
+    outputs = [
+        gr.Textbox(label="Answer", interactive=False, elem_id="answer", render=False),
+        gr.HTML(elem_id="notice", render=False),
+        gr.HTML(elem_id="maps", render=False),
+    ]
     with gr.Blocks(title="slam_jax", analytics_enabled=False) as app:
         gr.Markdown(_introduction(loaded), elem_id="intro")
         with gr.Row():
@@ -34,13 +38,19 @@ def make_app(loaded: Loaded) -> gr.Blocks:
                     image.render()
                     text.render()
                 aux.render()
-                if not has_columns(loaded):
+                if not _has_columns(loaded):
                     more = gr.Button("Add a row", size="sm", elem_id="more")
                     more.click(add_row, aux, aux, preprocess=False, api_visibility="private")
             with gr.Column():
                 prompt.render()
                 if views:
-                    _offer_prompts(prompt)
+                    prompts = gr.Dataset(
+                        components=[prompt],
+                        samples=[[text] for text in PROMPTS],
+                        label="Questions to try, about any colour",
+                        elem_id="prompts",
+                    )
+                    prompts.click(lambda x: x[0], prompts, prompt, api_visibility="private")
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")
                 with gr.Accordion("Sampling", open=False, elem_id="sampling"), gr.Row():
                     numbers = _numbers(loaded)
@@ -80,7 +90,8 @@ def ask_model(
     yield answer, "", ""
     try:
         path = None if image is None else image["path"]
-        request = read_request(loaded, path, text, aux["data"], prompt, seed)
+        rows = read_aux(aux["data"], _column_names(loaded), one_row=_has_columns(loaded))
+        request = Request(prompt or "", text or None, path, rows, seed)
         pieces = stream(loaded, request, Sampling(*numbers))
         for piece in pieces:
             answer += piece
@@ -98,6 +109,37 @@ def ask_model(
         yield answer, f'<p role="alert">{html.escape(message)}</p>', ""
 
 
+def read_aux(
+    rows: Sequence[Sequence[Any]], names: Sequence[str], *, one_row: bool
+) -> list[Any] | None:
+    """Rows of numbers, or one row where `one_row`; blank cells become None.
+
+    Blank rows are left out; None where all are blank. Raises InputError, naming the cell, for a
+    cell that is not a number, and for several rows where one is expected.
+    """
+    read = []
+    for i, cells in enumerate(rows):
+        # The visitor may add columns; the model then says how many it expects.
+        more = [f"column {j + 1}" for j in range(len(names), len(cells))]
+        named = zip(cells, [*names, *more], strict=False)
+        read.append([_number(cell, f"row {i + 1}, {name}") for cell, name in named])
+    filled = [row for row in read if any(number is not None for number in row)]
+    if one_row and len(filled) > 1:
+        raise InputError(f"aux has {len(filled)} rows; expected one")
+    if not filled:
+        return None
+    return filled[0] if one_row else filled
+
+
+def _number(cell: Any, where: str) -> float | None:
+    text = "" if cell is None else str(cell).strip()
+    try:
+        number = float(text or "nan")
+    except ValueError:
+        raise InputError(f"aux, {where}: {shorten(text, 30)!r} is no number") from None
+    return None if math.isnan(number) else number
+
+
 def add_row(aux: Mapping[str, Any]) -> list[list[Any]]:
     """The table's rows and a blank one."""
     return [*aux["data"], [None] * len(aux["headers"])]
@@ -113,7 +155,7 @@ def _introduction(loaded: Loaded) -> str:
 
 
 def _inputs(loaded: Loaded) -> tuple[gr.Image, gr.Textbox, gr.Dataframe]:
-    one_row = has_columns(loaded)
+    kind = "a row of numbers, blank = missing" if _has_columns(loaded) else "rows of numbers"
     image = gr.Image(
         label="Image",
         type="filepath",
@@ -130,9 +172,9 @@ def _inputs(loaded: Loaded) -> tuple[gr.Image, gr.Textbox, gr.Dataframe]:
     )
     aux = gr.Dataframe(
         _blank_rows(loaded),
-        headers=column_names(loaded),
+        headers=_column_names(loaded),
         datatype="number",
-        label="Aux: " + ("a row of numbers, blank = missing" if one_row else "rows of numbers"),
+        label=f"Aux: {kind}",
         interactive=True,
         buttons=[],
         elem_id="aux",
@@ -141,16 +183,20 @@ def _inputs(loaded: Loaded) -> tuple[gr.Image, gr.Textbox, gr.Dataframe]:
     return image, text, aux
 
 
+def _column_names(loaded: Loaded) -> list[str]:
+    """The column names of the table of auxiliary vectors, or x1, x2, .. where they have none."""
+    if loaded.aux_format is not None:
+        return list(loaded.aux_format.names)
+    return [f"x{i + 1}" for i in range(loaded.model.config.aux_dim)]
+
+
+def _has_columns(loaded: Loaded) -> bool:
+    """Whether the table has one row, with a number for each column of the data."""
+    return loaded.aux_format is not None and loaded.aux_format.has_columns
+
+
 def _blank_rows(loaded: Loaded) -> list[list[None]]:
-    return [[None] * len(column_names(loaded))] * (1 if has_columns(loaded) else _BLANK_ROWS)
-
-
-def _outputs() -> list[Any]:
-    return [
-        gr.Textbox(label="Answer", interactive=False, elem_id="answer", render=False),
-        gr.HTML(elem_id="notice", render=False),
-        gr.HTML(elem_id="maps", render=False),
-    ]
+    return [[None] * len(_column_names(loaded))] * (1 if _has_columns(loaded) else _BLANK_ROWS)
 
 
 def _offer_scenes(
@@ -160,7 +206,7 @@ def _offer_scenes(
     and clears the outputs."""
     scenes = gr.Dataset(
         components=[gr.Image(format="png", render=False)],
-        samples=[[draw_whole(scene)] for scene in SCENES],
+        samples=[[show(scene, "image").image] for scene in SCENES],
         type="index",
         label="Scenes that training never saw",
         elem_id="scenes",
@@ -181,16 +227,6 @@ def _offer_scenes(
 
     scenes.click(fill, [scenes, view], changed, api_visibility="private")
     view.input(fill, [chosen, view], changed, api_visibility="private")
-
-
-def _offer_prompts(prompt: gr.Textbox) -> None:
-    prompts = gr.Dataset(
-        components=[prompt],
-        samples=[[text] for text in PROMPTS],
-        label="What it knows, of any colour",
-        elem_id="prompts",
-    )
-    prompts.click(lambda sample: sample[0], prompts, prompt, api_visibility="private")
 
 
 def _numbers(loaded: Loaded) -> list[gr.Number]:

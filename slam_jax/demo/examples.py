@@ -17,9 +17,7 @@ SCENES = range(9_800, 9_806)
 
 PROMPTS = tuple(
     prompt.format(colour)
-    for prompt, colour in zip(
-        (prompt for kind in sort_of_clevr.PROMPTS for prompt in kind), COLOURS, strict=True
-    )
+    for prompt, colour in zip(sum(sort_of_clevr.PROMPTS, ()), COLOURS, strict=True)
 )
 """One prompt of every kind, each about another colour."""
 
@@ -37,10 +35,6 @@ def trained_views(config: Mapping[str, Any]) -> dict[str, str]:
     if config["data"]["name"].partition("/")[0] != "sort_of_clevr":
         return {}
     return {_name(view): view for view in DataConfig(**config["data"]).views}
-
-
-def draw_whole(scene: int) -> UInt8[np.ndarray, "75 75 3"]:
-    return draw(make_scene(scene)[0], range(len(COLOURS)))
 
 
 def show(scene: int, view: str) -> Shown:

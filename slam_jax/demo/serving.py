@@ -3,9 +3,10 @@
 import os
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
-from slam_jax.errors import InputError, first_line
+from slam_jax.errors import InputError
 
 HOST = "127.0.0.1"
 _MOST_UPLOADED = "64mb"
@@ -16,31 +17,13 @@ def open_port(port: int) -> socket.socket:
 
     Raises InputError where the port is taken or not allowed.
     """
-    listener = socket.socket()
     try:
-        if os.name == "posix":  # else the port of a page that just ended counts as taken
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((HOST, port))
-        listener.listen()
+        return socket.create_server((HOST, port))
     except OSError as error:
-        listener.close()
         raise InputError(
-            f"port {port}: {first_line(error)}; give another with --port, or --port=0 for any "
-            "that is free"
+            f"port {port}: {os.strerror(error.errno or 0)}; give another with --port, or --port=0 "
+            "for any that is free"
         ) from error
-    return listener
-
-
-def keep_to_this_machine(files: str) -> None:
-    """Sets what gradio reads when it is imported; call it before.
-
-    files: a folder for uploaded pictures.
-    """
-    os.environ |= {
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "GRADIO_TEMP_DIR": files,
-    }
 
 
 def serve(app: Any, listener: socket.socket) -> None:
@@ -49,8 +32,6 @@ def serve(app: Any, listener: socket.socket) -> None:
     import uvicorn
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    from slam_jax.demo.style import CSS, make_theme
 
     # `app.launch()` would choose a port, check the page through the proxy of the environment, and
     # read a dozen environment variables.
@@ -70,8 +51,13 @@ def serve(app: Any, listener: socket.socket) -> None:
         ssr_mode=False,
         enable_monitoring=False,
         mcp_server=False,
-        theme=make_theme(),
-        css=CSS,
+        theme=gr.themes.Default(
+            primary_hue="teal",
+            neutral_hue="slate",
+            font=("system-ui", "sans-serif"),
+            font_mono=("ui-monospace", "monospace"),
+        ).set(checkbox_background_color_selected_dark="*primary_600"),
+        css_paths=Path(__file__).with_name("style.css"),
     )
     server = uvicorn.Server(uvicorn.Config(pages, log_level="warning"))
     # In the main thread a signal would have to wait for open pages and for compilation.

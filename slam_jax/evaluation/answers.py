@@ -1,7 +1,7 @@
 """Greedy answers of a model to evaluation questions, and the share of them that is right."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from slam_jax.data import EvaluationBatch, Example, Tokenizer
+from slam_jax.data import EvaluationBatch, Tokenizer
 from slam_jax.evaluation.metrics import bootstrap_interval, retrieval_metrics
 from slam_jax.generation import greedy_decode
 from slam_jax.layers.masks import prefix_mask
@@ -22,11 +22,8 @@ RETRIEVAL_VIEW = "image_text"
 
 
 class Answer(NamedTuple):
-    """One question and the model's answer.
-
-    view, scene: what the model was shown, and the number of the example in that view.
-    predicted: what the model wrote. logprob: log-probability (nats) of exactly that answer.
-    """
+    """One question about example `scene` of a view, the model's answer to it (`predicted`), and the
+    log-probability of exactly that answer, in nats."""
 
     view: str
     scene: int
@@ -65,17 +62,14 @@ def evaluate(
     One encode serves all questions of a scene. Batches of a view must have equal shapes: then each
     view is compiled once, also over several calls with the same `graphdef`.
 
-    A view `X_only_Y` shows one half of view X. It has no row of its own but an entry
-    `needs_both_Y_only` of view X, next to `needs_both`: the questions that need both halves.
-    The view `image_text` also gives retrieval metrics if its text and image show the same.
+    A view `X_only_Y` shows one half of view X. It becomes an entry `needs_both_Y_only` of view X,
+    over the questions that need both halves. The view `image_text` also gives retrieval metrics if
+    its text and image show the same.
 
-    Args:
-      graphdef, params: `nnx.split(model, nnx.Param)`.
-      batches_by_view: from `slam_jax.data.evaluation_batches`, for each view.
-      step: the training step of `params`, copied into the metrics.
-      max_new_tokens: longest answer, including its <eos>.
-      baseline_answer: adds the share of questions that this answer gets right (`baseline`).
-      seed: of the bootstrap.
+    graphdef, params: `nnx.split(model, nnx.Param)`. batches_by_view: of `evaluation_batches`. step:
+    of `params`, copied into the metrics. max_new_tokens: longest answer, including its <eos>.
+    baseline_answer: adds the share of questions that this answer gets right (`baseline`). seed: of
+    the bootstrap.
     """
     ids = dict(eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     answers, retrieval = [], {}
@@ -89,7 +83,10 @@ def evaluate(
             new = to_host(new)
             rows = zip(examples, new.tokens.tolist(), new.logprobs.sum(-1).tolist(), strict=False)
             for example, tokens, logprobs in rows:
-                answers += _read_answers(view, scene, example, tokens, logprobs, tokenizer)
+                predicted = map(tokenizer.decode, tokens)  # up to <eos>
+                questions = (example.kinds, example.needs_both, example.prompts, example.answers)
+                for row in zip(*questions, predicted, logprobs, strict=True):
+                    answers.append(Answer(view, scene, *row))
                 scene += 1
         if embeddings:
             retrieval = retrieval_metrics(*np.concatenate(embeddings, axis=1))
@@ -100,8 +97,7 @@ def evaluate(
 
 
 def most_frequent_answer(answers: Iterable[str]) -> str | None:
-    """The answer that occurs most often, None without answers. Giving it always is the score that
-    a model has to beat."""
+    """The answer that occurs most often, None without answers."""
     counts = Counter(map(str.strip, answers))
     return counts.most_common(1)[0][0] if counts else None
 
@@ -130,42 +126,23 @@ def _embed(graphdef, params, inputs):
     return jnp.stack([model.embed(text), model.embed(image)])
 
 
-def _read_answers(
-    view: str,
-    scene: int,
-    example: Example,
-    tokens: Sequence[Sequence[int]],
-    logprobs: Sequence[float],
-    tokenizer: Tokenizer,
-) -> Iterator[Answer]:
-    predicted = map(tokenizer.decode, tokens)  # up to <eos>
-    questions = (example.kinds, example.needs_both, example.prompts, example.answers)
-    for row in zip(*questions, predicted, logprobs, strict=True):
-        yield Answer(view, scene, *row)
-
-
 def _summaries(answers: Iterable[Answer], seed: int, baseline: str | None) -> dict[str, Any]:
     """Accuracy, interval and count by view and kind of question."""
-    groups: dict[str, dict[str, list[Answer]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, str], list[Answer]] = defaultdict(list)
     for answer in answers:
         view, _, only = answer.view.partition("_only_")
         if not only:
-            groups[view][answer.kind].append(answer)
+            groups[view, answer.kind].append(answer)
         if answer.needs_both:
-            groups[view][f"needs_both_{only}_only" if only else "needs_both"].append(answer)
-    return {
-        view: {entry: _summary(group, seed, baseline) for entry, group in entries.items()}
-        for view, entries in groups.items()
-    }
-
-
-def _summary(answers: Sequence[Answer], seed: int, baseline: str | None) -> dict[str, Any]:
-    correct: dict[int, list[bool]] = defaultdict(list)
-    for answer in answers:
-        correct[answer.scene].append(answer.correct)
-    mean, low, high = bootstrap_interval(correct.values(), seed=seed)
-    summary = {"accuracy": mean, "low": low, "high": high, "n": len(answers)}
-    if baseline is not None:
-        right = [answer._replace(predicted=baseline).correct for answer in answers]
-        summary["baseline"] = sum(right) / len(right)
-    return summary
+            groups[view, f"needs_both_{only}_only" if only else "needs_both"].append(answer)
+    summaries: dict[str, dict[str, Any]] = defaultdict(dict)
+    for (view, entry), group in groups.items():
+        correct: dict[int, list[bool]] = defaultdict(list)
+        for answer in group:
+            correct[answer.scene].append(answer.correct)
+        mean, low, high = bootstrap_interval(correct.values(), seed=seed)
+        summaries[view][entry] = {"accuracy": mean, "low": low, "high": high, "n": len(group)}
+        if baseline is not None:
+            right = sum(answer._replace(predicted=baseline).correct for answer in group)
+            summaries[view][entry]["baseline"] = right / len(group)
+    return dict(summaries)

@@ -10,6 +10,7 @@ each answer ended as well.
 import json
 import math
 import sys
+from dataclasses import fields
 from typing import Any
 
 from absl import flags
@@ -17,25 +18,26 @@ from absl import flags
 from slam_jax.errors import InputError
 from slam_jax.runtime import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
-STEP = flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
-PROMPT = flags.DEFINE_string("prompt", "", "The text that the answer continues.")
-TEXT = flags.DEFINE_string("text", None, "A text to answer from.")
-IMAGE = flags.DEFINE_string("image", None, "A picture to answer from.")
-AUX = flags.DEFINE_string("aux", None, "A .json or .csv file with numbers to answer from.")
-SEED = flags.DEFINE_integer("seed", 0, "The seed of sampling.")
-MAX_NEW_TOKENS = flags.DEFINE_integer(
+flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
+flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
+flags.DEFINE_string("prompt", "", "The text that the answer continues.")
+flags.DEFINE_string("text", None, "A text to answer from.")
+flags.DEFINE_string("image", None, "A picture to answer from.")
+flags.DEFINE_string("aux", None, "A .json or .csv file with numbers to answer from.")
+flags.DEFINE_integer("seed", 0, "The seed of sampling.")
+flags.DEFINE_list("choices", None, "Answers to score, separated by commas.")
+flags.DEFINE_boolean("json", False, "Print JSON.")
+# The fields of `Sampling`.
+flags.DEFINE_integer(
     "max_new_tokens", None, "Longest answer, in tokens; by default as the training data need."
 )
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the most probable token.")
-TOP_K = flags.DEFINE_integer("top_k", None, "Only the k most probable tokens; 0 = all.")
-TOP_P = flags.DEFINE_float("top_p", None, "Only the best tokens with this probability in sum.")
-MIN_P = flags.DEFINE_float("min_p", None, "Only tokens this fraction as probable as the best.")
-PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Divides logits of tokens seen before.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "The number of answers.")
-STOP = flags.DEFINE_multi_string("stop", [], "The answer ends before this text; repeatable.")
-CHOICES = flags.DEFINE_list("choices", None, "Answers to score, separated by commas.")
-JSON = flags.DEFINE_boolean("json", False, "Print JSON.")
+flags.DEFINE_float("temperature", 0.0, "0 = always the most probable token.")
+flags.DEFINE_integer("top_k", None, "Only the k most probable tokens; 0 = all.")
+flags.DEFINE_float("top_p", None, "Only the best tokens with this probability in sum.")
+flags.DEFINE_float("min_p", None, "Only tokens this fraction as probable as the best.")
+flags.DEFINE_float("repetition_penalty", 1.0, "Divides logits of tokens seen before.")
+flags.DEFINE_integer("num_samples", 1, "The number of answers.")
+flags.DEFINE_multi_string("stop", [], "The answer ends before this text; repeatable.")
 
 
 def main(arguments: list[str]) -> None:
@@ -48,26 +50,18 @@ def main(arguments: list[str]) -> None:
     if arguments:
         raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
     enable_compile_cache()
-    sampling = Sampling(
-        max_new_tokens=MAX_NEW_TOKENS.value,
-        temperature=TEMPERATURE.value,
-        top_k=TOP_K.value,
-        top_p=TOP_P.value,
-        min_p=MIN_P.value,
-        repetition_penalty=PENALTY.value,
-        num_samples=NUM_SAMPLES.value,
-        stop=STOP.value,
-    )
-    aux = None if AUX.value is None else read_numbers(AUX.value)
-    request = Request(PROMPT.value, TEXT.value, IMAGE.value, aux, SEED.value)
-    loaded = load(WORKDIR.value, STEP.value)
-    if CHOICES.value is not None:
-        _print_scores(score(loaded, request, CHOICES.value))
+    given: Any = flags.FLAGS
+    sampling = Sampling(**{each.name: given[each.name].value for each in fields(Sampling)})
+    aux = None if given.aux is None else read_numbers(given.aux)
+    request = Request(given.prompt, given.text, given.image, aux, given.seed)
+    loaded = load(given.workdir, given.step)
+    if given.choices is not None:
+        _print_scores(score(loaded, request, given.choices), given.json)
         return
-    if JSON.value or sampling.num_samples > 1:
+    if given.json or sampling.num_samples > 1:
         [answer] = generate(loaded, [request], sampling)
         finishes = [sample.finish for sample in answer.samples]
-        if JSON.value:
+        if given.json:
             print(json.dumps([each._asdict() for each in answer.samples], ensure_ascii=False))
             return
         for sample in answer.samples:
@@ -83,9 +77,9 @@ def main(arguments: list[str]) -> None:
         print(f"{which} cut at the limit of tokens; raise --max_new_tokens", file=sys.stderr)
 
 
-def _print_scores(scores: list[Any]) -> None:
+def _print_scores(scores: list[Any], as_json: bool) -> None:
     scores = sorted(scores, key=lambda each: -each.logprob)
-    if JSON.value:
+    if as_json:
         print(json.dumps([each._asdict() for each in scores], ensure_ascii=False))
         return
     total = math.fsum(math.exp(each.logprob) for each in scores)

@@ -3,7 +3,7 @@
 import codecs
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,14 @@ import numpy as np
 
 from slam_jax.errors import InputError
 from slam_jax.generation.decode import LEAST_LENGTH, Decoding, Ends, bucket, proceed, start
-from slam_jax.generation.requests import Request, Trained, checked, read_inputs, read_prompts
+from slam_jax.generation.requests import (
+    Request,
+    Trained,
+    append_answers,
+    checked,
+    read_inputs,
+    read_prompts,
+)
 from slam_jax.generation.sampling import Sampling
 from slam_jax.generation.stopping import cut, settled, stop_table
 
@@ -51,8 +58,7 @@ class Answer(NamedTuple):
 
 
 class Score(NamedTuple):
-    """A given answer with its log-probability, in nats, and its number of tokens, both with the
-    <eos> after it."""
+    """A given answer, its log-probability in nats, and its number of tokens; the <eos> counts."""
 
     text: str
     logprob: float
@@ -79,74 +85,62 @@ def generate(
 ) -> list[Answer]:
     """Answers every request; requests may differ in their inputs and in all lengths.
 
-    Compiled functions encode the inputs, read the prompts, and decode with all stopping rules on
-    the device. Sizes are rounded up to powers of two (requests, prompt and text tokens from 16 on,
-    auxiliary vectors, new tokens from 16 on), so that only a few shapes are ever compiled.
+    All stopping rules run on the device. Sizes are rounded up to powers of two (requests, auxiliary
+    vectors, and from 16 on tokens of prompts, texts and answers), so that few shapes are compiled.
 
-    Args:
-      memory: of `encode`; all requests are then about it.
+    memory: of `encode`; all requests are then about it.
 
-    Raises:
-      InputError: in one line, which request has what wrong.
+    Raises InputError, which says in one line what is wrong with which request.
     """
     sampling = sampling or Sampling()
-    state, memory, ends = _start(loaded, requests, sampling, memory)
-    state = proceed(loaded.model, memory, state, sampling.rules, ends, state.tokens.shape[-1])
-    samples = [_sample(loaded, sampling, *row) for row in _rows(state)]
+    state, memory = _start(loaded, requests, sampling, memory)
+    state = proceed(loaded.model, memory, state, state.tokens.shape[-1])
+    count, rows = sampling.num_samples, _rows(state)
     return [
-        Answer(tuple(samples[i * sampling.num_samples : (i + 1) * sampling.num_samples]))
-        for i in range(len(requests))
+        Answer(tuple(_sample(loaded, sampling, *next(rows)) for _ in range(count)))
+        for _ in requests
     ]
 
 
 class AnswerStream(Iterator[str]):
     """The pieces of one answer, in order. finish: as in `Sample`, None before the last piece."""
 
-    finish: str | None = None
-
-    def __init__(self, pieces: Iterator[str]):
-        self._pieces = pieces
+    def __init__(self, loaded: Trained, request: Request, sampling: Sampling, memory: Any):
+        self.finish: str | None = None
+        self._pieces = self._generate(loaded, request, sampling, memory)
 
     def __next__(self) -> str:
-        try:
-            return next(self._pieces)
-        except StopIteration as end:
-            self.finish = self.finish or end.value
-            raise
+        return next(self._pieces)
+
+    def _generate(
+        self, loaded: Any, request: Request, sampling: Sampling, memory: Any
+    ) -> Iterator[str]:
+        state, memory = _start(loaded, [request], sampling, memory)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        sent, until = 0, 1
+        while self.finish is None:
+            tokens, logprobs = next(_rows(state))
+            text, _ = cut(_bytes(loaded, tokens), sampling.stop)
+            done = bool(np.asarray(state.done).flat[0])
+            end = len(text) if done else settled(text, sampling.stop)
+            if done:
+                self.finish = _sample(loaded, sampling, tokens, logprobs).finish
+            if piece := decoder.decode(text[sent:end], final=done):
+                yield piece
+            if not done:
+                sent, until = end, until + _TOKENS_AT_A_TIME
+                state = proceed(loaded.model, memory, state, until)
 
 
 def stream(
-    loaded: Trained,
-    request: Request,
-    sampling: Sampling | None = None,
-    *,
-    memory: Any = None,
+    loaded: Trained, request: Request, sampling: Sampling | None = None, *, memory: Any = None
 ) -> AnswerStream:
     """The text of `generate`'s first sample in pieces, as it comes.
 
     A piece ends between two characters, and before text that may turn out to be a stop string.
     """
     sampling = dataclasses.replace(sampling or Sampling(), num_samples=1)
-    return AnswerStream(_pieces(loaded, request, sampling, memory))
-
-
-def _pieces(
-    loaded: Any, request: Request, sampling: Sampling, memory: Any
-) -> Generator[str, None, str]:
-    state, memory, ends = _start(loaded, [request], sampling, memory)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    sent, until = 0, 1
-    while True:
-        tokens, logprobs = next(_rows(state))
-        done = bool(np.asarray(state.done).reshape(-1)[0])
-        text, _ = cut(_bytes(loaded, tokens), sampling.stop)
-        end = len(text) if done else settled(text, sampling.stop)
-        if piece := decoder.decode(text[sent:end], final=done):
-            yield piece
-        if done:
-            return _sample(loaded, sampling, tokens, logprobs).finish
-        sent, until = end, until + _TOKENS_AT_A_TIME
-        state = proceed(loaded.model, memory, state, sampling.rules, ends, until)
+    return AnswerStream(loaded, request, sampling, memory)
 
 
 def score(
@@ -164,22 +158,16 @@ def score(
     texts = [checked(answer, "answer") for answer in answers]
     rows = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
     prompts = read_prompts(loaded, [request], max(map(len, rows)))
-    prompt = prompts.tokens[0, : prompts.lengths[0]].tolist()
-    longest = bucket(len(prompt) + max(map(len, rows)), LEAST_LENGTH)
-    tokens = np.full((1, bucket(len(rows)), longest), tokenizer.pad_id, np.int32)
-    scored = np.zeros((*tokens.shape[:-1], longest - 1), bool)
-    for i, row in enumerate(rows):
-        tokens[0, i, : len(prompt) + len(row)] = prompt + row
-        scored[0, i, len(prompt) - 1 : len(prompt) + len(row) - 1] = True
+    tokens, scored = append_answers(prompts, rows, tokenizer.pad_id)
     memory = _remember(loaded, [request], memory)
-    logprobs = np.asarray(_score(loaded.model, memory, tokens, scored))[0].tolist()
+    logprobs = np.asarray(_score(loaded.model, memory, tokens[None], scored[None]))[0].tolist()
     return [Score(*each) for each in zip(answers, logprobs, map(len, rows), strict=False)]
 
 
 def _start(
     loaded: Any, requests: Sequence[Request], sampling: Sampling, memory: Any
-) -> tuple[Decoding, Any, Ends]:
-    """The state after the first token of every answer; the memory; and what ends an answer.
+) -> tuple[Decoding, Any]:
+    """The state after the first token of every answer, and the memory.
 
     The rows of the state are [B, samples], or [1, B x samples] where all share the memory given.
     """
@@ -192,18 +180,18 @@ def _start(
 
     memory = _remember(loaded, requests, memory)
     keys = _keys(prompts.seeds, count).reshape(shape)
-    stops = _stop_table(sampling.stop, tokenizer) if sampling.stop else None
+    stops = stop_table(sampling.stop, tokenizer) if sampling.stop else None
     ends = Ends(tokenizer.eos_id, tokenizer.pad_id, stops)
     # The cache needs no more room than the context has.
     context = loaded.model.config.context_length
     room = min(bucket(int(prompts.limits.max()), LEAST_LENGTH), context)
     tokens, lengths, limits = map(spread, (prompts.tokens, prompts.lengths, prompts.limits))
     args = (loaded.model, memory, tokens, lengths, keys, sampling.rules, ends, limits)
-    return start(*args, max_new_tokens=room), memory, ends
+    return start(*args, max_new_tokens=room), memory
 
 
 def _remember(loaded: Any, requests: Sequence[Request], memory: Any) -> Any:
-    """The memory given, else that of the requests' inputs, None for a model of prompts alone."""
+    """The given memory, or that of the requests' inputs; None for a model of prompts alone."""
     if memory is None:
         inputs = read_inputs(loaded, requests)
         return None if inputs is None else _encode(loaded.model, inputs)
@@ -233,19 +221,11 @@ def _score(model, memory, tokens, scored):
     return jnp.where(scored, chosen[..., 0], 0.0).sum(axis=-1)
 
 
-@functools.lru_cache(maxsize=64)
-def _stop_table(stops: tuple[str, ...], tokenizer: Any) -> Any:
-    return stop_table(stops, tokenizer.token_bytes)
-
-
 def _rows(state: Decoding) -> Iterator[tuple[list[int], list[float]]]:
     """The new tokens of each row, and their log-probabilities."""
-    tokens, logprobs = (
-        np.asarray(x).reshape(-1, x.shape[-1]).tolist() for x in (state.tokens, state.logprobs)
-    )
-    lengths = np.asarray(state.length).reshape(-1).tolist()
-    for row, row_logprobs, length in zip(tokens, logprobs, lengths, strict=True):
-        yield row[:length], row_logprobs[:length]
+    tokens, logprobs, lengths = map(np.asarray, (state.tokens, state.logprobs, state.length))
+    for row in np.ndindex(lengths.shape):
+        yield tokens[row][: lengths[row]].tolist(), logprobs[row][: lengths[row]].tolist()
 
 
 def _sample(loaded: Any, sampling: Sampling, tokens: list[int], logprobs: list[float]) -> Sample:

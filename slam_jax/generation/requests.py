@@ -1,4 +1,4 @@
-"""Requests, and the arrays of a few fixed shapes that the model reads for them."""
+"""Requests, and their conversion into arrays of a few fixed shapes."""
 
 import contextlib
 import dataclasses
@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt32
+from jaxtyping import Bool, Int, Int32, UInt32
 
 from slam_jax.data.images import load_image
 from slam_jax.data.numbers import AuxFormat, as_vectors
 from slam_jax.data.tokenizer import Tokenizer, check_text
 from slam_jax.errors import InputError, is_whole, shorten
-from slam_jax.generation.decode import LEAST_LENGTH, bucket
+from slam_jax.generation.decode import LEAST_LENGTH, bucket, bucket_rows, check_context
 from slam_jax.protocol import Decodable
 from slam_jax.slam_v3.streams import Inputs
 
@@ -21,7 +21,7 @@ _USUAL_LENGTH = 32
 
 @runtime_checkable
 class Trained(Protocol):
-    """A model with what it takes to ask it; `slam_jax.load` returns one.
+    """A model with its tokenizer and the format of its numbers; `slam_jax.load` returns one.
 
     The model has a `config` with `vocab_size` and `context_length`, and with `image` and `aux_dim`
     (see `SlamV3Config`) where it reads more than prompts. An attribute `max_new_tokens` is the
@@ -72,8 +72,7 @@ class Request:
 
 
 class Prompts(NamedTuple):
-    """Right-padded prompts. limits: how many new tokens each may get, 0 for rows that only fill the
-    shape."""
+    """Right-padded prompts. limits: new tokens of each at most, 0 for rows that fill the shape."""
 
     tokens: Int[np.ndarray, "B T"]
     lengths: Int[np.ndarray, "B"]
@@ -104,38 +103,35 @@ def read_prompts(
     if not requests:
         raise InputError("no request; give at least one")
     check_vocabulary(loaded)
-    rows, limits = [], []
+    model: Any = loaded.model
+    rows, limits, context = [], [], model.config.context_length
     for i, request in enumerate(requests):
         with naming(i, len(requests)):
-            rows.append(_read_prompt(loaded.tokenizer, request))
-            limits.append(_limit(loaded, len(rows[-1]), max_new_tokens))
-    count = bucket(len(rows))
-    tokens, lengths = _pad(rows, count, loaded.tokenizer.pad_id)
-    seeds, more = np.zeros(count, np.uint32), [0] * (count - len(rows))
-    seeds[: len(rows)] = [request.seed for request in requests]
-    return Prompts(tokens, lengths, seeds, np.array(limits + more, np.int32))
+            if not is_whole(request.seed) or not 0 <= request.seed < 2**32:
+                expected = f"a whole number from 0 to {2**32 - 1}"
+                raise InputError(f"seed is {shorten(repr(request.seed))}; expected {expected}")
+            prompt = loaded.tokenizer.encode(checked(request.prompt, "prompt"))
+            rows.append([loaded.tokenizer.bos_id, *prompt])
+            length = len(rows[-1])
+            check_context(length, 1 if max_new_tokens is None else max_new_tokens, context)
+            usual = min(getattr(loaded, "max_new_tokens", _USUAL_LENGTH), context - length)
+            limits.append(usual if max_new_tokens is None else max_new_tokens)
+    seeds = np.array([request.seed for request in requests], np.uint32)
+    prompts = Prompts(*_pad(rows, loaded.tokenizer.pad_id), seeds, np.array(limits, np.int32))
+    prompts = bucket_rows(prompts, len(rows))
+    prompts.limits[len(rows) :] = 0
+    return prompts
 
 
-def _read_prompt(tokenizer: Tokenizer, request: Request) -> list[int]:
-    seed = request.seed
-    if not is_whole(seed) or not 0 <= seed < 2**32:
-        expected = f"a whole number from 0 to {2**32 - 1}"
-        raise InputError(f"seed is {shorten(repr(seed))}; expected {expected}")
-    return [tokenizer.bos_id, *tokenizer.encode(checked(request.prompt, "prompt"))]
-
-
-def _limit(loaded: Any, length: int, max_new_tokens: int | None) -> int:
-    """How many new tokens a prompt of `length` tokens gets."""
-    context = loaded.model.config.context_length
-    least = 1 if max_new_tokens is None else max_new_tokens
-    if length + least > context:
-        raise InputError(
-            f"prompt of {length:,} tokens and {least:,} new ones; the context is {context:,}: "
-            "shorten it, or ask for fewer"
-        )
-    if max_new_tokens is not None:
-        return max_new_tokens
-    return min(getattr(loaded, "max_new_tokens", _USUAL_LENGTH), context - length)
+def append_answers(
+    prompts: Prompts, answers: Sequence[Sequence[int]], pad_id: int
+) -> tuple[Int[np.ndarray, "answers T"], Bool[np.ndarray, "answers T-1"]]:
+    """The first prompt followed by each answer, in a bucket of shapes, and a mask: True = this
+    position predicts a token of the answer."""
+    prompt = prompts.tokens[0, : prompts.lengths[0]].tolist()
+    tokens, lengths = bucket_rows(_pad([[*prompt, *row] for row in answers], pad_id), len(answers))
+    positions = np.arange(tokens.shape[1] - 1) + 1
+    return tokens, (positions >= len(prompt)) & (positions < lengths[:, None])
 
 
 def read_inputs(loaded: Trained, requests: Sequence[Request]) -> Inputs | None:
@@ -158,36 +154,33 @@ def read_inputs(loaded: Trained, requests: Sequence[Request]) -> Inputs | None:
                     if encodes
                     else "this model reads prompts alone; leave text, image, aux out"
                 )
-            texts.append(None if text is None else _read_text(loaded, text))
+            texts.append([] if text is None else _read_text(loaded, text))
             images.append(None if image is None else load_image(image, model.config.image.size))
             vectors.append(None if aux is None else _read_aux(loaded, aux))
     if not encodes:
         return None
-    count, config, arrays = bucket(len(requests)), model.config, {}
-    if any(row is not None for row in texts):
-        tokens, lengths = _pad([row or [] for row in texts], count, loaded.tokenizer.pad_id)
+    config, arrays = model.config, {}
+    if any(texts):
+        tokens, lengths = _pad(texts, loaded.tokenizer.pad_id)
         arrays |= {"text": tokens, "text_mask": np.arange(tokens.shape[1]) < lengths[:, None]}
     if any(image is not None for image in images):
         blank = np.zeros((config.image.size, config.image.size, 3), np.uint8)
-        images += [None] * (count - len(images))
         arrays["image"] = np.stack([blank if image is None else image for image in images])
         arrays["image_mask"] = np.array([image is not None for image in images])
-    if any(rows is not None for rows in vectors):
-        size = bucket(max(len(rows) for rows in vectors if rows is not None))
+    if given := [(i, rows) for i, rows in enumerate(vectors) if rows is not None]:
+        size = bucket(max(len(rows) for _, rows in given))
         size = min(size, config.max_aux) if config.aux_slots else size
-        aux = np.full((count, size, config.aux_dim), np.nan, np.float32)
-        for i, rows in enumerate(vectors):
-            if rows is not None:
-                aux[i, : len(rows)] = rows
+        aux = np.full((len(vectors), size, config.aux_dim), np.nan, np.float32)
+        for i, rows in given:
+            aux[i, : len(rows)] = rows
         known = np.logical_not(np.isnan(aux).any(axis=-1))
         arrays |= {"aux": np.where(known[..., None], aux, 0), "aux_mask": known}
-    return Inputs(**arrays)
+    return bucket_rows(Inputs(**arrays), len(requests))
 
 
 def _read_text(loaded: Any, text: Any) -> list[int]:
     row = loaded.tokenizer.encode(checked(text, "text"))
-    model: Any = loaded.model
-    context = model.config.context_length
+    context = loaded.model.config.context_length
     if len(row) > context:
         raise InputError(f"text of {len(row):,} tokens; the context is {context:,}: shorten it")
     return row
@@ -205,20 +198,19 @@ def _read_aux(loaded: Any, aux: Any) -> np.ndarray:
 
 
 def checked(value: Any, name: str) -> str:
-    """The text; raises InputError for one that is no text or has special tokens written out."""
+    """The text; raises InputError for another type, special tokens and lone surrogates."""
     if not isinstance(value, str):
         raise InputError(f"{name} is a {type(value).__name__}; expected a text")
     check_text(value, name)
     return value
 
 
-def _pad(rows: list[list[int]], count: int, pad_id: int) -> tuple[Any, Any]:
-    """`count` right-padded rows and their lengths; rows beyond those given have one pad."""
-    tokens = np.full((count, bucket(max(map(len, rows)), LEAST_LENGTH)), pad_id, np.int32)
-    lengths = np.ones(count, np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-        lengths[i] = len(row)
+def _pad(rows: list[list[int]], pad_id: int) -> tuple[Any, Any]:
+    """Right-padded rows and their lengths."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.full((len(rows), bucket(int(lengths.max()), LEAST_LENGTH)), pad_id, np.int32)
+    for row, tokens_of_row in zip(rows, tokens, strict=True):
+        tokens_of_row[: len(row)] = row
     return tokens, lengths
 
 

@@ -1,65 +1,57 @@
 """Stop strings as a table that the decode loop looks up, token by token.
 
-A text can be cut into tokens in many ways, and a token may end a stop string and go on. So the
-strings are sought in bytes, by the automaton of Aho and Corasick 1975, "Efficient string matching",
-whose moves are then put together to moves of whole tokens.
+A text can be cut into tokens in many ways, and a token may begin before and end after the end of a
+stop string. So the strings are searched for in bytes, by the automaton of Aho and Corasick 1975,
+"Efficient string matching". Its moves by single bytes are then combined into moves by tokens.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from slam_jax.data.tokenizer import Tokenizer
+from slam_jax.generation.decode import bucket
+
 _LEAST_STATES = 16
 
 
-def stop_table(stops: Sequence[str], tokens: Sequence[bytes]) -> Int[np.ndarray, "states V"]:
-    """Where a token leads from each state: 0 is the start, the last state that a stop was found.
+@functools.lru_cache(maxsize=64)
+def stop_table(stops: tuple[str, ...], tokenizer: Tokenizer) -> Int[np.ndarray, "states V"]:
+    """The next state for each state and token. State 0 is the start; the last state means that a
+    stop string has been found.
 
-    tokens: the bytes of every token. The number of states is a power of two, so that stops of like
-    length make tables of one shape; without stops nothing is ever found.
+    The number of states is a power of two, so that stop strings of similar lengths share a shape.
     """
     moves = _byte_automaton([stop.encode() for stop in stops])
-    state = np.arange(len(moves))
-    table = np.stack([_run(moves, state, token) for token in tokens], axis=1)
-    return table.astype(np.int32)
-
-
-def _run(moves: Any, state: Any, token: bytes) -> Any:
-    for byte in token:
-        state = moves[state, byte]
-    return state
+    table = np.empty((len(moves), tokenizer.vocab_size), np.int32)
+    for token, text in enumerate(tokenizer.token_bytes):
+        state = np.arange(len(moves))
+        for byte in text:
+            state = moves[state, byte]
+        table[:, token] = state
+    return table
 
 
 def _byte_automaton(stops: Sequence[bytes]) -> Int[np.ndarray, "states 256"]:
-    children: list[dict[int, int]] = [{}]
-    found_at = set()
-    for stop in stops:
-        node = 0
-        for byte in stop:
-            if byte not in children[node]:
-                children.append({})
-                children[node][byte] = len(children) - 1
-            node = children[node][byte]
-        found_at.add(node)
-    size = _LEAST_STATES
-    while size < len(children) + 1:
-        size *= 2
-    found = size - 1
-    moves = np.zeros((size, 256), np.int64)
-    shorter = [0] * len(children)  # the longest other beginning that a node's text ends with
-    queue = [0]
-    for node in queue:
-        if node:
-            moves[node] = moves[shorter[node]]
-        for byte, child in children[node].items():
-            shorter[child] = int(moves[node, byte]) if node else 0
-            if shorter[child] in found_at:
-                found_at.add(child)
-            moves[node, byte] = child
-            queue.append(child)
-    moves[np.isin(moves, list(found_at))] = found
+    """A state is the longest beginning of a stop string that the text so far ends with."""
+    beginnings = {stop[:length] for stop in stops for length in range(len(stop) + 1)}
+    states = {text: state for state, text in enumerate(sorted(beginnings, key=len))}
+    found = bucket(len(states) + 1, _LEAST_STATES) - 1
+    moves = np.zeros((found + 1, 256), np.int64)
+    complete = set()
+    for text, state in states.items():
+        # What does not continue this beginning may continue a shorter one that the text ends with.
+        suffixes = (text[start:] for start in range(1, len(text) + 1))
+        shorter = next((states[suffix] for suffix in suffixes if suffix in states), 0)
+        moves[state] = moves[shorter]
+        for byte in range(256):
+            if (longer := text + bytes([byte])) in states:
+                moves[state, byte] = states[longer]
+        if text in stops or shorter in complete:
+            complete.add(state)
+    moves[np.isin(moves, list(complete))] = found
     moves[found] = found
     return moves
 
@@ -71,11 +63,8 @@ def cut(text: bytes, stops: Sequence[str]) -> tuple[bytes, bool]:
 
 
 def settled(text: bytes, stops: Sequence[str]) -> int:
-    """How many bytes of an unfinished text are no part of a stop string, whatever follows."""
-    longest = 0
-    for stop in (stop.encode() for stop in stops):
-        for length in range(min(len(stop) - 1, len(text)), longest, -1):
-            if text.endswith(stop[:length]):
-                longest = length
-                break
-    return len(text) - longest
+    """How many bytes of an unfinished text cannot become part of a stop string."""
+    beginnings = (
+        stop.encode()[:length] for stop in stops for length in range(1, len(stop.encode()))
+    )
+    return len(text) - max((len(each) for each in beginnings if text.endswith(each)), default=0)

@@ -1,4 +1,5 @@
-"""Attention maps of the processes and of the decoder's heads for one answer."""
+"""Attention maps of the processes and of the decoder's heads for one answer, as arrays and as HTML
+drawn over the picture, the words and the numbers of the request."""
 
 import math
 from typing import Any, NamedTuple
@@ -8,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from slam_jax.generation.decode import bucket
-from slam_jax.generation.requests import Request, read_inputs, read_prompts
+from slam_jax.data.images import load_image
+from slam_jax.generation.requests import Request, append_answers, read_inputs, read_prompts
+from slam_jax.reporting.rendering import render_template
+
+_HEAT_COLOR = (225, 87, 0)
+_FULL_COLOR = 4.0  # this many times an even share is drawn in full colour
 
 
 class AttentionMaps(NamedTuple):
@@ -38,13 +43,8 @@ def attention_maps(loaded: Any, request: Request, answer: str) -> AttentionMaps:
     written = [*tokenizer.encode(answer), tokenizer.eos_id]
     prompts = read_prompts(loaded, [request], 0)
     inputs: Any = read_inputs(loaded, [request])
-    start = int(prompts.lengths[0])
-    row = [*prompts.tokens[0, :start].tolist(), *written]
-    tokens = np.full((1, bucket(len(row), 16)), tokenizer.pad_id, np.int32)
-    tokens[0, : len(row)] = row
-    predicts = np.zeros(tokens.shape[1], np.float32)
-    predicts[start - 1 : len(row) - 1] = 1 / len(written)
-    processes, heads = _maps(loaded.model, tokens, inputs, predicts)
+    tokens, predicts = append_answers(prompts, [written], tokenizer.pad_id)
+    processes, heads = _maps(loaded.model, tokens, inputs, predicts[0] / len(written))
     maps = np.concatenate([processes, heads.reshape(-1, heads.shape[-1])])
     layers, per_layer = heads.shape[:2]
     names = [f"process {p + 1}" for p in range(len(processes))]
@@ -64,7 +64,7 @@ def attention_maps(loaded: Any, request: Request, answer: str) -> AttentionMaps:
 
 @jax.jit
 def _maps(model, tokens, inputs, predicts):
-    found = model(tokens, inputs, attention=True).attention
+    found = model(tokens[:, :-1], inputs, attention=True).attention
     # Heads attend to memory tokens, and memory tokens have read input tokens.
     heads = jnp.einsum("lntm,t,ms->lns", found.decoder[0], predicts, found.memory[0])
     read = heads.mean(axis=(0, 1))
@@ -76,3 +76,40 @@ def _maps(model, tokens, inputs, predicts):
 def _count(mask: np.ndarray) -> int:
     """The number of vectors up to the last present one; missing ones between them count."""
     return int(np.flatnonzero(mask.any(axis=0)).max(initial=-1)) + 1
+
+
+def attention_html(loaded: Any, request: Request, answer: str, *, style: bool = True) -> str:
+    """A fragment of a page: where each process and each decoder head looked for this answer.
+
+    It loads nothing from elsewhere and escapes what users wrote. style: whether it begins with its
+    style sheet, `templates/attention.css`, which a page of several fragments needs once.
+    """
+    maps = attention_maps(loaded, request, answer)
+    given = [part for part in (maps.image, maps.text, maps.aux) if part is not None]
+    full = _FULL_COLOR / sum(part[0].size for part in given)
+    image, heat, texts = None, None, {}
+    if maps.image is not None:
+        image = load_image(request.image, loaded.model.config.image.size)
+        # One colour, more opaque where the share is larger.
+        heat = np.full((*maps.image.shape, 4), (*_HEAT_COLOR, 0), np.uint8)
+        heat[..., 3] = np.clip(maps.image / full, 0, 1) * 0.85 * 255
+    if maps.text is not None:
+        pieces, ids = loaded.tokenizer.token_bytes, loaded.tokenizer.encode(request.text or "")
+        words = [pieces[i].decode("utf-8", "replace") for i in ids]
+        texts["words"] = (words, np.minimum(maps.text / full, 1))
+    if maps.aux is not None:
+        names = _vector_names(loaded, request.aux)[: maps.aux.shape[1]]
+        texts["words rows"] = (names, np.minimum(maps.aux / full, 1))
+    return render_template(
+        "attention.html", image=image, heat=heat, texts=texts, maps=maps, style=style
+    )
+
+
+def _vector_names(loaded: Any, aux: Any) -> list[str]:
+    """A name for each vector: its column, or the names of its ones, or its number."""
+    names = () if loaded.aux_format is None else loaded.aux_format.names
+    if loaded.aux_format is not None and loaded.aux_format.has_columns:
+        return list(names)
+    rows = np.asarray(aux).tolist()
+    ones = [" ".join(n for n, x in zip(names, row, strict=False) if x == 1.0) for row in rows]
+    return [text or f"row {i + 1}" for i, text in enumerate(ones)]

@@ -6,7 +6,8 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,8 +77,7 @@ def evaluate_checkpoint(
     )
     started = time.monotonic()
     results, examples = _evaluate(loaded, data, dataset)
-    seconds = time.monotonic() - started
-    identity = _identify(data, dataset)
+    seconds, identity = time.monotonic() - started, _identify(data, dataset)
     own = Experiment.from_config(loaded.config).data
     return Evaluation(
         metrics={**results.metrics, "data": identity},
@@ -118,28 +118,20 @@ def _evaluate(
     if data.drop_inputs:  # training has shown all mixes of inputs
         views = (*views, *(view for view in dataset.test.views if view not in views))
     test, tokenizer = dataset.test, loaded.tokenizer
-    batches, kept = {}, {}
-    for view in with_halves(views):
-        of_view = evaluation_batches(test, tokenizer, view, data.batch_size, seed=data.seed)
-        batches[view] = _keep_first(of_view, kept.setdefault(view, []))
+
+    def batches(view: str) -> Iterator[EvaluationBatch]:
+        return evaluation_batches(test, tokenizer, view, data.batch_size, seed=data.seed)
+
     results = evaluate(
         *split_model(loaded.model),
-        batches,
+        {view: batches(view) for view in with_halves(views)},
         tokenizer,
         step=loaded.step,
         max_new_tokens=test.answer_length(tokenizer) + 1,
         baseline_answer=most_frequent_answer(dataset.train.answers()),
     )
-    return results, {view: kept[view] for view in views}
-
-
-def _keep_first(
-    batches: Iterable[EvaluationBatch], kept: list[Example]
-) -> Iterator[EvaluationBatch]:
-    """The same batches; their first examples are appended to `kept` on the way."""
-    for batch in batches:
-        kept += batch.examples[: _KEPT_EXAMPLES - len(kept)]
-        yield batch
+    examples = {view: (e for batch in batches(view) for e in batch.examples) for view in views}
+    return results, {view: list(islice(first, _KEPT_EXAMPLES)) for view, first in examples.items()}
 
 
 def _identify(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
@@ -170,10 +162,8 @@ def _results_folder(
     name = used.name.replace("/", "-")
     if used.path:
         name = (Path(path).stem if Path(path).is_file() else Path(path).name) or name
-    chosen = folder / name
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        known = json.loads((chosen / "metrics.json").read_text(encoding="utf-8"))
+        known = json.loads((folder / name / "metrics.json").read_text(encoding="utf-8"))
         if known["data"]["path"] != identity["path"]:
-            suffix = hashlib.sha256(str(identity["path"]).encode()).hexdigest()[:8]
-            return chosen.with_name(f"{chosen.name}-{suffix}")
-    return chosen
+            name += "-" + hashlib.sha256(str(identity["path"]).encode()).hexdigest()[:8]
+    return folder / name

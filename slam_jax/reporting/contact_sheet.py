@@ -1,7 +1,6 @@
 """A contact sheet: pictures in a grid, each below its prompt and above its answer."""
 
 import functools
-import itertools
 import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -58,11 +57,10 @@ def contact_sheet(tiles: Sequence[Tile], title: str) -> Figure:
         figure = Figure((width, height), dpi=100, facecolor="#f7f7f5")
         figure.text(_MARGIN / width, 1 - _MARGIN / height, shorten(_drawable(title), 110), size=11)
         axes = figure.subplots(num_rows, COLUMNS, squeeze=False, gridspec_kw=grid)
-        shown = itertools.zip_longest(axes.flat, tiles, prompts, answers)
-        for place, tile, prompt, answer in shown:
-            place.set(xticks=[], yticks=[], visible=tile is not None)
-            if tile is None:
-                continue
+        for place in axes.flat[len(tiles) :]:
+            place.remove()
+        for place, tile, prompt, answer in zip(axes.flat, tiles, prompts, answers, strict=False):
+            place.set(xticks=[], yticks=[])
             place.imshow(tile.image)
             column = TransformedBbox(Bbox([[0, -9], [1 + _GAP / SIDE, 9]]), place.transAxes)
             for text in (

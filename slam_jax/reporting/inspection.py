@@ -1,8 +1,11 @@
-"""Inspection of a data set: what it holds and what a model is shown of it."""
+"""Inspection of a data set: its content and the inputs that a model gets of it."""
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import logging
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,13 +19,16 @@ from slam_jax.data.images import load_image
 from slam_jax.data.pipeline import Example, Source, evaluation_batches
 from slam_jax.data.records import DamagedRecord
 from slam_jax.data.views import TRAINING_VIEWS
-from slam_jax.errors import InputError
+from slam_jax.errors import InputError, shorten
+from slam_jax.evaluation.table import make_console, print_table
 from slam_jax.reporting.contact_sheet import Tile
 from slam_jax.slam_v3.config import SlamV3Config
 
 _NO_LIMIT = 1 << 20
 _MAX_EXAMPLES = 2_000
 _MAX_TILES = 30
+_MAX_ANSWERS = 10
+_INPUTS = ("text", "image", "aux", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,10 @@ def inspect_data(config: DataConfig, model: SlamV3Config) -> Inspection:
     if config.name != "folder":
         return _inspect(config, prepare(plain, model=model))
     lenient = dataclasses.replace(plain, max_damaged_records=_NO_LIMIT)
-    with _without_warnings():  # the report lists their content
+    logger = logging.getLogger("slam_jax")
+    with contextlib.ExitStack() as stack:
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)  # `bad` has what the warnings say
         dataset = prepare(lenient, model=model)
         found, table = _inspect(config, dataset), dataset.table
         assert table is not None
@@ -86,7 +95,11 @@ def _inspect(config: DataConfig, dataset: Dataset) -> Inspection:
             lengths[part] += [len(tokenizer.encode(text)) for text in texts]
         if example.image is not None:
             pictured.append(i)
-    shown = _examples(source, fullest, _spread(pictured, _MAX_TILES))
+    tiles = []
+    for i, example in _examples(source, fullest, _spread(pictured, _MAX_TILES)):
+        question = i % len(example.prompts)  # scenes differ in the question that is shown
+        assert example.image is not None
+        tiles.append(Tile(example.image, example.prompts[question], example.answers[question]))
     return Inspection(
         config,
         dataset,
@@ -95,7 +108,7 @@ def _inspect(config: DataConfig, dataset: Dataset) -> Inspection:
         num_examples=num_examples,
         lengths={part: counts for part, counts in lengths.items() if counts},
         answers=answers,
-        tiles=tuple(_tile(i, example) for i, example in shown),
+        tiles=tuple(tiles),
     )
 
 
@@ -111,51 +124,89 @@ def _spread(items: Sequence[int], count: int) -> list[int]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def _tile(i: int, example: Example) -> Tile:
-    question = i % len(example.prompts)  # scenes differ in the question that is shown
-    assert example.image is not None
-    return Tile(example.image, example.prompts[question], example.answers[question])
-
-
 def _shapes(config: DataConfig, dataset: Dataset, view: str) -> dict[str, str]:
-    batches = evaluation_batches(
-        dataset.train, dataset.tokenizer, view, config.batch_size, seed=config.seed
-    )
-    first = next(batches, None)
+    size, seed = config.batch_size, config.seed
+    first = next(evaluation_batches(dataset.train, dataset.tokenizer, view, size, seed=seed), None)
     if first is None:
         return {}
-    shapes = {"tokens": _shape(first.batch.tokens)}
-    for name in ("text", "image", "aux"):
-        if (value := getattr(first.batch.inputs, name)) is not None:
-            masked = getattr(first.batch.inputs, f"{name}_mask") is not None
-            shapes[name] = _shape(value) + (", mask" if masked else "")
-    return shapes
-
-
-def _shape(array: Any) -> str:
-    return "x".join(map(str, array.shape))
+    arrays: dict[str, Any] = {"tokens": first.batch.tokens, **vars(first.batch.inputs)}
+    return {
+        name: "x".join(map(str, arrays[name].shape))
+        + ", mask" * (arrays.get(f"{name}_mask") is not None)
+        for name in _INPUTS
+        if arrays[name] is not None
+    }
 
 
 def _undecodable(table: Table, size: int) -> Iterator[BadRow]:
     """The rows whose picture cannot be decoded; each picture is tried once."""
-    reasons: dict[Any, str | None] = {None: None}
-    for row in (row for rows in table.rows.values() for row in rows):
-        if row.image not in reasons:
-            try:
-                load_image(row.image, size)
-                reasons[row.image] = None
-            except InputError as error:
-                reasons[row.image] = f"image: {error}"
-        if (reason := reasons[row.image]) is not None:
-            yield BadRow(line_of(row), reason)
+
+    @functools.cache
+    def reason(image: Any) -> str | None:
+        try:
+            load_image(image, size)
+        except InputError as error:
+            return f"image: {error}"
+        return None
+
+    for row in itertools.chain.from_iterable(table.rows.values()):
+        if row.image is not None and (found := reason(row.image)) is not None:
+            yield BadRow(line_of(row), found)
 
 
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    logger = logging.getLogger("slam_jax")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+def print_inspection(found: Inspection, file: Any = None) -> None:
+    """Prints the findings as tables to `file`, standard output by default."""
+    console = make_console(file)
+    for title, columns, rows in _tables(found):
+        print_table(console, title, columns, rows)
+        console.print()
+    aux, lines = found.dataset.aux_format, list(found.dataset.notes)
+    if aux is not None and not aux.has_columns:
+        lines.insert(0, f"numbers of an auxiliary vector: {', '.join(aux.names)}\n")
+    if found.dataset.table is not None:
+        limit = found.config.max_damaged_records
+        refused = "; training refuses more" if len(found.bad) > limit else ""
+        lines.append(
+            f"rows that cannot be used: {len(found.bad):,} "
+            f"(data.max_damaged_records={limit:,}{refused})"
+        )
+        lines += [f"  row {row}: {reason}" for row, reason in found.bad]
+    for line in lines:
+        console.print(line, soft_wrap=True)
+
+
+def _tables(found: Inspection) -> Iterator[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
+    """The title, the columns and the rows of each table."""
+    splits = ("train", "validation", "test")
+    rows = [(split, f"{len(getattr(found.dataset, split)):,}") for split in splits]
+    yield found.name, ("split", "records"), rows
+
+    rows = []
+    for view, shapes in found.shapes.items():
+        starts = [f"{stage.first:,}" for stage in found.config.stages if stage.rates.get(view)]
+        rows.append((view, *(starts or "-")[:1], *(shapes.get(name, "-") for name in _INPUTS)))
+    title = f"views, and the shapes of a batch of {found.config.batch_size:,}"
+    yield title, ("view", "used from step", *_INPUTS), rows
+
+    figures = (min, statistics.median_low, max)
+    rows = [
+        (part, *(f"{figure(counts):,}" for figure in figures))
+        for part, counts in found.lengths.items()
+    ]
+    known = found.dataset.tokenizer.vocab_size
+    title = f"tokens, of {known:,} in the vocabulary, in {found.num_examples:,} training examples"
+    yield title, ("of a", "min", "median", "max"), rows
+
+    total = sum(found.answers.values())
+    common = Counter(found.answers).most_common(_MAX_ANSWERS)
+    shown = [(shorten(" ".join(answer.split()), 45), count) for answer, count in common]
+    if others := len(found.answers) - len(common):
+        shown.append((f"({others:,} others)", total - sum(count for _, count in common)))
+    rows = [(answer, f"{count:,}", f"{100 * count / total:.1f}%") for answer, count in shown]
+    yield "their answers", ("answer", "times", "share"), rows
+
+    aux = found.dataset.aux_format
+    if aux is not None and aux.mean is not None and aux.scale is not None:
+        columns = zip(aux.names, aux.mean, aux.scale, strict=False)  # empty without training rows
+        rows = [(name, f"{mean:.6g}", f"{scale:.6g}") for name, mean, scale in columns]
+        yield "columns of numbers", ("column", "mean", "scale"), rows

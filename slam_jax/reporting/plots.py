@@ -20,9 +20,9 @@ from slam_jax.errors import shorten
 # Placeholder colours: each is replaced by a CSS variable of the page.
 _INK, _SOFT, _LINE = "#010203", "#010204", "#010205"
 _SERIES = ("#020301", "#020302", "#020303", "#020304", "#020305", "#020306")
-_SERIES_NAMES = ("--accent", "--second", "--third", "--fourth", "--fifth", "--sixth")
-_VARIABLES = {_INK: "--ink", _SOFT: "--soft", _LINE: "--line"}
-_VARIABLES |= zip(_SERIES, _SERIES_NAMES, strict=True)
+_VARIABLES = {_INK: "--ink", _SOFT: "--soft", _LINE: "--line"} | dict(
+    zip(_SERIES, ("--accent", "--second", "--third", "--fourth", "--fifth", "--sixth"), strict=True)
+)
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "slam_jax",
@@ -46,114 +46,112 @@ _WIDTH = 5.2  # inches: on a phone the letters are then as large as the text of 
 _LONGEST_LABEL = 40
 
 
+@matplotlib.rc_context(_STYLE)
 def plot_intervals(rows: Sequence[tuple[str, str, float, float, float]]) -> str:
     """Shares with their intervals, one line for each (group, name, share, low, high)."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(0.6 + 0.27 * len(rows))
-        names = list(dict.fromkeys(name for _, name, *_ in rows))
-        points = {}
-        for y, (_, name, share, low, high) in enumerate(rows):
-            color = _SERIES[names.index(name) % len(_SERIES)]
-            axes.plot([100 * low, 100 * high], [y, y], color=color, linewidth=2, alpha=0.6)
-            points[name] = axes.plot(100 * share, y, "o", color=color, markersize=5)[0]
-        groups = [group for group, *_ in rows]
-        first = [i == 0 or groups[i - 1] != group for i, group in enumerate(groups)]
-        labels = [_label(g) if f else "" for g, f in zip(groups, first, strict=True)]
-        axes.set_yticks(range(len(rows)), labels)
-        axes.tick_params(axis="y", length=0)
-        axes.invert_yaxis()
-        axes.set_xlim(-2, 102)
-        axes.set_xlabel("% right")
-        axes.grid(axis="x")
-        _legend(axes, points)
-        return _svg(figure)
+    axes, names = _axes(0.6 + 0.27 * len(rows)), list(dict.fromkeys(row[1] for row in rows))
+    points, labels = {}, []
+    for y, (group, name, share, low, high) in enumerate(rows):
+        color = _SERIES[names.index(name) % len(_SERIES)]
+        axes.plot([100 * low, 100 * high], [y, y], color=color, linewidth=2, alpha=0.6)
+        [points[name]] = axes.plot(100 * share, y, "o", color=color, markersize=5)
+        labels.append("" if y and rows[y - 1][0] == group else _label(group))
+    _label_rows(axes, labels)
+    axes.set(xlim=(-2, 102), xlabel="% right")
+    axes.grid(axis="x")
+    _legend(axes, points)
+    return _svg(axes.figure)
 
 
+@matplotlib.rc_context(_STYLE)
 def plot_calibration(
     confidence: Float[np.ndarray, "n"], accuracy: Float[np.ndarray, "n"], counts: Sequence[int]
 ) -> str:
     """Accuracy against mean confidence of each bin, with the number of answers in the bin."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(3.4)
-        axes.plot([0, 100], [0, 100], color=_LINE, linewidth=1)
-        axes.plot(100 * confidence, 100 * accuracy, "o-", color=_SERIES[0], markersize=5)
-        below = dict(xytext=(0, -13), textcoords="offset points", ha="center")
-        for x, y, count in zip(100 * confidence, 100 * accuracy, counts, strict=True):
-            axes.annotate(f"{count:,}", (x, y), **below, fontsize=8, color=_SOFT)
-        axes.set_xlim(-3, 103)
-        axes.set_ylim(-8, 103)
-        axes.set_xlabel("confidence, %")
-        axes.set_ylabel("right, %")
-        axes.grid()
-        return _svg(figure)
+    axes = _axes(3.4)
+    axes.plot([0, 100], [0, 100], color=_LINE, linewidth=1)
+    axes.plot(100 * confidence, 100 * accuracy, "o-", color=_SERIES[0], markersize=5)
+    below = dict(xytext=(0, -13), textcoords="offset points", ha="center")
+    for x, y, count in zip(100 * confidence, 100 * accuracy, counts, strict=True):
+        axes.annotate(f"{count:,}", (x, y), **below, fontsize=8, color=_SOFT)
+    axes.set(xlim=(-3, 103), ylim=(-8, 103), xlabel="confidence, %", ylabel="right, %")
+    axes.grid()
+    return _svg(axes.figure)
 
 
+@matplotlib.rc_context(_STYLE)
 def plot_curves(
     curves: Mapping[str, tuple[Any, Any]], ylabel: str, *, xlabel: str = "step", log: bool = False
 ) -> str:
     """Values against steps, one curve for each name. Without `log` the values are percentages."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(3.0)
-        lines = {}
-        for i, (name, (steps, values)) in enumerate(curves.items()):
-            style = ("-", "--", ":")[i // len(_SERIES) % 3] + ("o" if len(steps) < 12 else "")
-            color = _SERIES[i % len(_SERIES)]
-            [lines[name]] = axes.plot(
-                steps, values, style, color=color, linewidth=1.5, markersize=4
-            )
-        if log:
-            axes.set_yscale("log")
-            low, high = axes.get_ylim()
-            # The default formatter of a logarithmic axis writes mathtext.
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
-        else:
-            low, high = axes.get_ylim()
-            axes.set_ylim(max(low, -3), min(high, 103))
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        axes.grid()
-        _legend(axes, lines)
-        return _svg(figure)
+    axes = _axes(3.0)
+    _draw_each(axes, curves, ("-", "--", ":"), "o", linewidth=1.5, markersize=4)
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+    low, high = axes.get_ylim()
+    if log:
+        # The default formatter of a logarithmic axis writes mathtext.
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
+    else:
+        axes.set_ylim(max(low, -3), min(high, 103))
+    return _svg(axes.figure)
 
 
+@matplotlib.rc_context(_STYLE)
 def plot_points(points: Mapping[str, tuple[float, float]], xlabel: str, ylabel: str) -> str:
     """A named point for each (x, y)."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(3.4)
-        markers = {}
-        for i, (name, (x, y)) in enumerate(points.items()):
-            marker = "os^D"[i // len(_SERIES) % 4]
-            color = _SERIES[i % len(_SERIES)]
-            [markers[name]] = axes.plot(x, y, marker, color=color, markersize=6)
-        axes.margins(0.1)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        axes.grid()
-        _legend(axes, markers)
-        return _svg(figure)
+    axes = _axes(3.4)
+    curves = {name: ([x], [y]) for name, (x, y) in points.items()}
+    _draw_each(axes, curves, "os^D", "", linestyle="", markersize=6)
+    axes.margins(0.1)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    return _svg(axes.figure)
 
 
+@matplotlib.rc_context(_STYLE)
 def plot_bars(values: Mapping[str, float], *, lowest: bool = False) -> str:
     """One bar for each name, sorted; the best (the highest, or the `lowest`) is first and
     highlighted."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(0.5 + 0.26 * len(values))
-        ordered = sorted(values.items(), key=lambda item: item[1], reverse=not lowest)
-        for y, (_, value) in enumerate(ordered):
-            best = value == ordered[0][1]
-            axes.barh(y, value, color=_SERIES[0] if best else _LINE, height=0.7)
-            axes.annotate(f" {value:,.4g}", (value, y), va="center", fontsize=8, color=_INK)
-        axes.set_yticks(range(len(ordered)), [_label(name) for name, _ in ordered])
-        axes.tick_params(axis="y", length=0)
-        axes.invert_yaxis()
-        axes.set_xlim(min(0.0, *values.values()), 1.15 * max(values.values()) or 1.0)
-        return _svg(figure)
+    axes = _axes(0.5 + 0.26 * len(values))
+    ordered = sorted(values.items(), key=lambda item: item[1], reverse=not lowest)
+    for y, (_, value) in enumerate(ordered):
+        best = value == ordered[0][1]
+        axes.barh(y, value, color=_SERIES[0] if best else _LINE, height=0.7)
+        axes.annotate(f" {value:,.4g}", (value, y), va="center", fontsize=8, color=_INK)
+    _label_rows(axes, [_label(name) for name, _ in ordered])
+    axes.set_xlim(min(0.0, *values.values()), 1.15 * max(values.values()) or 1.0)
+    return _svg(axes.figure)
 
 
-def _figure(height: float) -> tuple[Any, Any]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    return figure, figure.add_subplot()
+def _axes(height: float) -> Any:
+    return Figure((_WIDTH, height), layout="constrained").add_subplot()
+
+
+def _draw_each(
+    axes: Any,
+    curves: Mapping[str, tuple[Any, Any]],
+    styles: Sequence[str],
+    marker: str,
+    **settings: Any,
+) -> None:
+    """Draws curves of different colours, then of different styles, and their legend.
+
+    marker: of the points of short curves.
+    """
+    lines = {}
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        style = styles[i // len(_SERIES) % len(styles)] + marker * (len(x) < 12)
+        color = _SERIES[i % len(_SERIES)]
+        [lines[name]] = axes.plot(x, y, style, color=color, **settings)
+    axes.grid()
+    _legend(axes, lines)
+
+
+def _label_rows(axes: Any, labels: Sequence[str]) -> None:
+    """Rows 0, 1, .. from the top, with a label each."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
 
 
 def _legend(axes: Any, artists: Mapping[str, Any]) -> None:
@@ -167,8 +165,7 @@ def _legend(axes: Any, artists: Mapping[str, Any]) -> None:
         columns = 2 if max(map(len, labels)) <= 32 else 1
         axes.legend(list(artists.values()), labels, ncols=columns, loc="lower left",
                     bbox_to_anchor=(0, 1))  # fmt: skip
-        width, height = axes.figure.get_size_inches()
-        axes.figure.set_size_inches(width, height + 0.18 * (len(labels) // columns))
+        axes.figure.set_figheight(axes.figure.get_figheight() + 0.18 * (len(labels) // columns))
 
 
 def _label(text: str) -> str:
@@ -186,12 +183,9 @@ def _svg(figure: Any) -> str:
         figure.savefig(
             file, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
         )
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.S)
     # Without width and height the picture fills the column of the page.
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r' (width|height)="[^"]*"', "", svg[svg.index("<svg") :], count=2)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     return svg

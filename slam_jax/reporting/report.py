@@ -1,4 +1,4 @@
-"""The report of an evaluation: a self-contained page of what a model saw, wrote and looked at."""
+"""The report of an evaluation: one self-contained page of accuracies, examples and attention."""
 
 import json
 import math
@@ -14,13 +14,14 @@ import numpy as np
 
 from slam_jax.data import Example
 from slam_jax.errors import WriteError, first_line, write_whole
+from slam_jax.evaluation.answers import Answer
 from slam_jax.evaluation.metrics import calibration
-from slam_jax.evaluation.table import entry_label, explain_baseline, percent, write_metrics
+from slam_jax.evaluation.table import entry_label, explain_baseline, write_metrics
 from slam_jax.generation import Request
-from slam_jax.reporting.attention_html import attention_css, attention_html
+from slam_jax.reporting.attention import attention_html
 from slam_jax.reporting.checkpoint import Evaluation, ShownExample
 from slam_jax.reporting.plots import plot_calibration, plot_curves, plot_intervals
-from slam_jax.reporting.rendering import markup, png_url, render_template
+from slam_jax.reporting.rendering import render_template
 from slam_jax.version import __version__
 
 _VIEWS_WITH_ATTENTION = 6
@@ -55,66 +56,44 @@ def render_report(evaluation: Evaluation) -> str:
     confidence = np.array([math.exp(answer.logprob) for answer in own])
     correct = np.array([answer.correct for answer in own], np.float64)
     bins = calibration(confidence, correct)
-    rows = _accuracy_rows(metrics)
-    plots = {
-        "accuracy": plot_intervals([(row["view"], row["kind"], *row["values"]) for row in rows]),
-        "calibration": plot_calibration(bins.confidence, bins.accuracy, bins.counts),
-        **_plot_training(evaluation.records),
-    }
-    examples: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    rows = [(view, *row) for view, rows in metrics["views"].items() for row in rows.items()]
+    intervals = [
+        (view, entry_label(entry), row["accuracy"], row["low"], row["high"])
+        for view, entry, row in rows
+    ]
+    examples: dict[str, list[tuple]] = defaultdict(list)
     for shown in evaluation.examples:
-        examples[shown.view].append(_describe_example(shown, loaded))
+        examples[shown.view].append((shown, *_aux_table(shown.example, loaded)))
     return render_template(
         "report.html",
         title=evaluation.title,
         step=loaded.step,
-        cards=_cards(metrics, correct, bins.error),
         facts=_facts(evaluation, len(own)),
-        plots={name: markup(svg) for name, svg in plots.items()},
-        accuracy=rows,
+        num_questions=len(own),
+        accuracy=correct.mean(),
+        confidence=confidence.mean(),
+        calibration_error=bins.error,
+        rows=rows,
         baseline=explain_baseline(metrics) if "baseline_answer" in metrics else "",
         notes=metrics["data"].get("notes", ()),
-        calibration={
-            "error": percent(bins.error),
-            "confidence": percent(float(confidence.mean())),
-            "accuracy": percent(float(correct.mean())),
+        baseline_accuracy=_baseline_accuracy(rows),
+        retrieval=metrics.get("retrieval"),
+        plots={
+            "accuracy": plot_intervals(intervals),
+            "calibration": plot_calibration(bins.confidence, bins.accuracy, bins.counts),
+            **_plot_training(evaluation.records),
         },
         examples=examples,
         attention=_attention_sections(evaluation),
         config=json.dumps(evaluation.config, indent=2, ensure_ascii=False),
-        attention_css=markup(attention_css()),
     )
 
 
-def _accuracy_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "view": view,
-            "kind": entry_label(entry),
-            "values": (row["accuracy"], row["low"], row["high"]),
-            "right": percent(row["accuracy"]),
-            "interval": f"{percent(row['low'])} to {percent(row['high'])}",
-            "n": f"{row['n']:,}",
-            "baseline": percent(row["baseline"]) if "baseline" in row else "",
-        }
-        for view, entries in metrics["views"].items()
-        for entry, row in entries.items()
-    ]
-
-
-def _cards(metrics: Mapping[str, Any], correct: np.ndarray, error: float) -> list[tuple]:
-    """(name, value, note) of the figures at the top of the page."""
-    cards = [("right", percent(float(correct.mean())), f"of {len(correct):,} test questions")]
-    if "baseline_answer" in metrics:
-        rows = [row for entries in metrics["views"].values() for entry, row in entries.items()
-                if not entry.startswith("needs_both")]  # fmt: skip
-        share = sum(row["baseline"] * row["n"] for row in rows) / sum(row["n"] for row in rows)
-        cards.append(("baseline", percent(share), explain_baseline(metrics)))
-    cards.append(("calibration error", percent(error), ""))
-    if retrieval := metrics.get("retrieval"):
-        recall = retrieval["text_to_image"]["recall@5"]
-        cards.append(("text finds image", percent(recall), f"recall@5 among {retrieval['n']:,}"))
-    return cards
+def _baseline_accuracy(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> float:
+    """The share of all questions that the baseline answer gets right; 0 without a baseline."""
+    all_rows = [row for _, entry, row in rows if not entry.startswith("needs_both")]
+    right = sum(row.get("baseline", 0) * row["n"] for row in all_rows)
+    return right / sum(row["n"] for row in all_rows)
 
 
 def _facts(evaluation: Evaluation, num_questions: int) -> dict[str, str]:
@@ -145,50 +124,40 @@ def _plot_training(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     plots = {}
     if train:
         stretch = max(1, math.ceil(train[-1]["step"] / _LOSS_POINTS))
-        losses: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        losses: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
         for record in train:
-            view = record.get("view", "all")
-            losses[view][record["step"] // stretch].append(record["cross_entropy"])
+            middle = (record["step"] // stretch + 0.5) * stretch
+            losses[record.get("view", "all")][middle].append(record["cross_entropy"])
         curves = {
-            view: ([(i + 0.5) * stretch for i in means], [np.mean(x) for x in means.values()])
+            view: (list(means), [np.mean(x) for x in means.values()])
             for view, means in losses.items()
         }
         plots["loss"] = plot_curves(curves, "cross-entropy, nats", log=True)
     if validation:
         known = ("step", "split", "accuracy")
-        names = [name for name in validation[-1] if name not in known] or ["accuracy"]
         curves = {}
-        for name in names:
-            points = [(r["step"], 100 * r[name]) for r in validation if r.get(name) is not None]
-            curves[name] = ([x for x, _ in points], [y for _, y in points])
+        for name in [name for name in validation[-1] if name not in known] or ["accuracy"]:
+            shown = [r for r in validation if r.get(name) is not None]
+            curves[name] = ([r["step"] for r in shown], [100 * r[name] for r in shown])
         plots["validation"] = plot_curves(curves, "% right")
     return plots
 
 
-def _describe_example(shown: ShownExample, loaded: Any) -> dict[str, Any]:
-    """What the template shows of an example; wrong answers first."""
-    example = shown.example
+def _aux_table(example: Example, loaded: Any) -> tuple[Sequence[str], list[list[str]]]:
+    """The column names and the cells of an example's auxiliary vectors."""
     names = () if loaded.aux_format is None else loaded.aux_format.names
-    rows, digits = (), 4
     if example.numbers is not None:
         rows, digits = [example.numbers], 15  # as in the table of the user
     elif example.aux is not None:
-        rows = example.aux.tolist()
+        rows, digits = example.aux.tolist(), 4
         names = names or [str(i + 1) for i in range(len(rows[0]))]
-    return {
-        "text": example.text,
-        "image": None if example.image is None else png_url(example.image),
-        "aux": [["" if math.isnan(x) else f"{x:.{digits}g}" for x in row] for row in rows],
-        "aux_names": names,
-        "answers": [
-            {**a._asdict(), "correct": a.correct, "confidence": percent(math.exp(a.logprob), 0)}
-            for a in sorted(shown.answers, key=lambda a: a.correct)
-        ],
-    }
+    else:
+        return (), []
+    return names, [["" if math.isnan(x) else f"{x:.{digits}g}" for x in row] for row in rows]
 
 
-def _attention_sections(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Attention of the least confident answer to the first example of some views."""
+def _attention_sections(evaluation: Evaluation) -> list[tuple[Answer, str]]:
+    """The least confident answer to the first example of some views, and its attention maps."""
     first: dict[str, ShownExample] = {}
     for shown in evaluation.examples:
         first.setdefault(shown.view, shown)
@@ -197,8 +166,8 @@ def _attention_sections(evaluation: Evaluation) -> list[dict[str, Any]]:
         if shown.answers:
             answer = min(shown.answers, key=lambda a: a.logprob)
             request = _as_request(shown.example, answer.prompt)
-            html = attention_html(evaluation.loaded, request, answer.predicted, style=False)
-            sections.append({**answer._asdict(), "correct": answer.correct, "html": markup(html)})
+            maps = attention_html(evaluation.loaded, request, answer.predicted, style=False)
+            sections.append((answer, maps))
     return sections
 
 
