@@ -31,6 +31,7 @@ def serve(app: Any, listener: socket.socket) -> None:
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
+    from gradio import themes
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     # `app.launch()` would choose a port, check the page through the proxy of the environment, and
@@ -51,7 +52,7 @@ def serve(app: Any, listener: socket.socket) -> None:
         ssr_mode=False,
         enable_monitoring=False,
         mcp_server=False,
-        theme=gr.themes.Default(
+        theme=themes.Default(
             primary_hue="teal",
             neutral_hue="slate",
             font=("system-ui", "sans-serif"),

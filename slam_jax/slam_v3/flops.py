@@ -3,6 +3,8 @@
 A backward pass computes every product twice more.
 """
 
+from typing import Any
+
 from slam_jax.layers import flops
 from slam_jax.slam_v3.config import SlamV3Config
 
@@ -60,8 +62,8 @@ def decode_flops(config: SlamV3Config, *, prompts: int, length: int, memory: int
     layer += flops.scores(rows, memory, key_dim, value_dim)
     layer += flops.gated_mlp(rows, dim, config.mlp_dim)
     if config.has("latent"):
-        widths |= config.sizes("kv_lora_rank", "q_lora_rank")
-        layer += prompts * flops.latent_attention(length, dim, heads, **widths)
+        sizes: dict[str, Any] = {**widths, **config.sizes("kv_lora_rank", "q_lora_rank")}
+        layer += prompts * flops.latent_attention(length, dim, heads, **sizes)
     else:
         layer += prompts * flops.attention(length, dim, heads)
     return config.num_decoder_layers * layer + flops.linear(rows, dim, config.vocab_size)
