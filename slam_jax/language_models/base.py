@@ -212,7 +212,7 @@ class HeadedModel(nnx.Module):
             self._check_length(num_tokens)
         else:
             if not isinstance(lengths, Tracer):
-                self._check_length(int(np.max(lengths)))
+                self._check_length(int(np.asarray(lengths).max()))
             lengths = jnp.asarray(lengths, jnp.int32)
             mask = prefix_mask(lengths, num_tokens)
         tokens = without_unknown_pads(tokens, mask, self.config.vocab_size)
