@@ -198,7 +198,7 @@ def decode(
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves((model, arrays))):
         check_prompts(lengths, 0, prompts.shape[-1])
         context = getattr(getattr(model, "config", None), "context_length", None)
-        check_context(int(np.max(lengths)), max_new_tokens, context)
+        check_context(int(np.asarray(lengths).max()), max_new_tokens, context)
         arrays, room = _to_buckets(*arrays), bucket(max_new_tokens, LEAST_LENGTH)
     *given, limit = arrays
     state = start(model, *given, rules, Ends(eos_id, pad_id, stops), limit, room)
