@@ -1,10 +1,10 @@
-"""Letters of array shapes, and aliases. A letter means the same in every file.
+"""Letters of array shapes, and aliases. A letter means the same in layers and models.
 
     B   batch; *B: any leading axes       D    width of the model (embed_dim)
     Q   prompts per example               F    width of an MLP (mlp_dim)
     S   encoder tokens, or keys           N    heads of queries
     T   decoder tokens, or queries        K    heads of keys and values
-    M   memory tokens                     H    width of a head; H_r its rotary part, H_v of values
+    M   memory tokens                     H    width of a head; H_r of rotary parts, H_v of values
     P   processes                         R    rank of a latent
     A   auxiliary vectors                 E    experts; k of them per token
     C   numbers of an auxiliary vector    V    vocabulary

@@ -11,7 +11,8 @@ from slam_jax.layers.remat import POLICIES
 
 DTYPES = ("float32", "bfloat16", "float64")
 
-# The largest value of each count, for every model that has a field of this name.
+# The largest value of each count, for every model that has a field of this name. A count that is
+# not here is not checked.
 _MOST = {
     name: most
     for most, names in {

@@ -12,7 +12,7 @@ from flax import nnx
 
 from slam_jax.errors import InputError
 from slam_jax.generation import greedy_decode
-from slam_jax.generation.decode import start
+from slam_jax.generation.decode import start_decoding
 from slam_jax.language_models import make_config, make_model
 from slam_jax.layers import LatentCache
 from slam_jax.layers.masks import prefix_mask
@@ -158,7 +158,7 @@ def language_model(name: str, **changes: Any) -> Any:
 def test_a_bucket_of_shapes_is_compiled_once():
     """Greedy decoding of ids, called by itself; each answer is that of a call under `jax.jit`."""
     model, rng = language_model("standard"), np.random.default_rng(0)
-    compiled: Any = start
+    compiled: Any = start_decoding
     before = compiled._cache_size()
     for rows, length, new in ((3, 4, 5), (4, 9, 3), (3, 16, 16)):
         prompts, lengths = rng.integers(2, 61, (rows, length), np.int32), np.full(rows, length)

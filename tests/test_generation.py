@@ -25,7 +25,7 @@ from slam_jax.generation import (
     score,
     stream,
 )
-from slam_jax.generation.decode import start
+from slam_jax.generation.decode import start_decoding
 from slam_jax.generation.requests import read_inputs, read_prompts
 from slam_jax.language_models import make_config, make_model
 from slam_jax.slam_v3 import SlamV3, SlamV3Config
@@ -181,7 +181,7 @@ def test_an_answer_ends_before_a_stop_string_however_its_bytes_are_split_into_to
 
 def test_many_prompts_compile_once_per_bucket(loaded):
     rng = np.random.default_rng(0)
-    compiled: Any = start
+    compiled: Any = start_decoding
     before, live, buckets = compiled._cache_size(), [], set()
     for _ in range(200):
         length = int(rng.integers(0, 25))

@@ -395,7 +395,7 @@ def test_resnet_takes_any_size(build, make_inputs):
     for size, tokens in ((24, 16), (25, 25)):
         memory = jax.eval_shape(model.encode, Inputs(image=make_inputs(size=size).image))
         assert memory.c_mem.shape[1] == tokens
-    with pytest.raises(ValueError, match="image of 6 x 5 pixels: expected more than 6 a side"):
+    with pytest.raises(ValueError, match="image of 6 x 5 pixels: expected a side of more than 6"):
         jax.eval_shape(model.encode, Inputs(image=jnp.zeros((1, 6, 5, 3), jnp.uint8)))
 
 

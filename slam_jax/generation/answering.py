@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from slam_jax.errors import InputError
-from slam_jax.generation.decode import LEAST_LENGTH, Decoding, Ends, bucket, proceed, start
+from slam_jax.generation.decode import (
+    LEAST_LENGTH,
+    Decoding,
+    Ends,
+    bucket,
+    continue_decoding,
+    start_decoding,
+)
 from slam_jax.generation.requests import (
     Request,
     Trained,
@@ -94,7 +101,7 @@ def generate(
     """
     sampling = sampling or Sampling()
     state, memory = _start(loaded, requests, sampling, memory)
-    state = proceed(loaded.model, memory, state, state.tokens.shape[-1])
+    state = continue_decoding(loaded.model, memory, state, state.tokens.shape[-1])
     count, rows = sampling.num_samples, _rows(state)
     return [
         Answer(tuple(_sample(loaded, sampling, *next(rows)) for _ in range(count)))
@@ -129,7 +136,7 @@ class AnswerStream(Iterator[str]):
                 yield piece
             if not done:
                 sent, until = end, until + _TOKENS_AT_A_TIME
-                state = proceed(loaded.model, memory, state, until)
+                state = continue_decoding(loaded.model, memory, state, until)
 
 
 def stream(
@@ -187,7 +194,7 @@ def _start(
     room = min(bucket(int(prompts.limits.max()), LEAST_LENGTH), context)
     tokens, lengths, limits = map(spread, (prompts.tokens, prompts.lengths, prompts.limits))
     args = (loaded.model, memory, tokens, lengths, keys, sampling.rules, ends, limits)
-    return start(*args, max_new_tokens=room), memory
+    return start_decoding(*args, max_new_tokens=room), memory
 
 
 def _remember(loaded: Any, requests: Sequence[Request], memory: Any) -> Any:

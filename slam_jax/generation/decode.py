@@ -76,7 +76,7 @@ class Decoding:
 
 
 @functools.partial(jax.jit, static_argnames="max_new_tokens")
-def start(
+def start_decoding(
     model: Decodable,
     memory: Any,
     prompts: Int[AnyArray, "B *Q T"],
@@ -113,7 +113,7 @@ def start(
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def proceed(
+def continue_decoding(
     model: Decodable, memory: Any, state: Decoding, until: Int[Array, ""] | int
 ) -> Decoding:
     """Chooses further tokens until each row has `until` of them or has ended."""
@@ -201,8 +201,8 @@ def decode(
         check_context(int(np.asarray(lengths).max()), max_new_tokens, context)
         arrays, room = _to_buckets(*arrays), bucket(max_new_tokens, LEAST_LENGTH)
     *given, limit = arrays
-    state = start(model, *given, rules, Ends(eos_id, pad_id, stops), limit, room)
-    state = proceed(model, arrays[0], state, max_new_tokens)
+    state = start_decoding(model, *given, rules, Ends(eos_id, pad_id, stops), limit, room)
+    state = continue_decoding(model, arrays[0], state, max_new_tokens)
     return Decoded(*(x[:count, ..., :max_new_tokens] for x in (state.tokens, state.logprobs)))
 
 

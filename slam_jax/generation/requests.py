@@ -54,7 +54,8 @@ class ModelAndTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt and what it is about: any mix of text, image and aux, at least one of them.
+    """A prompt and what it is about: any mix of text, image and aux, at least one of them
+    (none where a memory is given, or the model reads prompts alone).
 
     prompt: what the answer continues.
     text: an empty one counts as None.
@@ -148,12 +149,11 @@ def read_inputs(loaded: Trained, requests: Sequence[Request]) -> Inputs | None:
     for i, request in enumerate(requests):
         with naming(i, len(requests)):
             text, image, aux = request.text or None, request.image, request.aux
-            if encodes == (text is None and image is None and aux is None):
-                raise InputError(
-                    "nothing to answer from: give at least one of text, image and aux"
-                    if encodes
-                    else "this model reads prompts alone; leave text, image, aux out"
-                )
+            is_empty = text is None and image is None and aux is None
+            if encodes and is_empty:
+                raise InputError("nothing to answer from: give at least one of text, image and aux")
+            if not encodes and not is_empty:
+                raise InputError("this model reads prompts alone; leave text, image, aux out")
             texts.append([] if text is None else _read_text(loaded, text))
             images.append(None if image is None else load_image(image, model.config.image.size))
             vectors.append(None if aux is None else _read_aux(loaded, aux))
@@ -173,6 +173,7 @@ def read_inputs(loaded: Trained, requests: Sequence[Request]) -> Inputs | None:
         aux = np.full((len(vectors), size, config.aux_dim), np.nan, np.float32)
         for i, rows in given:
             aux[i, : len(rows)] = rows
+        # NaN is an absent vector or one with a missing number: masked, and stored as 0.
         known = np.logical_not(np.isnan(aux).any(axis=-1))
         arrays |= {"aux": np.where(known[..., None], aux, 0), "aux_mask": known}
     return bucket_rows(Inputs(**arrays), len(requests))

@@ -96,6 +96,7 @@ class SlamV3Text(HeadedModel):
         self.text_norm = RMSNorm(config.embed_dim, param_dtype=kw["param_dtype"])
         # `Streams` says why its standard deviation is so large.
         self.type = nnx.Param(normal(0.5)(rngs.params(), (config.embed_dim,), kw["param_dtype"]))
+        # Checkpoints know the joint block as level_one and the compressor as memory_bank.
         self.level_one = JointBlock(v3, rngs=rngs)
         self.processes = ParallelProcesses(v3, rngs=rngs)
         self.fusion = Fusion(v3, rngs=rngs)

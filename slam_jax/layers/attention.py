@@ -33,8 +33,8 @@ class Layout(NamedTuple):
     """Where the tokens and pads of a batch are in their rows.
 
     positions: position of each token in its row. mask: True = a real token, None = all are real.
-    visible: the real tokens up to itself that a token may attend to; an array only where there are
-    pads.
+    visible: True where a token may attend to another, which is real and not later; `Causal()`
+    where there are no pads.
     """
 
     positions: Int[Array, "*#B T"]

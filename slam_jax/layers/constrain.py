@@ -30,10 +30,10 @@ def constrain(x: Shaped[Array, "..."], names: Sequence[str | None]) -> Shaped[Ar
 
 def sum_over(
     name: str,
-    f: Callable[..., Shaped[Array, "N ..."]],
+    f: Callable[..., Shaped[Array, "B ..."]],
     parts: PyTree[Shaped[Array, "_ ..."]],
-    batch: Sequence[Shaped[Array, "N ..."]],
-) -> Shaped[Array, "N ..."]:
+    batch: Sequence[Shaped[Array, "B ..."]],
+) -> Shaped[Array, "B ..."]:
     """f(0, parts, *batch), computed in parts that are summed over the mesh in force.
 
     parts: arrays whose first dimension is called `name`. Each device calls f(first, part, *rows)

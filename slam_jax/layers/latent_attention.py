@@ -242,13 +242,13 @@ class MultiHeadLatentAttention(nnx.Module):
 
 
 class LatentCrossAttention(nnx.Module):
-    """Attention to a given bank of latents, with its own up-projections and without positions.
+    """Attention to given latents, with its own up-projections and without positions.
 
     The compression of `MultiHeadLatentAttention`, for tokens that do not change during generation.
 
     Args:
       embed_dim: D of x. num_heads: N.
-      kv_lora_rank: R of the bank. qk_head_dim: H of queries and keys. v_head_dim: H_v of values.
+      kv_lora_rank: R of the latents. qk_head_dim: H of queries and keys. v_head_dim: H_v of values.
       out_scale: scale of the initial output map, as in `GatedMLP`.
 
     Source: DeepSeek-AI 2024, "DeepSeek-V2", section 2.1.2, read across as in Vaswani et al. 2017,
@@ -284,7 +284,7 @@ class LatentCrossAttention(nnx.Module):
         *,
         absorbed: bool = False,
     ) -> Float[Array, "*B T D"]:
-        """What the tokens of x read from the bank; 0 for a row whose bank is fully masked."""
+        """What the tokens of x read from the latents; 0 for a row whose latents are all masked."""
         k_up, v_up = (up.kernel[...].astype(self.dtype) for up in (self.k_up, self.v_up))
         return self.out(latent_attend(self.q(x), latents, k_up, v_up, mask=mask, absorbed=absorbed))
 

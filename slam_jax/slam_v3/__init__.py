@@ -12,7 +12,8 @@ The modules in the order in which data flows:
 
 Words: the *bank* is the keys and values of all streams, which encoder processes read inside the
 encoder. The *memory* is the result of the encoder, one latent per *memory token*, which the decoder
-reads. A *process* is an encoder process; processes of the operating system are called hosts.
+reads. A *process* is an encoder process in this package. Elsewhere in the library, such as in
+`slam_jax.runtime`, a process is one of the operating system, or of a run on several hosts.
 
 The letters of shapes are those of `slam_jax.array_typing`.
 """

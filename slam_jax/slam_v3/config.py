@@ -50,12 +50,12 @@ class ImageConfig:
         bad = [w for w in widths if not 8 <= w <= 1 << 20 or w % 8]
         require(not bad, "image.stage_widths", widths, "multiples of 8 (the width of a norm group)")
         if self.encoder == "resnet":
-            more = f"more than {self.reach}, or fewer stages, or a smaller patch_size"
-            require(self.size > self.reach, "image.size", self.size, more)
+            more = f"more than {self.total_stride}, or fewer stages, or a smaller patch_size"
+            require(self.size > self.total_stride, "image.size", self.size, more)
 
     @property
-    def reach(self) -> int:
-        """The total stride of the "resnet" in pixels."""
+    def total_stride(self) -> int:
+        """Pixels of the image a side of one image token of the "resnet"."""
         return self.patch_size * 2 ** (len(self.stage_widths) - 1)
 
 
@@ -63,8 +63,8 @@ class ImageConfig:
 class SlamV3Config(ModelConfig):
     """The configuration of a SLAM v3.
 
-    vocab_size: V of text and answers. embed_dim: D. num_heads: N of every attention.
-    shared_num_heads: N of the shared attention alone, None = num_heads.
+    vocab_size: V of text and answers. embed_dim: D. num_heads: N of every attention but the
+      shared one. shared_num_heads: N of the shared attention, None = num_heads.
     mlp_dim: F of every gated MLP. num_processes: P. num_process_layers: layers a process.
     process_mlp_dim: F of the processes alone, None = mlp_dim. num_decoder_layers: layers of the
       decoder.
@@ -120,9 +120,9 @@ class SlamV3Config(ModelConfig):
         object.__setattr__(self, "without", tuple(self.without))
         super().__post_init__()
         dim, heads, shared = self.embed_dim, self.num_heads, self.shared_heads[0]
-        near = dim - dim % heads or heads
-        even = f"a multiple of num_heads={heads}, such as {near}"
-        require(dim % heads == 0, "embed_dim", dim, even)
+        near = (dim - dim % heads) or heads
+        multiple = f"a multiple of num_heads={heads}, such as {near}"
+        require(dim % heads == 0, "embed_dim", dim, multiple)
         even = f"num_heads times an even width, such as {heads * (self.head_dim + 1)}"
         require(self.head_dim % 2 == 0, "embed_dim", dim, even)
         require(dim % 4 == 0, "embed_dim", dim, "a multiple of 4, for the 2-D positions")
@@ -138,7 +138,7 @@ class SlamV3Config(ModelConfig):
 
     @property
     def head_dim(self) -> int:
-        """H = D / N."""
+        """H = D / N, of every attention but the shared one and those of the decoder."""
         return self.embed_dim // self.num_heads
 
     @property
@@ -149,9 +149,9 @@ class SlamV3Config(ModelConfig):
 
     @property
     def latent_widths(self) -> dict[str, int]:
-        """The decoder's widths a head by name: those given, or derived from H."""
-        width = self.head_dim
-        derived = dict(qk_nope_head_dim=width, qk_rope_head_dim=width // 4 * 2, v_head_dim=width)
+        """The decoder's widths a head by name: those given, or derived from H; at least 2."""
+        h = self.head_dim
+        derived = dict(qk_nope_head_dim=h, qk_rope_head_dim=h // 4 * 2, v_head_dim=h)
         return {name: getattr(self, name) or max(2, width) for name, width in derived.items()}
 
     def has(self, part: str) -> bool:

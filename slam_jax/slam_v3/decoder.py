@@ -91,12 +91,12 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw)
 
     def __call__(
-        self, h, memory: Memory, *, key: DropoutKey = None, attention_weights: bool = False
+        self, h, memory: Memory, *, key: DropoutKey = None, with_weights: bool = False
     ) -> tuple[Float[Array, "B Q T D"], Float[Array, "B N Q T M"] | None]:
         """The new tokens, and the weights of the memory attention if asked for, else None."""
         keys = split(key, 2)
         h = h + dropout(self.attention(self.norms[0](h)), self.dropout, keys[0])
-        return self._memory_and_mlp(h, memory, keys[1], attention_weights=attention_weights)
+        return self._memory_and_mlp(h, memory, keys[1], with_weights=with_weights)
 
     def prefill(self, h, cache: LayerCache, memory: Memory, lengths):
         a, cache = self.attention.prefill(self.norms[0](h), cache, lengths)
@@ -107,13 +107,13 @@ class DecoderLayer(nnx.Module):
         return self._memory_and_mlp(h + a, memory, absorbed=True)[0], cache
 
     def _memory_and_mlp(
-        self, h, memory, key=None, *, absorbed: bool = False, attention_weights: bool = False
+        self, h, memory, key=None, *, absorbed: bool = False, with_weights: bool = False
     ):
         """The memory attention and the MLP."""
         keys, (batch, prompts, length, dim) = split(key, 2), h.shape
         x = self.norms[1](h).reshape(batch, prompts * length, dim)
         mask, weights = None if memory.mask is None else memory.mask[:, None, :], None
-        if attention_weights:
+        if with_weights:
             weights = self.memory_attention.weights(x, memory.c_mem, mask)
             weights = weights.reshape(*weights.shape[:2], prompts, length, weights.shape[-1])
         read = self.memory_attention(x, memory.c_mem, mask, absorbed=absorbed)
@@ -136,17 +136,17 @@ class Decoder(nnx.Module):
         memory: Memory,
         *,
         key: DropoutKey = None,
-        attention_weights: bool = False,
+        with_weights: bool = False,
     ) -> tuple[Float[Array, "B Q T D"], Float[Array, "B layers N Q T M"] | None]:
         """The states, and the weights of the memory attention if asked for, else None."""
-        keys, found = split(key, len(self.layers) + 1), []
-        h = dropout(h, self.dropout, keys[-1])
-        for layer, layer_key in zip(self.layers, keys, strict=False):
-            call = functools.partial(layer, attention_weights=attention_weights)
+        (*layer_keys, input_key), found = split(key, len(self.layers) + 1), []
+        h = dropout(h, self.dropout, input_key)
+        for layer, layer_key in zip(self.layers, layer_keys, strict=True):
+            call = functools.partial(layer, with_weights=with_weights)
             h, weights = remat(call, self.remat)(h, memory, key=layer_key)
             h = constrain(h, ("batch",))
             found.append(weights)
-        return self.norm(h), jnp.stack(found, axis=1) if attention_weights else None
+        return self.norm(h), jnp.stack(found, axis=1) if with_weights else None
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> DecoderCache:
         return tuple(layer.attention.init_cache(batch_shape, max_length) for layer in self.layers)

@@ -19,9 +19,10 @@ from slam_jax.slam_v3.streams import Stream, join_streams, split_streams
 
 
 class CrossAttention(attention.SelfAttention):
-    """Attention from one set of tokens to another, with the parameters of `SelfAttention`.
+    """Attention from one set of tokens to another.
 
-    It has no biases, so that the result is exactly 0 where there is nothing to attend to.
+    Its maps are those of `SelfAttention`. They have no biases, so that the result is exactly 0
+    where there is nothing to attend to.
     """
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
@@ -29,12 +30,12 @@ class CrossAttention(attention.SelfAttention):
         super().__init__(config.embed_dim, *heads, out_scale=scale, **config.dtypes, rngs=rngs)
 
     def read(
-        self, x: Float[Array, "B T D"], source: Stream, *, attention_weights: bool = False
+        self, x: Float[Array, "B T D"], source: Stream, *, with_weights: bool = False
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B N T S"] | None]:
         """What each token of x reads from the source, and the weights if asked for, else None."""
         q, k, v = self.query(x), self.key(source.tokens), self.value(source.tokens)
         y = self.out(attention.attend(q, k, v, source.visible))
-        if not attention_weights:
+        if not with_weights:
             return y, None
         return y, attention.attention_weights(q, k, source.visible)
 
@@ -80,13 +81,13 @@ class Bottleneck(nnx.Module):
         f: Float[Array, "B S D"],
         mask: Bool[Array, "B S"] | None,
         *,
-        attention_weights: bool = False,
+        with_weights: bool = False,
     ) -> tuple[Float[Array, "B M D"], Float[Array, "B N M S"] | None]:
         """The memory tokens, and how much of each fused token they read if asked for."""
         queries = self.queries[...].astype(f.dtype)
         queries = jnp.broadcast_to(queries[None], (f.shape[0], *queries.shape))
         source = Stream(self.norm(f), mask)
-        read, found = self.attention.read(queries, source, attention_weights=attention_weights)
+        read, found = self.attention.read(queries, source, with_weights=with_weights)
         return queries + read, found
 
 
@@ -105,8 +106,8 @@ class Fused(NamedTuple):
 
 class Fusion(nnx.Module):
     """f = x + mean_p y_p + W_cat [y_1; ..; y_P] + CrossModal(mean_p y_p); f += MLP(norm(f));
-    then the bottleneck, if there is one. x: the tokens of all streams. The parts in
-    `config.without` are left out.
+    then the bottleneck, if there is one. x: the tokens of all streams after the joint block. The
+    parts in `config.without` are left out.
     """
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
@@ -128,7 +129,7 @@ class Fusion(nnx.Module):
         streams: Sequence[Stream],
         *,
         key: DropoutKey = None,
-        attention_weights: bool = False,
+        with_weights: bool = False,
     ) -> Fused:
         joined, keys = join_streams(streams), split(key, 3)
         mask: Any = joined.mask
@@ -146,8 +147,8 @@ class Fusion(nnx.Module):
             f += dropout(self.mlp(self.norm(f)), self.dropout, keys[2])
         if self.bottleneck is None:
             identity = jnp.broadcast_to(jnp.eye(f.shape[1])[None], (*f.shape[:2], f.shape[1]))
-            return Fused(f, mask, identity if attention_weights else None)
-        memory, weights = self.bottleneck(f, mask, attention_weights=attention_weights)
+            return Fused(f, mask, identity if with_weights else None)
+        memory, weights = self.bottleneck(f, mask, with_weights=with_weights)
         if mask is not None:
             mask = jnp.broadcast_to(mask.any(axis=1, keepdims=True), memory.shape[:2])
         return Fused(memory, mask, None if weights is None else weights.mean(axis=1))

@@ -65,7 +65,7 @@ class ResNet(nnx.Module):
         kw = dict(**config.dtypes, rngs=rngs)
         image = config.image
         widths, patch = image.stage_widths, image.patch_size
-        # Windows overlap by a third on each side, so that no edge is lost between two of them.
+        # A window extends half a patch beyond its patch on every side, so that windows overlap.
         window = patch + 2 * (patch // 2)
         self.stem = nnx.Conv(3, widths[0], (window, window), patch, **kw)
         blocks, width = [], widths[0]
@@ -78,14 +78,15 @@ class ResNet(nnx.Module):
         # One group per channel: the norm removes what a channel has in common over the whole
         # picture, such as the background.
         self.norm = nnx.GroupNorm(width, num_groups=width, **kw)
-        self.reach = image.reach
+        self.total_stride = image.total_stride
         self.project = Linear(width, config.embed_dim, use_bias=True, **kw)
 
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
-        if max(pixels.shape[1:3]) <= self.reach:
+        if max(pixels.shape[1:3]) <= self.total_stride:
             raise InputError(
-                f"image of {pixels.shape[1]} x {pixels.shape[2]} pixels: expected more than "
-                f"{self.reach} a side; enlarge it, or take fewer stages or a smaller patch_size"
+                f"image of {pixels.shape[1]} x {pixels.shape[2]} pixels: expected a side of "
+                f"more than {self.total_stride}; enlarge it, or take fewer stages or a smaller "
+                "patch_size"
             )
         x = self.stem(pixels)
         for block in self.blocks:

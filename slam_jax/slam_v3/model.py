@@ -76,7 +76,10 @@ class SlamV3(nnx.Module):
     def decode(
         self, tokens: Int[AnyArray, "B *Q T"], memory: Memory, *, key: DropoutKey = None
     ) -> Float[Array, "B *Q T V"]:
-        """Next-token logits (float32 or wider) at every position; right pads change no others."""
+        """Next-token logits (float32 or wider) at every position; right pads change no others.
+
+        This is the forward pass over given tokens; `slam_jax.generation` generates new ones.
+        """
         return self.logits(self._decode(tokens, memory, key)[0])
 
     def __call__(
@@ -101,12 +104,12 @@ class SlamV3(nnx.Module):
     ) -> Hidden:
         """The forward pass without the head; the same arguments as `__call__`."""
         key_encode, key_decode = split(key, 2)
-        memory, processes, read = self._encode(inputs, key_encode, attention)
-        states, decoder = self._decode(tokens, memory, key_decode, attention)
-        if read is None or decoder is None:
+        memory, of_processes, of_memory = self._encode(inputs, key_encode, attention)
+        states, of_decoder = self._decode(tokens, memory, key_decode, attention)
+        if of_memory is None or of_decoder is None:  # not asked for
             return Hidden(states)
-        decoder = decoder.reshape(*decoder.shape[:3], *tokens.shape[1:], -1)
-        return Hidden(states, attention=Attention(processes, read, decoder))
+        of_decoder = of_decoder.reshape(*of_decoder.shape[:3], *tokens.shape[1:], -1)
+        return Hidden(states, attention=Attention(of_processes, of_memory, of_decoder))
 
     def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head: logits (float32 or wider) of hidden states."""
@@ -147,12 +150,12 @@ class SlamV3(nnx.Module):
         h, cache = self.decoder.decode_step(self._embed(tokens[..., None]), cache, memory)
         return self.logits(h).reshape(*tokens.shape, self.config.vocab_size), cache
 
-    def _encode(self, inputs: Inputs, key: DropoutKey, attention_weights: bool = False):
+    def _encode(self, inputs: Inputs, key: DropoutKey, with_weights: bool = False):
         """The memory, and the weights of the processes and of the memory tokens if asked for."""
         keys = split(key, 4)
         streams, bank = self.level_one(self._streams(inputs, keys[0]), key=keys[1])
-        y, weights = self.processes(streams, bank, key=keys[2], attention_weights=attention_weights)
-        fused = self.fusion(y, streams, key=keys[3], attention_weights=attention_weights)
+        y, weights = self.processes(streams, bank, key=keys[2], with_weights=with_weights)
+        fused = self.fusion(y, streams, key=keys[3], with_weights=with_weights)
         return self.memory_bank(fused.tokens, fused.mask), weights, fused.weights
 
     def _streams(self, inputs: Inputs, key: DropoutKey) -> list[Stream]:
@@ -162,16 +165,17 @@ class SlamV3(nnx.Module):
         if text is not None:
             text = without_unknown_pads(text, inputs.text_mask, self.config.vocab_size)
             text = self.embedding(text)
-        streams, rate = [], self.config.dropout
-        for stream, stream_key in zip(self.streams(inputs, text), split(key, 3), strict=False):
-            tokens = constrain(dropout(stream.tokens, rate, stream_key), ("batch",))
-            streams.append(stream._replace(tokens=tokens))
-        return streams
+        streams, rate = self.streams(inputs, text), self.config.dropout
+        keys = split(key, 3)[: len(streams)]  # there are at most three streams
+        return [
+            stream._replace(tokens=constrain(dropout(stream.tokens, rate, stream_key), ("batch",)))
+            for stream, stream_key in zip(streams, keys, strict=True)
+        ]
 
-    def _decode(self, tokens, memory: Memory, key: DropoutKey, attention_weights: bool = False):
+    def _decode(self, tokens, memory: Memory, key: DropoutKey, with_weights: bool = False):
         """The states [B, *Q, T, D], and the weights of the memory attention if asked for."""
         h = self._embed(tokens)
-        h, weights = self.decoder(h, memory, key=key, attention_weights=attention_weights)
+        h, weights = self.decoder(h, memory, key=key, with_weights=with_weights)
         return h.reshape(*tokens.shape, self.config.embed_dim), weights
 
     def _embed(self, tokens: Int[AnyArray, "B *Q T"]) -> Float[Array, "B Q T D"]:

@@ -1,6 +1,6 @@
 """The encoder: a joint block over all streams, then four encoder processes in parallel.
 
-A "process" is a part of the model here, never one of the operating system.
+A "process" is a part of the model in this package, never one of the operating system.
 """
 
 import functools
@@ -76,7 +76,7 @@ class ProcessLayer(SharedAttention):
             SelfAttention(dim, *heads, out_scale=scale, **kw) if has_isolated else None
         )
         if has_shared:
-            super().__init__(config, rngs=rngs)
+            super().__init__(config, rngs=rngs)  # adds query, query_bias and out
         mlp_dim = config.process_mlp_dim or config.mlp_dim
         self.mlp = GatedMLP(dim, mlp_dim, out_scale=scale, **kw)
 
@@ -87,7 +87,7 @@ class ProcessLayer(SharedAttention):
         bank: Bank | None,
         *,
         key: DropoutKey = None,
-        attention_weights: bool = False,
+        with_weights: bool = False,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B N S S"] | None]:
         """The new tokens, and the weights of the shared attention if asked for, else None."""
         keys, weights = split(key, 3), None
@@ -95,7 +95,7 @@ class ProcessLayer(SharedAttention):
             h = h + dropout(self._isolated_attention(h, streams), self.dropout, keys[0])
         if bank is not None:
             x = self.norms[1](h)
-            read, weights = self.read(x, bank, attention_weights=attention_weights)
+            read, weights = self.read(x, bank, with_weights=with_weights)
             h = h + dropout(read, self.dropout, keys[1])
         return h + dropout(self.mlp(self.norms[2](h)), self.dropout, keys[2]), weights
 
@@ -125,16 +125,16 @@ class Process(nnx.Module):
         bank: Bank | None,
         *,
         key: DropoutKey = None,
-        attention_weights: bool = False,
+        with_weights: bool = False,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B layers N S S"] | None]:
         """y_p of this process, and the weights of its shared attention if asked for, else None."""
         x = join_streams(streams).tokens
         h, found = x + self.instruction[...].astype(x.dtype)[None, None], []
         for layer, layer_key in zip(self.layers, split(key, len(self.layers)), strict=True):
-            call = functools.partial(layer, attention_weights=attention_weights)
+            call = functools.partial(layer, with_weights=with_weights)
             h, weights = remat(call, self.remat)(h, streams, bank, key=layer_key)
             found.append(weights)
-        has_weights = attention_weights and bank is not None
+        has_weights = with_weights and bank is not None
         return self.norm(h), jnp.stack(found, axis=1) if has_weights else None
 
 
@@ -147,6 +147,7 @@ class ParallelProcesses(nnx.Module):
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         keys = jax.random.split(rngs.params(), config.num_processes)
         self.num_processes = config.num_processes
+        # Shardings and Muon know stacked parameters by this name.
         self.stack = jax.vmap(lambda key: Process(config, rngs=nnx.Rngs(key)))(keys)
 
     def __call__(
@@ -155,13 +156,14 @@ class ParallelProcesses(nnx.Module):
         bank: Bank | None,
         *,
         key: DropoutKey = None,
-        attention_weights: bool = False,
+        with_weights: bool = False,
     ) -> tuple[Float[Array, "P B S D"], Float[Array, "P B layers N S S"] | None]:
         """The y_p of all processes, and the weights of their shared attention if asked for."""
         keys = None if key is None else jax.random.split(key, self.num_processes)
 
         def run(process: Process, key: DropoutKey):
-            return process(streams, bank, key=key, attention_weights=attention_weights)
+            return process(streams, bank, key=key, with_weights=with_weights)
 
+        # The name tells constraints and `shard_map` inside a process which mesh axis P is on.
         y, weights = jax.vmap(run, spmd_axis_name="process")(self.stack, keys)
         return constrain(y, ("process", "batch")), weights

@@ -40,12 +40,12 @@ class SharedAttention(nnx.Module):
         self.out = Linear(heads, dim, init_scale=config.encoder_out_scale, **kw)
 
     def read(
-        self, x: Float[Array, "B T D"], bank: Bank, *, attention_weights: bool = False
+        self, x: Float[Array, "B T D"], bank: Bank, *, with_weights: bool = False
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B N T S"] | None]:
         """What each token of x reads from the bank, and the weights if asked for, else None."""
         q = self.query(x)
         q = q + self.query_bias[...].astype(q.dtype)[None, None]
         y = self.out(attention.attend(q, bank.k, bank.v, bank.mask))
-        if not attention_weights:
+        if not with_weights:
             return y, None
         return y, attention.attention_weights(q, bank.k, bank.mask)

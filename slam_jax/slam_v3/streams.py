@@ -127,16 +127,16 @@ class Streams(nnx.Module):
         self.text_norm, self.image_norm, self.aux_norm = (
             RMSNorm(dim, param_dtype=param_dtype) for _ in range(3)
         )
-        encoder = ResNet if config.image.encoder == "resnet" else ViT
-        self.image = encoder(config, rngs=rngs)
+        encoders: dict[str, Any] = {"resnet": ResNet, "vit": ViT}
+        self.image = encoders[config.image.encoder](config, rngs=rngs)
         # In float32 at least: in bfloat16 the number 1,001 would become 1,000.
         exact = {**kw, "dtype": upcast(kw["dtype"])}
         self.aux = Linear(config.aux_dim, dim, use_bias=True, **exact)
         normal = nnx.initializers.normal
         if config.aux_slots:
             self.slot = nnx.Param(normal(0.02)(rngs.params(), (config.max_aux, dim), param_dtype))
-        # A standard deviation of 0.5 is half of a token's. Attention by position alone, such as to
-        # the token before, needs a large part that all tokens of a stream have in common.
+        # Large on purpose; tokens have a standard deviation of about 1. Rotary attention can pick a
+        # position, such as the token before, only if all tokens have a large part in common.
         self.type = nnx.Param(normal(0.5)(rngs.params(), (3, dim), param_dtype))
 
     def __call__(

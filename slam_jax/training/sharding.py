@@ -31,7 +31,7 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (r"(?<!experts/)(query|key|value|q|k|v|gate|up)/kernel", ("fsdp", "tensor")),
     (r"(q_nope|q_rope|k_up|v_up)/kernel", ("fsdp", "tensor")),
     (r"query_bias", ("tensor",)),
-    # Projections from them: (N, V), F or I by D.
+    # Projections from them: (N, H_v), F or I by D.
     (r"(\w*attention|isolated|mixer|stack|layers/\d+)/out/kernel", ("tensor", ..., "fsdp")),
     (r"(mlp|shared|specialist)/down/kernel", ("tensor", "fsdp")),
     # Projections of two concatenated results, (2, D) by D.
@@ -41,9 +41,9 @@ RULES: tuple[tuple[str, Axes], ...] = (
     # Expert parallelism: (E, D, F) and (E, F, D).
     (r"experts/(gate|up)/kernel", ("tensor", "fsdp")),
     (r"experts/down/kernel", ("tensor", None, "fsdp")),
-    # (P times D) by D: each process holds its own part.
+    # (P times D) by D: each encoder process has its own part.
     (r"concat/kernel", ("process", "fsdp")),
-    # Mamba: channels I, by states N or the rank of dt.
+    # Mamba: channels I, by states or the rank of dt.
     (r"(a_log|skip|conv_bias|(b|c|dt_down)/kernel|(dt_up|value|gate)/bias)", ("tensor",)),
     (r"(conv_filter|dt_up/kernel)", (None, "tensor")),
     # Projections of images and vectors, and to the retrieval embedding: the last dimension is D.
@@ -92,7 +92,10 @@ def _axes(name: str, ndim: int, zero: bool) -> list[tuple[str, ...]]:
     """The mesh axes of each dimension."""
     if ndim == 0 or name.endswith("/ns_coeffs"):  # counters, keys, coefficients of Muon
         return []
-    [axes] = matching_rules(name)
+    found = matching_rules(name)
+    if len(found) != 1:
+        raise ValueError(f"{name} matches {len(found)} rules of sharding; expected one, see RULES")
+    [axes] = found
     # Stacked modules run in parallel: the processes, and the blocks of a level of SLAM v4 and v5.
     stacked = [("process",)] if "stack" in name.split("/") else []
     if ... in axes:
@@ -127,7 +130,7 @@ def local_rows(batch_size: int, mesh: Mesh | None) -> Sequence[int]:
 def place(batch: PyTree[Any], mesh: Mesh | None, batch_size: int) -> PyTree[Any]:
     """Shards a batch over the devices; without a mesh it is returned unchanged.
 
-    Each process passes its `local_rows` of the `batch_size` rows, in order.
+    Each host process passes its `local_rows` of the `batch_size` rows, in order.
     """
     if mesh is None:
         return batch

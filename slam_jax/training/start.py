@@ -86,7 +86,7 @@ def _model_of(experiment: Experiment, vocab_size: int) -> tuple[Any, OptimizerCo
 def _first_state(
     make_model: Callable[..., nnx.Module], optimizer: OptimizerConfig, num_steps: int, seed: int
 ) -> TrainState:
-    """The first state, keys included, alike in every process of a run."""
+    """The first state, keys included, alike in every host process of a run."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
     params = split_model(make_model(rngs=nnx.Rngs(init_key)))[1]
     ema = optimizer.ema_decay is not None
