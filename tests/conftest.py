@@ -1,15 +1,11 @@
 """Shared by all tests: models that are built once, and something to put into them."""
 
-import atexit
 import dataclasses
 import functools
 import importlib
 import inspect
-import os
 import pkgutil
-import shutil
 import signal
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,15 +26,6 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)
 # Arrays are broadcast along new axes only where the code says so.
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# Workers, and processes that tests start, compile many of the same functions.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _executables = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, _executables, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _executables
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 VOCAB = 13
 # As many tokens as the preset's 24 pixels and two stages give, but faster to compile.

@@ -119,6 +119,13 @@ def v3_alone() -> tuple[Any, Any]:
 
 
 @pytest.mark.usefixtures("float64")
+def test_three_axes_at_once_change_no_loss_and_no_gradient():
+    """The fourth axis, `data`, is in the twenty training steps below."""
+    assert_close(first_step(*v3(), mesh_of(fsdp=2, process=2, tensor=2)), v3_alone())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     "sizes", [{axis: size} for axis, size in SIZES.items()] + [{"process": 2}], ids=str
 )

@@ -151,7 +151,7 @@ def test_intervals_include_the_variation_over_units_and_seeds():
     of_units, of_seeds = 1.96 * np.std(units) / 20, 4.303 * np.std(seeds, ddof=1) / math.sqrt(3)
     reach = (found["high"] - found["low"]) / 2
     assert reach == pytest.approx(math.hypot(of_units, of_seeds), rel=0.03)
-    # Of 100 comparisons of equal systems, about one in twenty is significant.
+    # Equal systems are compared 100 times; about one time in twenty the difference is significant.
     clear = 0
     for _ in range(100):
         values = rng.normal(0, 1, (3, 1)) + rng.normal(0, 0.1, (3, 50))

@@ -106,7 +106,7 @@ def test_a_process_runs_on_its_cores_alone(replace_worker):
 
 
 def test_a_process_ends_with_the_engine_that_was_killed(tmp_path):
-    """Even before its task has begun. A shell stands in for the engine; the job would take long."""
+    """It ends even if its task has not begun. A shell takes the place of the engine."""
     job = {"function": "slam_jax.rocket.seed.measure:learn", "system": "standard"}
     job |= {"settings": {"num_updates": 100_000}, "arguments": {}}
     command = [sys.executable, "-m", "slam_jax.rocket.jobs", json.dumps(job)]

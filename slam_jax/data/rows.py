@@ -117,7 +117,7 @@ class Rows(Records):
         self._augment, self._drop_inputs = config.augment, config.drop_inputs
         self._streams, self._lacking = frozenset(streams), frozenset(lacking)
         self._aux_format, self._aux_width = aux_format, model.aux_dim
-        # Of all rows; other tokenizers than that of the data set are rare.
+        # Counted once for each tokenizer; nearly always there is one, that of the data set.
         self._lengths = functools.lru_cache(maxsize=4)(
             lambda tokenizer: lengths or measure(texts_of(undecoded), tokenizer)
         )

@@ -166,7 +166,7 @@ class Decoder(nnx.Module):
         return self._cached(lambda layer, *x: layer.decode_step(*x, memory), h, cache)
 
     def _cached(self, run, h, cache):
-        """`run(layer, h, layer_cache)` of all layers, each of which returns both anew."""
+        """Runs all layers; `run(layer, h, layer_cache)` returns the new states and cache of one."""
         new = []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             h, layer_cache = run(layer, h, layer_cache)
