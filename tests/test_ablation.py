@@ -110,6 +110,8 @@ def done(right: int, noise: int) -> dict[str, Any]:
             "scores": {
                 "aux/relational": {"asked": [20] * 40, "right": counts},
                 "aux/needs both": {"asked": [2] * 40, "right": [1] * 40},
+                # A table's kinds of questions are any text.
+                "aux/needs both, {a}: b. c|d!": {"asked": [2] * 40, "right": [1] * 40},
             },
             "train_seconds": 2.0,
             "peak_memory_bytes": 1 << 30,
@@ -164,7 +166,8 @@ def test_the_board_follows_its_schema_and_the_pages_have_every_row(board, protoc
     text, whole = page.markdown, page.html
     assert "| num_processes 1 | 100 | 5.00 | 12.00 |" in text
     assert "| without mean, concat |" in text
-    assert "- broken: took more than 9 s" in text
+    assert "- broken: `took more than 9 s`" in text
+    assert r"| aux/needs both, {a}: b. c\|d! |" in text and "50.0 (50.0 to 50.0)" in text
     assert re.search(r"\| -\d+\.\d \(-1\d\.\d to -\d\.\d\) \* \|", text)
     assert (
         "<svg" in whole and "sort_of_clevr, 3 steps of 2 examples (from step 0 on aux 1)" in whole

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from slam_jax.rocket.jobs import _read, run_job
+from slam_jax.rocket.jobs import _read, _send, run_job
 from slam_jax.rocket.machine import timed
 from slam_jax.rocket.seed.measure import learn
 from slam_jax.rocket.tasks import Json, Task, plain
@@ -91,6 +91,14 @@ def test_lines_that_are_neither_progress_nor_figures_are_skipped():
     lines = ["3", '"ab"', "null", "[0.1]", '["a", "b"]', "{}", "a word", '[0.5, "half"]']
     _read([*lines, '{"figures": {"loss": 1}}'], lambda *each: seen.append(each), figures)
     assert seen == [(0.5, "half")] and figures == {"loss": 1}
+
+
+def test_figures_are_read_after_half_a_line_of_a_library(capsys):
+    print("half a line", end="")
+    _send({"figures": {"loss": 1}})
+    figures: Json = {}
+    _read(capsys.readouterr().out.splitlines(), quiet, figures)
+    assert figures == {"loss": 1}
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no cores can be chosen here")

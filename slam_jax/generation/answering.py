@@ -3,7 +3,7 @@
 import codecs
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -110,33 +110,41 @@ def generate(
 
 
 class AnswerStream(Iterator[str]):
-    """The pieces of one answer, in order. finish: as in `Sample`, None before the last piece."""
+    """The pieces of one answer, in order. finish: as in `Sample`, None until all are read."""
 
-    def __init__(self, loaded: Trained, request: Request, sampling: Sampling, memory: Any):
-        self.finish: str | None = None
-        self._pieces = self._generate(loaded, request, sampling, memory)
+    finish: str | None = None
+
+    def __init__(self, pieces: Generator[str, None, str]):
+        # The generator does not refer to this object: a cycle would keep the cache of an answer
+        # that nobody reads to its end.
+        self._pieces = pieces
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            self.finish = self.finish or end.value
+            raise
 
-    def _generate(
-        self, loaded: Any, request: Request, sampling: Sampling, memory: Any
-    ) -> Iterator[str]:
-        state, memory = _start(loaded, [request], sampling, memory)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        sent, until = 0, 1
-        while self.finish is None:
-            tokens, logprobs = next(_rows(state))
-            text, _ = cut(_bytes(loaded, tokens), sampling.stop)
-            done = bool(np.asarray(state.done).flat[0])
-            end = len(text) if done else settled(text, sampling.stop)
-            if done:
-                self.finish = _sample(loaded, sampling, tokens, logprobs).finish
-            if piece := decoder.decode(text[sent:end], final=done):
-                yield piece
-            if not done:
-                sent, until = end, until + _TOKENS_AT_A_TIME
-                state = continue_decoding(loaded.model, memory, state, until)
+
+def _pieces(
+    loaded: Trained, request: Request, sampling: Sampling, memory: Any
+) -> Generator[str, None, str]:
+    """The pieces of one answer; returns why it ended."""
+    state, memory = _start(loaded, [request], sampling, memory)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    sent, until, done = 0, 1, False
+    while not done:
+        tokens, logprobs = next(_rows(state))
+        text, _ = cut(_bytes(loaded, tokens), sampling.stop)
+        done = bool(np.asarray(state.done).flat[0])
+        end = len(text) if done else settled(text, sampling.stop)
+        if piece := decoder.decode(text[sent:end], final=done):
+            yield piece
+        if not done:
+            sent, until = end, until + _TOKENS_AT_A_TIME
+            state = continue_decoding(loaded.model, memory, state, until)
+    return _sample(loaded, sampling, tokens, logprobs).finish
 
 
 def stream(
@@ -147,7 +155,7 @@ def stream(
     A piece ends between two characters, and before text that may turn out to be a stop string.
     """
     sampling = dataclasses.replace(sampling or Sampling(), num_samples=1)
-    return AnswerStream(loaded, request, sampling, memory)
+    return AnswerStream(_pieces(loaded, request, sampling, memory))
 
 
 def score(

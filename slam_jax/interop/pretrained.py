@@ -155,11 +155,13 @@ def _headers(files: list[Path]) -> _Stored:
     for file in files:
         with _open(file) as tensors:
             for key in sorted(tensors.keys()):
+                if key.endswith(_CONSTANTS):
+                    continue
                 if key in stored:
                     raise InputError(f"{file.parent}: {_shown(key)} is in two files; expected one")
                 found = tensors.get_slice(key)
                 stored[key] = file, tuple(found.get_shape()), found.get_dtype()
-    return {key: found for key, found in stored.items() if not key.endswith(_CONSTANTS)}
+    return stored
 
 
 def _shown(key: str) -> str:

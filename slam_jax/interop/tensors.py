@@ -26,8 +26,11 @@ class Tensor(NamedTuple):
     def publish(self, params: Params) -> np.ndarray:
         """The published tensor of these parameters, contiguous in the memory of the host."""
         # Indexed on the device first: it may have room for one more expert, not for all.
-        each = (params[p] if self.index is None else params[p][self.index] for p in self.paths)
-        joined = np.concatenate([np.asarray(value) for value in each], axis=-1)
+        each = [
+            np.asarray(params[p] if self.index is None else params[p][self.index])
+            for p in self.paths
+        ]
+        joined = each[0] if len(each) == 1 else np.concatenate(each, axis=-1)
         return np.ascontiguousarray(einops.rearrange(joined, self.pattern))
 
     def shape(self, params: Params) -> tuple[int, ...]:
@@ -36,7 +39,7 @@ class Tensor(NamedTuple):
         return einops.rearrange(joined, self.pattern).shape
 
     def parts(self, published: np.ndarray, params: Params) -> list[np.ndarray]:
-        """What the published tensor has of each parameter, in the shape of the parameter."""
+        """The part of the published tensor that belongs to each parameter, in its shape."""
         ours, theirs = self.pattern.split(" -> ")
         sizes = dict(zip(ours.split(), self._joined(params), strict=True))
         joined = einops.rearrange(published, f"{theirs} -> {ours}", **sizes)

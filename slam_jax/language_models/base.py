@@ -1,4 +1,4 @@
-"""The forward passes of a language model: how tokens go through its stack of blocks.
+"""The full forward pass, the prefill and the decoding step of a stack of blocks.
 
 A model is a stack of blocks. A block says once what it computes, in terms of `ForwardPass.mix`, and
 thereby serves the full forward pass, the prefill of a prompt and a decoding step:
@@ -104,7 +104,7 @@ class PreNormBlock(nnx.Module):
 
 
 class ParallelBlocks(nnx.Module):
-    """Blocks with own parameters that all read what one mixer made of norm(h); their mean.
+    """Blocks that read the output of one shared mixer, and the mean of their outputs.
 
     They are `config.num_blocks` of the class `block`, computed in one vmap as
     `block(h, read, positions) -> h`; only the mixer has a cache. num_cycles: how often they run.
@@ -234,7 +234,8 @@ class Transformer(HeadedModel):
     """Embedding, blocks, norm and head, with the protocol of a language model.
 
     A subclass gives the blocks, each `block(h, forward, cache, key) -> (h, cache, routings)` with
-    `init_cache(batch_shape, max_length)`, and may override `embed` and `balance`. Head and
+    `init_cache(batch_shape, max_length)`, and may override `embed` and `balance`. With
+    experts the configuration needs `balance_loss`, unless `balance` is overridden. Head and
     embeddings start as `config.init` unless it gives others. learned_positions: a table of them is
     added to the embeddings; else the blocks see to positions.
     """

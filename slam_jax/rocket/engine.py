@@ -157,7 +157,7 @@ def _provenance(results: Results) -> Json:
     stamps = [figures["measured"] for done in results.values() for figures in done.values()]
     found = {key: sorted({stamp[key] for stamp in stamps}) for key in ("code", "cores", "at")}
     times = found.pop("at")
-    return {**found, "first": times[0], "last": times[-1]}
+    return {**found, "first": min(times, default=""), "last": max(times, default="")}
 
 
 def _read_results(path: Path, comparison: Comparison) -> dict[str, dict[str, Json]]:
@@ -172,7 +172,7 @@ def _read_results(path: Path, comparison: Comparison) -> dict[str, dict[str, Jso
         stored = json.loads(path.read_text())
         results = {name: dict(done) for name, done in stored["results"].items()}
         _provenance(results)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: not the results of a leaderboard ({error}); give another --workdir, or "
             "delete this one"

@@ -116,11 +116,16 @@ def main() -> None:
     settings = typing.get_type_hints(function)["settings"](**task["settings"])
 
     def report(share: float, text: str) -> None:
-        print(json.dumps([round(share, 3), text]), flush=True)
+        _send([round(share, 3), text])
 
     figures = function(task["system"], settings, report, **task["arguments"])
     for each in figures if isinstance(figures, Iterator) else [figures]:
-        print(json.dumps({"figures": each}, allow_nan=False), flush=True)
+        _send({"figures": each})
+
+
+def _send(value: Any) -> None:
+    """Prints a line of its own, even after half a line that a library has printed."""
+    print("\n" + json.dumps(value, allow_nan=False), flush=True)
 
 
 def _end_with(parent: int) -> None:

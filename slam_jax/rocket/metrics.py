@@ -13,7 +13,7 @@ RESAMPLES = 2_000
 
 
 class Ratio(NamedTuple):
-    """A figure that is one sum over seeds and units (documents or scenes) divided by another."""
+    """The sum of `above` over the sum of `below`, both over seeds and units (documents, scenes)."""
 
     above: Float[np.ndarray, "seeds units"]
     below: Float[np.ndarray, "seeds units"]
@@ -54,19 +54,19 @@ def interval(figure: Ratio, minus: Ratio | None = None) -> Json:
 class Metric(NamedTuple):
     """One number of every row.
 
-    path: its field, with dots between nested fields and numbers of items of lists. least: whether
-    the smallest value is best. scale: from the unit in the row to the unit that is shown; without
-    it values keep their type.
+    path: its field, with dots between nested fields; a tuple where names may have dots. least:
+    whether the smallest value is best. scale: from the unit in the row to the unit that is shown;
+    without it values keep their type.
     """
 
-    path: str
+    path: str | tuple[str, ...]
     least: bool = False
     scale: float = 1.0
 
     def of(self, row: Json) -> Any:
         value: Any = row
-        for field in self.path.split("."):
-            value = value[int(field) if isinstance(value, list) else field]
+        for field in self.path.split(".") if isinstance(self.path, str) else self.path:
+            value = value[field]
         return value if self.scale == 1 else self.scale * value
 
     def best(self, rows: Sequence[Json]) -> Any:

@@ -20,7 +20,15 @@ from slam_jax.rocket.metrics import Metric
 from slam_jax.rocket.tasks import Json
 
 UNITS = {"ms": 1e3, "%": 100.0, "GiB": 2**-30, "M": 1e-6}
-_LEFT = ("system", "category", "variant", "changes", "widths")  # columns of words
+_LEFT = (
+    "system",
+    "category",
+    "variant",
+    "changes",
+    "widths",
+    "levels, s",
+    "ended because",
+)  # columns of words
 Cell = str | Callable[[Json], str]
 
 
@@ -32,21 +40,26 @@ class Page(NamedTuple):
     short: str
 
 
+def show(value: Any, form: str, unit: str = "") -> str:
+    """A number in a unit; an interval or repeated measurements as "middle (low to high)"."""
+    if not isinstance(value, Mapping):
+        return format(UNITS[unit] * value if unit else value, form)
+    keys = ("mean", "low", "high") if "mean" in value else ("median", "least", "most")
+    middle, low, high = (show(value[key], form, unit) for key in keys)
+    return f"{middle} ({low} to {high})"
+
+
 class _Formatter(string.Formatter):
+    """Fields are paths as in `Metric`, with a unit or without."""
+
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         path, _, unit = field_name.rpartition(" ")
-        path, scale = (path, UNITS[unit]) if unit in UNITS else (field_name, None)
-        value = Metric(path).of(kwargs)
-        if scale and isinstance(value, Mapping):
-            return {key: scale * number for key, number in value.items()}, path
-        return scale * value if scale else value, path
+        path, unit = (path, unit) if unit in UNITS else (field_name, "")
+        return (Metric(path).of(kwargs), unit), path
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        if not isinstance(value, Mapping):
-            return format(value, format_spec)
-        keys = ("mean", "low", "high") if "mean" in value else ("median", "least", "most")
-        middle, low, high = (format(value[key], format_spec) for key in keys)
-        return f"{middle} ({low} to {high})"
+        number, unit = value
+        return show(number, format_spec, unit)
 
 
 def cell(form: Cell, row: Json) -> str:
@@ -62,9 +75,9 @@ def cell(form: Cell, row: Json) -> str:
 def table(rows: Iterable[Json], columns: Mapping[str, Cell], chosen: Sequence[str] = ()) -> str:
     """A table of the board's rows. columns: the `cell` of each, by title. chosen: () = all."""
     names = chosen or list(columns)
-    head, _, *lines = markdown_table(
-        names, [[cell(columns[n], row) for n in names] for row in rows]
-    )
+    titles = [name.replace("|", "\\|") for name in names]
+    cells = [[cell(columns[name], row) for name in names] for row in rows]
+    head, _, *lines = markdown_table(titles, cells)
     sides = (":---" if name in _LEFT else "---:" for name in names)
     return "\n".join([head, f"| {' | '.join(sides)} |", *lines])
 
@@ -118,7 +131,7 @@ def mean_curves(rows: Sequence[Json], x: str, y: str, xlabel: str, ylabel: str) 
 
 _FUNCTIONS = {
     function.__name__: function
-    for function in (cell, table, across, across_seeds, bars, points, series, mean_curves)
+    for function in (cell, show, table, across, across_seeds, bars, points, series, mean_curves)
 } | {"number": format}
 
 

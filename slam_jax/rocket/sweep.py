@@ -9,8 +9,10 @@ from slam_jax.rocket.tasks import Json, Results, Task
 
 
 class TunedComparison(Comparison):
-    """The options have `learning_rates`, `more_learning_rates` and `seeds`. Functions of tasks get
-    the arguments and "learning_rate" and "seed"."""
+    """The options have `learning_rates`, `more_learning_rates` and `seeds`.
+
+    The function of each task also gets `learning_rate` and `seed`.
+    """
 
     def trials(
         self, results: Results, function: Callable[..., Any], weight: float, arguments: Json

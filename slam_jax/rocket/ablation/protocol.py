@@ -71,7 +71,7 @@ class Ablation(Comparison):
                 own = _shares(row["runs"])
                 row["difference"] = {entry: interval(own[entry], first[entry]) for entry in own}
         entries = rows[0]["accuracy"]
-        return winners(rows, {entry: Metric(f"accuracy.{entry}.mean") for entry in entries})
+        return winners(rows, {entry: Metric(("accuracy", entry, "mean")) for entry in entries})
 
 
 def _shares(runs: Sequence[Json]) -> dict[str, Ratio]:

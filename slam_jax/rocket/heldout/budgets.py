@@ -37,12 +37,10 @@ def fit(name: str, budget_of: str, amount: float, length: int, vocab_size: int) 
     seed, found = make_config(name, "seed"), []
     # Even numbers, because one of the systems has attention with half of its heads.
     for num_heads in range(2, 129, 2):
-        least, normal = (
-            cost(_scaled(name, num_heads, mlp, vocab_size), budget_of, length)
-            for mlp in (_LEAST, 1.0)
-        )
+        least = cost(_scaled(name, num_heads, _LEAST, vocab_size), budget_of, length)
         if least > amount:
             break
+        normal = cost(_scaled(name, num_heads, 1.0, vocab_size), budget_of, length)
         # The cost is linear in the width of the MLPs.
         mlp = _LEAST + (1 - _LEAST) * (amount - least) / (normal - least)
         if mlp <= _MOST:
