@@ -205,7 +205,7 @@ def test_the_board_follows_its_schema_and_the_pages_have_every_row(board, protoc
     assert "- jamba: `no rate`" in text and "0.016*" in text
     assert "slam_jax 1.0 (abc); measured 2026-01-02 to 2026-01-03." in text
     assert re.search(r"\| moe \| \+0\.21\d\d \* \|\s+\|", text) and "| slam_v4 | +0.2" in text
-    assert whole.count("<svg") == 10 and "jamba: no rate" in whole
+    assert whole.count("<svg") == 10 and "jamba: <code>no rate</code>" in whole
     del board["rows"][0]["runs"][0]["curve"]
     assert len(schema_errors(board)) == 1
     protocol.page({**board, "rows": [], "category_winners": {}})

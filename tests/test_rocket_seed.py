@@ -199,11 +199,11 @@ def test_the_board_follows_its_schema_and_the_pages_have_every_row(board):
     page = PROTOCOL.page(board)
     text, whole = page.markdown, page.html
     for row in board["rows"]:
-        assert f"| {row['system']} |" in text or f"{row['system']}: took more" in text
+        assert f"| {row['system']} |" in text or f"- {row['system']}: `took more" in text
         assert row["system"] in whole
     assert "| 1 | slam_v6 | 71.7 | 9.000 → 1.000 | 1.0000 |" in text
     assert whole.count("<svg") == 9 and "http://" not in whole.replace("http://www.w3.org", "")
-    assert "moe: took more than 16 GiB of memory" in whole
+    assert "moe: <code>took more than 16 GiB of memory</code>" in whole
     PROTOCOL.page({**board, "rows": [], "category_winners": {}})
 
 
