@@ -7,6 +7,9 @@ PROTOCOL ?= seed
 ROCKET ?= runs/rocket-$(PROTOCOL)
 ABLATIONS ?= runs/ablations
 WORKERS ?= 2
+# glibc then keeps freed memory for the next step of a run instead of returning it to Linux
+# (docs/training.md, "Memory allocation on Linux"). Other systems ignore these.
+KEEP = MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1
 
 .PHONY: help setup train eval demo rocket ablations bench test test-all lint format clean
 
@@ -32,7 +35,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 setup: $(VENV)/.installed
 
 train: setup
-	$(RUN) train.py --config=configs/slam_v3_quickstart.py --workdir=$(WORKDIR)
+	$(KEEP) $(RUN) train.py --config=configs/slam_v3_quickstart.py --workdir=$(WORKDIR)
 	$(RUN) eval.py --workdir=$(WORKDIR)
 
 eval: setup
@@ -45,7 +48,7 @@ rocket: setup
 	$(RUN) -m slam_jax.rocket --protocol=$(PROTOCOL) --workdir=$(ROCKET)
 
 ablations: setup
-	$(RUN) -m slam_jax.rocket --protocol=ablation --config=configs/ablations/sort_of_clevr.py \
+	$(KEEP) $(RUN) -m slam_jax.rocket --protocol=ablation --config=configs/ablations/sort_of_clevr.py \
 		--workdir=$(ABLATIONS) --jobs=2
 
 bench: setup

@@ -60,7 +60,7 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
 
 
 def v6_losses(preset: str, rows: int, length: int, dtype: str) -> Any:
-    """The loss [rows] of each row, its logits made with the same parameters, rounded to `dtype`."""
+    """The loss [rows] of each row; logits are computed with the parameters rounded to `dtype`."""
     import dataclasses
 
     import jax

@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint_cost.py
 
-Arms alternate, a minute each, in one process; the order turns round every time. The same number of
+Arms alternate, a minute each, in one process; the order is reversed every time. The same number of
 steps is timed in both, to the end of the write where there is one.
 """
 

@@ -1,7 +1,7 @@
 """The loss and its gradient at a large vocabulary, a chunk of tokens at a time, against all logits.
 
-Memory is the most that a process had in the first call less what it had before it: libraries,
-arguments and the program are not in it, both gradients are. Linux alone tells it.
+Memory is the peak of the first call minus the memory before it (Linux only). It includes both
+gradients, and not the libraries, the arguments and the compiled executable.
 """
 
 import time
@@ -21,12 +21,12 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
         ("peak memory", "MiB", 4.0, {"repeats": 0}),
         ("time", "s", None, {"repeats": 3}),
     ):
-        given = {**sizes, **repeated}
+        arguments = {**sizes, **repeated}
         yield Comparison(
             f"loss and gradient, {tokens:,} tokens, vocabulary {vocab_size:,}, {what}",
             [
-                Arm("chunks", gradient, {**given, "chunk_tokens": CHUNK}),
-                Arm("full logits", gradient, {**given, "chunk_tokens": None}, aim=aim),
+                Arm("chunks", gradient, {**arguments, "chunk_tokens": CHUNK}),
+                Arm("full logits", gradient, {**arguments, "chunk_tokens": None}, aim=aim),
             ],
             tolerance=1e-4,
             fresh=True,
@@ -58,18 +58,18 @@ def gradient(tokens: int, vocab_size: int, chunk_tokens: int | None, repeats: in
             losses = token_losses_in_chunks(head, hidden, targets, chunk_tokens)
         return jnp.mean(losses.cross_entropy)
 
-    program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(kernel, hidden).compile()
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(kernel, hidden).compile()
     before = _kib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the most from here on, see man 5 proc
-    value, gradients = jax.block_until_ready(program(kernel, hidden))
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see man 5 proc
+    value, gradients = jax.block_until_ready(compiled(kernel, hidden))
     figure = (_kib("VmHWM") - before) / 1024
     if repeats:
-        figure = min(_seconds(program, kernel, hidden) for _ in range(repeats))
+        figure = min(_seconds(compiled, kernel, hidden) for _ in range(repeats))
     return Measured(np.array([float(value), *map(_mark, gradients)]), figure)
 
 
 def _mark(gradient: Any) -> float:
-    """A sum of about 1 that every number has its own share in, whatever the size of them all."""
+    """A weighted sum of the normalised gradient, about 1."""
     import jax.numpy as jnp
 
     shares = jnp.cos(jnp.arange(gradient.size)).reshape(gradient.shape)
@@ -77,14 +77,14 @@ def _mark(gradient: Any) -> float:
 
 
 def _kib(field: str) -> int:
-    """Of Linux's account of this process: VmRSS, what it has now, or VmHWM, the most it had."""
+    """VmRSS (current) or VmHWM (peak) of this process in KiB, as Linux counts it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def _seconds(program: Any, *given: Any) -> float:
+def _seconds(compiled: Any, *arguments: Any) -> float:
     import jax
 
     start = time.perf_counter()
-    jax.block_until_ready(program(*given))
+    jax.block_until_ready(compiled(*arguments))
     return time.perf_counter() - start

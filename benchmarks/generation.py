@@ -1,7 +1,7 @@
 """How long an answer takes: python benchmarks/generation.py --workdir=runs/quickstart
 
 Three figures, each the median and range of five rounds: the time from `load` in a new process to
-the first token (with programs compiled before, and without); tokens a second at batches of 1 and
+the first token (with a filled compilation cache, and without); tokens a second at batches of 1 and
 32; and 20 questions about one scene with the scene encoded once, against encoded for each of them.
 """
 
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def first_token(workdir: str) -> None:
-    for name, fresh in (("programs compiled before", False), ("empty compile cache", True)):
+    for name, fresh in (("filled compile cache", False), ("empty compile cache", True)):
         imports, answers = [], []
         for i in range(ROUNDS + (not fresh)):
             with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
-"""A plan beside the run that it is of: bytes of one of eight virtual devices.
+"""Compares a plan with its run: bytes of one of eight virtual devices.
 
     python benchmarks/plan.py
 
-The run is the quickstart's, on data 2 x process 4: its state is made, one step is taken, and the
-arrays that then stand on a device are counted; the step is compiled as a run compiles it.
+The run is the quickstart's, on data 2 x process 4. Its state is initialised, one step is taken, and
+the arrays that are placed on a device are counted. The step is compiled as a run compiles it.
 """
 
 import os
@@ -31,7 +31,7 @@ def main() -> None:
     config = override(read_config(CONFIG), ["--config.mesh.process=4"])
     subject, experiment = subject_of(config), Experiment.from_config(config)
     mesh = make_mesh(subject.mesh)
-    told = plan_step(subject, mesh)
+    planned = plan_step(subject, mesh)
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), subject.batch)
     with use_mesh(mesh):
         graphdef, state = initial_state(experiment, subject.config.vocab_size, mesh)
@@ -39,14 +39,14 @@ def main() -> None:
         compiled = jit_step(experiment, graphdef, state).lower(state, batch).compile()
         state, _ = compiled(state, batch)
     rows = {
-        "parameters": (told.state.params, on_one_device(state.params)),
-        "optimizer": (told.state.opt_state, on_one_device(state.opt_state)),
-        "average": (told.state.ema, on_one_device(state.ema)),
-        "beside, in a step": (told.step.taken, compiled.memory_analysis().temp_size_in_bytes),
+        "parameters": (planned.state.params, on_one_device(state.params)),
+        "optimizer": (planned.state.opt_state, on_one_device(state.opt_state)),
+        "average": (planned.state.ema, on_one_device(state.ema)),
+        "temporary, in a step": (planned.step.taken, compiled.memory_analysis().temp_size_in_bytes),
     }
     print(f"{'':<20}{'the plan':>14}{'the run':>14}  plan / run")
-    for name, (planned, real) in rows.items():
-        print(f"{name:<20}{planned:>14,}{real:>14,}  {planned / real if real else 1:.4f}")
+    for name, (expected, real) in rows.items():
+        print(f"{name:<20}{expected:>14,}{real:>14,}  {expected / real if real else 1:.4f}")
 
 
 def on_one_device(tree: Any) -> int:

@@ -79,11 +79,11 @@ def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices
         gradients, x_gradient = jax.grad(loss, (0, 1))(params, x)
         return x_gradient / jnp.max(jnp.abs(x_gradient)), gradients
 
-    program = jax.jit(both)
+    compiled = jax.jit(both)
 
     def call():
         with use_mesh(mesh):
-            return jax.block_until_ready(program(params, x))[0]
+            return jax.block_until_ready(compiled(params, x))[0]
 
     return call
 

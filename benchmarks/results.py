@@ -60,13 +60,20 @@ def version_of(checkout: str) -> str:
 
 
 def keep_versions(entry: Json, other: str) -> None:
-    """Stores rows that compare two versions in `versions.json`; rows of other titles stay."""
+    """Stores rows that compare two versions in `versions.json`.
+
+    Rows of other calls, machines and earlier versions stay. A row without a figure of the earlier
+    version is left out. Raises InputError if the file holds something else.
+    """
     file, machine = FOLDER / "versions.json", entry["machine"]
     where = [place(machine), machine["slam_jax"], other, entry["date"]]
-    new = {row["title"]: [row["title"], *_versions_row(row), *where] for row in entry["rows"]}
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    old = {row[0]: row for row in kept["tables"][0]["rows"]} if kept else {}
-    table = {"title": "All rows", "columns": _VERSIONS, "rows": [*(old | new).values()]}
+    rows = _versions_rows(file) if file.exists() else []
+    for row in entry["rows"]:
+        if "other version" in row["arms"]:
+            rows.append([row["title"], *_versions_row(row), *where])
+    # The last row of a call, machine and earlier version counts.
+    latest = {(row[0], row[4], row[6]): row for row in rows}
+    table = {"title": "All rows", "columns": _VERSIONS, "rows": [*latest.values()]}
     found = {
         "title": "One version against another",
         "command": "python -m benchmarks --against=CHECKOUT",
@@ -75,6 +82,16 @@ def keep_versions(entry: Json, other: str) -> None:
         "tables": [table],
     }
     write_whole(file, json.dumps(found, indent=1) + "\n")
+
+
+def _versions_rows(file: Path) -> list[list[str]]:
+    try:
+        [table] = json.loads(file.read_text(encoding="utf-8"))["tables"]
+        if table["columns"] != _VERSIONS:
+            raise ValueError
+        return table["rows"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{file}: expected rows that compare two versions; remove it") from None
 
 
 def _versions_row(row: Json) -> list[str]:

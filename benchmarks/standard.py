@@ -6,7 +6,7 @@ from benchmarks import ours, theirs
 from benchmarks.comparison import Comparison
 from benchmarks.sizes import forward_flops, training_flops, weights
 
-# Of all ratios; each by itself is to be 1.
+# The aim for the median of all ratios; that of each ratio is 1.
 MIDDLE_AIM = 1.2
 
 

@@ -57,8 +57,10 @@ def language_model(system: str, preset: str = "seed", length: int = LENGTH) -> N
     graphdef, params = split_model(jax.jit(lambda: make_model(config, rngs=nnx.Rngs(0)))())
     step, state = ours.make_step(graphdef, params)
     given = jnp.asarray(ours.tokens(config.vocab_size, ROWS, length + 1))
-    program = step.lower(state, given).compile()
-    _, spent = measured(program, program.as_text(), state, given, "layers|language_models|training")
+    compiled = step.lower(state, given).compile()
+    _, spent = measured(
+        compiled, compiled.as_text(), state, given, "layers|language_models|training"
+    )
     print(f"{system}, training step {ROWS} x {length}: {spent.total():,.0f} ms")
     say(spent)
 
@@ -69,7 +71,7 @@ def quickstart() -> None:
     graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
     step = jit_step(experiment, graphdef, state)
     ends = [*(start for start, _ in experiment.data.stages[1:]), experiment.run.num_steps]
-    total, compiled, programs = 0.0, 0.0, {}
+    total, compile_seconds, executables = 0.0, 0.0, {}
     jax.config.update("jax_enable_compilation_cache", False)
 
     for (first, mix), end in zip(experiment.data.stages, ends, strict=True):
@@ -80,19 +82,19 @@ def quickstart() -> None:
             kinds[str(jax.tree.map(jnp.shape, batch))].append(batch)
         spent = collections.Counter()
         for kind, (batch, *others) in kinds.items():
-            if kind not in programs:
+            if kind not in executables:
                 start = time.perf_counter()
-                programs[kind] = step.lower(state, batch).compile()
-                compiled += time.perf_counter() - start
-            program = programs[kind]
-            state, each = measured(program, program.as_text(), state, batch)
+                executables[kind] = step.lower(state, batch).compile()
+                compile_seconds += time.perf_counter() - start
+            compiled = executables[kind]
+            state, each = measured(compiled, compiled.as_text(), state, batch)
             weight = (1 + len(others)) / BATCHES
             spent.update({part: weight * ms for part, ms in each.items()})
         total += (end - first) * spent.total()
         print(f"steps {first} to {end}, {' '.join(mix)}: {spent.total():.0f} ms a step")
         say(spent)
     print(f"all {experiment.run.num_steps} steps: {total / 60_000:.1f} minutes")
-    print(f"tracing and compiling them: {compiled:.0f} s")
+    print(f"tracing and compiling them: {compile_seconds:.0f} s")
 
 
 def say(spent: collections.Counter[str]) -> None:
@@ -101,7 +103,7 @@ def say(spent: collections.Counter[str]) -> None:
 
 
 def measured(
-    call: Any, program: str, state: Any, given: Any, packages: str = PACKAGES
+    call: Any, hlo_text: str, state: Any, given: Any, packages: str = PACKAGES
 ) -> tuple[Any, collections.Counter[str]]:
     """Calls (state, given) -> (state, anything) several times; returns the last state, and the
     milliseconds of one call by part."""
@@ -114,15 +116,15 @@ def measured(
         with jax.profiler.trace(folder):
             for _ in range(STEPS):
                 state, _ = jax.block_until_ready(call(state, given))
-        parts = by_part(folder, program, packages)
+        parts = by_part(folder, hlo_text, packages)
     whole, milliseconds = parts.total(), 1e3 * statistics.median(seconds[1:])
     shares = {part: milliseconds * spent / whole for part, spent in parts.items()}
     return state, collections.Counter(shares)
 
 
-def by_part(folder: str, program: str, packages: str = PACKAGES) -> collections.Counter[str]:
+def by_part(folder: str, hlo_text: str, packages: str = PACKAGES) -> collections.Counter[str]:
     """Nanoseconds of the operations in a trace, by the file that asked for them."""
-    parts, spent = parts_of(program, packages), collections.Counter()
+    parts, spent = parts_of(hlo_text, packages), collections.Counter()
     [trace] = Path(folder).rglob("*.xplane.pb")
     for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
         for event in itertools.chain.from_iterable(line.events for line in plane.lines):
@@ -131,12 +133,14 @@ def by_part(folder: str, program: str, packages: str = PACKAGES) -> collections.
     return spent
 
 
-def parts_of(program: str, packages: str = PACKAGES) -> dict[str, str]:
+def parts_of(hlo_text: str, packages: str = PACKAGES) -> dict[str, str]:
     """The part of every operation of a compiled executable that has time of its own."""
-    files = dict(re.findall(r'^(\d+) "([^"]*)"$', _table(program, "FileNames"), re.M))
-    places = dict(re.findall(r"^(\d+) {file_name_id=(\d+)", _table(program, "FileLocations"), re.M))
+    files = dict(re.findall(r'^(\d+) "([^"]*)"$', _table(hlo_text, "FileNames"), re.M))
+    places = dict(
+        re.findall(r"^(\d+) {file_name_id=(\d+)", _table(hlo_text, "FileLocations"), re.M)
+    )
     row = r"^(\d+) {file_location_id=(\d+) parent_frame_id=(\d+)"
-    frames = {int(n): rest for n, *rest in re.findall(row, _table(program, "StackFrames"), re.M)}
+    frames = {int(n): rest for n, *rest in re.findall(row, _table(hlo_text, "StackFrames"), re.M)}
 
     def part(frame: int) -> str:
         while frame:
@@ -149,15 +153,15 @@ def parts_of(program: str, packages: str = PACKAGES) -> dict[str, str]:
 
     operation = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (?:\(.*?\)|\S+) ([\w-]+)\((.*)$", re.M)
     found = {}
-    for name, kind, rest in operation.findall(program):
+    for name, kind, rest in operation.findall(hlo_text):
         frame = re.search(r"stack_frame_id=(\d+)", rest)
         if kind not in _HOLDERS:
             found[name] = part(int(frame[1]) if frame else 0)
     return found
 
 
-def _table(program: str, name: str) -> str:
-    return program.split(f"\n{name}\n", 1)[1].split("\n\n", 1)[0]
+def _table(hlo_text: str, name: str) -> str:
+    return hlo_text.split(f"\n{name}\n", 1)[1].split("\n\n", 1)[0]
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def generation(folder: str, prompt: list[int], new_tokens: int) -> Call:
 def load(folder: str, dtype: str) -> Any:
     import transformers  # pyright: ignore[reportMissingImports]
 
-    # Of arguments that they renamed after the oldest version that will do.
+    # Warnings about arguments that were renamed after the oldest supported version.
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()

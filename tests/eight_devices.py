@@ -220,7 +220,7 @@ def test_a_kernel_takes_what_a_callers_shard_map_has_divided():
         np.testing.assert_allclose(jax.jit(divided)(q), attend(q), atol=1e-6)
 
 
-# --- Where arrays stand
+# --- Where arrays are placed
 
 # Axis -> parameter -> what one device holds of it.
 HELD = {
@@ -357,7 +357,7 @@ def test_twenty_steps_end_at_the_same_loss(sizes, changes):
 def test_process_weights_never_move():
     """What a step sends, to the byte. Forward the mean over processes and the sum of W_cat; then
     back what comes to the tokens, and to the keys and values of the bank: five times [B, S, D].
-    Beside it a few numbers of each array that stands apart: its squared norm, for clipping and for
+    Beside it a few numbers of each array that is sharded: its squared norm, for clipping and for
     the metrics, and whether any of its gradient is not 0."""
     mesh, experiment, batch = mesh_of(process=4), experiment_of({}), make_batch(np.float32)
     with use_mesh(mesh):
@@ -402,26 +402,31 @@ def shaped(batch: Batch) -> Any:
 def test_a_plan_is_what_a_run_takes():
     experiment, batch = experiment_of({"zero": True}), make_batch(np.float32)
     mesh = mesh_of(data=2, process=4)
-    told = plan_step(slam_v3_run(experiment, VOCAB, shaped(batch)), mesh)
+    planned = plan_step(slam_v3_run(experiment, VOCAB, shaped(batch)), mesh)
     state = jax.device_put(first_state(), shardings_of(first_state(), mesh, zero=True))
 
     def on_one_device(tree: Any) -> int:
         return sum(x.addressable_shards[-1].data.nbytes for x in jax.tree.leaves(tree))
 
-    assert told.state.params == on_one_device(state.params)
-    assert told.state.opt_state == on_one_device(state.opt_state)
-    assert told.state.ema == on_one_device(state.ema)
-    assert told.state.ema < told.state.params < told.state.opt_state < 2 * told.state.params
+    assert planned.state.params == on_one_device(state.params)
+    assert planned.state.opt_state == on_one_device(state.opt_state)
+    assert planned.state.ema == on_one_device(state.ema)
+    assert (
+        planned.state.ema
+        < planned.state.params
+        < planned.state.opt_state
+        < 2 * planned.state.params
+    )
     # Half of the examples on each side; the few numbers as in the test above.
     tokens = 4 * (6 + 16 + 3) * 32 * 4
-    assert 0 <= told.step.sent[("process",), "all-reduce"] - 5 * tokens <= 16 * (2 * 4 + 1)
+    assert 0 <= planned.step.sent[("process",), "all-reduce"] - 5 * tokens <= 16 * (2 * 4 + 1)
     # Every device updates its half of a weight and is sent the other.
     halves = [
         x.addressable_shards[0].data.nbytes
         for x, y in zip(*map(jax.tree.leaves, (state.params, state.ema)), strict=True)
         if held(x) != held(y)
     ]
-    assert told.step.sent[("data",), "all-gather"] == sum(halves)
+    assert planned.step.sent[("data",), "all-gather"] == sum(halves)
 
 
 LAYERS = {"model.num_process_layers": 4, "model.num_decoder_layers": 3}
@@ -429,26 +434,26 @@ LAYERS = {"model.num_process_layers": 4, "model.num_decoder_layers": 3}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", list(SIZES))
-def test_what_many_layers_send_is_told_from_one_and_two(axis):
-    """Bytes sent and kept are those of the whole program; what it takes is near."""
+def test_what_many_layers_send_is_extrapolated_from_one_and_two(axis):
+    """Bytes sent and stored are those of the whole executable; its memory is close."""
     experiment = experiment_of({"data": 1}, **LAYERS)
     mesh = mesh_of(**{axis: SIZES[axis]})
     run = slam_v3_run(experiment, VOCAB, shaped(make_batch(np.float32)))
-    told, layers = extrapolated(run, functools.partial(compiled_step, mesh=mesh))
+    planned, layers = extrapolated(run, functools.partial(compiled_step, mesh=mesh))
     assert [tuple(each.values()) for each in layers] == [(1, 1), (2, 1), (1, 2)]
     whole = compiled_step(run, mesh)
-    assert whole.sent == told.sent and whole.activations == told.activations
-    assert whole.taken == pytest.approx(told.taken, rel=0.1)
+    assert whole.sent == planned.sent and whole.activations == planned.activations
+    assert whole.taken == pytest.approx(planned.taken, rel=0.1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["standard", "moe", "deepseek_v2"])
-def test_what_many_layers_of_a_language_model_send_is_told_from_two(name):
+def test_what_many_layers_of_a_language_model_send_is_extrapolated_from_two(name):
     mesh = mesh_of(fsdp=2, tensor=2)
     run = LanguageRun(name, "tiny", 4, 16, {"num_layers": 5}).subject()
-    told, _ = extrapolated(run, functools.partial(compiled_step, mesh=mesh))
+    planned, _ = extrapolated(run, functools.partial(compiled_step, mesh=mesh))
     whole = compiled_step(run, mesh)
-    assert whole.sent == told.sent and whole.activations == told.activations
+    assert whole.sent == planned.sent and whole.activations == planned.activations
 
 
 @pytest.mark.parametrize(
@@ -461,17 +466,17 @@ def test_what_many_layers_of_a_language_model_send_is_told_from_two(name):
 )
 def test_devices_share_the_activations_of_a_batch(axis, policies):
     """The fewer are stored, the more are recomputed; a device stores those of its rows alone."""
-    told = []
+    planned = []
     for remat in policies:
         run = LanguageRun("standard", "tiny", 8, 16, {"remat": remat}).subject()
         whole = compiled_step(run, None).activations
         assert compiled_step(run, mesh_of(**{axis: 4})).activations * 4 == whole
-        told.append(whole)
-    assert told == sorted(told, reverse=True)
+        planned.append(whole)
+    assert planned == sorted(planned, reverse=True)
 
 
 def test_a_search_plans_the_cheapest_mesh_that_fits(monkeypatch):
-    """Every mesh of 8 that shares the heads is asked for; the fastest of all has no room."""
+    """Every mesh of 8 that shares the heads is asked for; the fastest of all does not fit."""
     run = LanguageRun("standard", "tiny", 8, 16).subject()
     real, asked = plan_step(run, None), []
 
@@ -526,7 +531,7 @@ def run_config(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_other_devices(run_config, tmp_path, monkeypatch, capsys):
+def test_a_run_resumes_on_other_devices(run_config, tmp_path, monkeypatch, capsys):
     def on(**sizes: int) -> Any:
         return override(run_config, [f"--config.mesh.{a}={size}" for a, size in sizes.items()])
 

@@ -328,5 +328,18 @@ def test_our_arms_alone_run_in_both_versions_and_their_rows_are_stored(tmp_path,
         [title, "5.00x (5.00 to 5.00)", "2 s", "10 s"] for title in ("a row", "another")
     ]
     assert rows[0][6] == "0.0.9"
+    # A row against another version is one more; a row whose earlier arm failed is left out.
+    alone = {**row, "title": "alone", "arms": {"ours": row["arms"]["ours"]}}
+    entry = results.make_entry("", [{**row, "title": "a row"}, alone], {}, None)
+    results.keep_versions(entry, "0.0.8")
+    rows = json.loads((tmp_path / "versions.json").read_text())["tables"][0]["rows"]
+    assert [(each[0], each[6]) for each in rows] == [
+        ("a row", "0.0.9"),
+        ("another", "0.0.9"),
+        ("a row", "0.0.8"),
+    ]
+    (tmp_path / "versions.json").write_text('{"tables": []}')
+    with pytest.raises(InputError, match="expected rows that compare two versions"):
+        results.keep_versions(entry, "0.0.8")
     with pytest.raises(InputError, match="expected a checkout of another version"):
         results.version_of(str(tmp_path))

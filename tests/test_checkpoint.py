@@ -99,9 +99,9 @@ def test_latest_best_and_every_kth_are_kept(tmp_path):
     for step, score in scores.items():
         save(checkpoints, step, **({} if score is None else {"accuracy": score}))
         if step in (3, 7):  # a run that is started again knows the best so far
-            checkpoints.close()
+            checkpoints.wait()
             checkpoints = Checkpoints(tmp_path, keep_every=2)
-    checkpoints.close()
+    checkpoints.wait()
     assert checkpoints.steps() == [2, 4, 5, 6, 8, 9]
     assert {path.name for path in checkpoints.directory.iterdir()} == set("245689")
     assert checkpoints.best() == 5
@@ -168,7 +168,7 @@ def test_a_failed_write_surfaces_and_loses_nothing(tmp_path, big):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1, big)
     checkpoints.wait()
-    for surface in (checkpoints.wait, lambda: save(checkpoints, 3, big), checkpoints.close):
+    for surface in (checkpoints.wait, lambda: save(checkpoints, 3, big)):
         with full_disk():
             save(checkpoints, 2, big)
             with pytest.raises(
@@ -179,7 +179,7 @@ def test_a_failed_write_surfaces_and_loses_nothing(tmp_path, big):
         assert checkpoints.steps() == [1]
         assert_same(checkpoints.restore("latest", big), big)
     save(checkpoints, 2, big)  # the disk has room again
-    checkpoints.close()
+    checkpoints.wait()
     assert checkpoints.steps() == [1, 2]
 
 
@@ -393,7 +393,7 @@ def test_a_failed_write_is_told_without_waiting(tmp_path, big):
             pending[1].result()
         with pytest.raises(CheckpointError, match="2: the checkpoint could not be written"):
             checkpoints.poll()
-    checkpoints.close()
+    checkpoints.wait()
     assert list(checkpoints.directory.iterdir()) == []
 
 

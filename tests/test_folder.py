@@ -474,7 +474,7 @@ def test_a_table_of_0_11_keeps_its_splits_and_is_warned_of_shared_pictures(twins
         assert splits[line] == ("train" if place < 0.8 else "validation" if place < 0.9 else "test")
     shared = sum(len({splits[3 * i + j] for j in (1, 2, 3)}) > 1 for i in range(15))
     assert shared and table.notes[0].startswith(
-        f"pictures or texts that are in more than one split: {shared} (first told by row"
+        f"pictures or texts that are in more than one split: {shared} (first in row"
     )
 
 
@@ -490,7 +490,7 @@ def test_a_picture_in_two_given_splits_is_told_and_a_split_holds_for_equal_pictu
         *("validation", "validation", "validation"),
     ]
     [note] = table.notes
-    assert "more than one split: 1 (first told by row 6)" in note
+    assert "more than one split: 1 (first in row 6)" in note
 
 
 # --- Numbers by name, and outliers

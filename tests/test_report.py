@@ -344,7 +344,7 @@ def test_a_page_says_what_is_odd_about_the_data(workdir, tmp_path):
     evaluation = evaluate_checkpoint(workdir, None, [f"--config.data.path={table}"])
     unused, shared = evaluation.metrics["data"]["notes"]
     assert unused == "columns that are not used: 'by <hand>' (row 19: 'x' is no number)"
-    assert "more than one split: 1 (first told by row 19); scores on them are too good" in shared
+    assert "more than one split: 1 (first in row 19); scores on them are too good" in shared
     page = render_report(evaluation)
     assert "not used: &#39;by &lt;hand&gt;&#39; (row 19" in page and shared in page
 

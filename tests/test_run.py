@@ -18,7 +18,7 @@ import pytest
 from helpers import assert_same
 
 from slam_jax.data import AuxFormat, Batch, Tokenizer, prepare, training_batches
-from slam_jax.errors import ConfigError
+from slam_jax.errors import ConfigError, InputError
 from slam_jax.reporting.checkpoint import evaluate_checkpoint
 from slam_jax.reporting.report import write_evaluation
 from slam_jax.runtime.memory import OutOfMemory
@@ -207,7 +207,13 @@ def test_a_run_that_is_asked_to_stop_saves_and_resumes(
     stopped = Checkpoints(tmp_path)
     assert stopped.steps()[-1] == step
     assert stopped.read_metrics(step) == {}
-    if step == 6:  # the evaluation was written, and the run killed before its checkpoint was
+    if step == 6:
+        # It is asked to stop again, in the middle of the evaluation that is still to be done.
+        with monkeypatch.context() as patch:
+            stop = ask_at(patch, loop, "evaluation_batches", 1)
+            with pytest.raises(Stopped, match="step 6 is saved"):
+                train(config, tmp_path, stop)
+        # Then the evaluation is written, and the run is killed before its checkpoint is.
 
         def killed(*args, **more):
             raise KeyboardInterrupt
@@ -523,3 +529,9 @@ def test_a_run_resumes_only_with_the_numbers_it_was_trained_on(config, tmp_path)
 def aux_of(workdir: Path) -> Any:
     saved = Checkpoints(workdir).read_aux("latest") or {}
     return saved["mean"], saved["scale"]
+
+
+@pytest.mark.parametrize("stored", [{"names": None}, {"names": ["a"], "mean": [1.0]}, {"x": 1}])
+def test_a_damaged_format_of_vectors_is_refused_in_words(stored):
+    with pytest.raises(InputError, match="aux format: "):
+        AuxFormat.from_json(stored)

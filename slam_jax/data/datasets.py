@@ -130,11 +130,11 @@ def _read_folder(
     tokenizer = tokenizer or _train(texts_of(table.rows["train"]), config)
     table = without_long_rows(table, tokenizer, model.context_length)
     _check_table(table, config, model)
-    given = [row for rows in table.rows.values() for row in rows]
+    all_rows = [row for rows in table.rows.values() for row in rows]
     lacks = {
-        "image": [row.image is None for row in given],
-        "text": [row.text is None for row in given],
-        "aux": [row.numbers is None or np.isnan(row.numbers).any() for row in given],
+        "image": [row.image is None for row in all_rows],
+        "text": [row.text is None for row in all_rows],
+        "aux": [row.numbers is None or np.isnan(row.numbers).any() for row in all_rows],
     }
     streams = [name for name, missing in lacks.items() if not all(missing)]
     notes = table.notes
@@ -201,8 +201,8 @@ def _read_coco_captions(
         split: with_fitting_answers(each, tokenizer, context) for split, each in rows.items()
     }
     lengths = Lengths((0, 0), context - 2, context - 2)
-    made = _from_rows(fitting, config.name, config, model, tokenizer, _PICTURES, lengths=lengths)
-    return dataclasses.replace(made, corpus_is_whole=not sample.damaged)
+    dataset = _from_rows(fitting, config.name, config, model, tokenizer, _PICTURES, lengths=lengths)
+    return dataclasses.replace(dataset, corpus_is_whole=not sample.damaged)
 
 
 def _train(texts: Iterable[Texts], config: DataConfig) -> Tokenizer:

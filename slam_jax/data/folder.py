@@ -132,9 +132,9 @@ def read_table(
 def without_long_rows(table: Table, tokenizer: Tokenizer, context_length: int) -> Table:
     """The table with rows that do not fit into a model's context among the bad ones."""
     rows, bad = {}, list(table.bad)
-    for split, given in table.rows.items():
+    for split, all_rows in table.rows.items():
         rows[split] = []
-        for row in given:
+        for row in all_rows:
             text = len(tokenizer.encode(row.text or ""))
             # <bos> before the prompt, <eos> after the answer.
             question = 2 + sum(len(tokenizer.encode(t)) for t in (row.prompt, *row.answers))
@@ -200,7 +200,7 @@ class _Read(NamedTuple):
 
 
 class _RowReader:
-    """Turns records into rows. A picture is opened once, however many rows show it.
+    """Turns records into rows. A readable picture is opened once, however many rows show it.
 
     cleaned: the lines of rows whose answer or kind was changed.
     """
@@ -299,8 +299,8 @@ def _digest(image: Path) -> str:
 
 def _split(read: Sequence[_Read], version: int | None) -> tuple[dict[str, list[Row]], list[int]]:
     """The rows by split, and a line of each content that is in more than one split."""
-    given = {each.key: each.split for each in reversed(read) if each.split}
-    follows = given if version is not None else {}
+    named = {each.key: each.split for each in reversed(read) if each.split}
+    follows = named if version is not None else {}
     places = {e.key: _place(e.key) for e in read if not e.split and e.key not in follows}
     chosen = {key: next(s for s in SPLITS if place < _ENDS[s]) for key, place in places.items()}
     lacking = set(SPLITS) - set(chosen.values()) - {each.split for each in read}

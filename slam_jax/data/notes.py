@@ -45,14 +45,13 @@ def table_notes(
         yield f"columns that are not used: {', '.join(parts)}"
     if shared:
         yield (
-            f"pictures or texts that are in more than one split: {len(shared):,} (first told by "
-            f"row {min(shared)}); scores on them are too good, so give all rows of one the same "
-            "split"
+            f"pictures or texts that are in more than one split: {len(shared):,} (first in row "
+            f"{min(shared)}); scores on them are too good, so give all rows of one the same split"
         )
     if cleaned:
         yield (
-            "answers and kinds read without the blanks around them, accents composed: "
-            f"{len(cleaned):,} (first in row {cleaned[0]})"
+            "answers and kinds whose outer spaces were removed or whose accents were composed "
+            f"(Unicode NFC): {len(cleaned):,} (first in row {cleaned[0]})"
         )
 
 

@@ -81,7 +81,8 @@ class AuxFormat:
     scale: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for field, values in vars(self).items():
+        object.__setattr__(self, "names", tuple(self.names))
+        for field, values in (("mean", self.mean), ("scale", self.scale)):
             object.__setattr__(self, field, None if values is None else tuple(values))
 
     @property

@@ -91,11 +91,11 @@ def with_fitting_answers(rows: Sequence[Any], tokenizer: Tokenizer, context_leng
     """
 
     def fit(row: Row) -> Row:
-        room = context_length - 2 - len(tokenizer.encode(row.prompt))
-        answers = tuple(text for text in row.answers if len(tokenizer.encode(text)) <= room)
+        most = context_length - 2 - len(tokenizer.encode(row.prompt))
+        answers = tuple(text for text in row.answers if len(tokenizer.encode(text)) <= most)
         if not answers:
             raise InputError(
-                f"{row.where}: none of its {len(row.answers)} answers has at most {room} tokens; "
+                f"{row.where}: none of its {len(row.answers)} answers has at most {most} tokens; "
                 f"model.context_length is {context_length}"
             )
         return row._replace(answers=answers)

@@ -162,11 +162,11 @@ class Rows(Records):
             return set()
         numbers = None if record.numbers is None or np.isnan(record.numbers).all() else True
         parts = {"text": record.text, "image": record.image, "aux": numbers}
-        given = [name for name in shown if parts[name] is not None]
-        kept = [name for name in given if rng.random() >= self._drop_inputs]
-        if given and not kept:
-            kept = [given[int(rng.integers(len(given)))]]
-        return set(given) - set(kept)
+        present = [name for name in shown if parts[name] is not None]
+        kept = [name for name in present if rng.random() >= self._drop_inputs]
+        if present and not kept:
+            kept = [present[int(rng.integers(len(present)))]]
+        return set(present) - set(kept)
 
     def streams(self, view: str) -> tuple[str, ...]:
         return tuple(s for s in TRAINING_VIEWS[view].streams if s in self._streams)

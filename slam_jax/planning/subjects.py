@@ -111,8 +111,8 @@ def slam_v3_run(
     experiment: Experiment, vocab_size: int, batch: Batch, view: str | None = None
 ) -> Subject:
     """A run of `train` on batches of one view, of these shapes."""
-    model, given = experiment.with_vocabulary(vocab_size), batch.inputs
-    arrays: dict[str, Any] = {"text": given.text, "pixels": given.image, "aux": given.aux}
+    model, inputs = experiment.with_vocabulary(vocab_size), batch.inputs
+    arrays: dict[str, Any] = {"text": inputs.text, "pixels": inputs.image, "aux": inputs.aux}
     sizes: dict[str, Any] = {name: x.shape[1] for name, x in arrays.items() if x is not None}
     if "pixels" in sizes:
         sizes["pixels"] = arrays["pixels"].shape[1:3]

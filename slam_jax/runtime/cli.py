@@ -66,8 +66,8 @@ def _ignore_closed_event_loop(unraisable: Any) -> None:
 def exit_on_error() -> Iterator[None]:
     """Ends the process with one line and an exit code instead of a traceback.
 
-    The code is 2 for a UserError or an OSError, and that of the shell for Ctrl-C and for a closed
-    pipe. Other errors keep their traceback.
+    The code is 2 for a UserError or an OSError, SAVED for `Stopped`, INTACT for `PeerLost`, and
+    that of the shell for Ctrl-C and for a closed pipe. Other errors keep their traceback.
     """
     try:
         yield

@@ -15,7 +15,9 @@ class WorkdirError(UserError):
 
 @contextlib.contextmanager
 def lock_workdir(workdir: str | Path) -> Iterator[None]:
-    """Locks `workdir`, which is created if needed, against other runs until the process ends.
+    """Locks `workdir`, which is created if needed, against other runs while the body runs.
+
+    The operating system releases the lock where the process dies.
 
     Raises WorkdirError where another run is in the workdir, or it cannot be written to.
     """

@@ -25,8 +25,10 @@ def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
 
 
 def require_memory(num_bytes: int, what: str) -> None:
-    """Raises ConfigError if `num_bytes` exceed the memory of the devices of all processes: without
-    it, an allocation that is too large can end the process without a message."""
+    """Raises ConfigError if `num_bytes` exceed the memory of the devices of all processes.
+
+    Without this check an allocation that is too large can end the process without a message.
+    """
     if jax.local_devices()[0].platform == "cpu":  # virtual CPU devices share one memory
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:

@@ -149,7 +149,7 @@ class SlamV3Config(ModelConfig):
 
     @property
     def latent_widths(self) -> dict[str, int]:
-        """The decoder's widths a head by name: those given, or derived from H; at least 2."""
+        """The decoder's widths a head by name: those given, or derived from H (at least 2)."""
         h = self.head_dim
         derived = dict(qk_nope_head_dim=h, qk_rope_head_dim=h // 4 * 2, v_head_dim=h)
         return {name: getattr(self, name) or max(2, width) for name, width in derived.items()}

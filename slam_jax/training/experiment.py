@@ -95,7 +95,7 @@ class Experiment:
     def check(self, mesh: Mesh | None = None, dataset: Dataset | None = None) -> None:
         """Raises ConfigError where fields of different groups do not fit together.
 
-        mesh, dataset: of the run, as far as they are known; what is wrong with them is raised too.
+        mesh, dataset: those of the run, or None; the configuration is also checked against them.
         Each group checks its own fields, `make_mesh` the number of devices, and
         `slam_jax.data.prepare` whether the model can read the records.
         """

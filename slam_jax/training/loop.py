@@ -128,6 +128,9 @@ class Trainer:
         )
         if pending_evaluation:
             self._save(first, state, self._evaluate(first, state))
+            if self.stop.requested:
+                self.checkpoints.wait()
+                raise Stopped(f"step {first:,} is saved; the same command resumes from there")
         unreported: list[tuple[int, str, Batch, StepMetrics]] = []
         for step in range(first + 1, run.num_steps + 1):
             self.checkpoints.poll()
@@ -238,7 +241,7 @@ class Trainer:
                 f"workdir, or look at the batches of steps {step - bad_steps + 1:,} to {step:,}"
             )
         self.progress.log(f"{text}; resuming with the parameters of step {last:,}")
-        # There may be no room for two.
+        # Memory may not hold two states.
         for x in jax.tree.leaves((state.params, state.opt_state, state.ema)):
             x.delete()
         with explain_out_of_memory("the training state", "resume on a larger machine"):

@@ -27,7 +27,7 @@ class OpenedRun(NamedTuple):
     """What the training loop begins with.
 
     pending_evaluation: the last step was saved without its evaluation, which is still to be done.
-    notes: what to tell the user, one line each.
+    notes: messages for the user, one line each.
     """
 
     graphdef: nnx.GraphDef

@@ -72,8 +72,8 @@ def jit_train_step(
 ) -> TrainStep:
     """A jitted training step. It donates its state and returns it sharded as `state`."""
     parts, decay = optimizer.accumulate_steps, optimizer.ema_decay
-    made = graphdef, loss, make_optimizer(optimizer, num_steps)
-    step = make_train_step(*made, ema_decay=decay, accumulate_steps=parts, weight_of=weight_of)
+    arguments = graphdef, loss, make_optimizer(optimizer, num_steps)
+    step = make_train_step(*arguments, ema_decay=decay, accumulate_steps=parts, weight_of=weight_of)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 

@@ -67,9 +67,13 @@ def diff(first: str, second: str | None = None) -> int:
         other_step = earlier[-1]
     step, other_step = one.resolve(step), other.resolve(other_step)
     print(f"a = {one.directory / str(step)}\nb = {other.directory / str(other_step)}")
-    found = list(_differences(one, step, other, other_step))
-    print("\n".join(found or ["equal, bit for bit"]))
-    return int(bool(found))
+    different = False
+    for line in _differences(one, step, other, other_step):
+        print(line)  # at once: reading the arrays, which comes last, may fail
+        different = True
+    if not different:
+        print("equal, bit for bit")
+    return int(different)
 
 
 def _parse(place: str) -> tuple[Checkpoints, str]:

@@ -120,8 +120,6 @@ class Checkpoints:
             finish()
         distributed.run_on_first(finish)
 
-    close = wait
-
     def recover(self, report: Callable[[str], None], until: int | None = None) -> int | None:
         """The newest intact step, for a run to resume from; None in a new workdir.
 
