@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import os
 import pkgutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import numpy as np
 import pytest
@@ -79,12 +81,21 @@ def signals_heard():
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory) -> Path:
-    """The workdir of a finished run of configs/small_run.py."""
-    config = read_config(Path(__file__).parent / "configs" / "small_run.py")
-    config["data"]["data_dir"] = str(tmp_path_factory.mktemp("data"))
-    workdir = tmp_path_factory.mktemp("small") / "run"
-    train(config, workdir)
-    return workdir
+    """The workdir of a finished run of configs/small_run.py, one for all workers of a session.
+
+    A test that writes into it has to copy it first.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of the session, in which each worker has a folder
+    with filelock.FileLock(folder / "small_run.lock"):
+        workdir = folder / "small_run"
+        if not (workdir / "finished").exists():
+            config = read_config(Path(__file__).parent / "configs" / "small_run.py")
+            config["data"]["data_dir"] = str(folder / "small_data")
+            train(config, workdir / "run")
+            (workdir / "finished").touch()
+    return workdir / "run"
 
 
 @pytest.fixture(scope="session")

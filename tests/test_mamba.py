@@ -45,7 +45,15 @@ def plain(x, dt, a, b, c, state):
     return jnp.stack(outputs, axis=1), state
 
 
-@pytest.mark.parametrize(("num_tokens", "chunk_size"), [(7, 3), (8, 4), (5, 16), (1, 1), (6, 1)])
+@pytest.mark.parametrize(
+    ("num_tokens", "chunk_size"),
+    [
+        (7, 3),
+        (5, 16),
+        (1, 1),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((8, 4), (6, 1))),
+    ],
+)
 def test_the_chunked_scan_is_the_plain_recurrence(num_tokens, chunk_size):
     given = arguments(num_tokens)
 
