@@ -507,7 +507,7 @@ def test_a_run_tells_once_what_is_odd_about_its_data(config, tmp_path, caplog):
     )
     assert shared.startswith(
         f"{folder / 'data.jsonl'}: pictures or texts that are in more than one split: 1 (first "
-        "told by row 13)"
+        "in row 13)"
     )
 
 
