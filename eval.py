@@ -1,6 +1,7 @@
 """Evaluates a checkpoint:
 
-python eval.py --workdir=DIR [--step=N|best|latest] [--out=DIR] [--config.data.field=value]
+python eval.py --workdir=DIR [--step=N|best|latest] [--out=DIR] [--process_examples=N]
+    [--config.data.field=value]
 """
 
 from absl import flags
@@ -12,6 +13,9 @@ STEP = flags.DEFINE_string("step", "best", "The checkpoint: a step number, best 
 OUT = flags.DEFINE_string(
     "out", None, "Folder for metrics.json and report.html; by default WORKDIR/eval."
 )
+PROCESS_EXAMPLES = flags.DEFINE_integer(
+    "process_examples", 50, "Test examples per view for what each process is worth; 0 = none.", 0
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -20,7 +24,9 @@ def main(arguments: list[str]) -> None:
     from slam_jax.reporting.checkpoint import evaluate_checkpoint
     from slam_jax.reporting.report import write_evaluation
 
-    evaluation = evaluate_checkpoint(WORKDIR.value, STEP.value, overrides=arguments)
+    evaluation = evaluate_checkpoint(
+        WORKDIR.value, STEP.value, arguments, process_examples=PROCESS_EXAMPLES.value
+    )
     print_metrics(evaluation.metrics)
     folder = write_evaluation(evaluation, OUT.value)
     print(f"\nreport: {folder / 'report.html'}")

@@ -35,6 +35,7 @@ from slam_jax.data.sort_of_clevr import (
     PROMPTS,
     SHAPES,
     SortOfClevr,
+    answer_table,
     draw,
     make_scene,
     needs_both,
@@ -124,6 +125,32 @@ def brute_force_answer(objects, question, known):
         return (SHAPES[shape], *("yes" if v < 37.5 else "no" for v in (x, y)))[subtype]
     alike = 1 + sum(o[0] == shape for o in others)
     return (SHAPES[by_distance[0][0]], SHAPES[by_distance[-1][0]], str(alike))[subtype]
+
+
+def test_answers_count_all_eight_objects_of_a_shifted_scene():
+    for index in range(20):
+        objects, questions = make_scene(20_000 + index, 8)
+        table = answer_table(objects)
+        for colour, kind, subtype in questions.tolist():
+            answer = brute_force_answer(objects.tolist(), (colour, kind, subtype), range(8))
+            assert ANSWERS[table[kind, colour, subtype]] == answer
+
+
+def test_a_training_example_may_have_some_of_the_questions(config, dataset):
+    few = prepare(dataclasses.replace(config, questions=5), dataset.tokenizer)
+    whole = dataset.train.render(dataset.train[3], "aux", np.random.default_rng(0))
+    answers = dict(zip(whole.prompts, whole.answers, strict=True))
+    asked = set()
+    for seed in range(20):
+        example = few.train.render(few.train[3], "aux", np.random.default_rng(seed))
+        assert len(example.prompts) == len(example.kinds) == len(example.needs_both) == 5
+        assert all(answers[p] == a for p, a in zip(example.prompts, example.answers, strict=True))
+        asked |= set(example.prompts)
+    assert asked == set(whole.prompts)
+    test = few.test.render(few.test[0], "aux", np.random.default_rng(0))
+    assert len(test.prompts) == 20
+    with pytest.raises(ConfigError, match=r"data.questions is 5; expected None; only sort_of"):
+        prepare(dataclasses.replace(config, name="digits", questions=5))
 
 
 def test_answers_are_right_and_never_ambiguous(config, dataset):

@@ -22,7 +22,10 @@ from slam_jax.evaluation import (
     retrieval_metrics,
     write_metrics,
 )
+from slam_jax.evaluation.likelihood import answer_likelihood
+from slam_jax.reporting.checkpoint import open_checkpoint
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
+from slam_jax.training import split_model
 
 PAD, BOS, EOS, QUESTION, ANSWERS = 0, 1, 2, 3, 4
 VOCAB = 8
@@ -307,3 +310,19 @@ def test_metrics_are_written_whole_or_not_at_all(tmp_path):
         write_metrics(path, {"step": float("nan")})
     assert json.loads(path.read_text()) == METRICS
     assert [p.name for p in path.parent.iterdir()] == ["metrics.json"]
+
+
+def test_likelihood_agrees_with_what_is_generated(small_run):
+    opened = open_checkpoint(small_run)
+    batches, split = list(opened.batches("aux")), split_model(opened.loaded.model)
+    found = answer_likelihood(*split, batches)
+    longest = opened.max_new_tokens
+    given = {"aux": batches}
+    results = evaluate(*split, given, opened.loaded.tokenizer, step=1, max_new_tokens=longest)
+    right = np.reshape([answer.correct for answer in results.answers], found.right.shape)
+    logprobs = np.reshape([answer.logprob for answer in results.answers], found.right.shape)
+    np.testing.assert_array_equal(found.right, right)
+    assert 0 < right.sum() < right.size
+    np.testing.assert_allclose(found.nats[right], -logprobs[right], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.confidence[right], np.exp(logprobs[right]), rtol=1e-3)
+    assert (found.nats >= -np.log(found.confidence) - 1e-4).all()

@@ -106,6 +106,11 @@ VIEWS: dict[str, dict[str, Any]] = {
         ("all", {"image": {"encoder": "vit", "size": 24, "patch_size": 8, "num_layers": 2}}),
         ("all", {"image": {"size": 24, "stage_widths": (8, 8, 16), "blocks_per_stage": 2}}),
         ("text", {"process_mlp_dim": 20, "num_processes": 2}),
+        ("all", {"rotate_all_streams": False}),
+        ("all", {"num_memory_tokens": 4, "num_bottleneck_blocks": 2, "qk_norm": True}),
+        ("all", {"num_memory_tokens": 4, "memory_reads_processes": True}),
+        ("all", {"num_process_layers": 3, "exchange_every": 1}),
+        ("all", {"process_views": ("all", "near", "strided", "others")}),
         *(("all", {"without": (part,)}) for part in PARTS),
     ],
 )

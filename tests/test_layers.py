@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from slam_jax.layers import (
+    Causal,
     GatedMLP,
     LatentCrossAttention,
     MultiHeadLatentAttention,
@@ -20,9 +21,10 @@ from slam_jax.layers import (
     masked_softmax,
     rotary,
 )
+from slam_jax.layers.attention import attend_rotated
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear, project_to_float32
-from slam_jax.layers.masks import prefix_mask
+from slam_jax.layers.masks import as_array, prefix_mask
 
 DIM, HEADS, RANK, NOPE, ROPE, VALUE = 12, 2, 7, 6, 4, 5
 LENGTH = 8
@@ -400,3 +402,22 @@ def test_no_key_or_no_rate_is_no_dropout():
     one, two = split(jax.random.key(0), 2)
     assert one is not None
     assert one != two
+
+
+@pytest.mark.parametrize("masked", ["nothing", "pads", "causal"])
+def test_tokens_without_a_position_are_attended_to_unrotated(masked):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 5, 3, 8)) for i in range(3))
+    positions, count = jnp.array([4, 9, 2]), 3
+    mask: Any = {
+        "nothing": None,
+        "pads": jnp.ones((2, 1, 5), bool).at[1, :, 1].set(False),
+        "causal": Causal(),
+    }[masked]
+    found = attend_rotated(q, k, v, mask, positions)
+    rotated = (rotary(x[:, :count], positions) for x in (q, k))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k)
+    scores = scores.at[..., :count, :count].set(jnp.einsum("btnh,bsnh->bnts", *rotated)) * 8**-0.5
+    visible = as_array(mask, 5, 5)
+    visible = None if visible is None else jnp.broadcast_to(visible, (2, 5, 5))[:, None]
+    expected = jnp.einsum("bnts,bsnh->btnh", masked_softmax(scores, visible), v)
+    np.testing.assert_allclose(found, expected, atol=1e-5)

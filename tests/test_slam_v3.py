@@ -184,6 +184,49 @@ def test_text_has_an_order(model, inputs):
     assert np.abs(one - turned).max() > 1e-4
 
 
+def test_text_is_rotated_only_against_text(build, inputs):
+    """What an image token reads in the joint block does not depend on where words are, and what a
+    word reads from the image does not depend on where it is itself."""
+    pads = np.full((2, 4), 3, np.int32)
+    shifted = dataclasses.replace(
+        inputs,
+        text=np.concatenate([pads, inputs.text], axis=1),
+        text_mask=np.concatenate([pads != 3, inputs.text_mask], axis=1),
+    )
+    moved = {}
+    for rotates_all in (False, True):
+        model = build(rotate_all_streams=rotates_all)
+        near, far = (run_parts(model, each)[0] for each in (inputs, shifted))
+        moved[rotates_all] = max(
+            np.abs(far[0].tokens[:, 4:] - near[0].tokens).max(),
+            *(np.abs(b.tokens - a.tokens).max() for a, b in zip(near[1:], far[1:], strict=True)),
+        )
+    assert moved[False] < 1e-5 < 1e-3 < moved[True]
+
+
+def test_normed_queries_and_keys_do_not_depend_on_their_scale(build, inputs):
+    model = build(qk_norm=True, num_memory_tokens=3)
+    larger = nnx.clone(model)
+    shared = larger.processes.stack.layers[0]
+    attentions = [larger.level_one.block.attention, shared.isolated]
+    attentions += [larger.fusion.cross_modal.attention, larger.fusion.bottleneck.attention]
+    for attention in attentions:
+        attention.query.kernel[...] *= 8.0
+        attention.key.kernel[...] *= 4.0
+    shared.query.kernel[...] *= 8.0
+    larger.level_one.key.kernel[...] *= 4.0
+    close(encode(larger, inputs).c_mem, encode(model, inputs).c_mem, 1e-4)
+
+
+def test_the_decoder_does_not_depend_on_the_scale_of_its_embeddings(build, inputs):
+    model = build(decoder_input_norm=True)
+    memory = encode(model, inputs)
+    larger = nnx.clone(model)
+    larger.embedding.embedding[...] *= 16.0
+    # The epsilon of the norm is a part of 400 of the smaller embeddings.
+    close(decode(larger, TOKENS, memory), decode(model, TOKENS, memory), 1e-2)
+
+
 @pytest.mark.parametrize("slots", [False, True])
 def test_aux_vectors_are_a_set_unless_their_slots_have_meaning(build, inputs, slots):
     model = build(aux_slots=slots)
@@ -310,6 +353,102 @@ def test_shared_attention_may_have_its_own_number_of_heads(build, inputs):
 # --- Fusion
 
 
+def test_an_exchange_computes_the_bank_again_from_the_mean_of_all_states(build, inputs):
+    model = build(num_process_layers=2, exchange_every=1)
+    streams, bank, y = run_parts(model, inputs)
+    stack, joined = model.processes.stack, jnp.concatenate([s.tokens for s in streams], axis=1)
+    processes = [jax.tree.map(lambda x, p=p: x[p], stack) for p in range(4)]
+    states = [joined + process.instruction[None, None] for process in processes]
+    for i in range(2):
+        if i:
+            bank = model.processes.exchange.make(sum(states) / 4, bank.mask)
+        states = [
+            process.layers[i](h, streams, bank)[0]
+            for process, h in zip(processes, states, strict=True)
+        ]
+    expected = [process.norm(h) for process, h in zip(processes, states, strict=True)]
+    close(y, jnp.stack(expected), 1e-4)
+    # All processes hear of what one of them has computed.
+    changed = nnx.clone(model)
+    changed.processes.stack.layers[0].mlp.down.kernel[...] *= jnp.array([3.0, 1, 1, 1])[
+        :, None, None
+    ]
+    moved = np.abs(run_parts(changed, inputs)[2] - y).max(axis=(1, 2, 3))
+    assert (moved > 1e-4).all()
+
+
+def test_a_view_limits_what_its_process_may_attend_to(build, inputs):
+    names = ("all", "near", "strided", "others")
+    model = build(process_views=names, image=ImageConfig("vit", size=12, patch_size=2))
+    inputs = without(inputs, "aux")
+
+    def outputs(inputs):
+        streams, bank = model.level_one(model.streams(inputs, model.embedding(inputs.text)))
+        return streams, bank
+
+    streams, bank = outputs(inputs)
+    size = [stream.tokens.shape[1] for stream in streams]
+    assert size == [6, 36] and streams[1].grid == (6, 6)
+
+    @jax.jit
+    def depends(tokens, values):
+        """How y_p of the first image token changes with each image token and value of the bank."""
+
+        def first(tokens, values):
+            parts = [streams[0], streams[1]._replace(tokens=tokens)]
+            return model.processes(parts, bank._replace(v=values))[0][:, 0, size[0]].sum(axis=-1)
+
+        return jax.jacrev(first, (0, 1))(tokens, values)
+
+    of_tokens, of_values = depends(streams[1].tokens, bank.v)
+    reached = np.abs(of_tokens[:, 0]).max(axis=-1).reshape(4, 6, 6) > 1e-9
+    near, strided = np.zeros((6, 6), bool), np.zeros((6, 6), bool)
+    near[:3, :3] = strided[::2, ::2] = True
+    for name, mask, expected in zip(names, reached, (True, near, strided, True), strict=True):
+        np.testing.assert_array_equal(mask, np.broadcast_to(expected, (6, 6)), name)
+    read = np.abs(of_values[:, 0]).max(axis=(-1, -2)) > 1e-9
+    assert read[:3].all() and read[3, : size[0]].all() and not read[3, size[0] :].any()
+    alone = run_parts(model, without(inputs, "text"))[2]
+    assert np.isfinite(alone).all()
+
+
+def test_the_bottleneck_may_read_each_process(build, inputs):
+    changes: dict = dict(num_memory_tokens=3, balance_fusion=True)
+    model = nnx.clone(build(memory_reads_processes=True, **changes))
+    streams, _, y = run_parts(model, inputs)
+    fused = model.fusion(y, streams, with_weights=True)
+    close(fused.weights.sum(axis=-1), 1.0)
+    alone = model.fusion(y, streams, with_weights=False).tokens
+    close(fused.tokens, alone)
+    # Unlike their mean and the dense map, it tells which of two processes had an output.
+    swapped = y[jnp.array([1, 0, 2, 3])]
+    model.fusion.concat.kernel[...] *= 0.0
+    same, other = (model.fusion(x, streams).tokens for x in (y, swapped))
+    close(same, other, 1e-4)  # attention to a set
+    assert np.abs(model.fusion(y.at[0].mul(2), streams).tokens - same).max() > 1e-3
+
+
+def test_a_balanced_fusion_adds_outputs_to_tokens_of_the_same_size(build, inputs):
+    y = run_parts(build(balance_fusion=True), inputs)[2]
+    rms = np.sqrt(np.mean(np.square(y), axis=-1))
+    close(rms, 1.0, 1e-2)
+    small = run_parts(build(), inputs)[2]
+    assert np.sqrt(np.mean(np.square(small))) < 0.5
+
+
+def test_dropped_processes_are_left_out_whole(build, inputs):
+    model = build(process_dropout=0.5, without=("residual", "concat", "cross_modal", "fusion_mlp"))
+    streams, _, y = run_parts(model, inputs)
+    ones = jnp.ones_like(y)
+    means = {
+        float(x)
+        for seed in range(20)
+        for x in model.fusion(ones, streams, key=jax.random.key(seed)).tokens[:, 0, 0]
+    }
+    assert means <= {0.0, 0.5, 1.0, 1.5, 2.0} and len(means) > 2
+    close(model.fusion(ones, streams).tokens, 1.0)
+
+
 def test_cross_modal_is_exactly_0_without_another_stream(model, inputs, parts):
     streams, _, y = parts
     cross_modal, mean = model.fusion.cross_modal, y.mean(axis=0)
@@ -344,6 +483,17 @@ def test_fusion_is_its_formula(model, parts):
     fused, mask, _ = fusion(y, streams)
     close(fused, f)
     np.testing.assert_array_equal(mask, present)
+
+
+def test_the_blocks_of_the_bottleneck_run_over_the_memory_tokens(build, parts):
+    streams, _, y = parts
+    model = nnx.clone(build(num_memory_tokens=3, num_bottleneck_blocks=2))
+    with_blocks = model.fusion(y, streams).tokens
+    blocks, model.fusion.bottleneck.blocks = model.fusion.bottleneck.blocks, nnx.List([])
+    memory = model.fusion(y, streams).tokens
+    for block in blocks:
+        memory = block(memory)
+    close(with_blocks, memory)
 
 
 def test_bottleneck_gives_its_number_of_tokens_and_none_to_a_row_without_input(build, inputs):

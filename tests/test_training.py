@@ -34,7 +34,7 @@ from slam_jax.training import (
     split_model,
 )
 from slam_jax.training.experiment import as_json
-from slam_jax.training.losses import LossParts, answer_mask, num_answer_tokens, token_losses
+from slam_jax.training.losses import LossParts, num_answer_tokens, token_losses
 from slam_jax.training.state import init_state
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ def batch(make_inputs):
 
 
 def test_loss_covers_the_answer_and_its_end_and_nothing_else(batch):
-    mask = answer_mask(batch)
+    mask = batch.answer_mask
     assert mask.shape == (4, 2, 6)
     # Prompt of 2, length 4: tokens 2 and 3 are answer and <eos>, predicted at 1 and 2.
     assert mask[0, 0].tolist() == [False, True, True, False, False, False]
@@ -111,6 +111,34 @@ def test_alignment_counts_where_text_and_image_show_the_same(build, batch, make_
     close(parts.total, parts.cross_entropy + 0.1 * parts.alignment)
 
 
+def test_losses_of_single_processes_are_added(build, batch):
+    model = build()
+
+    @jax.jit
+    def parts():
+        configs = LossConfig(), LossConfig(alone=0.5), LossConfig(similarity=0.25)
+        plain, alone, similar = (slam_v3_loss(model, batch, config) for config in configs)
+        return plain, alone, similar, model.run_processes(batch.inputs)[:2]
+
+    plain, alone, similar, (y, streams) = parts()
+    close(alone.cross_entropy, plain.cross_entropy)
+    memory = model.fuse(y.at[1:].set(0), streams)
+    logits = model.decode(batch.tokens[..., :-1], memory)
+    only = token_losses(logits, batch.tokens[..., 1:]).cross_entropy[batch.answer_mask].mean()
+    close(alone.total, plain.total + 0.5 * only)  # without a key, the first process is alone
+    flat = np.asarray(y - y.mean((1, 2), keepdims=True), np.float64).reshape(4, -1, y.shape[-1])
+    flat /= np.linalg.norm(flat, axis=-1, keepdims=True)
+    squares = [np.mean((flat[p] * flat[q]).sum(-1) ** 2) for p in range(4) for q in range(p)]
+    close(similar.total, plain.total + 0.25 * np.mean(squares))
+    keyed = {
+        round(float(slam_v3_loss(model, batch, LossConfig(alone=0.5), key=k).total), 6)
+        for k in jax.random.split(jax.random.key(0), 12)
+    }
+    assert len(keyed) == 4  # another process at each step
+    with pytest.raises(ConfigError, match="chunk_tokens is 4; expected None with alone"):
+        LossConfig(alone=0.1, chunk_tokens=4)
+
+
 # --- The step, which is the same for every model: here for one that compiles in no time
 
 
@@ -126,7 +154,7 @@ def toy_loss(model, batch, *, key, dropout=0.0):
     x = model.embedding(batch.tokens[..., :-1])
     x *= jax.random.bernoulli(key, 1 - dropout, x.shape)
     losses = token_losses(model.head(x), batch.tokens[..., 1:]).cross_entropy
-    mask, zero = answer_mask(batch), jnp.zeros(())
+    mask, zero = batch.answer_mask, jnp.zeros(())
     mean = jnp.sum(losses * mask) / mask.sum()
     return LossParts(mean, mean, zero, zero, zero)
 
@@ -138,7 +166,7 @@ def toy():
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(toy, batch):
     graphdef, params = toy
-    counts = answer_mask(batch).sum((1, 2))
+    counts = batch.answer_mask.sum((1, 2))
     assert counts[:2].sum() != counts[2:].sum()  # so a mean of means is another
     sgd = optax.sgd(1.0)
     new = []

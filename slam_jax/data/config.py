@@ -32,6 +32,8 @@ class DataConfig:
     seed: of shuffling, rendering and the choice of views.
     augment: training pictures are cropped at random by up to this share of each side; 0 = they
       are shown whole. Not for sort_of_clevr.
+    questions: how many of the twenty questions of a sort_of_clevr scene a training example has,
+      chosen at random each time; None = all. Evaluation always asks all.
     drop_inputs: in training, each input of a row is left out at this rate, but never all of them,
       so that the model learns to answer from any mix; it is evaluated on each mix. Not for
       sort_of_clevr.
@@ -55,6 +57,7 @@ class DataConfig:
     seed: int = 0
     augment: float = 0.0
     drop_inputs: float = 0.0
+    questions: int | None = None
     max_damaged_records: int = 10
     vocab_size: int = 512
     table_version: int | None = None
@@ -68,6 +71,8 @@ class DataConfig:
         require(self.table_version in versions, "table_version", self.table_version, "None or 2")
         require(0 <= self.augment < 1, "augment", self.augment, "a share from 0 to below 1")
         require(0 <= self.drop_inputs < 1, "drop_inputs", self.drop_inputs, "a rate in [0, 1)")
+        if self.questions is not None:
+            require_count("questions", self.questions, most=20)
         require_count("seed", self.seed, least=0, most=2**32 - 1)
         stages = tuple(_stage(i, stage) for i, stage in enumerate(self.stages))
         starts = [stage.first for stage in stages]

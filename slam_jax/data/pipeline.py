@@ -10,13 +10,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import grain
 import numpy as np
 from flax import struct
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from slam_jax.array_typing import AnyArray
 from slam_jax.data.config import DataConfig
 from slam_jax.data.records import DamagedRecord, DataError
 from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.errors import InputError
+from slam_jax.layers.masks import prefix_mask
 from slam_jax.slam_v3.streams import Inputs
 
 _THREADS = 2
@@ -97,6 +98,12 @@ class Batch:
     prompt_length: Int[AnyArray, "B Q"]
     length: Int[AnyArray, "B Q"]
     paired: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def answer_mask(self) -> Bool[AnyArray, "B Q _"]:
+        """True at positions t whose next token belongs to the answer or is the <eos> after it."""
+        size = self.tokens.shape[-1] - 1
+        return prefix_mask(self.length - 1, size) & ~prefix_mask(self.prompt_length - 1, size)
 
 
 class EvaluationBatch(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 from slam_jax.data.pipeline import Example
 from slam_jax.data.records import DamagedRecord, Mapped
@@ -32,7 +32,7 @@ _NONE_NEEDS_BOTH = (False,) * len(_KINDS)
 _PROMPTS = [[[p.format(colour) for p in kind] for kind in PROMPTS] for colour in COLOURS]
 
 
-def describe(objects: Int[np.ndarray, "6 3"], order: Sequence[int]) -> str:
+def describe(objects: Int[np.ndarray, "n 3"], order: Sequence[int]) -> str:
     """One sentence per colour index in `order`: "red circle at 12 40 .", x and y in pixels."""
     rows = objects.tolist()
     return " ".join(
@@ -41,7 +41,7 @@ def describe(objects: Int[np.ndarray, "6 3"], order: Sequence[int]) -> str:
     )
 
 
-def tabulate(objects: Int[np.ndarray, "6 3"], order: Sequence[int]) -> Float[np.ndarray, "A 10"]:
+def tabulate(objects: Int[np.ndarray, "n 3"], order: Sequence[int]) -> Float[np.ndarray, "A 10"]:
     """One row per colour index in `order`: one-hot colour (6) and shape (2), x and y in [-1, 1]."""
     colour = np.asarray(order)
     shape, centre = objects[colour, 0], objects[colour, 1:]
@@ -72,29 +72,44 @@ class Scenes(Mapped):
     records: random access to the features of `SortOfClevr`. Pictures are drawn from the objects,
     which is faster than decoding the stored, equal ones. Objects come in random order. In a split
     view one input shows the first three of that order and the other one the last three.
+    questions: how many of the twenty questions an example has, in random order; None = all of them
+    in their order.
     """
 
     views = tuple(VIEWS)
     image_size = (SIZE, SIZE)
 
-    def __init__(self, records: Sequence[Any]):
+    def __init__(self, records: Sequence[Any], questions: int | None = None):
         super().__init__(records, _scene, kept=_CACHED_SCENES)
+        self._questions = questions
 
     def render(self, record: Scene, view: str, rng: np.random.Generator) -> Example:
         parts, objects = VIEWS[view], record.objects
         order = rng.permutation(len(COLOURS)).tolist()
         both = _NONE_NEEDS_BOTH
         if parts.split:
-            both = tuple(needs_both(objects, record.questions, record.answers, order[:3]).tolist())
+            both = tuple(
+                needs_both(
+                    objects[: len(COLOURS)], record.questions, record.answers, order[:3]
+                ).tolist()
+            )
+        asked = range(len(_KINDS))
+        if self._questions is not None:
+            asked = rng.permutation(len(_KINDS))[: self._questions].tolist()
         return Example(
             text=None if parts.text is None else describe(objects, order[parts.text]),
-            image=None if parts.image is None else draw(objects, order[parts.image]),
+            image=None if parts.image is None else self._draw(objects, order[parts.image], rng),
             aux=None if parts.aux is None else tabulate(objects, order[parts.aux]),
-            prompts=record.prompt_texts,
-            answers=record.answer_texts,
-            kinds=_KINDS,
-            needs_both=both,
+            prompts=tuple(record.prompt_texts[i] for i in asked),
+            answers=tuple(record.answer_texts[i] for i in asked),
+            kinds=tuple(_KINDS[i] for i in asked),
+            needs_both=tuple(both[i] for i in asked),
         )
+
+    def _draw(
+        self, objects: Int[np.ndarray, "n 3"], visible: Sequence[int], rng: np.random.Generator
+    ) -> UInt8[np.ndarray, "75 75 3"]:
+        return draw(objects, visible)
 
     def text_lengths(self, view: str, tokenizer: Tokenizer) -> tuple[int, int]:
         shown = VIEWS[view].text

@@ -20,25 +20,27 @@ RADIUS = 5
 COLOURS = ("red", "green", "blue", "orange", "gray", "yellow")
 SHAPES = ("circle", "square")
 KINDS = ("non_relational", "relational")
-ANSWERS = ("circle", "square", "yes", "no", "1", "2", "3", "4", "5", "6")
+# 7 and 8 are answers in shifted test scenes alone.
+ANSWERS = ("circle", "square", "yes", "no", "1", "2", "3", "4", "5", "6", "7", "8")
 PROMPTS = (
     ("shape of {}", "left half: {}", "top half: {}"),
     ("shape closest to {}", "shape furthest from {}", "how many like {}"),
 )
 QUESTIONS_PER_KIND = 10
 
-_RGB = np.array(
-    [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 156, 0), (128, 128, 128), (255, 255, 0)],
-    np.uint8,
-)
+_COLOURS = "ff0000 00ff00 0000ff ff9c00 808080 ffff00 000000 00ffff"  # as COLOURS, then two more
+_RGB = np.array([tuple(bytes.fromhex(colour)) for colour in _COLOURS.split()], np.uint8)
 _SEED = 1706_01427
 _OFFSET = np.arange(-RADIUS, RADIUS + 1)
 _CIRCLE = _OFFSET[:, None] ** 2 + _OFFSET**2 <= (RADIUS + 0.5) ** 2
 _STAMPS = np.stack([_CIRCLE, np.ones_like(_CIRCLE)])
 
 
-def draw(objects: Int[np.ndarray, "6 3"], visible: Iterable[int]) -> UInt8[np.ndarray, "75 75 3"]:
-    """Draws the objects whose colour index is in `visible` on a white image."""
+def draw(objects: Int[np.ndarray, "n 3"], visible: Iterable[int]) -> UInt8[np.ndarray, "75 75 3"]:
+    """Draws the objects whose colour index is in `visible` on a white image.
+
+    Objects 6 and 7, which only shifted test scenes have, are black and cyan.
+    """
     image = np.full((SIZE, SIZE, 3), 255, np.uint8)
     for colour in visible:
         shape, x, y = objects[colour].tolist()
@@ -48,8 +50,8 @@ def draw(objects: Int[np.ndarray, "6 3"], visible: Iterable[int]) -> UInt8[np.nd
 
 
 def answer_table(
-    objects: Int[np.ndarray, "6 3"], visible: Bool[np.ndarray, "6 6"] | None = None
-) -> Int[np.ndarray, "2 6 3"]:
+    objects: Int[np.ndarray, "n 3"], visible: Bool[np.ndarray, "n n"] | None = None
+) -> Int[np.ndarray, "2 n 3"]:
     """Answers to all questions as indices into ANSWERS, by [kind, named colour, subtype].
 
     Non-relational answers depend on the named object alone. Distances are between centres.
@@ -61,8 +63,8 @@ def answer_table(
     """
     shape, centre = objects[:, 0], objects[:, 1:]
     if visible is None:
-        visible = np.ones((6, 6), bool)
-    others = visible & ~np.eye(6, dtype=bool)
+        visible = np.ones((len(objects), len(objects)), bool)
+    others = visible & ~np.eye(len(objects), dtype=bool)
     distance = ((centre[:, None] - centre) ** 2).sum(-1)
     closest = np.where(others, distance, np.iinfo(distance.dtype).max).argmin(1)
     furthest = np.where(others, distance, -1).argmax(1)
@@ -91,29 +93,34 @@ def needs_both(
     return from_half[kind, colour, subtype] != answers
 
 
-def make_scene(index: int) -> tuple[Int[np.ndarray, "6 3"], Int[np.ndarray, "20 3"]]:
-    """Returns objects and questions of scene `index`; a question is (colour, kind, subtype)."""
+def make_scene(
+    index: int, num_objects: int = 6
+) -> tuple[Int[np.ndarray, "n 3"], Int[np.ndarray, "20 3"]]:
+    """Returns objects and questions of scene `index`; a question is (colour, kind, subtype).
+
+    num_objects: 6, or up to 8 for a shifted test; questions are about the first six.
+    """
     rng = np.random.default_rng((_SEED, index))
-    centre = _make_centres(rng)
-    objects = np.concatenate([rng.integers(2, size=(6, 1)), centre], -1)
+    centre = _make_centres(rng, num_objects)
+    objects = np.concatenate([rng.integers(2, size=(num_objects, 1)), centre], -1)
     count = 2 * QUESTIONS_PER_KIND
     kind = np.arange(count) // QUESTIONS_PER_KIND
     questions = np.stack([rng.integers(6, size=count), kind, rng.integers(3, size=count)], -1)
     return objects, questions
 
 
-def _make_centres(rng: np.random.Generator) -> Int[np.ndarray, "6 2"]:
+def _make_centres(rng: np.random.Generator, count: int) -> Int[np.ndarray, "count 2"]:
     while True:
         centres: list[tuple[int, int]] = []
         for x, y in rng.integers(RADIUS, SIZE - RADIUS, size=(60, 2)).tolist():
             if all(max(abs(x - u), abs(y - v)) > 2 * RADIUS for u, v in centres):
                 centres.append((x, y))
-            if len(centres) == 6:
+            if len(centres) == count:
                 break
         else:
             continue
         distances = [{(x - u) ** 2 + (y - v) ** 2 for u, v in centres} for x, y in centres]
-        if all(len(one) == 6 for one in distances):
+        if all(len(one) == count for one in distances):
             return np.array(centres)
 
 

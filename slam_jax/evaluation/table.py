@@ -45,11 +45,14 @@ def print_metrics(metrics: Mapping[str, Any], file: Any = None) -> None:
         print_table(console, None, (f"retrieval among {retrieval['n']:,} scenes", *recalls), rows)
 
 
-def make_console(file: Any = None) -> Console:
-    """Rules and colours on a terminal, plain columns elsewhere; never markup or emoji codes."""
+def make_console(file: Any = None, width: int = 100) -> Console:
+    """Rules and colours on a terminal, plain columns elsewhere; never markup or emoji codes.
+
+    width: of a line that does not go to a terminal.
+    """
     plain: Any = dict(file=file, markup=False, emoji=False, highlight=False)
     console = Console(**plain)
-    return console if console.is_terminal else Console(**plain, width=100, color_system=None)
+    return console if console.is_terminal else Console(**plain, width=width, color_system=None)
 
 
 def print_table(

@@ -11,6 +11,7 @@ from slam_jax.errors import InputError
 from slam_jax.kernels import cudnn_attention
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.masks import Causal, Mask, as_array, require_square
+from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.precision import upcast
 from slam_jax.layers.rotary import rotary
 
@@ -107,11 +108,43 @@ def _require_groups(num_heads: int, num_groups: int) -> None:
         )
 
 
+def attend_rotated(
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B T N H"],
+    v: Float[Array, "*B T N H_v"],
+    mask: Mask,
+    positions: Int[Array, "*#B P"],
+) -> Float[Array, "*B T N H_v"]:
+    """`attend` with rotary positions of the first tokens.
+
+    positions: of the first P <= T tokens. The later tokens have no position: their scores with each
+    other and with the first ones are those without a rotation.
+    """
+    count = positions.shape[-1]
+    q_first, k_first = (rotary(x[..., :count, :, :], positions) for x in (q, k))
+    if count == q.shape[-3]:
+        return attend(q_first, k_first, v, mask)
+    # One softmax over both kinds of scores: queries are twice as wide, and keys are zero in the
+    # half that does not concern them. `attend` divides by the root of the doubled width.
+    wide = jnp.concatenate([q_first, q[..., :count, :, :]], axis=-1) * 2**0.5
+    plain = jnp.pad(k[..., count:, :, :], [(0, 0)] * (k.ndim - 1) + [(k.shape[-1], 0)])
+    rotated = jnp.pad(k_first, [(0, 0)] * (k.ndim - 1) + [(0, k.shape[-1])])
+    keys = jnp.concatenate([rotated, plain], axis=-3)
+    visible = as_array(mask, q.shape[-3], k.shape[-3])
+    masks = visible, visible
+    if visible is not None and visible.shape[-2] > 1:
+        masks = visible[..., :count, :], visible[..., count:, :]
+    first = attend(wide, keys, v, masks[0])
+    return jnp.concatenate([first, attend(q[..., count:, :, :], k, v, masks[1])], axis=-3)
+
+
 class SelfAttention(nnx.Module):
     """Multi-head self-attention without biases; rotary positions where they are given.
 
-    embed_dim: D. num_heads: N. head_dim: H of queries, keys and values. out_scale: scale of the
-    initial output map, as in `GatedMLP`.
+    embed_dim: D. num_heads: N. head_dim: H of queries, keys and values. qk_norm: RMS norms over
+    each head of the queries and of the keys, before they are rotated (Henry et al. 2020,
+    "Query-Key Normalization for Transformers"). out_scale: scale of the initial output map, as in
+    `GatedMLP`.
     """
 
     def __init__(
@@ -120,6 +153,7 @@ class SelfAttention(nnx.Module):
         num_heads: int,
         head_dim: int,
         *,
+        qk_norm: bool = False,
         out_scale: float = 1.0,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
@@ -127,6 +161,8 @@ class SelfAttention(nnx.Module):
     ):
         kw: Any = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         heads = (num_heads, head_dim)
+        self.q_norm = RMSNorm(head_dim, param_dtype=param_dtype) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, param_dtype=param_dtype) if qk_norm else None
         self.query = Linear(embed_dim, heads, **kw)
         self.key = Linear(embed_dim, heads, **kw)
         self.value = Linear(embed_dim, heads, **kw)
@@ -136,9 +172,18 @@ class SelfAttention(nnx.Module):
         self,
         x: Float[Array, "*B T D"],
         mask: Mask = None,
-        positions: Int[Array, "*#B T"] | None = None,
+        positions: Int[Array, "*#B P"] | None = None,
     ) -> Float[Array, "*B T D"]:
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        if positions is not None:
-            q, k = rotary(q, positions), rotary(k, positions)
-        return self.out(attend(q, k, v, mask))
+        """positions: of the first P tokens, as in `attend_rotated`."""
+        q, k, v = self.queries(x), self.keys(x), self.value(x)
+        if positions is None:
+            return self.out(attend(q, k, v, mask))
+        return self.out(attend_rotated(q, k, v, mask, positions))
+
+    def queries(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T N H"]:
+        """The queries of x, normed if `qk_norm`."""
+        return self.query(x) if self.q_norm is None else self.q_norm(self.query(x))
+
+    def keys(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T N H"]:
+        """The keys of x, normed if `qk_norm`."""
+        return self.key(x) if self.k_norm is None else self.k_norm(self.key(x))

@@ -15,6 +15,7 @@ from slam_jax.data import DataConfig, Dataset, EvaluationBatch, Example, evaluat
 from slam_jax.data.views import with_halves
 from slam_jax.errors import ConfigError
 from slam_jax.evaluation.answers import Answer, Results, evaluate, most_frequent_answer
+from slam_jax.reporting.processes.measure import measure_processes
 from slam_jax.runtime.compile_cache import enable_compile_cache
 from slam_jax.training import Experiment, Loaded, load, override, split_model
 from slam_jax.training.checkpoint import Step
@@ -31,12 +32,35 @@ class ShownExample(NamedTuple):
     answers: tuple[Answer, ...]
 
 
+class Opened(NamedTuple):
+    """A checkpoint and the data to evaluate it on. config: of the evaluation, which may read other
+    data than `loaded.config`. data: its group `data`, built."""
+
+    loaded: Loaded
+    config: dict[str, Any]
+    data: DataConfig
+    dataset: Dataset
+
+    def batches(self, view: str) -> Iterator[EvaluationBatch]:
+        """Batches of the test split."""
+        data = self.data
+        return evaluation_batches(
+            self.dataset.test, self.loaded.tokenizer, view, data.batch_size, seed=data.seed
+        )
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The tokens of the longest answer of the test split, and <eos>."""
+        return self.dataset.test.answer_length(self.loaded.tokenizer) + 1
+
+
 class Evaluation(NamedTuple):
     """An evaluated checkpoint.
 
     metrics: as in metrics.json. answers: all of them. config: of the evaluation, which may read
     other data than `loaded.config`. examples: those that the report shows. records: the metrics of
     the training run. seconds: how long the model took. folder: where the results belong.
+    processes: of `measure_processes`; None where it was not asked for.
     """
 
     metrics: dict[str, Any]
@@ -48,22 +72,14 @@ class Evaluation(NamedTuple):
     title: str
     seconds: float
     folder: Path
+    processes: dict[str, Any] | None = None
 
 
-def evaluate_checkpoint(
+def open_checkpoint(
     workdir: str | Path, step: Step = None, overrides: Sequence[str] = ()
-) -> Evaluation:
-    """Evaluates the views that the run was trained on, on the test split. Writes no file;
-    `slam_jax.reporting.write_evaluation` does.
-
-    step: a number, "best" or "latest"; None = best. overrides: `--config.data.field=value`
-    arguments that change where the data is and how it is read; everything else is the checkpoint's.
-
-    Raises:
-      CheckpointError, ConfigError, DataError: something cannot be read or built, in one line.
-    """
+) -> Opened:
+    """Loads a checkpoint and prepares its data; arguments and errors of `evaluate_checkpoint`."""
     enable_compile_cache()
-    workdir = Path(workdir)
     loaded = load(workdir, step)
     config = override(loaded.config, overrides)
     for group in config:
@@ -75,8 +91,31 @@ def evaluate_checkpoint(
     dataset = prepare(
         data, loaded.tokenizer, aux_format=loaded.aux_format, model=loaded.model.config
     )
+    return Opened(loaded, config, data, dataset)
+
+
+def evaluate_checkpoint(
+    workdir: str | Path,
+    step: Step = None,
+    overrides: Sequence[str] = (),
+    *,
+    process_examples: int = 0,
+) -> Evaluation:
+    """Evaluates the views that the run was trained on, on the test split. Writes no file;
+    `slam_jax.reporting.write_evaluation` does.
+
+    step: a number, "best" or "latest"; None = best. overrides: `--config.data.field=value`
+    arguments that change where the data is and how it is read; everything else is the checkpoint's.
+    process_examples: test examples per view for `evaluate_processes`, 0 = without it.
+
+    Raises:
+      CheckpointError, ConfigError, DataError: something cannot be read or built, in one line.
+    """
+    workdir = Path(workdir)
+    opened = open_checkpoint(workdir, step, overrides)
+    loaded, config, data, dataset = opened
     started = time.monotonic()
-    results, examples = _evaluate(loaded, data, dataset)
+    results, examples = _evaluate(opened)
     seconds, identity = time.monotonic() - started, _identify(data, dataset)
     own = Experiment.from_config(loaded.config).data
     return Evaluation(
@@ -89,7 +128,27 @@ def evaluate_checkpoint(
         title=workdir.absolute().name,
         seconds=seconds,
         folder=_results_folder(workdir / "eval", own, data, identity),
+        processes=evaluate_processes(opened, process_examples) if process_examples else None,
     )
+
+
+def evaluate_processes(opened: Opened, num_examples: int) -> dict[str, Any]:
+    """`measure_processes` on the first examples of each view that the run was trained on."""
+    count = -(-num_examples // opened.data.batch_size)
+    batches = {view: list(islice(opened.batches(view), count)) for view in opened.data.views}
+    cut = {view: _first_examples(of_view, num_examples) for view, of_view in batches.items()}
+    loaded, longest = opened.loaded, opened.max_new_tokens
+    return measure_processes(loaded.model, loaded.tokenizer, cut, max_new_tokens=longest)
+
+
+def _first_examples(batches: Sequence[EvaluationBatch], count: int) -> list[EvaluationBatch]:
+    """The batches with no more than `count` examples; the rows beyond them do not count."""
+    cut = []
+    for batch, examples, valid in batches:
+        left = min(valid, count)
+        cut.append(EvaluationBatch(batch, examples[:left], left))
+        count -= left
+    return [batch for batch in cut if batch.valid]
 
 
 def choose_examples(
@@ -110,27 +169,23 @@ def choose_examples(
     return chosen
 
 
-def _evaluate(
-    loaded: Loaded, data: DataConfig, dataset: Dataset
-) -> tuple[Results, dict[str, list[Example]]]:
+def _evaluate(opened: Opened) -> tuple[Results, dict[str, list[Example]]]:
     """The results, and the first examples of each view."""
+    loaded, _, data, dataset = opened
     views = data.views
     if data.drop_inputs:  # training has shown all mixes of inputs
         views = (*views, *(view for view in dataset.test.views if view not in views))
-    test, tokenizer = dataset.test, loaded.tokenizer
-
-    def batches(view: str) -> Iterator[EvaluationBatch]:
-        return evaluation_batches(test, tokenizer, view, data.batch_size, seed=data.seed)
-
     results = evaluate(
         *split_model(loaded.model),
-        {view: batches(view) for view in with_halves(views)},
-        tokenizer,
+        {view: opened.batches(view) for view in with_halves(views)},
+        loaded.tokenizer,
         step=loaded.step,
-        max_new_tokens=test.answer_length(tokenizer) + 1,
+        max_new_tokens=opened.max_new_tokens,
         baseline_answer=most_frequent_answer(dataset.train.answers()),
     )
-    examples = {view: (e for batch in batches(view) for e in batch.examples) for view in views}
+    examples = {
+        view: (e for batch in opened.batches(view) for e in batch.examples) for view in views
+    }
     return results, {view: list(islice(first, _KEPT_EXAMPLES)) for view, first in examples.items()}
 
 

@@ -21,6 +21,7 @@ from slam_jax.generation import Request
 from slam_jax.reporting.attention import attention_html
 from slam_jax.reporting.checkpoint import Evaluation, ShownExample
 from slam_jax.reporting.plots import plot_calibration, plot_curves, plot_intervals
+from slam_jax.reporting.processes.measure import knock_outs
 from slam_jax.reporting.rendering import render_template
 from slam_jax.version import __version__
 
@@ -85,6 +86,8 @@ def render_report(evaluation: Evaluation) -> str:
         },
         examples=examples,
         attention=_attention_sections(evaluation),
+        processes=evaluation.processes,
+        process_columns=knock_outs(loaded.model.config.num_processes),
         config=json.dumps(evaluation.config, indent=2, ensure_ascii=False),
     )
 

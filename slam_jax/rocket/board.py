@@ -16,13 +16,15 @@ SCHEMA_VERSION = 2  # of leaderboard.schema.json
 class Comparison(abc.ABC):
     """A protocol with its settings.
 
-    name: also of the template of its page. score: parts of the score, if there is one; rows are
-    then sorted. models: the systems that are compared. settings: JSON, given to every worker. data:
-    what else the figures depend on.
+    name: also of the template of its page. score: parts of the score, if there is one. ranked:
+    whether `judge` sorts the rows; otherwise they are in the order of the models. models: the
+    systems that are compared. settings: JSON, given to every worker. data: what else the figures
+    depend on.
     """
 
     name: ClassVar[str]
     score: ClassVar[Mapping[str, Part]] = {}
+    ranked: ClassVar[bool] = True
 
     def __init__(self, options: Any, models: Sequence[str], workdir: str | Path):
         self.options, self.settings, self.models = options, plain(options), tuple(models)
@@ -69,6 +71,7 @@ class Comparison(abc.ABC):
         board: Json = {"schema_version": SCHEMA_VERSION, **about}
         if self.score:
             board["score_rule"] = {name: part.rule for name, part in self.score.items()}
+        if self.ranked:
             rows = measured + [row for row in rows if row["status"] != "ok"]
         summary = self.summary(rows, measured)
         return {**board, "rows": rows, "category_winners": winners, **summary}

@@ -9,6 +9,8 @@ from slam_jax.rocket.ablation.protocol import Ablation
 from slam_jax.rocket.board import Comparison
 from slam_jax.rocket.heldout.protocol import Heldout
 from slam_jax.rocket.heldout.settings import HeldoutSettings
+from slam_jax.rocket.processes.measure import ProcessSettings
+from slam_jax.rocket.processes.protocol import Processes
 from slam_jax.rocket.seed.measure import SeedSettings
 from slam_jax.rocket.seed.protocol import Seed
 from slam_jax.rocket.tasks import plain
@@ -18,6 +20,7 @@ PROTOCOLS = {
     "seed": (Seed, SeedSettings),
     "heldout": (Heldout, HeldoutSettings),
     "ablation": (Ablation, AblationSettings),
+    "processes": (Processes, ProcessSettings),
 }
 DEFAULT_MODELS = (*ROCKET, "slam_v3_text")
 
@@ -31,8 +34,8 @@ def make_comparison(
 ) -> Comparison:
     """A protocol with its defaults, changed by the config file, then by `--config.field=value`.
 
-    models: None = the published nine and SLAM v3 with its text stream alone; in an ablation, all
-    variants. Raises ConfigError for an unknown field or an invalid value.
+    models: None = the published nine and SLAM v3 with its text stream alone; where the settings
+    have variants, all of them. Raises ConfigError for an unknown field or an invalid value.
     """
     comparison, settings = PROTOCOLS[protocol]
     given = {} if config is None else read_config(config)

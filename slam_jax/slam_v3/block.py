@@ -19,7 +19,7 @@ class TransformerBlock(nnx.Module):
         heads = (config.num_heads, config.head_dim)
         self.dropout = config.dropout
         self.attention_norm = RMSNorm(dim, param_dtype=param_dtype)
-        self.attention = SelfAttention(dim, *heads, out_scale=scale, **kw)
+        self.attention = SelfAttention(dim, *heads, qk_norm=config.qk_norm, out_scale=scale, **kw)
         self.mlp_norm = RMSNorm(dim, param_dtype=param_dtype)
         self.mlp = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw)
 
@@ -27,7 +27,7 @@ class TransformerBlock(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         mask: Bool[Array, "B #S S"] | None = None,
-        positions: Int[Array, "S"] | None = None,
+        positions: Int[Array, "P"] | None = None,
         *,
         key: DropoutKey = None,
     ) -> Float[Array, "B S D"]:

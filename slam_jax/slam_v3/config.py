@@ -11,6 +11,8 @@ ENCODERS = ("resnet", "vit")
 # term of the fusion, and the compression of the decoder's cache and memory.
 PARTS = ("isolated", "shared", "residual", "mean", "concat", "cross_modal", "fusion_mlp", "latent")
 
+VIEWS_OF_PROCESSES = ("all", "near", "strided", "others")
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
@@ -58,6 +60,12 @@ class ImageConfig:
         """Pixels of the image a side of one image token of the "resnet"."""
         return self.patch_size * 2 ** (len(self.stage_widths) - 1)
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tokens of an image of so many pixels."""
+        if self.encoder == "vit":
+            return height // self.patch_size, width // self.patch_size
+        return -(-height // self.total_stride), -(-width // self.total_stride)
+
 
 @dataclasses.dataclass(frozen=True)
 class SlamV3Config(ModelConfig):
@@ -68,7 +76,22 @@ class SlamV3Config(ModelConfig):
     mlp_dim: F of every gated MLP. num_processes: P. num_process_layers: layers a process.
     process_mlp_dim: F of the processes alone, None = mlp_dim. num_decoder_layers: layers of the
       decoder.
+    exchange_every: after so many layers of the processes the bank is computed again, from the mean
+      of their states; None = the bank is that of the joint block in all layers.
+    process_views: for each process one of `VIEWS_OF_PROCESSES`, () = all of them see everything.
+    instruction_std: initial standard deviation of the instructions and of the query biases.
+    process_dropout: rate at which a process is left out of the fusion in training, an example.
+    balance_fusion: the fusion norms the tokens that it adds the processes to, and the outputs of
+      the processes begin as large as them.
+    memory_reads_processes: the bottleneck attends to the tokens of each process too.
     num_memory_tokens: M of a bottleneck; 0 = no bottleneck, one memory token per input token.
+    num_bottleneck_blocks: transformer blocks between the memory tokens of the bottleneck.
+    qk_norm: RMS norms over each head of the queries and keys, in all attention of the encoder. The
+      decoder has none: its cache holds latents, from which keys are linear maps.
+    rotate_all_streams: True = in the joint block, image and aux tokens have position 0 of the text,
+      as in version 0.11; False = the rotation concerns the text alone.
+    decoder_input_norm: an RMS norm of the embedded tokens before the first layer of the decoder,
+      whose standard deviation is 0.02 otherwise.
     kv_lora_rank: R of the decoder's cache and of the memory. q_lora_rank: of the decoder's queries,
       None = full rank. qk_nope_head_dim, qk_rope_head_dim, v_head_dim: of the decoder; None = the
       head width, half of it (made even), the head width.
@@ -98,6 +121,16 @@ class SlamV3Config(ModelConfig):
     process_mlp_dim: int | None = None
     num_decoder_layers: int = 2
     num_memory_tokens: int = 0
+    exchange_every: int | None = dataclasses.field(default=None, kw_only=True)
+    process_views: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    instruction_std: float = dataclasses.field(default=0.02, kw_only=True)
+    process_dropout: float = dataclasses.field(default=0.0, kw_only=True)
+    balance_fusion: bool = dataclasses.field(default=False, kw_only=True)
+    memory_reads_processes: bool = dataclasses.field(default=False, kw_only=True)
+    num_bottleneck_blocks: int = dataclasses.field(default=0, kw_only=True)
+    qk_norm: bool = dataclasses.field(default=False, kw_only=True)
+    rotate_all_streams: bool = dataclasses.field(default=True, kw_only=True)
+    decoder_input_norm: bool = dataclasses.field(default=False, kw_only=True)
     kv_lora_rank: int = 48
     q_lora_rank: int | None = None
     qk_nope_head_dim: int | None = None
@@ -118,6 +151,7 @@ class SlamV3Config(ModelConfig):
 
     def __post_init__(self):
         object.__setattr__(self, "without", tuple(self.without))
+        object.__setattr__(self, "process_views", tuple(self.process_views))
         super().__post_init__()
         dim, heads, shared = self.embed_dim, self.num_heads, self.shared_heads[0]
         near = (dim - dim % heads) or heads
@@ -133,6 +167,19 @@ class SlamV3Config(ModelConfig):
         carried = {"residual", "mean", "concat"} - {*self.without}
         left = "one of residual, mean and concat to be left"
         require(bool(carried), "without", self.without, left)
+        views, count = self.process_views, self.num_processes
+        known = f"one of {VIEWS_OF_PROCESSES} for each of {count} processes, or ()"
+        fits = len(views) in (0, count) and set(views) <= {*VIEWS_OF_PROCESSES}
+        require(fits, "process_views", views, known)
+        require(
+            self.exchange_every is None or self.exchange_every > 0,
+            "exchange_every",
+            self.exchange_every,
+            "None or a number of layers",
+        )
+        reads = self.memory_reads_processes and not self.num_memory_tokens
+        require(not reads, "memory_reads_processes", True, "False without num_memory_tokens")
+        require(0 <= self.process_dropout < 1, "process_dropout", self.process_dropout, "in [0, 1)")
         plain = "latent" in self.without
         require(not (plain and self.window), "window", self.window, 'None without "latent"')
 

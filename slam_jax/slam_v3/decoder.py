@@ -128,7 +128,9 @@ class Decoder(nnx.Module):
         self.dropout, self.remat = config.dropout, config.remat
         num_layers = config.num_decoder_layers
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(num_layers)])
-        self.norm = RMSNorm(config.embed_dim, param_dtype=config.dtypes["param_dtype"])
+        norm: Any = dict(param_dtype=config.dtypes["param_dtype"])
+        self.norm = RMSNorm(config.embed_dim, **norm)
+        self.input_norm = RMSNorm(config.embed_dim, **norm) if config.decoder_input_norm else None
 
     def __call__(
         self,
@@ -140,7 +142,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B Q T D"], Float[Array, "B layers N Q T M"] | None]:
         """The states, and the weights of the memory attention if asked for, else None."""
         (*layer_keys, input_key), found = split(key, len(self.layers) + 1), []
-        h = dropout(h, self.dropout, input_key)
+        h = dropout(self._norm_input(h), self.dropout, input_key)
         for layer, layer_key in zip(self.layers, layer_keys, strict=True):
             call = functools.partial(layer, with_weights=with_weights)
             h, weights = remat(call, self.remat)(h, memory, key=layer_key)
@@ -167,8 +169,11 @@ class Decoder(nnx.Module):
 
     def _cached(self, run, h, cache):
         """Runs all layers; `run(layer, h, layer_cache)` returns the new states and cache of one."""
-        new = []
+        h, new = self._norm_input(h), []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             h, layer_cache = run(layer, h, layer_cache)
             new.append(layer_cache)
         return self.norm(h), tuple(new)
+
+    def _norm_input(self, h):
+        return h if self.input_norm is None else self.input_norm(h)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import einops
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
@@ -14,6 +15,8 @@ from slam_jax.layers.dropout import DropoutKey, dropout, split
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.remat import remat
+from slam_jax.slam_v3.block import TransformerBlock
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.streams import Stream, join_streams, split_streams
 
@@ -27,13 +30,14 @@ class CrossAttention(attention.SelfAttention):
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         heads, scale = (config.num_heads, config.head_dim), config.encoder_out_scale
-        super().__init__(config.embed_dim, *heads, out_scale=scale, **config.dtypes, rngs=rngs)
+        kw: Any = dict(qk_norm=config.qk_norm, out_scale=scale, **config.dtypes, rngs=rngs)
+        super().__init__(config.embed_dim, *heads, **kw)
 
     def read(
         self, x: Float[Array, "B T D"], source: Stream, *, with_weights: bool = False
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B N T S"] | None]:
         """What each token of x reads from the source, and the weights if asked for, else None."""
-        q, k, v = self.query(x), self.key(source.tokens), self.value(source.tokens)
+        q, k, v = self.queries(x), self.keys(source.tokens), self.value(source.tokens)
         y = self.out(attention.attend(q, k, v, source.visible))
         if not with_weights:
             return y, None
@@ -63,8 +67,9 @@ class CrossModal(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """M learned queries attend to the fused tokens; one block of a Perceiver.
+    """M learned queries attend to the fused tokens; then transformer blocks over the M tokens.
 
+    `config.num_bottleneck_blocks` sets the number of these blocks.
     Source: Jaegle et al. 2021, "Perceiver", section 3.1.
     """
 
@@ -75,20 +80,34 @@ class Bottleneck(nnx.Module):
         self.queries = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), shape, param_dtype))
         self.norm = RMSNorm(config.embed_dim, param_dtype=param_dtype)
         self.attention = CrossAttention(config, rngs=rngs)
+        self.remat, count = config.remat, config.num_bottleneck_blocks
+        self.blocks = nnx.List([TransformerBlock(config, rngs=rngs) for _ in range(count)])
 
     def __call__(
         self,
         f: Float[Array, "B S D"],
         mask: Bool[Array, "B S"] | None,
+        y: Float[Array, "P B S D"] | None = None,
         *,
+        key: DropoutKey = None,
         with_weights: bool = False,
     ) -> tuple[Float[Array, "B M D"], Float[Array, "B N M S"] | None]:
         """The memory tokens, and how much of each fused token they read if asked for."""
         queries = self.queries[...].astype(f.dtype)
         queries = jnp.broadcast_to(queries[None], (f.shape[0], *queries.shape))
+        if y is not None:
+            # The tokens of each process follow those of all of them.
+            f = jnp.concatenate([f, einops.rearrange(y, "P B S D -> B (P S) D")], axis=1)
+            mask = None if mask is None else jnp.tile(mask, (1, 1 + len(y)))
         source = Stream(self.norm(f), mask)
         read, found = self.attention.read(queries, source, with_weights=with_weights)
-        return queries + read, found
+        if found is not None and y is not None:
+            # What is read of a token is what is read of it in all places.
+            found = einops.reduce(found, "B N M (P S) -> B N M S", "sum", P=1 + len(y))
+        memory = queries + read
+        for block, block_key in zip(self.blocks, split(key, len(self.blocks)), strict=True):
+            memory = remat(block, self.remat)(memory, key=block_key)
+        return memory, found
 
 
 class Fused(NamedTuple):
@@ -122,6 +141,10 @@ class Fusion(nnx.Module):
         self.norm: Any = RMSNorm(dim, param_dtype=kw["param_dtype"]) if has_mlp else None
         self.mlp: Any = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw) if has_mlp else None
         self.bottleneck = Bottleneck(config, rngs=rngs) if config.num_memory_tokens else None
+        self.reads_processes = config.memory_reads_processes
+        self.process_dropout = config.process_dropout
+        balanced = config.balance_fusion
+        self.token_norm = RMSNorm(dim, param_dtype=kw["param_dtype"]) if balanced else None
 
     def __call__(
         self,
@@ -131,11 +154,18 @@ class Fusion(nnx.Module):
         key: DropoutKey = None,
         with_weights: bool = False,
     ) -> Fused:
-        joined, keys = join_streams(streams), split(key, 3)
+        joined = join_streams(streams)
+        keys = split(key, 4 if self.bottleneck is not None and len(self.bottleneck.blocks) else 3)
         mask: Any = joined.mask
+        if key is not None and self.process_dropout:
+            rows, rate = jax.random.fold_in(key, 0), self.process_dropout
+            keep = jax.random.bernoulli(rows, 1 - rate, y.shape[:2])[..., None, None]
+            y = jnp.where(keep, y / (1 - rate), 0).astype(y.dtype)
         # Both sums over processes are needed on every device of the `process` axis.
         mean = constrain(jnp.mean(y, axis=0), ("batch",))
         f = joined.tokens if self.has_residual else jnp.zeros_like(joined.tokens)
+        if self.token_norm is not None:
+            f = self.token_norm(f)
         if self.has_mean:
             f += mean
         if self.concat is not None:
@@ -148,7 +178,10 @@ class Fusion(nnx.Module):
         if self.bottleneck is None:
             identity = jnp.broadcast_to(jnp.eye(f.shape[1])[None], (*f.shape[:2], f.shape[1]))
             return Fused(f, mask, identity if with_weights else None)
-        memory, weights = self.bottleneck(f, mask, with_weights=with_weights)
+        of_processes = y if self.reads_processes else None
+        memory, weights = self.bottleneck(
+            f, mask, of_processes, key=keys[-1], with_weights=with_weights
+        )
         if mask is not None:
             mask = jnp.broadcast_to(mask.any(axis=1, keepdims=True), memory.shape[:2])
         return Fused(memory, mask, None if weights is None else weights.mean(axis=1))

@@ -1,7 +1,8 @@
 """SLAM v3 as a whole: `encode` makes the memory of some inputs, `decode` answers from it."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,20 @@ class SlamV3(nnx.Module):
         """The head: logits (float32 or wider) of hidden states."""
         return project_to_float32(states, self.head.kernel[...])
 
+    def run_processes(
+        self, inputs: Inputs, *, key: DropoutKey = None, attention: bool = False
+    ) -> tuple[Float[Array, "P B S D"], list[Stream], Any]:
+        """The outputs y_p of the processes, the streams that they read, and the weights of their
+        shared attention [P, B, layers, N, S, S] if asked for, else None."""
+        return self._run_processes(inputs, split(key, 3), attention)
+
+    def fuse(
+        self, y: Float[Array, "P B S D"], streams: Sequence[Stream], *, key: DropoutKey = None
+    ) -> Memory:
+        """The memory of the outputs of the processes; the rest of `encode`."""
+        fused = self.fusion(y, streams, key=key)
+        return self.memory_bank(fused.tokens, fused.mask)
+
     def embed(self, inputs: Inputs, *, key: DropoutKey = None) -> Float[Array, "B embed"]:
         """A unit vector for retrieval; give one input alone (see `AlignmentHead`)."""
         return self.alignment(self.encode(inputs, key=key))
@@ -152,11 +167,15 @@ class SlamV3(nnx.Module):
 
     def _encode(self, inputs: Inputs, key: DropoutKey, with_weights: bool = False):
         """The memory, and the weights of the processes and of the memory tokens if asked for."""
-        keys = split(key, 4)
+        *keys, fusion_key = split(key, 4)
+        y, streams, weights = self._run_processes(inputs, keys, with_weights)
+        fused = self.fusion(y, streams, key=fusion_key, with_weights=with_weights)
+        return self.memory_bank(fused.tokens, fused.mask), weights, fused.weights
+
+    def _run_processes(self, inputs: Inputs, keys: Sequence[DropoutKey], with_weights: bool):
         streams, bank = self.level_one(self._streams(inputs, keys[0]), key=keys[1])
         y, weights = self.processes(streams, bank, key=keys[2], with_weights=with_weights)
-        fused = self.fusion(y, streams, key=keys[3], with_weights=with_weights)
-        return self.memory_bank(fused.tokens, fused.mask), weights, fused.weights
+        return y, streams, weights
 
     def _streams(self, inputs: Inputs, key: DropoutKey) -> list[Stream]:
         check_inputs(inputs)

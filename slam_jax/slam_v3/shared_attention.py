@@ -1,12 +1,13 @@
 """The shared attention: all encoder processes read one bank of keys and values."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from slam_jax.layers import attention
 from slam_jax.layers.linear import Linear
+from slam_jax.layers.norms import RMSNorm
 from slam_jax.slam_v3.config import SlamV3Config
 
 
@@ -35,7 +36,9 @@ class SharedAttention(nnx.Module):
         kw = dict(**config.dtypes, rngs=rngs)
         dim, heads = config.embed_dim, config.shared_heads
         self.query = Linear(dim, heads, **kw)
-        normal = nnx.initializers.normal(0.02)
+        norm: Any = dict(param_dtype=kw["param_dtype"])
+        self.q_norm = RMSNorm(heads[1], **norm) if config.qk_norm else None
+        normal = nnx.initializers.normal(config.instruction_std)
         self.query_bias = nnx.Param(normal(rngs.params(), heads, kw["param_dtype"]))
         self.out = Linear(heads, dim, init_scale=config.encoder_out_scale, **kw)
 
@@ -43,7 +46,7 @@ class SharedAttention(nnx.Module):
         self, x: Float[Array, "B T D"], bank: Bank, *, with_weights: bool = False
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B N T S"] | None]:
         """What each token of x reads from the bank, and the weights if asked for, else None."""
-        q = self.query(x)
+        q = self.query(x) if self.q_norm is None else self.q_norm(self.query(x))
         q = q + self.query_bias[...].astype(q.dtype)[None, None]
         y = self.out(attention.attend(q, bank.k, bank.v, bank.mask))
         if not with_weights:

@@ -78,12 +78,14 @@ class Stream(NamedTuple):
     """The tokens of one input, or of several inputs one after the other.
 
     mask: True = present, None = all present. positions: for the rotary embedding of attention
-    inside the stream; None = no rotary positions (images have fixed 2-D features instead).
+    inside the stream; None = no rotary positions (images have fixed 2-D features instead). grid:
+    rows and columns of the tokens of an image.
     """
 
     tokens: Float[Array, "B S D"]
     mask: Bool[AnyArray, "B S"] | None = None
     positions: Int[Array, "S"] | None = None
+    grid: tuple[int, int] | None = None
 
     @property
     def visible(self) -> Bool[Array, "B 1 S"] | None:
@@ -159,7 +161,7 @@ class Streams(nnx.Module):
             mask = inputs.image_mask
             if mask is not None:
                 mask = jnp.broadcast_to(mask[:, None], tokens.shape[:2])
-            streams.append(Stream(tokens, mask))
+            streams.append(Stream(tokens, mask, grid=self.config.image.grid(*pixels.shape[1:3])))
         if inputs.aux is not None:
             tokens = self.aux_norm(self._aux(jnp.asarray(inputs.aux)).astype(dtype)) + types[2]
             streams.append(Stream(tokens, inputs.aux_mask))

@@ -14,7 +14,6 @@ from slam_jax.array_typing import AnyArray
 from slam_jax.data import Batch
 from slam_jax.errors import require, require_count
 from slam_jax.layers.constrain import constrain
-from slam_jax.layers.masks import prefix_mask
 from slam_jax.protocol import LanguageModel
 from slam_jax.slam_v3 import Inputs, SlamV3
 
@@ -24,21 +23,27 @@ class LossConfig:
     """The weights of the terms that are added to the cross-entropy of the answers.
 
     z_loss: of the squared log-normaliser of the logits. alignment: of the sigmoid loss between
-    text and image of a scene, on batches that show both in full.
+    text and image of a scene, on batches that show both in full. alone: of the cross-entropy of the
+    answers from one process alone, another one at each step; the others are zeroed. similarity: of
+    the mean squared cosine between the outputs of two processes, each less its mean over tokens.
     chunk_tokens: number of tokens whose logits are computed at a time, and recomputed for the
     gradient, which saves memory where the vocabulary is large. None = all at once, which is faster.
     """
 
     z_loss: float = 0.0
     alignment: float = 0.0
+    alone: float = 0.0
+    similarity: float = 0.0
     chunk_tokens: int | None = None
 
     def __post_init__(self):
-        for field in ("z_loss", "alignment"):
+        for field in ("z_loss", "alignment", "alone", "similarity"):
             value = getattr(self, field)
             require(value >= 0, f"loss.{field}", value, "0 (off) or more")
         if self.chunk_tokens is not None:
             require_count("loss.chunk_tokens", self.chunk_tokens)
+        whole = self.chunk_tokens is None or not (self.alone or self.similarity)
+        require(whole, "loss.chunk_tokens", self.chunk_tokens, "None with alone or similarity")
 
 
 class LossParts(NamedTuple):
@@ -51,15 +56,9 @@ class LossParts(NamedTuple):
     accuracy: Float[Array, ""]
 
 
-def answer_mask(batch: Batch) -> Bool[Array, "B Q _"]:
-    """True at positions t whose next token belongs to the answer or is the <eos> after it."""
-    size = batch.tokens.shape[-1] - 1
-    return prefix_mask(batch.length - 1, size) & ~prefix_mask(batch.prompt_length - 1, size)
-
-
 def num_answer_tokens(batch: Batch) -> Int[Array, ""]:
     """The number of tokens that the mean of `slam_v3_loss` is over."""
-    return answer_mask(batch).sum()
+    return batch.answer_mask.sum()
 
 
 class TokenLosses(NamedTuple):
@@ -141,20 +140,56 @@ def slam_v3_loss(
     chex.assert_equal_shape([batch.prompt_length, batch.length])
     chex.assert_equal_shape_prefix([batch.tokens, batch.length], 2)
     tokens, targets, inputs = batch.tokens[..., :-1], batch.tokens[..., 1:], batch.inputs
-    mask, chunk = answer_mask(batch), config.chunk_tokens
-    losses, _ = _mean_losses(model, targets, mask, chunk, tokens, inputs, key=key)
+    mask, chunk = batch.answer_mask, config.chunk_tokens
+    if config.alone or config.similarity:
+        losses, extra = _process_losses(model, batch, config, key)
+    else:
+        losses, _ = _mean_losses(model, targets, mask, chunk, tokens, inputs, key=key)
+        extra = jnp.zeros(())
     alignment = jnp.zeros(())
     if config.alignment and batch.paired:
         text = model.embed(Inputs(text=inputs.text, text_mask=inputs.text_mask), key=key)
         image = model.embed(Inputs(image=inputs.image, image_mask=inputs.image_mask), key=key)
         alignment = model.alignment.loss(text, image)
     return LossParts(
-        total=losses.cross_entropy + config.z_loss * losses.z + config.alignment * alignment,
+        total=losses.cross_entropy
+        + config.z_loss * losses.z
+        + config.alignment * alignment
+        + extra,
         cross_entropy=losses.cross_entropy,
         z_loss=losses.z,
         alignment=alignment,
         accuracy=losses.correct,
     )
+
+
+def _process_losses(
+    model: SlamV3, batch: Batch, config: LossConfig, key: PRNGKeyArray | None
+) -> tuple[TokenLosses, Float[Array, ""]]:
+    """The mean losses, and the weighted terms about single processes, from one run of these."""
+    keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
+    tokens, targets, mask = batch.tokens[..., :-1], batch.tokens[..., 1:], batch.answer_mask
+    y, streams, _ = model.run_processes(batch.inputs, key=keys[0])
+
+    def means(y: Float[Array, "P B S D"]) -> TokenLosses:
+        memory = model.fuse(y, streams, key=keys[1])
+        losses = token_losses(model.decode(tokens, memory, key=keys[2]), targets)
+        count = jnp.maximum(mask.sum(), 1)
+        return TokenLosses(*(jnp.where(mask, x, 0.0).sum() / count for x in losses))
+
+    extra, num_processes = jnp.zeros(()), len(y)
+    if config.alone:
+        chosen = 0 if keys[3] is None else jax.random.randint(keys[3], (), 0, num_processes)
+        only = jax.nn.one_hot(chosen, num_processes, dtype=y.dtype)
+        extra += config.alone * means(y * only[:, None, None, None]).cross_entropy
+    if config.similarity:
+        centred = y - y.mean(axis=(1, 2), keepdims=True)
+        unit = centred / jnp.maximum(jnp.linalg.norm(centred, axis=-1, keepdims=True), 1e-6)
+        cosine = jnp.einsum("pbsd,qbsd->pqbs", unit, unit)
+        pairs = num_processes * (num_processes - 1)
+        squares = jnp.mean(cosine**2, axis=(2, 3))
+        extra += config.similarity * (squares.sum() - jnp.trace(squares)) / pairs
+    return means(y), extra
 
 
 class LanguageLossParts(NamedTuple):

@@ -38,7 +38,8 @@ class AblationSettings:
     seeds: Sequence[int] = (0, 1, 2)
 
     def __post_init__(self):
-        check_settings(self, zero=("seeds",), large=("seeds",))
+        seeds = ("seeds", "tuning_seeds")
+        check_settings(self, zero=(*seeds, "more_learning_rates"), large=seeds)
         for name, changes in self.variants.items():
             mapping = isinstance(changes, Mapping)
             require(mapping, f"variants.{name}", changes, "fields and their values")
@@ -79,7 +80,7 @@ def train_and_test(config: Json, folder: Path, report: Report) -> Json:
     )
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "flops": {view: _flops(model.config, batches[view][0].batch) for view in data.views},
+        "flops": {view: operations(model.config, batches[view][0].batch) for view in data.views},
         "scores": score(results.answers),
         "train_seconds": seconds,
         "peak_memory_bytes": peak_memory(),
@@ -102,7 +103,7 @@ def score(answers: Sequence[Answer]) -> dict[str, dict[str, list[int]]]:
     return dict(counts)
 
 
-def _flops(config: SlamV3Config, batch: Any) -> Json:
+def operations(config: SlamV3Config, batch: Any) -> Json:
     """Operations of a forward pass over one scene: of the encoder, and of the decoder for all
     questions."""
     inputs, (_, prompts, length) = batch.inputs, batch.tokens.shape

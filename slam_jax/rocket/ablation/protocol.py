@@ -21,7 +21,7 @@ class Ablation(Comparison):
     Raises ConfigError if there are no variants, or one of them cannot be built.
     """
 
-    name = "ablation"
+    name, ranked = "ablation", False
     options: AblationSettings
 
     def __init__(self, options: AblationSettings, models: Sequence[str], workdir: str | Path):

@@ -1,0 +1,1 @@
+"""What each encoder process is worth to a trained model."""

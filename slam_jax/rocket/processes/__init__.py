@@ -1,0 +1,1 @@
+"""Whether four encoder processes are worth more than one of as many operations."""
