@@ -98,6 +98,17 @@ def test_pads_and_rows_that_do_not_count_change_nothing(build, make_inputs):
     assert shares[0, 2, 0] == pytest.approx(read[:, :6].sum(-1).mean(), abs=1e-5)
 
 
+def test_a_view_without_examples_is_left_out(opened, monkeypatch):
+    monkeypatch.setattr(type(opened.data), "views", ("aux", "text"))
+    batches = type(opened).batches
+    monkeypatch.setattr(
+        type(opened),
+        "batches",
+        lambda self, view: batches(self, view) if view == "aux" else iter(()),
+    )
+    assert list(evaluate_processes(opened, 3)["accuracy"]) == ["aux"]
+
+
 def test_the_table_of_a_run_and_its_section_in_the_report(opened, small_run):
     found = evaluate_processes(opened, 3)
     evaluation = evaluate_checkpoint(small_run)

@@ -80,9 +80,21 @@ def v3(**image):
     return SlamV3(SlamV3Config.preset("tiny", 13, **wide), rngs=nnx.Rngs(0))
 
 
+OPTIONS = SlamV3Config.preset(
+    "tiny",
+    13,
+    num_memory_tokens=3,
+    num_bottleneck_blocks=1,
+    num_process_layers=2,
+    exchange_every=1,
+    qk_norm=True,
+    decoder_input_norm=True,
+    balance_fusion=True,
+)
 MODELS = {
     "slam_v3": v3,
     "slam_v3, vit": lambda: v3(encoder="vit"),
+    "slam_v3, options": lambda: SlamV3(OPTIONS, rngs=nnx.Rngs(0)),
     **{
         name: lambda name=name: make_model(make_config(name, "tiny"), rngs=nnx.Rngs(0))
         for name in SYSTEMS

@@ -133,22 +133,23 @@ def evaluate_checkpoint(
 
 
 def evaluate_processes(opened: Opened, num_examples: int) -> dict[str, Any]:
-    """`measure_processes` on the first examples of each view that the run was trained on."""
-    count = -(-num_examples // opened.data.batch_size)
-    batches = {view: list(islice(opened.batches(view), count)) for view in opened.data.views}
-    cut = {view: _first_examples(of_view, num_examples) for view, of_view in batches.items()}
+    """`measure_processes` on the first examples of each view that the run was trained on.
+
+    Views of which the test split has no example are left out.
+    """
+    size, batches = opened.data.batch_size, {}
+    for view in opened.data.views:
+        starts = range(0, num_examples, size)
+        first = zip(starts, opened.batches(view), strict=False)
+        batches[view] = [
+            EvaluationBatch(
+                batch, examples[: num_examples - start], min(valid, num_examples - start)
+            )
+            for start, (batch, examples, valid) in first
+        ]
+    shown = {view: found for view, found in batches.items() if found}
     loaded, longest = opened.loaded, opened.max_new_tokens
-    return measure_processes(loaded.model, loaded.tokenizer, cut, max_new_tokens=longest)
-
-
-def _first_examples(batches: Sequence[EvaluationBatch], count: int) -> list[EvaluationBatch]:
-    """The batches with no more than `count` examples; the rows beyond them do not count."""
-    cut = []
-    for batch, examples, valid in batches:
-        left = min(valid, count)
-        cut.append(EvaluationBatch(batch, examples[:left], left))
-        count -= left
-    return [batch for batch in cut if batch.valid]
+    return measure_processes(loaded.model, loaded.tokenizer, shown, max_new_tokens=longest)
 
 
 def choose_examples(
