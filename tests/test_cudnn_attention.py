@@ -44,10 +44,14 @@ def hopper(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("window", [None, 1, 3])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
 @pytest.mark.parametrize(
-    ("lead", "values", "length"), [((), 5, 9), ((2,), WIDTH, 8), ((2, 3), 11, 9)], ids=str
+    ("lead", "values", "length", "heads", "window"),
+    [
+        ((), 5, 9, (4, 2), 3),
+        ((2,), WIDTH, 8, (4, 4), None),
+        ((2, 3), 11, 9, (4, 1), 1),
+    ],
+    ids=str,
 )
 def test_its_twin_is_attention(lead, values, length, heads, window):
     many, few = heads

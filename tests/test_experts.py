@@ -150,7 +150,7 @@ def test_the_grouped_product_is_ragged_dot(name):
     assert not found[0][sum(sizes) :].any()
 
 
-@pytest.mark.parametrize(("inputs", "dtype"), [(48, "float32"), (7, "float32"), (48, "bfloat16")])
+@pytest.mark.parametrize(("inputs", "dtype"), [(7, "float32"), (48, "bfloat16")])
 def test_the_row_products_are_plain_products(inputs, dtype):
     row, kernels = (
         jax.random.normal(jax.random.key(i), shape).astype(dtype)

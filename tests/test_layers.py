@@ -135,9 +135,8 @@ def test_prefill_without_lengths_fills_the_first_places_and_no_other():
     assert not cache.k_rope[:, 3:].any()
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_a_full_cache_keeps_what_it_has(rows):
-    mla = make_mla()
+def test_a_full_cache_keeps_what_it_has():
+    mla, rows = make_mla(), 2
     _, full = mla.prefill(normal(6, rows, LENGTH, DIM), mla.init_cache((rows,), LENGTH))
     _, after = mla.decode_step(normal(7, rows, 1, DIM), full)
     jax.tree.map(np.testing.assert_array_equal, after, full)

@@ -49,9 +49,10 @@ def plain(x, dt, a, b, c, state):
     ("num_tokens", "chunk_size"),
     [
         (7, 3),
-        (5, 16),
-        (1, 1),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((8, 4), (6, 1))),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in ((5, 16), (1, 1), (8, 4), (6, 1))
+        ),
     ],
 )
 def test_the_chunked_scan_is_the_plain_recurrence(num_tokens, chunk_size):

@@ -71,7 +71,9 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("protocol", SMALL)
+@pytest.mark.parametrize(
+    "protocol", ["seed", pytest.param("heldout", marks=pytest.mark.slow)], ids=str
+)
 def test_a_new_system_is_in_every_comparison(added, here, protocol, tmp_path):
     settings = dict(SMALL[protocol])
     if protocol == "heldout":

@@ -191,8 +191,10 @@ def ask_at(monkeypatch, module, name, count):
     ("module", "name", "count", "step"),
     [
         (loop, "training_batches", 3, 3),
-        (loop, "training_batches", 4, 4),  # an evaluation would follow
-        (loop, "evaluation_batches", 3, 4),  # in the middle of the second evaluation
+        # An evaluation would follow.
+        pytest.param(loop, "training_batches", 4, 4, marks=pytest.mark.slow),
+        # In the middle of the second evaluation.
+        pytest.param(loop, "evaluation_batches", 3, 4, marks=pytest.mark.slow),
         (loop, "evaluation_batches", 5, 6),  # and of the last
     ],
 )
