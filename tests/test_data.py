@@ -153,6 +153,29 @@ def test_a_training_example_may_have_some_of_the_questions(config, dataset):
         prepare(dataclasses.replace(config, name="digits", questions=5))
 
 
+def test_a_training_example_may_describe_some_objects(config, dataset):
+    more = prepare(dataclasses.replace(config, questions=2, descriptions=3), dataset.tokenizer)
+    scene, told = more.train[3], {}
+    for seed in range(20):
+        example = more.train.render(scene, "image", np.random.default_rng(seed))
+        assert example.kinds[2:] == ("description",) * 3 and len(set(example.prompts[2:])) == 3
+        told |= dict(zip(example.prompts[2:], example.answers[2:], strict=True))
+    sentences = describe(scene.objects, range(6)).split(" .")[:6]
+    words = [sentence.split(maxsplit=1) for sentence in sentences]
+    assert told == {f"describe {colour}": place for colour, place in words}
+    # The longest of them fits, and evaluation asks for none.
+    answers, prompts = (
+        max(len(dataset.tokenizer.encode(text)) for text in texts)
+        for texts in (told.values(), told)
+    )
+    assert more.train.answer_length(dataset.tokenizer) >= answers
+    assert more.train.question_length(dataset.tokenizer) >= prompts + answers
+    test = more.test.render(more.test[0], "image", np.random.default_rng(0))
+    assert len(test.prompts) == 20 and "description" not in test.kinds
+    with pytest.raises(ConfigError, match=r"data.descriptions is 1; expected 0; only sort_of"):
+        prepare(dataclasses.replace(config, name="digits", descriptions=1))
+
+
 def test_answers_are_right_and_never_ambiguous(config, dataset):
     for record in itertools.islice(built(config.data_dir), 100):
         objects = record["objects"].tolist()

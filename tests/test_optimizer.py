@@ -51,6 +51,19 @@ def test_schedule_warms_up_then_falls_as_a_cosine():
     close(make_schedule(config, 5)(4), 2.0)
 
 
+def test_the_rate_may_stay_at_its_peak_before_it_falls():
+    config = OptimizerConfig(
+        learning_rate=2.0, warmup_steps=10, final_fraction=0.1, constant_fraction=0.5
+    )
+    schedule = make_schedule(config, 210)
+    close([schedule(s) for s in (5, 10, 60, 115, 210)], [1.0, 2.0, 2.0, 2.0, 0.2])
+    middle = 115 + (210 - 115) / 2
+    assert middle % 1 == 0.5 and schedule(162) > 1.1 > schedule(163)
+    # It falls in the last step at least, however long it should stay.
+    whole = make_schedule(dataclasses.replace(config, constant_fraction=1.0), 20)
+    close([whole(s) for s in (19, 20)], [2.0, 0.2])
+
+
 def test_gradients_are_clipped_by_their_global_norm_before_adam():
     grads = {"kernel": jnp.full(4, 100.0)}
     params = {"kernel": jnp.zeros(4)}

@@ -77,9 +77,10 @@ def prepare(
     reader = _READERS.get(name)
     if reader is None or (variant and name != SortOfClevr.name):
         raise ConfigError(f"data.name is {config.name!r}; use one of {', '.join(_READERS)}")
-    only = f"None; only {SortOfClevr.name} has several questions an example"
-    fits = name == SortOfClevr.name or config.questions is None
-    require(fits, "data.questions", config.questions, only)
+    if name != SortOfClevr.name:
+        only = f"only {SortOfClevr.name} has several questions an example"
+        require(config.questions is None, "data.questions", config.questions, f"None; {only}")
+        require(not config.descriptions, "data.descriptions", config.descriptions, f"0; {only}")
     dataset = reader(config, model or SlamV3Config(vocab_size=1), tokenizer, aux_format)
     check_names(config.views, dataset.train.views, f"data.stages: {config.name}", "view")
     for note in dataset.notes:
@@ -107,7 +108,8 @@ def _read_sort_of_clevr(
     name, most = f"{SortOfClevr.name}/{chosen.name}", config.max_damaged_records
     opened = zip(SPLITS, open_splits(config, name, SPLITS), strict=True)
     records = [Records(each, f"{name}, {split}", most) for split, each in opened]
-    train, validation, test = map(Scenes, records, (config.questions, None, None))
+    train = Scenes(records[0], config.questions, config.descriptions)
+    validation, test = map(Scenes, records[1:])
     tokenizer = tokenizer or Tokenizer.train(train.corpus(), config.vocab_size)
     aux_format = AuxFormat((*COLOURS, *SHAPES, "x", "y"))
     whole = not records[0].damaged

@@ -1,7 +1,7 @@
 """Sort-of-CLEVR scenes rendered as images, texts and auxiliary vectors."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,16 +29,19 @@ _CACHED_SCENES = 1 << 14
 _KINDS = tuple(kind for kind in KINDS for _ in range(QUESTIONS_PER_KIND))
 _NONE_NEEDS_BOTH = (False,) * len(_KINDS)
 # Indexed [colour][kind][subtype], like a stored question.
+_DESCRIBE = "describe {}"
 _PROMPTS = [[[p.format(colour) for p in kind] for kind in PROMPTS] for colour in COLOURS]
 
 
 def describe(objects: Int[np.ndarray, "n 3"], order: Sequence[int]) -> str:
     """One sentence per colour index in `order`: "red circle at 12 40 .", x and y in pixels."""
-    rows = objects.tolist()
-    return " ".join(
-        f"{COLOURS[colour]} {SHAPES[rows[colour][0]]} at {rows[colour][1]} {rows[colour][2]} ."
-        for colour in order
-    )
+    return " ".join(f"{COLOURS[colour]} {_place(objects[colour])} ." for colour in order)
+
+
+def _place(object: Int[np.ndarray, "3"]) -> str:
+    """Shape and centre of one object: "circle at 12 40"."""
+    shape, x, y = object.tolist()
+    return f"{SHAPES[shape]} at {x} {y}"
 
 
 def tabulate(objects: Int[np.ndarray, "n 3"], order: Sequence[int]) -> Float[np.ndarray, "A 10"]:
@@ -73,15 +76,15 @@ class Scenes(Mapped):
     which is faster than decoding the stored, equal ones. Objects come in random order. In a split
     view one input shows the first three of that order and the other one the last three.
     questions: how many of the twenty questions an example has, in random order; None = all of them
-    in their order.
+    in their order. descriptions: how many of its objects an example also describes.
     """
 
     views = tuple(VIEWS)
     image_size = (SIZE, SIZE)
 
-    def __init__(self, records: Sequence[Any], questions: int | None = None):
+    def __init__(self, records: Sequence[Any], questions: int | None = None, descriptions: int = 0):
         super().__init__(records, _scene, kept=_CACHED_SCENES)
-        self._questions = questions
+        self._questions, self._descriptions = questions, descriptions
 
     def render(self, record: Scene, view: str, rng: np.random.Generator) -> Example:
         parts, objects = VIEWS[view], record.objects
@@ -96,14 +99,23 @@ class Scenes(Mapped):
         asked = range(len(_KINDS))
         if self._questions is not None:
             asked = rng.permutation(len(_KINDS))[: self._questions].tolist()
+        described = []
+        if self._descriptions:
+            described = rng.permutation(len(COLOURS))[: self._descriptions].tolist()
         return Example(
             text=None if parts.text is None else describe(objects, order[parts.text]),
             image=None if parts.image is None else self._draw(objects, order[parts.image], rng),
             aux=None if parts.aux is None else tabulate(objects, order[parts.aux]),
-            prompts=tuple(record.prompt_texts[i] for i in asked),
-            answers=tuple(record.answer_texts[i] for i in asked),
-            kinds=tuple(_KINDS[i] for i in asked),
-            needs_both=tuple(both[i] for i in asked),
+            prompts=(
+                *(record.prompt_texts[i] for i in asked),
+                *(_DESCRIBE.format(COLOURS[i]) for i in described),
+            ),
+            answers=(
+                *(record.answer_texts[i] for i in asked),
+                *(_place(objects[i]) for i in described),
+            ),
+            kinds=(*(_KINDS[i] for i in asked), *("description" for _ in described)),
+            needs_both=(*(both[i] for i in asked), *(False for _ in described)),
         )
 
     def _draw(
@@ -135,10 +147,16 @@ class Scenes(Mapped):
 
     def question_length(self, tokenizer: Tokenizer) -> int:
         prompts = [prompt for kinds in _PROMPTS for kind in kinds for prompt in kind]
-        return max(len(tokenizer.encode(t)) for t in prompts) + self.answer_length(tokenizer)
+        longest = _longest(tokenizer, prompts) + _longest(tokenizer, ANSWERS)
+        if not self._descriptions:
+            return longest
+        described = _longest(tokenizer, [_DESCRIBE.format(colour) for colour in COLOURS])
+        return max(longest, described + self.answer_length(tokenizer))
 
     def answer_length(self, tokenizer: Tokenizer) -> int:
-        return max(len(tokenizer.encode(answer)) for answer in ANSWERS)
+        places = range(RADIUS, SIZE - RADIUS) if self._descriptions else ()
+        described = [f"{shape} at {n} {n}" for shape in SHAPES for n in places]
+        return _longest(tokenizer, [*ANSWERS, *described])
 
     def corpus(self) -> Iterator[str]:
         for i, scene in self._sample():
@@ -152,3 +170,8 @@ class Scenes(Mapped):
         for i in range(min(len(self), _CORPUS_SCENES)):
             with contextlib.suppress(DamagedRecord):
                 yield i, self[i]
+
+
+def _longest(tokenizer: Tokenizer, texts: Iterable[str]) -> int:
+    """The largest number of tokens of one of these texts."""
+    return max(len(tokenizer.encode(text)) for text in texts)

@@ -23,8 +23,9 @@ class OptimizerConfig:
 
     name: "adamw"; or "muon", which uses Muon for the kernels inside the network and Adam for the
     rest (`head`, embeddings, norms, biases), with the same learning rate.
-    learning_rate: the peak. It is reached from 0 after `warmup_steps`, then follows a cosine to
-    `final_fraction` of it at the last step. Skipped steps do not count.
+    learning_rate: the peak. It is reached from 0 after `warmup_steps`, stays for a share
+    `constant_fraction` of the run, then follows a cosine to `final_fraction` of it at the last
+    step. Skipped steps do not count.
     b1, b2: of Adam. momentum: of Muon. epsilon: of both. weight_decay: of kernels; with Muon not of
     `head`. clip_norm: largest global gradient norm, None = no clipping. ema_decay: of the moving
     average of parameters, which evaluations then use; None = no average.
@@ -36,6 +37,7 @@ class OptimizerConfig:
     name: str = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 100
+    constant_fraction: float = 0.0
     final_fraction: float = 0.01
     b1: float = 0.9
     b2: float = 0.98
@@ -53,7 +55,7 @@ class OptimizerConfig:
         require_count("optimizer.warmup_steps", self.warmup_steps, least=0, most=2**31 - 1)
         require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, positive)
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        for field in ("final_fraction", "b1", "b2", "momentum", "ema_decay"):
+        for field in ("final_fraction", "constant_fraction", "b1", "b2", "momentum", "ema_decay"):
             value = getattr(self, field)
             ok = field == "ema_decay" if value is None else 0 <= value <= 1
             require(ok, f"optimizer.{field}", value, "a number from 0 to 1")
@@ -96,13 +98,11 @@ def _names(path: Any) -> list[Any]:
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """The learning rate as a function of the number of earlier updates."""
-    return optax.warmup_cosine_decay_schedule(
-        0.0,
-        config.learning_rate,
-        min(config.warmup_steps, num_steps - 1),
-        num_steps,
-        config.learning_rate * config.final_fraction,
-    )
+    peak, warmup = config.learning_rate, min(config.warmup_steps, num_steps - 1)
+    constant = min(round(config.constant_fraction * num_steps), num_steps - 1 - warmup)
+    cosine = optax.cosine_decay_schedule(peak, num_steps - warmup - constant, config.final_fraction)
+    parts = (optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak), cosine)
+    return optax.join_schedules(parts, (warmup, warmup + constant))
 
 
 def updates_made(opt_state: optax.OptState) -> Int[Array, ""] | None:
