@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 WORKDIR ?= runs/quickstart
+# What the demo page asks: a model of the package, or a workdir.
+MODEL ?= quickstart
 PROTOCOL ?= seed
 ROCKET ?= runs/rocket-$(PROTOCOL)
 ABLATIONS ?= runs/ablations
@@ -16,7 +18,7 @@ KEEP = MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1
 help:
 	@echo "make train     set up, train the quickstart, evaluate it, print the table"
 	@echo "make eval      evaluate WORKDIR=$(WORKDIR) again"
-	@echo "make demo      a page to ask the model in WORKDIR"
+	@echo "make demo      a page to ask the model that comes with the package; MODEL=DIR for your own"
 	@echo "make rocket    measure the language models against each other, PROTOCOL=$(PROTOCOL) (or"
 	@echo "               heldout), into ROCKET=$(ROCKET)"
 	@echo "make ablations what each part of SLAM v3 is worth, into ABLATIONS=$(ABLATIONS)"
@@ -42,7 +44,7 @@ eval: setup
 	$(RUN) eval.py --workdir=$(WORKDIR)
 
 demo: setup
-	$(RUN) -m slam_jax.demo --workdir=$(WORKDIR)
+	$(RUN) -m slam_jax.demo --workdir=$(MODEL)
 
 rocket: setup
 	$(RUN) -m slam_jax.rocket --protocol=$(PROTOCOL) --workdir=$(ROCKET)

@@ -4,11 +4,16 @@ python eval.py --workdir=DIR [--step=N|best|latest] [--out=DIR] [--process_examp
     [--config.data.field=value]
 """
 
+from pathlib import Path
+
 from absl import flags
 
+from slam_jax.errors import InputError
 from slam_jax.runtime import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The workdir of a training run, or a folder with its model.", required=True
+)
 STEP = flags.DEFINE_string("step", "best", "The checkpoint: a step number, best or latest.")
 OUT = flags.DEFINE_string(
     "out", None, "Folder for metrics.json and report.html; by default WORKDIR/eval."
@@ -23,7 +28,10 @@ def main(arguments: list[str]) -> None:
     from slam_jax.evaluation import print_metrics
     from slam_jax.reporting.checkpoint import evaluate_checkpoint
     from slam_jax.reporting.report import write_evaluation
+    from slam_jax.trained import find_folder
 
+    if OUT.value is None and not Path(WORKDIR.value).exists() and find_folder(WORKDIR.value):
+        raise InputError(f"--workdir={WORKDIR.value} is part of the package; give --out, too")
     evaluation = evaluate_checkpoint(
         WORKDIR.value, STEP.value, arguments, process_examples=PROCESS_EXAMPLES.value
     )

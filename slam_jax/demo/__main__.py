@@ -15,7 +15,12 @@ from slam_jax.errors import InputError
 from slam_jax.runtime import cli
 from slam_jax.runtime.signals import SIGNALS
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
+WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "The workdir of a training run, or a folder with its model, or quickstart.",
+    required=True,
+)
 STEP = flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
 PORT = flags.DEFINE_integer(
     "port", 7860, "The port of the page; 0 = any free one.", lower_bound=0, upper_bound=65535

@@ -18,7 +18,12 @@ from absl import flags
 from slam_jax.errors import InputError
 from slam_jax.runtime import cli
 
-flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
+flags.DEFINE_string(
+    "workdir",
+    None,
+    "The workdir of a training run, or a folder with its model, or quickstart.",
+    required=True,
+)
 flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
 flags.DEFINE_string("prompt", "", "The text that the answer continues.")
 flags.DEFINE_string("text", None, "A text to answer from.")

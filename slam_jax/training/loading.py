@@ -1,4 +1,4 @@
-"""Loads the model of a checkpoint."""
+"""Loads a trained model: of a checkpoint, or from a folder that was made to be shared."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +9,9 @@ from flax import nnx
 from slam_jax.data import AuxFormat, Tokenizer
 from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.slam_v3 import SlamV3
-from slam_jax.training.checkpoint import Checkpoints, Step
+from slam_jax.trained.folder import Trained, find_folder, read_folder, read_weights
+from slam_jax.training.checkpoint import CheckpointError, Checkpoints, Step
+from slam_jax.training.checkpoint.trees import by_name
 from slam_jax.training.experiment import Experiment
 from slam_jax.training.state import merge_model, split_model
 
@@ -33,24 +35,54 @@ class Loaded(NamedTuple):
 def load(workdir: str | Path, step: Step = None) -> Loaded:
     """The model of a checkpoint, with averaged parameters where the run averaged them.
 
-    step: a number, "latest", "best", or None for the best. Only arrays and JSON are read; nothing
-    from the workdir is executed.
+    workdir: of a run; or a folder that `python -m slam_jax.trained` wrote; or "quickstart", a model
+    that comes with the package. step: a number, "latest", "best", or None for the best; a folder
+    has one step. Only arrays and JSON are read; nothing is executed.
 
     Raises:
       CheckpointError: there is no such workdir or step, or it does not fit its configuration.
+      InputError: the folder is damaged.
       OutOfMemory: the model does not fit.
     """
-    checkpoints = Checkpoints(workdir)
-    found = checkpoints.resolve(step)
-    config, aux = checkpoints.read_config(found), checkpoints.read_aux(found)
-    tokenizer = Tokenizer.from_json(checkpoints.read_tokenizer(found))
-    aux_format = None if aux is None else AuxFormat.from_json(aux)
-    experiment = Experiment.from_config(config)
+    folder, saved = find_folder(workdir), read_saved(workdir, step)
+    tokenizer = Tokenizer.from_json(saved.tokenizer)
+    aux_format = None if saved.aux is None else AuxFormat.from_json(saved.aux)
+    experiment = Experiment.from_config(saved.config)
     sizes = experiment.with_vocabulary(tokenizer.vocab_size)
     model = nnx.eval_shape(lambda: SlamV3(sizes, rngs=nnx.Rngs(0)))
     graphdef, like = split_model(model)
-    part = "params" if experiment.optimizer.ema_decay is None else "ema"
     with explain_out_of_memory("the model", "load it on a larger machine"):
-        params = jax.device_put(checkpoints.restore_subtree(found, part, like))
-    longest = max(32, checkpoints.read_generation(found).get("max_new_tokens", 0))
-    return Loaded(merge_model(graphdef, params), tokenizer, aux_format, config, found, longest)
+        if folder is not None:
+            weights = read_weights(folder, by_name(like))
+            params = jax.tree.unflatten(jax.tree.structure(like), weights.values())
+        else:
+            part = "params" if experiment.optimizer.ema_decay is None else "ema"
+            params = Checkpoints(workdir).restore_subtree(saved.step, part, like)
+        params = jax.device_put(params)
+    return Loaded(
+        merge_model(graphdef, params),
+        tokenizer,
+        aux_format,
+        saved.config,
+        saved.step,
+        max(32, saved.max_new_tokens),
+    )
+
+
+def read_saved(workdir: str | Path, step: Step = None) -> Trained:
+    """What `load` reads besides the weights; the same arguments and errors."""
+    folder = find_folder(workdir)
+    if folder is not None:
+        saved = read_folder(folder)
+        if str(step) not in ("None", "best", "latest", str(saved.step)):
+            raise CheckpointError(f"{folder} has step {saved.step} alone; leave out step {step}")
+        return saved
+    checkpoints = Checkpoints(workdir)
+    found = checkpoints.resolve(step)
+    return Trained(
+        config=checkpoints.read_config(found),
+        step=found,
+        max_new_tokens=checkpoints.read_generation(found).get("max_new_tokens", 0),
+        aux=checkpoints.read_aux(found),
+        tokenizer=checkpoints.read_tokenizer(found),
+    )

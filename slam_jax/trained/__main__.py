@@ -1,0 +1,43 @@
+"""Writes the model of a run as a folder to share.
+
+    python -m slam_jax.trained --workdir=DIR --output=NEW
+
+The folder has the weights (model.safetensors), the configuration, the tokenizer and a model card.
+`slam_jax.load`, the demo page and `python -m slam_jax.generation --workdir` take it like a workdir.
+It has no optimizer state, so training cannot resume from it.
+"""
+
+from absl import flags
+
+from slam_jax.errors import InputError
+from slam_jax.runtime import cli
+from slam_jax.trained.folder import DTYPES
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "The folder to write.", required=True)
+STEP = flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
+DTYPE = flags.DEFINE_enum("dtype", "float16", list(DTYPES), "Of the stored weights.")
+COMMAND = flags.DEFINE_string("command", None, "The command of the run, for the model card.")
+COMMIT = flags.DEFINE_string("commit", None, "The commit that it ran on, for the model card.")
+
+
+def main(arguments: list[str]) -> None:
+    if arguments:
+        raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
+    # Imported here because importing JAX takes seconds, in which Ctrl-C must already work.
+    from slam_jax.trained.card import make_card
+    from slam_jax.trained.folder import write_folder
+    from slam_jax.training import load, split_model
+    from slam_jax.training.checkpoint.trees import by_name
+    from slam_jax.training.loading import read_saved
+
+    saved = read_saved(WORKDIR.value, STEP.value)
+    loaded = load(WORKDIR.value, STEP.value)
+    card = make_card(loaded, WORKDIR.value, COMMAND.value, COMMIT.value, DTYPE.value)
+    _, params = split_model(loaded.model)
+    write_folder(OUTPUT.value, saved, by_name(params), card, dtype=DTYPE.value)
+    print(f"{OUTPUT.value}: {loaded.step:,} steps, weights in {DTYPE.value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
