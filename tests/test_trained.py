@@ -146,3 +146,17 @@ def test_the_model_of_the_package_answers_questions_about_new_scenes():
     assert folder is not None and (folder / WEIGHTS).stat().st_size < 3e6
     card = (folder / CARD).read_text()
     assert "- command: `" in card and "- commit: " in card
+
+
+def test_a_report_about_a_model_of_the_package_needs_a_folder(tmp_path):
+    script = Path(slam_jax.__file__).parents[1] / "eval.py"
+    done = subprocess.run(
+        [sys.executable, script, "--workdir=quickstart"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    expected = "error: --workdir=quickstart is part of the package; give --out, too\n"
+    assert done.stderr.endswith(expected)
