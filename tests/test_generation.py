@@ -67,7 +67,10 @@ UNEQUAL = [
 DRAWN = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95, num_samples=3)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=12, num_samples=3), DRAWN])
+GREEDY = Sampling(max_new_tokens=12, num_samples=3)
+
+
+@pytest.mark.parametrize("sampling", [pytest.param(GREEDY, marks=pytest.mark.slow), DRAWN])
 def test_a_batch_of_unequal_requests_is_the_same_one_by_one(loaded, sampling):
     together = generate(loaded, UNEQUAL, sampling)
     for request, answer in zip(UNEQUAL, together, strict=True):

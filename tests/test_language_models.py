@@ -555,7 +555,7 @@ def speaker(name: str) -> ModelAndTokenizer:
     return ModelAndTokenizer(build(name, **changes), tokenizer)
 
 
-@some_systems("jamba")
+@some_systems("deepseek_v2")
 def test_requests_are_answered_alike_alone_in_a_batch_and_in_pieces(name):
     loaded = speaker(name)
     sampling = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95, num_samples=2)

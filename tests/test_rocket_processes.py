@@ -60,12 +60,18 @@ def test_variants_have_as_many_operations_as_four_processes(shipped):
     assert not set(shipped.seeds) & set(shipped.tuning_seeds) and len(shipped.seeds) == 8
 
 
-def test_a_run_is_scored_under_all_conditions_and_a_trial_by_its_loss(tiny, tmp_path):
-    shown = []
-    arguments: Any = dict(workdir=str(tmp_path), seed=7, learning_rate=1e-3)
-    trial = run("one", tiny, lambda *x: shown.append(x), **arguments, trial=True)
+def arguments(workdir) -> dict[str, Any]:
+    return dict(workdir=str(workdir), seed=7, learning_rate=1e-3)
+
+
+def test_a_trial_is_scored_by_its_validation_loss(tiny, tmp_path):
+    trial = run("one", tiny, lambda *_: None, **arguments(tmp_path), trial=True)
     assert list(trial) == ["validation_loss"] and 0 < trial["validation_loss"] < 20
-    figures = run("one", tiny, lambda *_: None, **arguments, trial=False)  # the same run
+
+
+@pytest.mark.slow
+def test_a_run_is_scored_under_all_conditions(tiny, tmp_path):
+    figures = run("one", tiny, lambda *_: None, **arguments(tmp_path), trial=False)
     assert list(figures["conditions"]) == list(conditions(100))
     for scores in figures["conditions"].values():
         assert [len(scores[what]) for what in ("nats", "right", "asked")] == [GROUPS] * 3

@@ -500,7 +500,10 @@ def test_a_run_tells_once_what_is_odd_about_its_data(config, tmp_path, caplog):
     rows[0]["split"] = "train"
     rows.append({"answer": "a", "size": 0, "split": "test"})
     folder = write_table(tmp_path / "own", rows)
-    train(config_of_table(config, folder), tmp_path / "run")
+    stop = Stop()
+    stop.request()
+    with pytest.raises(Stopped):
+        train(config_of_table(config, folder), tmp_path / "run", stop)
     told = [record.getMessage() for record in caplog.records if record.name == "slam_jax"]
     unused, shared = told
     assert unused == (
