@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
     from slam_jax.evaluation import print_metrics
     from slam_jax.reporting.checkpoint import evaluate_checkpoint
     from slam_jax.reporting.report import write_evaluation
-    from slam_jax.trained import find_folder
+    from slam_jax.trained.folder import find_folder
 
     if OUT.value is None and not Path(WORKDIR.value).exists() and find_folder(WORKDIR.value):
         raise InputError(f"--workdir={WORKDIR.value} is part of the package; give --out, too")

@@ -17,8 +17,14 @@ from slam_jax.data.fresh_scenes import FreshScenes
 from slam_jax.data.pipeline import evaluation_batches
 from slam_jax.errors import InputError
 from slam_jax.evaluation import evaluate
-from slam_jax.trained import find_folder, write_folder
-from slam_jax.trained.folder import ABOUT, CARD, TOKENIZER, WEIGHTS
+from slam_jax.trained.folder import (
+    ABOUT,
+    CARD,
+    TOKENIZER,
+    WEIGHTS,
+    find_folder,
+    write_folder,
+)
 from slam_jax.training.checkpoint.trees import by_name
 from slam_jax.training.loading import read_saved
 from slam_jax.training.state import split_model

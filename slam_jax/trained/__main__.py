@@ -11,12 +11,13 @@ from absl import flags
 
 from slam_jax.errors import InputError
 from slam_jax.runtime import cli
-from slam_jax.trained.folder import DTYPES
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "The folder to write.", required=True)
 STEP = flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
-DTYPE = flags.DEFINE_enum("dtype", "float16", list(DTYPES), "Of the stored weights.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float16", ["float32", "bfloat16", "float16"], "Of the stored weights."
+)
 COMMAND = flags.DEFINE_string("command", None, "The command of the run, for the model card.")
 COMMIT = flags.DEFINE_string("commit", None, "The commit that it ran on, for the model card.")
 
