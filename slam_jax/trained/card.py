@@ -47,4 +47,5 @@ def _scores(path: Path, step: int) -> str:
             if isinstance(found, Mapping) and "accuracy" in found:
                 rows.append(f"| {view} | {kind} | {100 * found['accuracy']:.1f} |\n")
     head = "| view | questions | % right |\n|---|---|---|\n"
-    return "\nTest scores in percent (`eval.py`, before the weights were rounded):\n\n" + head + "".join(rows)
+    title = "Test scores in percent (`eval.py`, before the weights were rounded):"
+    return f"\n{title}\n\n{head}" + "".join(rows)
