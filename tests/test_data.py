@@ -176,6 +176,42 @@ def test_a_training_example_may_describe_some_objects(config, dataset):
         prepare(dataclasses.replace(config, name="digits", descriptions=1))
 
 
+def test_a_training_example_may_describe_the_closest_objects(config, dataset):
+    config = dataclasses.replace(config, descriptions=12, describe_closest=True)
+    train = prepare(config, dataset.tokenizer).train
+    for scene in (train[3], train[4]):
+        example = train.render(scene, "image", np.random.default_rng(0))
+        told = dict(zip(example.prompts[20:], example.answers[20:], strict=True))
+        assert len(told) == 12
+        own = {colour: told[f"describe {colour}"] for colour in COLOURS}
+        for colour, place in own.items():
+            x, y = map(int, place.split()[-2:])
+            others = {
+                name: (int(other.split()[-2]) - x) ** 2 + (int(other.split()[-1]) - y) ** 2
+                for name, other in own.items()
+                if name != colour
+            }
+            nearest = min(others, key=others.__getitem__)
+            thing = f"{nearest} {own[nearest].split()[0]}"
+            assert told[f"object closest to {colour}"] == thing
+    encode = dataset.tokenizer.encode
+    numbers = range(5, 70)
+    places = [f"{shape} at {n} {n}" for shape in ("circle", "square") for n in numbers]
+    longest = max(len(encode(place)) for place in places)
+    assert train.answer_length(dataset.tokenizer) == longest
+    rows = [
+        len(encode(prompt)) + len(encode(answer))
+        for i in range(50)
+        for example in [train.render(train[i], "image", np.random.default_rng(i))]
+        for prompt, answer in zip(example.prompts, example.answers, strict=True)
+    ]
+    assert train.question_length(dataset.tokenizer) >= max(rows)
+    with pytest.raises(ConfigError, match=r"descriptions is 7; expected .* 6"):
+        dataclasses.replace(config, descriptions=7, describe_closest=False)
+    with pytest.raises(ConfigError, match=r"descriptions is 0; expected .* 1"):
+        dataclasses.replace(config, descriptions=0)
+
+
 def test_answers_are_right_and_never_ambiguous(config, dataset):
     for record in itertools.islice(built(config.data_dir), 100):
         objects = record["objects"].tolist()

@@ -35,7 +35,9 @@ class DataConfig:
     questions: how many of the twenty questions of a sort_of_clevr scene a training example has,
       chosen at random each time; None = all. Evaluation always asks all.
     descriptions: how many objects of a sort_of_clevr scene a training example describes beside its
-      questions: "describe red", "circle at 12 40". Evaluation asks for none.
+      questions: "describe red", "circle at 12 40". Evaluation asks for none. describe_closest: they
+      are drawn from twice as many, with those of the closest objects: "object closest to red",
+      "blue square".
     drop_inputs: in training, each input of a row is left out at this rate, but never all of them,
       so that the model learns to answer from any mix; it is evaluated on each mix. Not for
       sort_of_clevr.
@@ -61,6 +63,7 @@ class DataConfig:
     drop_inputs: float = 0.0
     questions: int | None = None
     descriptions: int = 0
+    describe_closest: bool = False
     max_damaged_records: int = 10
     vocab_size: int = 512
     table_version: int | None = None
@@ -76,7 +79,8 @@ class DataConfig:
         require(0 <= self.drop_inputs < 1, "drop_inputs", self.drop_inputs, "a rate in [0, 1)")
         if self.questions is not None:
             require_count("questions", self.questions, most=20)
-        require_count("descriptions", self.descriptions, least=0, most=6)
+        least, most = (1, 12) if self.describe_closest else (0, 6)
+        require_count("descriptions", self.descriptions, least=least, most=most)
         require_count("seed", self.seed, least=0, most=2**32 - 1)
         stages = tuple(_stage(i, stage) for i, stage in enumerate(self.stages))
         starts = [stage.first for stage in stages]

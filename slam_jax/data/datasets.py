@@ -108,7 +108,12 @@ def _read_sort_of_clevr(
     name, most = f"{SortOfClevr.name}/{chosen.name}", config.max_damaged_records
     opened = zip(SPLITS, open_splits(config, name, SPLITS), strict=True)
     records = [Records(each, f"{name}, {split}", most) for split, each in opened]
-    train = Scenes(records[0], config.questions, config.descriptions)
+    train = Scenes(
+        records[0],
+        config.questions,
+        config.descriptions,
+        describe_closest=config.describe_closest,
+    )
     validation, test = map(Scenes, records[1:])
     tokenizer = tokenizer or Tokenizer.train(train.corpus(), config.vocab_size)
     aux_format = AuxFormat((*COLOURS, *SHAPES, "x", "y"))

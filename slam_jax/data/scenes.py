@@ -19,6 +19,7 @@ from slam_jax.data.sort_of_clevr import (
     SHAPES,
     SIZE,
     draw,
+    extremes,
     needs_both,
 )
 from slam_jax.data.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ _CORPUS_SCENES = 2000
 _CACHED_SCENES = 1 << 14
 _KINDS = tuple(kind for kind in KINDS for _ in range(QUESTIONS_PER_KIND))
 _NONE_NEEDS_BOTH = (False,) * len(_KINDS)
-_DESCRIBE = "describe {}"
+_DESCRIBE, _CLOSEST_OBJECT = "describe {}", "object closest to {}"
 # Indexed [colour][kind][subtype], like a stored question.
 _PROMPTS = [[[p.format(colour) for p in kind] for kind in PROMPTS] for colour in COLOURS]
 
@@ -42,6 +43,21 @@ def _place(object: Int[np.ndarray, "3"]) -> str:
     """Shape and centre of one object: "circle at 12 40"."""
     shape, x, y = object.tolist()
     return f"{SHAPES[shape]} at {x} {y}"
+
+
+def _descriptions(
+    objects: Int[np.ndarray, "n 3"], chosen: Iterable[int]
+) -> Iterator[tuple[str, str]]:
+    """Prompts and answers. 0 to 5 are objects by colour, 6 to 11 the closest ones to them."""
+    closest, _ = extremes(objects, np.ones((len(objects), len(objects)), bool))
+    for i in chosen:
+        of_closest, colour = divmod(i, len(COLOURS))
+        if of_closest:
+            other = closest[colour]
+            thing = f"{COLOURS[other]} {SHAPES[objects[other, 0]]}"
+            yield _CLOSEST_OBJECT.format(COLOURS[colour]), thing
+        else:
+            yield _DESCRIBE.format(COLOURS[colour]), _place(objects[colour])
 
 
 def tabulate(objects: Int[np.ndarray, "n 3"], order: Sequence[int]) -> Float[np.ndarray, "A 10"]:
@@ -77,14 +93,23 @@ class Scenes(Mapped):
     view one input shows the first three of that order and the other one the last three.
     questions: how many of the twenty questions an example has, in random order; None = all of them
     in their order. descriptions: how many of its objects an example also describes.
+    describe_closest: whether they are drawn from those and the closest ones to them.
     """
 
     views = tuple(VIEWS)
     image_size = (SIZE, SIZE)
 
-    def __init__(self, records: Sequence[Any], questions: int | None = None, descriptions: int = 0):
+    def __init__(
+        self,
+        records: Sequence[Any],
+        questions: int | None = None,
+        descriptions: int = 0,
+        *,
+        describe_closest: bool = False,
+    ):
         super().__init__(records, _scene, kept=_CACHED_SCENES)
         self._questions, self._descriptions = questions, descriptions
+        self._describes_closest = describe_closest
 
     def render(self, record: Scene, view: str, rng: np.random.Generator) -> Example:
         parts, objects = VIEWS[view], record.objects
@@ -99,20 +124,22 @@ class Scenes(Mapped):
         asked = range(len(_KINDS))
         if self._questions is not None:
             asked = rng.permutation(len(_KINDS))[: self._questions].tolist()
-        described = []
+        described: list[tuple[str, str]] = []
         if self._descriptions:
-            described = rng.permutation(len(COLOURS))[: self._descriptions].tolist()
+            count = len(COLOURS) * (2 if self._describes_closest else 1)
+            chosen = rng.permutation(count)[: self._descriptions].tolist()
+            described = list(_descriptions(objects, chosen))
         return Example(
             text=None if parts.text is None else describe(objects, order[parts.text]),
             image=None if parts.image is None else self._draw(objects, order[parts.image], rng),
             aux=None if parts.aux is None else tabulate(objects, order[parts.aux]),
             prompts=(
                 *(record.prompt_texts[i] for i in asked),
-                *(_DESCRIBE.format(COLOURS[i]) for i in described),
+                *(prompt for prompt, _ in described),
             ),
             answers=(
                 *(record.answer_texts[i] for i in asked),
-                *(_place(objects[i]) for i in described),
+                *(answer for _, answer in described),
             ),
             kinds=(*(_KINDS[i] for i in asked), *("description" for _ in described)),
             needs_both=(*(both[i] for i in asked), *(False for _ in described)),
@@ -128,8 +155,7 @@ class Scenes(Mapped):
         if shown is None:
             return 0, 0
         count = len(range(*shown.indices(len(COLOURS))))
-        names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-        sentences = [f"{each} at {n} {n} ." for each in names for n in range(RADIUS, SIZE - RADIUS)]
+        sentences = [f"{colour} {place} ." for colour in COLOURS for place in _places()]
         # Byte-level BPE never merges across a space, so the lengths of the sentences add up.
         first = [len(tokenizer.encode(sentence)) for sentence in sentences]
         later = [len(tokenizer.encode(f" {sentence}")) for sentence in sentences]
@@ -147,16 +173,17 @@ class Scenes(Mapped):
 
     def question_length(self, tokenizer: Tokenizer) -> int:
         prompts = [prompt for kinds in _PROMPTS for kind in kinds for prompt in kind]
-        longest = _longest(tokenizer, prompts) + _longest(tokenizer, ANSWERS)
-        if not self._descriptions:
-            return longest
-        described = _longest(tokenizer, [_DESCRIBE.format(colour) for colour in COLOURS])
-        return max(longest, described + self.answer_length(tokenizer))
+        kinds: list[tuple[list[str], list[str]]] = [(prompts, [*ANSWERS])]
+        if self._descriptions:
+            kinds.append(([_DESCRIBE.format(colour) for colour in COLOURS], _places()))
+        if self._describes_closest:
+            kinds.append(([_CLOSEST_OBJECT.format(colour) for colour in COLOURS], _things()))
+        return max(_longest(tokenizer, asked) + _longest(tokenizer, said) for asked, said in kinds)
 
     def answer_length(self, tokenizer: Tokenizer) -> int:
-        places = range(RADIUS, SIZE - RADIUS) if self._descriptions else ()
-        described = [f"{shape} at {n} {n}" for shape in SHAPES for n in places]
-        return _longest(tokenizer, [*ANSWERS, *described])
+        places = _places() if self._descriptions else []
+        things = _things() if self._describes_closest else []
+        return _longest(tokenizer, [*ANSWERS, *places, *things])
 
     def corpus(self) -> Iterator[str]:
         for i, scene in self._sample():
@@ -170,6 +197,16 @@ class Scenes(Mapped):
         for i in range(min(len(self), _CORPUS_SCENES)):
             with contextlib.suppress(DamagedRecord):
                 yield i, self[i]
+
+
+def _places() -> list[str]:
+    """For each shape and number, the description of an object that is as long as any of them."""
+    return [f"{shape} at {n} {n}" for shape in SHAPES for n in range(RADIUS, SIZE - RADIUS)]
+
+
+def _things() -> list[str]:
+    """All objects, each by its colour and shape."""
+    return [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 
 
 def _longest(tokenizer: Tokenizer, texts: Iterable[str]) -> int:

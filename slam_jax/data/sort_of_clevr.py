@@ -64,15 +64,23 @@ def answer_table(
     shape, centre = objects[:, 0], objects[:, 1:]
     if visible is None:
         visible = np.ones((len(objects), len(objects)), bool)
-    others = visible & ~np.eye(len(objects), dtype=bool)
-    distance = ((centre[:, None] - centre) ** 2).sum(-1)
-    closest = np.where(others, distance, np.iinfo(distance.dtype).max).argmin(1)
-    furthest = np.where(others, distance, -1).argmax(1)
+    closest, furthest = extremes(objects, visible)
     alike = (visible & (shape[:, None] == shape)).sum(1)
     left, top = (np.where(centre < SIZE / 2, 2, 3)).T
     of_one = np.stack([shape, left, top], -1)
     of_several = np.stack([shape[closest], shape[furthest], 3 + alike], -1)
     return np.stack([of_one, of_several])
+
+
+def extremes(
+    objects: Int[np.ndarray, "n 3"], visible: Bool[np.ndarray, "n n"]
+) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    """For each object, the index of the closest and of the furthest other one that it may use."""
+    others = visible & ~np.eye(len(objects), dtype=bool)
+    centre = objects[:, 1:]
+    distance = ((centre[:, None] - centre) ** 2).sum(-1)
+    closest = np.where(others, distance, np.iinfo(distance.dtype).max).argmin(1)
+    return closest, np.where(others, distance, -1).argmax(1)
 
 
 def needs_both(
