@@ -177,39 +177,34 @@ def test_a_training_example_may_describe_some_objects(config, dataset):
 
 
 def test_a_training_example_may_describe_the_closest_objects(config, dataset):
-    config = dataclasses.replace(config, descriptions=12, describe_closest=True)
-    train = prepare(config, dataset.tokenizer).train
-    for scene in (train[3], train[4]):
-        example = train.render(scene, "image", np.random.default_rng(0))
-        told = dict(zip(example.prompts[20:], example.answers[20:], strict=True))
-        assert len(told) == 12
-        own = {colour: told[f"describe {colour}"] for colour in COLOURS}
-        for colour, place in own.items():
-            x, y = map(int, place.split()[-2:])
-            others = {
-                name: (int(other.split()[-2]) - x) ** 2 + (int(other.split()[-1]) - y) ** 2
+    config = dataclasses.replace(config, questions=1, descriptions=6, closest_objects=4)
+    train, named = prepare(config, dataset.tokenizer).train, set()
+    encode = dataset.tokenizer.encode
+    for i in range(20):
+        example = train.render(train[i], "image", np.random.default_rng(i))
+        rows = list(zip(example.prompts, example.answers, strict=True))
+        assert len(rows) == len({*rows}) == len(example.kinds) == len(example.needs_both) == 11
+        own = {prompt.split()[-1]: answer.split() for prompt, answer in rows[1:7]}
+        for prompt, answer in rows[7:]:
+            start, colour = prompt.rsplit(maxsplit=1)
+            x, y = map(int, own[colour][-2:])
+            apart = {
+                (int(other[-2]) - x) ** 2 + (int(other[-1]) - y) ** 2: f"{name} {' '.join(other)}"
                 for name, other in own.items()
                 if name != colour
             }
-            nearest = min(others, key=others.__getitem__)
-            thing = f"{nearest} {own[nearest].split()[0]}"
-            assert told[f"object closest to {colour}"] == thing
-    encode = dataset.tokenizer.encode
-    numbers = range(5, 70)
-    places = [f"{shape} at {n} {n}" for shape in ("circle", "square") for n in numbers]
-    longest = max(len(encode(place)) for place in places)
-    assert train.answer_length(dataset.tokenizer) == longest
-    rows = [
-        len(encode(prompt)) + len(encode(answer))
-        for i in range(50)
-        for example in [train.render(train[i], "image", np.random.default_rng(i))]
-        for prompt, answer in zip(example.prompts, example.answers, strict=True)
-    ]
-    assert train.question_length(dataset.tokenizer) >= max(rows)
-    with pytest.raises(ConfigError, match=r"descriptions is 7; expected .* 6"):
-        dataclasses.replace(config, descriptions=7, describe_closest=False)
-    with pytest.raises(ConfigError, match=r"descriptions is 0; expected .* 1"):
-        dataclasses.replace(config, descriptions=0)
+            assert (start, answer) == ("near", apart[min(apart)])
+            named.add(colour)
+        assert max(len(encode(answer)) for _, answer in rows) <= train.answer_length(
+            dataset.tokenizer
+        )
+        longest = max(len(encode(prompt)) + len(encode(answer)) for prompt, answer in rows)
+        assert longest <= train.question_length(dataset.tokenizer)
+    assert named == {*COLOURS}
+    with pytest.raises(ConfigError, match=r"closest_objects is 7; expected at most 6"):
+        dataclasses.replace(config, closest_objects=7)
+    with pytest.raises(ConfigError, match=r"data.closest_objects is 1; expected 0; only sort_of"):
+        prepare(dataclasses.replace(DataConfig(name="digits"), closest_objects=1))
 
 
 def test_answers_are_right_and_never_ambiguous(config, dataset):

@@ -34,10 +34,9 @@ class DataConfig:
       are shown whole. Not for sort_of_clevr.
     questions: how many of the twenty questions of a sort_of_clevr scene a training example has,
       chosen at random each time; None = all. Evaluation always asks all.
-    descriptions: how many objects of a sort_of_clevr scene a training example describes beside its
-      questions: "describe red", "circle at 12 40". Evaluation asks for none. describe_closest: they
-      are drawn from twice as many, with those of the closest objects: "object closest to red",
-      "blue square".
+    descriptions, closest_objects: what else a training example of sort_of_clevr is asked for. How
+      many of its six objects it describes: "describe red", "circle at 12 40". For how many of them
+      it describes the closest one: "near red", "blue square at 20 44". Evaluation asks for none.
     drop_inputs: in training, each input of a row is left out at this rate, but never all of them,
       so that the model learns to answer from any mix; it is evaluated on each mix. Not for
       sort_of_clevr.
@@ -63,7 +62,7 @@ class DataConfig:
     drop_inputs: float = 0.0
     questions: int | None = None
     descriptions: int = 0
-    describe_closest: bool = False
+    closest_objects: int = 0
     max_damaged_records: int = 10
     vocab_size: int = 512
     table_version: int | None = None
@@ -79,8 +78,8 @@ class DataConfig:
         require(0 <= self.drop_inputs < 1, "drop_inputs", self.drop_inputs, "a rate in [0, 1)")
         if self.questions is not None:
             require_count("questions", self.questions, most=20)
-        least, most = (1, 12) if self.describe_closest else (0, 6)
-        require_count("descriptions", self.descriptions, least=least, most=most)
+        for field in ("descriptions", "closest_objects"):
+            require_count(field, getattr(self, field), least=0, most=6)
         require_count("seed", self.seed, least=0, most=2**32 - 1)
         stages = tuple(_stage(i, stage) for i, stage in enumerate(self.stages))
         starts = [stage.first for stage in stages]

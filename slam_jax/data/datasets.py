@@ -80,7 +80,9 @@ def prepare(
     if name != SortOfClevr.name:
         only = f"only {SortOfClevr.name} has several questions an example"
         require(config.questions is None, "data.questions", config.questions, f"None; {only}")
-        require(not config.descriptions, "data.descriptions", config.descriptions, f"0; {only}")
+        for field in ("descriptions", "closest_objects"):
+            value = getattr(config, field)
+            require(not value, f"data.{field}", value, f"0; {only}")
     dataset = reader(config, model or SlamV3Config(vocab_size=1), tokenizer, aux_format)
     check_names(config.views, dataset.train.views, f"data.stages: {config.name}", "view")
     for note in dataset.notes:
@@ -110,9 +112,9 @@ def _read_sort_of_clevr(
     records = [Records(each, f"{name}, {split}", most) for split, each in opened]
     train = Scenes(
         records[0],
-        config.questions,
-        config.descriptions,
-        describe_closest=config.describe_closest,
+        questions=config.questions,
+        descriptions=config.descriptions,
+        closest_objects=config.closest_objects,
     )
     validation, test = map(Scenes, records[1:])
     tokenizer = tokenizer or Tokenizer.train(train.corpus(), config.vocab_size)

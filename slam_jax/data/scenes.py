@@ -29,35 +29,25 @@ _CORPUS_SCENES = 2000
 _CACHED_SCENES = 1 << 14
 _KINDS = tuple(kind for kind in KINDS for _ in range(QUESTIONS_PER_KIND))
 _NONE_NEEDS_BOTH = (False,) * len(_KINDS)
-_DESCRIBE, _CLOSEST_OBJECT = "describe {}", "object closest to {}"
+_DESCRIBE, _DESCRIBE_CLOSEST = "describe {}", "near {}"
 # Indexed [colour][kind][subtype], like a stored question.
 _PROMPTS = [[[p.format(colour) for p in kind] for kind in PROMPTS] for colour in COLOURS]
 
 
 def describe(objects: Int[np.ndarray, "n 3"], order: Sequence[int]) -> str:
     """One sentence per colour index in `order`: "red circle at 12 40 .", x and y in pixels."""
-    return " ".join(f"{COLOURS[colour]} {_place(objects[colour])} ." for colour in order)
+    return " ".join(f"{_named(objects, colour)} ." for colour in order)
+
+
+def _named(objects: Int[np.ndarray, "n 3"], colour: int) -> str:
+    """One object: "red circle at 12 40"."""
+    return f"{COLOURS[colour]} {_place(objects[colour])}"
 
 
 def _place(object: Int[np.ndarray, "3"]) -> str:
     """Shape and centre of one object: "circle at 12 40"."""
     shape, x, y = object.tolist()
     return f"{SHAPES[shape]} at {x} {y}"
-
-
-def _descriptions(
-    objects: Int[np.ndarray, "n 3"], chosen: Iterable[int]
-) -> Iterator[tuple[str, str]]:
-    """Prompts and answers. 0 to 5 are objects by colour, 6 to 11 the closest ones to them."""
-    closest, _ = extremes(objects, np.ones((len(objects), len(objects)), bool))
-    for i in chosen:
-        of_closest, colour = divmod(i, len(COLOURS))
-        if of_closest:
-            other = closest[colour]
-            thing = f"{COLOURS[other]} {SHAPES[objects[other, 0]]}"
-            yield _CLOSEST_OBJECT.format(COLOURS[colour]), thing
-        else:
-            yield _DESCRIBE.format(COLOURS[colour]), _place(objects[colour])
 
 
 def tabulate(objects: Int[np.ndarray, "n 3"], order: Sequence[int]) -> Float[np.ndarray, "A 10"]:
@@ -92,8 +82,7 @@ class Scenes(Mapped):
     which is faster than decoding the stored, equal ones. Objects come in random order. In a split
     view one input shows the first three of that order and the other one the last three.
     questions: how many of the twenty questions an example has, in random order; None = all of them
-    in their order. descriptions: how many of its objects an example also describes.
-    describe_closest: whether they are drawn from those and the closest ones to them.
+    in their order. descriptions, closest_objects: as in `DataConfig`.
     """
 
     views = tuple(VIEWS)
@@ -102,14 +91,14 @@ class Scenes(Mapped):
     def __init__(
         self,
         records: Sequence[Any],
+        *,
         questions: int | None = None,
         descriptions: int = 0,
-        *,
-        describe_closest: bool = False,
+        closest_objects: int = 0,
     ):
         super().__init__(records, _scene, kept=_CACHED_SCENES)
-        self._questions, self._descriptions = questions, descriptions
-        self._describes_closest = describe_closest
+        self._questions = questions
+        self._descriptions, self._closest_objects = descriptions, closest_objects
 
     def render(self, record: Scene, view: str, rng: np.random.Generator) -> Example:
         parts, objects = VIEWS[view], record.objects
@@ -124,11 +113,7 @@ class Scenes(Mapped):
         asked = range(len(_KINDS))
         if self._questions is not None:
             asked = rng.permutation(len(_KINDS))[: self._questions].tolist()
-        described: list[tuple[str, str]] = []
-        if self._descriptions:
-            count = len(COLOURS) * (2 if self._describes_closest else 1)
-            chosen = rng.permutation(count)[: self._descriptions].tolist()
-            described = list(_descriptions(objects, chosen))
+        described = list(self._describe(objects[: len(COLOURS)], rng))
         return Example(
             text=None if parts.text is None else describe(objects, order[parts.text]),
             image=None if parts.image is None else self._draw(objects, order[parts.image], rng),
@@ -145,6 +130,18 @@ class Scenes(Mapped):
             needs_both=(*(both[i] for i in asked), *(False for _ in described)),
         )
 
+    def _describe(
+        self, objects: Int[np.ndarray, "6 3"], rng: np.random.Generator
+    ) -> Iterator[tuple[str, str]]:
+        """The prompts and answers of descriptions and closest objects."""
+        if self._descriptions:
+            for i in rng.permutation(len(COLOURS))[: self._descriptions].tolist():
+                yield _DESCRIBE.format(COLOURS[i]), _place(objects[i])
+        if self._closest_objects:
+            closest, _ = extremes(objects, np.ones((len(objects), len(objects)), bool))
+            for i in rng.permutation(len(COLOURS))[: self._closest_objects].tolist():
+                yield _DESCRIBE_CLOSEST.format(COLOURS[i]), _named(objects, int(closest[i]))
+
     def _draw(
         self, objects: Int[np.ndarray, "n 3"], visible: Sequence[int], rng: np.random.Generator
     ) -> UInt8[np.ndarray, "75 75 3"]:
@@ -155,7 +152,7 @@ class Scenes(Mapped):
         if shown is None:
             return 0, 0
         count = len(range(*shown.indices(len(COLOURS))))
-        sentences = [f"{colour} {place} ." for colour in COLOURS for place in _places()]
+        sentences = [f"{place} ." for place in _named_places()]
         # Byte-level BPE never merges across a space, so the lengths of the sentences add up.
         first = [len(tokenizer.encode(sentence)) for sentence in sentences]
         later = [len(tokenizer.encode(f" {sentence}")) for sentence in sentences]
@@ -175,15 +172,15 @@ class Scenes(Mapped):
         prompts = [prompt for kinds in _PROMPTS for kind in kinds for prompt in kind]
         kinds: list[tuple[list[str], list[str]]] = [(prompts, [*ANSWERS])]
         if self._descriptions:
-            kinds.append(([_DESCRIBE.format(colour) for colour in COLOURS], _places()))
-        if self._describes_closest:
-            kinds.append(([_CLOSEST_OBJECT.format(colour) for colour in COLOURS], _things()))
+            kinds.append(([_DESCRIBE.format(c) for c in COLOURS], _places()))
+        if self._closest_objects:
+            kinds.append(([_DESCRIBE_CLOSEST.format(c) for c in COLOURS], _named_places()))
         return max(_longest(tokenizer, asked) + _longest(tokenizer, said) for asked, said in kinds)
 
     def answer_length(self, tokenizer: Tokenizer) -> int:
         places = _places() if self._descriptions else []
-        things = _things() if self._describes_closest else []
-        return _longest(tokenizer, [*ANSWERS, *places, *things])
+        named = _named_places() if self._closest_objects else []
+        return _longest(tokenizer, [*ANSWERS, *places, *named])
 
     def corpus(self) -> Iterator[str]:
         for i, scene in self._sample():
@@ -204,9 +201,9 @@ def _places() -> list[str]:
     return [f"{shape} at {n} {n}" for shape in SHAPES for n in range(RADIUS, SIZE - RADIUS)]
 
 
-def _things() -> list[str]:
-    """All objects, each by its colour and shape."""
-    return [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+def _named_places() -> list[str]:
+    """The same with each colour before it."""
+    return [f"{colour} {place}" for colour in COLOURS for place in _places()]
 
 
 def _longest(tokenizer: Tokenizer, texts: Iterable[str]) -> int:
