@@ -193,7 +193,7 @@ def test_a_training_example_may_describe_the_closest_objects(config, dataset):
                 for name, other in own.items()
                 if name != colour
             }
-            assert (start, answer) == ("near", apart[min(apart)])
+            assert (start, answer) == ("describe closest to", apart[min(apart)])
             named.add(colour)
         assert max(len(encode(answer)) for _, answer in rows) <= train.answer_length(
             dataset.tokenizer

@@ -29,7 +29,7 @@ _CORPUS_SCENES = 2000
 _CACHED_SCENES = 1 << 14
 _KINDS = tuple(kind for kind in KINDS for _ in range(QUESTIONS_PER_KIND))
 _NONE_NEEDS_BOTH = (False,) * len(_KINDS)
-_DESCRIBE, _DESCRIBE_CLOSEST = "describe {}", "near {}"
+_DESCRIBE, _DESCRIBE_CLOSEST = "describe {}", "describe closest to {}"
 # Indexed [colour][kind][subtype], like a stored question.
 _PROMPTS = [[[p.format(colour) for p in kind] for kind in PROMPTS] for colour in COLOURS]
 
