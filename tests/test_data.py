@@ -204,7 +204,7 @@ def test_a_training_example_may_describe_the_closest_objects(config, dataset):
     with pytest.raises(ConfigError, match=r"closest_objects is 7; expected at most 6"):
         dataclasses.replace(config, closest_objects=7)
     with pytest.raises(ConfigError, match=r"data.closest_objects is 1; expected 0; only sort_of"):
-        prepare(dataclasses.replace(DataConfig(name="digits"), closest_objects=1))
+        prepare(DataConfig("digits", closest_objects=1))
 
 
 def test_answers_are_right_and_never_ambiguous(config, dataset):

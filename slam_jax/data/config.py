@@ -36,9 +36,8 @@ class DataConfig:
       chosen at random each time; None = all. Evaluation always asks all.
     descriptions, closest_objects: what else a training example of sort_of_clevr is asked for. How
       many of its six objects it describes: "describe red", "circle at 12 40". For how many of them
-      it describes the closest one: "describe closest to red", "blue square at 20 44". The prompt
-      shares its words with the question "shape closest to red", so that the one helps the other.
-      Evaluation asks for none.
+      it describes the closest one: "describe closest to red", "blue square at 20 44". Evaluation
+      asks for none.
     drop_inputs: in training, each input of a row is left out at this rate, but never all of them,
       so that the model learns to answer from any mix; it is evaluated on each mix. Not for
       sort_of_clevr.
