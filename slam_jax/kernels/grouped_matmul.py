@@ -32,18 +32,13 @@ def ragged_dot(
     x: Float[Array, "rows I"], kernels: Float[Array, "E I O"], group_sizes: Int[Array, "E"]
 ) -> Float[Array, "rows O"]:
     """The plain form of `grouped_matmul`, which reads the kernels in place: `ragged_dot` of tokamax
-    where it is installed, else of `jax.lax`."""
+    on TPUs and Hopper GPUs, where its kernels have gradients, else of `jax.lax`."""
     in_group = jnp.arange(len(x))[:, None] < group_sizes.sum()
     # The libraries promise nothing about other rows, in the product and in its gradients.
     x = jnp.where(in_group, x, 0)
-    if has_tokamax():
-        # "mosaic" has gradients on TPUs and Hopper only. The first that supports x is taken.
-        mosaic = jax.default_backend() == "tpu" or 9 <= cuda_capability() < 10
-        order = ("mosaic", "triton", "xla") if mosaic else ("triton", "xla")
-        tokamax: Any = importlib.import_module("tokamax")
-        y = tokamax.ragged_dot(x, kernels, group_sizes, implementation=order)
-    else:
-        y = jax.lax.ragged_dot(x, kernels, group_sizes)
+    has_kernel = jax.default_backend() == "tpu" or 9.0 <= cuda_capability() < 10.0
+    library: Any = importlib.import_module("tokamax") if has_kernel and has_tokamax() else jax.lax
+    y = library.ragged_dot(x, kernels, group_sizes)
     return jnp.where(in_group, y, 0)
 
 
