@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 
 from slam_jax.data import Batch
 from slam_jax.errors import ConfigError
-from slam_jax.kernels import cudnn_attention
+from slam_jax.kernels import fused_attention
+from slam_jax.kernels.backend import for_accelerators
 from slam_jax.language_models.registry import SYSTEMS, make_config, make_model
 from slam_jax.layers import Causal
 from slam_jax.planning.collectives import collectives
@@ -190,29 +191,47 @@ def test_an_axis_changes_nothing_of_a_language_model(name, axis):
     ids=str,
 )
 def test_a_kernel_runs_on_each_device_for_its_part(monkeypatch, name, sizes, part):
-    plain, alone = cudnn_attention.causal_attend, jax.nn.dot_product_attention
+    alone = jax.nn.dot_product_attention
     expected, parts = language_model_alone(name), set()
-
-    def twin(*given, **named):
-        return plain(*given, **named, implementation="xla")
 
     def attention(q, *given, **named):
         parts.add(q.shape)
         return alone(q, *given, **named)
 
-    monkeypatch.setattr(cudnn_attention, "fits", lambda q, width: True)
-    monkeypatch.setattr(cudnn_attention, "causal_attend", twin)
+    monkeypatch.setattr(fused_attention, "_LEAST_PAIRS", 0)
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    with for_accelerators("xla"):
+        sharded = first_step(*language_model(name), mesh_of(**sizes))
     # Its softmax is in float32.
-    assert_close(first_step(*language_model(name), mesh_of(**sizes)), expected, 1e-4)
+    assert_close(sharded, expected, 1e-4)
     assert parts == {part}
+
+
+def test_a_mask_is_divided_like_the_rows():
+    """By rows, over the devices that also divide processes and heads."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((2, 4, 6, 4, 8), (4, 5, 2, 8), (4, 5, 2, 8))
+    given = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    mask = jnp.asarray(np.arange(5) < np.array([5, 3, 0, 1])[:, None, None])
+
+    def loss(q, k, v):
+        def run(q):
+            return fused_attention.fused_attend(q, k, v, mask, "xla")
+
+        return jnp.sum(jnp.sin(jax.vmap(run, spmd_axis_name="process")(q)))
+
+    gradient = jax.value_and_grad(loss, (0, 1, 2))
+    with use_mesh(mesh_of(data=2, process=2, tensor=2)):
+        sharded = jax.jit(gradient)(*given)
+    for one, other in zip(*map(jax.tree.leaves, (sharded, gradient(*given))), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_a_kernel_takes_what_a_callers_shard_map_has_divided():
     q, rows = jax.random.normal(jax.random.key(0), (32, 6, 4, 8)), PartitionSpec("data")
 
     def attend(q):
-        return cudnn_attention.causal_attend(q, q, q, Causal(), implementation="xla")
+        return fused_attention.fused_attend(q, q, q, Causal(), "xla")
 
     mesh = mesh_of(data=4)
     divided = jax.shard_map(attend, mesh=mesh, in_specs=rows, out_specs=rows)

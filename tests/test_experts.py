@@ -150,6 +150,23 @@ def test_the_grouped_product_is_ragged_dot(name):
     assert not found[0][sum(sizes) :].any()
 
 
+def test_the_ragged_dot_of_tokamax_is_that_of_jax(monkeypatch):
+    """The last rows belong to no group: they get zeros, and no gradient."""
+    pytest.importorskip("tokamax")
+    given = normal(1, 40, 5), normal(2, 3, 5, 7), jnp.array((10, 0, 12)), normal(3, 40, 7)
+
+    def pulled(x, kernels, sizes, weights):
+        return _pulled(lambda x, kernels: ragged_dot(x, kernels, sizes), weights, x, kernels)
+
+    expected = pulled(*given)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert "custom_vjp" in str(jax.make_jaxpr(ragged_dot)(*given[:3]))
+    found = pulled(*given)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        close(a, b, 1e-4)
+    assert not found[0][22:].any() and not found[1][0][22:].any()
+
+
 @pytest.mark.parametrize(("inputs", "dtype"), [(7, "float32"), (48, "bfloat16")])
 def test_the_row_products_are_plain_products(inputs, dtype):
     row, kernels = (

@@ -3,11 +3,13 @@
 import contextlib
 import contextvars
 import functools
+import importlib.util
 from collections.abc import Iterator
 
 import jax
 
 _FOR_ACCELERATORS = contextvars.ContextVar("_FOR_ACCELERATORS", default=False)
+_ATTENTION: contextvars.ContextVar[str | None] = contextvars.ContextVar("_ATTENTION", default=None)
 
 
 def on_cpu() -> bool:
@@ -25,11 +27,27 @@ def cuda_capability() -> float:
         return 0.0
 
 
+@functools.cache
+def has_tokamax() -> bool:
+    """Whether tokamax, a library of kernels for GPUs and TPUs, is installed."""
+    return importlib.util.find_spec("tokamax") is not None
+
+
 @contextlib.contextmanager
-def for_accelerators() -> Iterator[None]:
-    """Functions traced within it take the form for accelerators, also on a CPU."""
-    token = _FOR_ACCELERATORS.set(True)
+def for_accelerators(attention: str | None = None) -> Iterator[None]:
+    """Functions traced within it take the form for accelerators, also on a CPU.
+
+    attention: a form of `fused_attention` that every device supports: "xla_chunked", which needs
+    tokamax, or "xla". None = what the device at hand supports, the plain form on a CPU.
+    """
+    tokens = _FOR_ACCELERATORS.set(True), _ATTENTION.set(attention)
     try:
         yield
     finally:
-        _FOR_ACCELERATORS.reset(token)
+        _FOR_ACCELERATORS.reset(tokens[0])
+        _ATTENTION.reset(tokens[1])
+
+
+def requested_attention() -> str | None:
+    """The argument `attention` of the `for_accelerators` in force."""
+    return _ATTENTION.get()

@@ -1,10 +1,13 @@
 """Each group of rows times the kernel of its group: the product of a mixture of experts."""
 
+import importlib
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from slam_jax.kernels.backend import on_cpu
+from slam_jax.kernels.backend import cuda_capability, has_tokamax, on_cpu
 from slam_jax.kernels.row_product import picked_row_product
 from slam_jax.layers.precision import upcast
 
@@ -18,7 +21,7 @@ def grouped_matmul(
 ) -> Float[Array, "rows O"]:
     """y[r] = x[r] @ kernels[g] for each row r of group g; 0 for rows after the last group.
 
-    Rows are sorted by group; group_sizes are the numbers of rows of each. `jax.lax.ragged_dot` on
+    Rows are sorted by group; group_sizes are the numbers of rows of each. `ragged_dot` on
     accelerators. On a CPU that multiplies every row by every kernel, so a loop over blocks of rows
     takes its place there; it supports reverse-mode differentiation only.
     """
@@ -28,9 +31,15 @@ def grouped_matmul(
 def ragged_dot(
     x: Float[Array, "rows I"], kernels: Float[Array, "E I O"], group_sizes: Int[Array, "E"]
 ) -> Float[Array, "rows O"]:
-    """The plain form of `grouped_matmul`."""
-    y = jax.lax.ragged_dot(x, kernels, group_sizes)
-    return jnp.where(jnp.arange(len(x))[:, None] < group_sizes.sum(), y, 0)
+    """The plain form of `grouped_matmul`, which reads the kernels in place: `ragged_dot` of tokamax
+    on TPUs and Hopper GPUs, where its kernels have gradients, else of `jax.lax`."""
+    in_group = jnp.arange(len(x))[:, None] < group_sizes.sum()
+    # The libraries promise nothing about other rows, in the product and in its gradients.
+    x = jnp.where(in_group, x, 0)
+    has_kernel = jax.default_backend() == "tpu" or 9.0 <= cuda_capability() < 10.0
+    library: Any = importlib.import_module("tokamax") if has_kernel and has_tokamax() else jax.lax
+    y = library.ragged_dot(x, kernels, group_sizes)
+    return jnp.where(in_group, y, 0)
 
 
 @jax.custom_vjp

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from slam_jax.errors import InputError
-from slam_jax.kernels import cudnn_attention
+from slam_jax.kernels import fused_attention
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.masks import Causal, Mask, as_array, require_square
 from slam_jax.layers.norms import RMSNorm
@@ -86,8 +86,9 @@ def attend(
     """
     _require_groups(q.shape[-2], k.shape[-2])
     require_square(mask, q.shape[-3], k.shape[-3])
-    if isinstance(mask, Causal) and cudnn_attention.fits(q, max(q.shape[-1], v.shape[-1])):
-        return cudnn_attention.causal_attend(q, k, v, mask)
+    width = max(q.shape[-1], v.shape[-1])
+    if kernel := fused_attention.kernel_of(q, k.shape[-3], width, mask):
+        return fused_attention.fused_attend(q, k, v, mask, kernel)
     probs, v = attention_weights(q, k, mask), jnp.swapaxes(v, -2, -3)
     shape = (*probs.shape[:-1], v.shape[-1])
     y = jnp.einsum("...ts,...sv->...tv", _by_group(probs.astype(v.dtype), v.shape[-3]), v)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
-from slam_jax.kernels import cudnn_attention
+from slam_jax.kernels import fused_attention
 from slam_jax.layers.attention import Layout, causal_layout, masked_softmax
 from slam_jax.layers.kv_cache import write_prompt, write_token
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear, project
@@ -109,12 +109,14 @@ def latent_attend(
     width = q.shape[-1] + (0 if q_rope is None else q_rope.shape[-1])
     require_square(mask, q.shape[-3], latents.shape[-2])
     widest = max(width, w_uv.shape[-1])
-    if not absorbed and isinstance(mask, Causal) and cudnn_attention.fits(q, widest):
+    kernel = fused_attention.kernel_of(q, latents.shape[-2], widest, mask)
+    if kernel is not None and not absorbed:
         k, v = project(latents, w_uk), project(latents, w_uv)
         if q_rope is not None and k_rope is not None:
             shared = jnp.broadcast_to(k_rope[..., None, :], (*k.shape[:-1], k_rope.shape[-1]))
             q, k = jnp.concatenate([q, q_rope], -1), jnp.concatenate([k, shared], -1)
-        return cudnn_attention.causal_attend(q, k, v, mask, scale=score_scale * width**-0.5)
+        scale = score_scale * width**-0.5
+        return fused_attention.fused_attend(q, k, v, mask, kernel, scale=scale)
     kw: Any = dict(q_rope=q_rope, k_rope=k_rope, mask=mask, score_scale=score_scale)
     probs = latent_attention_weights(q, latents, w_uk, **kw, absorbed=absorbed)
     probs = probs.astype(latents.dtype)
