@@ -150,8 +150,8 @@ class Cache:
 class HeadedModel(nnx.Module):
     """A language model whose full forward pass is `logits(hidden(tokens).states)`.
 
-    A subclass gives `_hidden`, `_prefill` and `_decode_step`, which get checked tokens, and the rest
-    of the protocol.
+    A subclass gives `_hidden`, `_prefill` and `_decode_step`, which get checked tokens, and
+    `init_cache`.
     """
 
     config: Any

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from slam_jax.array_typing import AnyArray
 from slam_jax.errors import require
 from slam_jax.language_models.base import HeadedModel
 from slam_jax.language_models.config import LanguageModelConfig
