@@ -5,6 +5,7 @@ means that the last step is saved, 76 that the run will resume from an earlier c
 
 On several hosts, start each process with --coordinator=HOST:PORT --num_processes=N --process_id=I,
 or with --distributed where the environment has them; see docs/distributed.md.
+--profile=STEP:COUNT writes a trace of COUNT steps from STEP on to WORKDIR/profile, for xprof.
 `python -m slam_jax.planning` estimates beforehand what a run needs of each device.
 """
 
@@ -24,6 +25,9 @@ WORKDIR = flags.DEFINE_string(
 )
 GRACE = flags.DEFINE_float(
     "grace_seconds", 10.0, "Seconds that a save may take after a signal.", 0.0
+)
+PROFILE = flags.DEFINE_string(
+    "profile", None, "STEP:COUNT: write a trace of these steps to WORKDIR/profile."
 )
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -55,11 +59,12 @@ def main(arguments: list[str]) -> None:
     # Imported here: importing JAX takes seconds, in which a signal can come, and starts threads,
     # which must inherit the signal mask.
     from slam_jax.runtime import distributed
-    from slam_jax.training import override, read_config, train
+    from slam_jax.training import Profile, override, read_config, train
 
+    profile = None if PROFILE.value is None else Profile.parse(PROFILE.value)
     if several:
         distributed.connect(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    train(override(read_config(CONFIG.value), arguments), WORKDIR.value, stop)
+    train(override(read_config(CONFIG.value), arguments), WORKDIR.value, stop, profile)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from slam_jax.errors import InputError
-from slam_jax.generation import greedy_decode
-from slam_jax.generation.decode import start_decoding
+from slam_jax.generation import Sampling, greedy_decode
+from slam_jax.generation.decode import Ends, start_decoding
 from slam_jax.language_models import make_config, make_model
 from slam_jax.layers import LatentCache
 from slam_jax.layers.masks import prefix_mask
@@ -174,6 +174,22 @@ def test_a_bucket_of_shapes_is_compiled_once():
     with pytest.raises(InputError, match="prompt of 16 tokens and 16 new ones; the context is 20"):
         short = language_model("standard", context_length=20)
         greedy_decode(short, None, prompts, lengths, **settings)
+    # Under jit lengths are not known: a row ends where the context does.
+    cut = jax.jit(partial(greedy_decode, **settings))(short, None, prompts, lengths).tokens
+    kept = np.arange(16) < 20 - lengths[:, None]
+    np.testing.assert_array_equal(cut, np.where(kept, found.tokens, 0))
+    limit = np.full(3, 99)
+    keys, rules = jnp.broadcast_to(jax.random.key(0), (3,)), Sampling().rules
+    state = start_decoding(model, None, prompts, lengths, keys, rules, Ends(-1, 0), limit, 16)
+    assert state.limit.tolist() == [16] * 3
+
+
+@pytest.mark.parametrize("name", ["standard", "slam_v3_text"])
+def test_a_step_beyond_the_context_is_refused(name):
+    model = language_model(name, context_length=16)
+    cache = dataclasses.replace(model.init_cache((2,), 40), length=jnp.array([1, 16]))
+    with pytest.raises(InputError, match="17 tokens; the context is 16"):
+        model.decode_step(np.ones(2, np.int32), cache)
 
 
 @pytest.mark.parametrize("name", ["standard", "slam_v3_text"])

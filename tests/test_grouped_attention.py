@@ -76,11 +76,14 @@ def test_a_cache_that_is_too_small_is_said(attention):
         attention.prefill(normal(4, 1, LENGTH, DIM), attention.init_cache((1,), 4))
 
 
-def test_a_full_cache_keeps_what_it_has(attention):
+def test_a_full_cache_takes_no_token_and_says_so(attention):
     x = normal(5, 1, LENGTH, DIM)
     _, cache = attention.prefill(x, attention.init_cache((1,), LENGTH))
-    _, after = attention.decode_step(x[:, :1], cache)
-    jax.tree.map(np.testing.assert_array_equal, after, cache)
+    with pytest.raises(InputError, match="stores 7 tokens and there is room for 7.*max_length=8"):
+        attention.decode_step(x[:, :1], cache)
+    _, after = jax.jit(GroupedQueryAttention.decode_step)(attention, x[:, :1], cache)
+    assert after.length.tolist() == [after.capacity + 1]
+    np.testing.assert_array_equal(after.k, cache.k)
 
 
 def test_a_layer_that_reads_its_own_keys_is_the_plain_one(attention):

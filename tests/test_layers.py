@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from slam_jax.errors import InputError
 from slam_jax.layers import (
     Causal,
     GatedMLP,
@@ -104,7 +105,48 @@ def test_prefill_and_steps_give_what_the_full_pass_gives_at_every_position(mla):
         y, cache = step(mla, token, cache)
         close(y[unfinished], expected[unfinished])
         close(y, expanded)
-    assert cache.length.tolist() == [[LENGTH] * 2] * 2
+    assert cache.length.tolist() == [[5 + 7, 1 + 7], [3 + 7, 6 + 7]]  # every token is counted
+
+
+# The prompts have 1, 4 and 6 tokens, and the ring turns up to 20 times.
+@pytest.mark.parametrize("window", [1, 3, 6, 7])
+def test_a_ring_of_the_window_gives_what_the_full_pass_gives(window):
+    mla, total, lengths = make_mla(window=window), 20, jnp.array([1, 4, 6])
+    x, prompt = normal(13, 3, total, DIM), normal(14, 3, 6, DIM)
+    prompt = jnp.where(prefix_mask(lengths, 6)[..., None], x[:, :6], prompt)
+
+    def step(cache, _):
+        y, new = mla.decode_step(jnp.take_along_axis(x, at := place(cache), axis=1), cache)
+        return new, (at, y)
+
+    def place(cache):
+        return jnp.minimum(cache.length, total - 1)[:, None, None]
+
+    @jax.jit
+    def run():
+        y, cache = mla.prefill(prompt, mla.init_cache((3,), total), lengths)
+        cache, (at, steps) = jax.lax.scan(step, cache, length=total - 6)
+        whole, unpadded = mla(x), mla.prefill(x, mla.init_cache((3,), total))[1]
+        return y, cache, steps, jax.vmap(lambda at: jnp.take_along_axis(whole, at, 1))(at), unpadded
+
+    _, cache, steps, expected, unpadded = run()
+    close(steps, expected)
+    assert cache.c_kv.shape == (3, window, RANK) and cache.k_rope.shape == (3, window, ROPE)
+    # The last row has got all tokens: one at a time it is stored as the prompt of 20 is.
+    jax.tree.map(lambda a, b: close(a[-1], b[-1]), cache, unpadded)
+
+
+def test_a_window_that_covers_the_cache_changes_no_bit():
+    x = normal(15, 2, LENGTH, DIM)
+
+    @jax.jit
+    def run(mla):
+        _, cache = mla.prefill(x[:, :3], mla.init_cache((2,), LENGTH), jnp.array([3, 2]))
+        return jax.lax.scan(lambda c, t: mla.decode_step(t, c)[::-1], cache, x[None, :, 3:4])
+
+    plain = run(make_mla())
+    for window in (LENGTH, 40):
+        jax.tree.map(np.testing.assert_array_equal, run(make_mla(window=window)), plain)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
@@ -135,11 +177,15 @@ def test_prefill_without_lengths_fills_the_first_places_and_no_other():
     assert not cache.k_rope[:, 3:].any()
 
 
-def test_a_full_cache_keeps_what_it_has():
-    mla, rows = make_mla(), 2
-    _, full = mla.prefill(normal(6, rows, LENGTH, DIM), mla.init_cache((rows,), LENGTH))
-    _, after = mla.decode_step(normal(7, rows, 1, DIM), full)
-    jax.tree.map(np.testing.assert_array_equal, after, full)
+@pytest.mark.parametrize("window", [None, LENGTH + 1])
+def test_a_full_cache_takes_no_token_and_says_so(window):
+    mla, x, token = make_mla(window=window), normal(6, 2, LENGTH, DIM), normal(7, 2, 1, DIM)
+    _, cache = mla.prefill(x, mla.init_cache((2,), LENGTH), jnp.array([5, LENGTH]))
+    with pytest.raises(InputError, match="stores 8 tokens and there is room for 8.*max_length=9"):
+        mla.decode_step(token, cache)
+    _, after = jax.jit(MultiHeadLatentAttention.decode_step)(mla, token, cache)
+    assert (after.length > after.capacity).tolist() == [False, True]
+    np.testing.assert_array_equal(after.c_kv[1], cache.c_kv[1])
 
 
 def test_a_step_writes_into_the_cache_that_it_is_given_and_copies_none():

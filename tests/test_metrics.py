@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from helpers import full_disk
 from rich.console import Console
 
 from slam_jax.errors import WriteError
+from slam_jax.runtime import devices
+from slam_jax.runtime.devices import peak_flops
 from slam_jax.training import progress as progress_module
 from slam_jax.training.metrics import MetricsWriter, read_metrics
 from slam_jax.training.progress import Progress
@@ -25,12 +28,14 @@ def strict(text):
 def test_the_evaluation_that_is_still_owed_is_dropped(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         for step in (1, 2, 3):
+            writer.write(step, "speed", {"mfu": 0.4})
             writer.write(step, "train", {"loss": 1.0})
             writer.write(step, "validation", {"accuracy": 0.5})
     with MetricsWriter(tmp_path, 2, evaluated=False):
         pass
     kept = [(record["step"], record["split"]) for record in read_metrics(tmp_path)]
-    assert kept == [(1, "train"), (1, "validation"), (2, "train")]
+    speed_too = [(1, "speed"), (1, "train"), (1, "validation"), (2, "speed"), (2, "train")]
+    assert kept == speed_too
 
 
 def test_a_full_disk_is_named(tmp_path):
@@ -109,6 +114,40 @@ def test_without_a_terminal_there_are_plain_lines(monkeypatch):
         f"step 200/240 · view image · loss 0.005 · {rates} · ETA 0:20",
         f"step 240/240 · view image · loss 0.004 · {rates} · ETA 0:00",
     ]
+
+
+def test_speed_is_that_of_training_alone(monkeypatch):
+    """Two devices of a known kind; a step of 0.5 s after 20 s of compiling and 10 of a pause."""
+    now = [0.0]
+    device = SimpleNamespace(
+        device_kind="NVIDIA H200", memory_stats=lambda: {"peak_bytes_in_use": 3 << 30}
+    )
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(devices.jax, "devices", lambda: [device] * 2)
+    monkeypatch.setattr(devices.jax, "local_devices", lambda: [device])
+    out = io.StringIO()
+    console = Console(file=out, width=40, soft_wrap=True, highlight=False)
+    with Progress(9, every=1, console=console, peak_flops=peak_flops()) as progress:
+        with progress.compiling("image"):
+            now[0] += 20
+        with progress.paused():
+            now[0] += 10
+        now[0] += 0.5
+        progress.update(1, loss=1.0, examples=4, tokens=60, flops=395_600_000_000_000)
+    assert progress.speed() == {
+        "step_seconds": 0.5,
+        "examples_per_second": 8.0,
+        "tokens_per_second": 120.0,
+        "compile_seconds": 20.0,
+        "mfu": pytest.approx(0.4),
+        "peak_memory_bytes": 3 << 30,
+    }
+    assert out.getvalue().splitlines() == [
+        "view image: compiled in 20.0 s",
+        "step 1/9 · loss 1.000 · 8 examples/s · 120 tokens/s · MFU 40% · 3.0 GiB · ETA 0:04",
+    ]
+    device.device_kind = "cpu"
+    assert peak_flops() is None
 
 
 def test_on_a_terminal_the_bar_ends_whole_and_lines_stand_above_it(monkeypatch):

@@ -24,10 +24,12 @@ from slam_jax.reporting.report import write_evaluation
 from slam_jax.runtime.memory import OutOfMemory
 from slam_jax.runtime.signals import Stop, Stopped
 from slam_jax.slam_v3 import Inputs, SlamV3
+from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
 from slam_jax.training import (
     CheckpointError,
     Checkpoints,
     Experiment,
+    Profile,
     load,
     loop,
     override,
@@ -95,7 +97,7 @@ def compiled_once():
 @pytest.fixture(scope="module")
 def finished(config, compiled_once, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, train(config, workdir)
+    return workdir, train(config, workdir, profile=Profile(2, 2))
 
 
 def numbers(workdir):
@@ -113,6 +115,15 @@ def test_a_run_leaves_checkpoints_and_metrics(config, finished):
     assert [r["step"] for r in records if r["split"] == "validation"] == [2, 4, 6]
     assert {"accuracy", "aux/relational", "aux/non_relational"} <= records[-1].keys()
     assert Checkpoints(workdir).read_config("latest") == config
+    speeds = [r for r in records if r["split"] == "speed"]
+    assert [r["step"] for r in speeds] == [1, 2, 3, 4, 5, 6]
+    [compile_seconds] = {r["compile_seconds"] for r in speeds}  # the one view is compiled once
+    assert compile_seconds > 0 and all(r["step_seconds"] > 0 for r in speeds)
+    assert not {"mfu", "peak_memory_bytes"} & speeds[-1].keys()  # a CPU has neither
+    [trace] = (workdir / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    assert [dict(e.stats)["step_num"] for e in events if e.name == "train"] == [2, 3]
 
 
 def test_the_loaded_model_is_the_one_that_was_trained(config, finished):
@@ -333,22 +344,41 @@ def break_steps(monkeypatch, steps):
     monkeypatch.setattr(loop, "training_batches", broken)
 
 
+@pytest.mark.parametrize("text", ["", "5", "5:", "0:2", "2:0", "-1:2", "1:2:3", "a:b", "1.5:2"])
+def test_a_profile_that_is_no_step_and_count_is_refused(text):
+    with pytest.raises(ConfigError, match=r"^--profile is '.*'; expected STEP:COUNT, two whole"):
+        Profile.parse(text)
+
+
+def test_a_profile_beyond_the_run_is_refused(config, tmp_path):
+    assert Profile.parse("5:2") == (5, 2)
+    with pytest.raises(ConfigError, match="--profile is '5:3'; expected steps up to 6, the last"):
+        train(config, tmp_path, profile=Profile(5, 3))
+    assert not list(tmp_path.iterdir())
+
+
 def test_rates_are_of_the_whole_batch(config):
     """Of two processes each has half of it."""
     shown: list[dict[str, Any]] = []
     progress: Any = SimpleNamespace(update=lambda step, **more: shown.append(more))
     nothing: Any = None
+    dataset: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=50))
+    experiment = Experiment.from_config(config)
     trainer = loop.Trainer(
-        *(Experiment.from_config(config), config, nothing, nothing, nothing, None),
-        *(progress, Stop(), None),
+        *(experiment, config, nothing, dataset, nothing, None, progress, Stop(), None, nothing)
     )
     half = np.full((2, 5), 6, np.int32)
-    batch = Batch(Inputs(), np.zeros((2, 5, 8), np.int32), half - 2, half)
+    inputs = Inputs(aux=np.zeros((2, 3, 10), np.float32))
+    batch = Batch(inputs, np.zeros((2, 5, 8), np.int32), half - 2, half)
     zero: Any = np.zeros((), np.int32)
     metrics = StepMetrics(LossParts(*[zero] * 5), zero, zero, zero)
     trainer._report(3, "aux", batch, metrics)
     [rates] = shown
     assert (rates["examples"], rates["tokens"]) == (4, 4 * 5 * 6)
+    model = experiment.with_vocabulary(50)
+    forward = encode_flops(model, aux=3)
+    forward += decode_flops(model, prompts=5, length=7, memory=num_memory(model, aux=3))
+    assert rates["flops"] == 3 * 4 * forward
 
 
 @pytest.mark.slow
@@ -460,6 +490,10 @@ QUICKSTART = "--config=configs/slam_v3_quickstart.py"
             "run has no field 'num_step'; did you mean 'num_steps'?",
         ),
         (("train.py", "--workdir=new", QUICKSTART, "--steps=7"), "'--steps=7'; expected --config"),
+        (
+            ("train.py", "--workdir=new", QUICKSTART, "--profile=7"),
+            "--profile is '7'; expected STEP",
+        ),
     ],
 )
 def test_entry_points_say_in_one_line_what_is_wrong(arguments, message):

@@ -95,7 +95,9 @@ def start_decoding(
     real = prefix_mask(lengths, prompts.shape[-1])
     ids = jnp.where(real, prompts, logits.shape[-1])  # pads are beyond the vocabulary: dropped
     unseen, shape = jnp.zeros(last.shape, bool), (*lengths.shape, max_new_tokens)
-    limit = jnp.broadcast_to(limit, lengths.shape)
+    # A row ends where its room does, so that none outgrows the cache or the context.
+    room = max_new_tokens if (most := context_of(model)) is None else most - lengths
+    limit = jnp.minimum(jnp.broadcast_to(limit, lengths.shape), jnp.minimum(room, max_new_tokens))
     state = Decoding(
         tokens=jnp.full(shape, ends.pad_id, prompts.dtype),
         logprobs=jnp.zeros(shape, jnp.float32),
@@ -189,7 +191,8 @@ def decode(
 
     Raises:
       InputError: `max_new_tokens` is below 1 or, outside of `jax.jit`, a length is not in 1 .. T or
-        a prompt and its new tokens exceed the context of the model.
+        a prompt and its new tokens exceed the context of the model. Under `jax.jit` such a row ends
+        where the context does.
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
@@ -197,8 +200,7 @@ def decode(
     count, room = prompts.shape[0], max_new_tokens
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves((model, arrays))):
         check_prompts(lengths, 0, prompts.shape[-1])
-        context = getattr(getattr(model, "config", None), "context_length", None)
-        check_context(int(np.asarray(lengths).max()), max_new_tokens, context)
+        check_context(int(np.asarray(lengths).max()), max_new_tokens, context_of(model))
         arrays, room = _to_buckets(*arrays), bucket(max_new_tokens, LEAST_LENGTH)
     *given, limit = arrays
     state = start_decoding(model, *given, rules, Ends(eos_id, pad_id, stops), limit, room)
@@ -214,6 +216,11 @@ def _to_buckets(memory: Any, prompts: Any, lengths: Any, keys: Any, limit: Any) 
     limit = np.resize(np.broadcast_to(limit, lengths.shape), (bucket(count), *lengths.shape[1:]))
     limit[count:] = 0
     return *bucket_rows(arrays, count), limit
+
+
+def context_of(model: Any) -> int | None:
+    """The most tokens that a row of this model may have, None = not known."""
+    return getattr(getattr(model, "config", None), "context_length", None)
 
 
 def check_context(length: int, new: int, context: int | None) -> None:

@@ -150,8 +150,8 @@ class Cache:
 class HeadedModel(nnx.Module):
     """A language model whose full forward pass is `logits(hidden(tokens).states)`.
 
-    A subclass gives `_hidden` and `_prefill`, which get checked tokens, and the rest of the
-    protocol.
+    A subclass gives `_hidden`, `_prefill` and `_decode_step`, which get checked tokens, and
+    `init_cache`.
     """
 
     config: Any
@@ -218,10 +218,25 @@ class HeadedModel(nnx.Module):
         tokens = without_unknown_pads(tokens, mask, self.config.vocab_size)
         return self._prefill(tokens, cache, lengths, mask)
 
+    def decode_step(
+        self, tokens: Int[AnyArray, "*B"], cache: Any, memory: None = None
+    ) -> tuple[Float[Array, "*B V"], Any]:
+        """The logits after one more token per row, and the cache with these tokens.
+
+        Raises InputError for a row that fills the context or the cache. Under `jax.jit` lengths are
+        not checked; `cache.length` counts every token, so that it shows such a row afterwards.
+        """
+        if not isinstance(cache.length, Tracer):
+            self._check_length(int(np.max(cache.length, initial=0)) + 1)
+        return self._decode_step(jnp.asarray(tokens), cache)
+
     def _hidden(self, tokens, mask, key) -> Hidden:
         raise NotImplementedError
 
     def _prefill(self, tokens, cache, lengths, mask) -> tuple[Any, Any]:
+        raise NotImplementedError
+
+    def _decode_step(self, tokens, cache) -> tuple[Any, Any]:
         raise NotImplementedError
 
     def _check_length(self, num_tokens: int) -> None:
@@ -285,17 +300,11 @@ class Transformer(HeadedModel):
         length = jnp.full_like(cache.length, num_tokens) if lengths is None else lengths
         return self.logits(h), Cache(blocks, length)
 
-    def decode_step(
-        self, tokens: Int[AnyArray, "*B"], cache: Cache, memory: None = None
-    ) -> tuple[Float[Array, "*B V"], Cache]:
-        """The logits after one more token per row, and the cache with these tokens.
-
-        Rows must not grow beyond the context or the cache: learned positions end with the context.
-        """
+    def _decode_step(self, tokens, cache: Cache) -> tuple[jax.Array, Cache]:
         forward = ForwardPass(
             lambda mixer, x, cache: mixer.decode_step(x, cache), cache.length[..., None]
         )
-        h, blocks, _ = self._run(jnp.asarray(tokens)[..., None], forward, cache.blocks, None)
+        h, blocks, _ = self._run(tokens[..., None], forward, cache.blocks, None)
         return self.logits(h)[..., 0, :], Cache(blocks, cache.length + 1)
 
     def embed(

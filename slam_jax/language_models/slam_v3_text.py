@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from slam_jax.array_typing import AnyArray
 from slam_jax.errors import require
 from slam_jax.language_models.base import HeadedModel
 from slam_jax.language_models.config import LanguageModelConfig
@@ -149,12 +148,9 @@ class SlamV3Text(HeadedModel):
         logits = _joined(self.logits(h), rows).reshape(*tokens.shape, -1)
         return logits, self._cache(c_mem, window.astype(jnp.int32), decoder, length)
 
-    def decode_step(
-        self, tokens: Int[AnyArray, "*B"], cache: TextCache, memory: None = None
-    ) -> tuple[Float[Array, "*B V"], TextCache]:
-        """The logits after one more token per row; a row whose window is full then encodes it and
-        begins the next one."""
-        size, rows = self.config.text_window, jnp.asarray(tokens).reshape(-1)
+    def _decode_step(self, tokens, cache: TextCache) -> tuple[jax.Array, TextCache]:
+        """A row whose window is full after this token encodes it and begins the next one."""
+        size, rows = self.config.text_window, tokens.reshape(-1)
         known = jnp.broadcast_to(cache.length[:, None] >= size, cache.window.shape)
         embedded = self._embed(rows[:, None, None])
         before = Memory(cache.c_mem, known)

@@ -80,7 +80,7 @@ class Latents(nnx.Module):
     def decode_step(self, x, cache: LatentCache):
         positions = cache.length[..., None]
         cache = cache.extended(*self._latents(x, positions))
-        visible = prefix_mask(positions + 1, cache.c_kv.shape[-2])
+        visible = prefix_mask(positions + 1, cache.capacity)
         return self._bank(cache.c_kv, cache.k_rope, visible, absorbed=True), cache
 
     def _latents(self, x, positions):

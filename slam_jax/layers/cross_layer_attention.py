@@ -69,7 +69,8 @@ class SharedKeyValues(nnx.Module):
         return shared, cache.filled(shared.k, shared.v, lengths)
 
     def decode_step(self, x: Float[Array, "*B 1 D"], cache: KVCache) -> tuple[KeyValues, KVCache]:
-        """All keys and values of the cache, with one more token per row."""
+        """All keys and values of the cache, with one more token per row; see
+        `GroupedQueryAttention.decode_step`."""
         positions = cache.length[..., None]
         cache = cache.extended(self.key(x), self.value(x))
         slots = jnp.arange(cache.capacity)

@@ -88,7 +88,7 @@ class GroupedQueryAttention(nnx.Module):
     ) -> tuple[Float[Array, "*B 1 D"], KVCache]:
         """The output of one more token per row, and the cache with that token.
 
-        The cache of a full row stays as it is: the token is dropped.
+        Raises InputError where a row is full; under `jax.jit` see `KVCache`.
         """
         positions = cache.length[..., None]
         q, k, v = self._project(x, positions)

@@ -13,9 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slam_jax.kernels import fused_attention
 from slam_jax.layers.attention import Layout, causal_layout, masked_softmax
-from slam_jax.layers.kv_cache import write_prompt, write_token
+from slam_jax.layers.kv_cache import entries_in_window, write_prompt, write_token
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear, project
-from slam_jax.layers.masks import Causal, Mask, as_array, prefix_mask, require_square
+from slam_jax.layers.masks import Causal, Mask, as_array, require_square
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.precision import upcast
 from slam_jax.layers.rotary import Rope, rotary
@@ -27,7 +27,10 @@ class LatentCache:
 
     c_kv: normed latents, from which the keys and values of all heads are computed.
     k_rope: the rotated key that all heads share.
-    length: number of tokens stored per row; entries at and beyond it are never attended to.
+    length: number of tokens of each row; entries at and beyond it are never attended to.
+
+    Full rows are as in `KVCache`. In a layer with a window of at most T tokens the cache is a ring
+    (see `is_ring`), which is never full.
     """
 
     c_kv: Float[Array, "*B T R"]
@@ -44,14 +47,21 @@ class LatentCache:
             length=jnp.zeros(batch_shape, jnp.int32),
         )
 
-    def filled(self, c_kv, k_rope, lengths: Int[Array, "*B"] | None) -> "LatentCache":
+    @property
+    def capacity(self) -> int:
+        return self.c_kv.shape[-2]
+
+    def filled(
+        self, c_kv, k_rope, lengths: Int[Array, "*B"] | None, window: int | None = None
+    ) -> "LatentCache":
         """This empty cache with right-padded prompts of `lengths` tokens (None = all t) in it."""
         buffers, prompts = (self.c_kv, self.k_rope), (c_kv, k_rope)
-        return LatentCache(*write_prompt(buffers, prompts, self.length, lengths))
+        return LatentCache(*write_prompt(buffers, prompts, self.length, lengths, window))
 
-    def extended(self, c_kv, k_rope) -> "LatentCache":
-        """This cache with one more token per row; a full row stays as it is."""
-        return LatentCache(*write_token((self.c_kv, self.k_rope), (c_kv, k_rope), self.length))
+    def extended(self, c_kv, k_rope, window: int | None = None) -> "LatentCache":
+        """This cache with one more token per row. Raises InputError as `write_token` does."""
+        buffers, tokens = (self.c_kv, self.k_rope), (c_kv, k_rope)
+        return LatentCache(*write_token(buffers, tokens, self.length, window))
 
 
 def latent_attention_weights(
@@ -181,9 +191,13 @@ class MultiHeadLatentAttention(nnx.Module):
         self.out = Linear(heads, embed_dim, init_scale=out_scale, **kw)
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> LatentCache:
-        """An empty cache for rows of `batch_shape`, each of at most `max_length` tokens."""
+        """An empty cache for rows of `batch_shape`, each of at most `max_length` tokens.
+
+        Its capacity is `max_length`, or the window where that is smaller: then rows may be longer.
+        """
         widths = (self.kv_lora_rank, self.qk_rope_head_dim)
-        return LatentCache.empty(batch_shape, max_length, *widths, self.dtype)
+        capacity = max_length if self.window is None else min(max_length, self.window)
+        return LatentCache.empty(batch_shape, capacity, *widths, self.dtype)
 
     def __call__(
         self, x: Float[Array, "*B T D"], layout: Layout | None = None
@@ -200,26 +214,23 @@ class MultiHeadLatentAttention(nnx.Module):
         """`self(x)`, and the cache with x in it; `cache` must be empty.
 
         lengths: real tokens of each right-padded row, None = all T. Raises InputError where T
-        exceeds the capacity of the cache.
+        exceeds the capacity of the cache, unless the cache is a ring.
         """
         y, c_kv, k_rope = self._full(x, causal_layout(x.shape[-2]))
-        return y, cache.filled(c_kv, k_rope, lengths)
+        return y, cache.filled(c_kv, k_rope, lengths, self.window)
 
     def decode_step(
         self, x: Float[Array, "*B 1 D"], cache: LatentCache, *, absorbed: bool = True
     ) -> tuple[Float[Array, "*B 1 D"], LatentCache]:
         """The output of one more token per row, and the cache with that token.
 
-        The cache of a full row stays as it is: the token is dropped. `absorbed=False` recomputes
-        all keys and values, for comparison.
+        `absorbed=False` recomputes all keys and values, for comparison. Raises InputError where a
+        row is full; under `jax.jit` see `KVCache`.
         """
         positions = cache.length[..., None]
         q, q_rope, c_kv, k_rope = self._project(x, positions)
-        cache = cache.extended(c_kv, k_rope)
-        capacity = cache.c_kv.shape[-2]
-        mask = prefix_mask(positions + 1, capacity)
-        if self.window is not None:
-            mask &= ~prefix_mask(positions + 1 - self.window, capacity)
+        cache = cache.extended(c_kv, k_rope, self.window)
+        mask = entries_in_window(positions + 1, cache.capacity, self.window)
         y = self._attend(q, q_rope, cache.c_kv, cache.k_rope, mask, absorbed)
         return y, cache
 

@@ -17,8 +17,9 @@ from slam_jax.errors import require_count
 from slam_jax.language_models.flops import training_flops
 from slam_jax.language_models.registry import make_config, make_model
 from slam_jax.slam_v3 import SlamV3
-from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
+from slam_jax.slam_v3.flops import num_memory
 from slam_jax.training.experiment import Experiment, as_json, build, require_even_batch
+from slam_jax.training.flops import forward_flops, input_sizes, is_aligned
 from slam_jax.training.losses import language_model_loss, num_answer_tokens, slam_v3_loss
 from slam_jax.training.mesh import MeshConfig
 from slam_jax.training.optimizer import OptimizerConfig
@@ -111,23 +112,14 @@ def slam_v3_run(
     experiment: Experiment, vocab_size: int, batch: Batch, view: str | None = None
 ) -> Subject:
     """A run of `train` on batches of one view, of these shapes."""
-    model, inputs = experiment.with_vocabulary(vocab_size), batch.inputs
-    arrays: dict[str, Any] = {"text": inputs.text, "pixels": inputs.image, "aux": inputs.aux}
-    sizes: dict[str, Any] = {name: x.shape[1] for name, x in arrays.items() if x is not None}
-    if "pixels" in sizes:
-        sizes["pixels"] = arrays["pixels"].shape[1:3]
-    encodes = [sizes]
-    if _is_aligned(experiment, batch):
-        encodes += [{name: sizes[name]} for name in ("text", "pixels")]
+    model, sizes = experiment.with_vocabulary(vocab_size), input_sizes(batch.inputs)
 
-    def encode(num_process_layers: int) -> int:
+    def forward(num_process_layers: int) -> int:
         config = dataclasses.replace(model, num_process_layers=num_process_layers)
-        return sum(encode_flops(config, **inputs) for inputs in encodes)
+        return forward_flops(config, experiment.loss, batch)
 
     rows, prompts, length = batch.tokens.shape
     layers, decoder_layers = model.num_process_layers, model.num_decoder_layers
-    memory = num_memory(model, **sizes)
-    decode = decode_flops(model, prompts=prompts, length=length - 1, memory=memory)
     passes = rows * (4 if model.remat == "layers" else 3)
     counts = {"num_process_layers": layers, "num_decoder_layers": decoder_layers}
     if model.image.encoder == "vit":
@@ -145,16 +137,11 @@ def slam_v3_run(
         mesh=experiment.mesh,
         require_even=experiment.check,
         depths={name: Depth(0, 1, count) for name, count in counts.items()},
-        flops=Flops(passes * (decode + encode(layers)), passes * layers * (encode(2) - encode(1))),
+        flops=Flops(passes * forward(layers), passes * layers * (forward(2) - forward(1))),
         stream_bytes=(encoded, encoded * (2 + model.num_processes * layers) + decoded),
         num_processes=model.num_processes,
         view=view,
     )
-
-
-def _is_aligned(experiment: Experiment, batch: Batch) -> bool:
-    """Whether text and image are also encoded alone, for the alignment loss."""
-    return experiment.loss.alignment > 0 and batch.paired
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,4 +215,4 @@ def subject_of(config: ConfigDict | Mapping[str, Any]) -> Subject:
             lambda x: jax.ShapeDtypeStruct((experiment.data.batch_size, *x.shape[1:]), x.dtype), row
         )
         runs.append(slam_v3_run(experiment, dataset.tokenizer.vocab_size, batch, view))
-    return max(runs, key=lambda run: (_is_aligned(experiment, run.batch), run.stream_bytes[0]))
+    return max(runs, key=lambda run: (is_aligned(experiment.loss, run.batch), run.stream_bytes[0]))

@@ -24,6 +24,15 @@ def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
         raise
 
 
+def peak_memory() -> int | None:
+    """The most bytes that were in use at once on a device of this process; None where devices do
+    not say, as CPUs do not."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max(
+        (each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each), default=None
+    )
+
+
 def require_memory(num_bytes: int, what: str) -> None:
     """Raises ConfigError if `num_bytes` exceed the memory of the devices of all processes.
 

@@ -12,6 +12,7 @@ from slam_jax.training.loading import Loaded, load
 from slam_jax.training.loop import train
 from slam_jax.training.losses import LossConfig, language_model_loss, slam_v3_loss
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
+from slam_jax.training.profiling import Profile
 from slam_jax.training.state import (
     TrainState,
     init_state,
@@ -27,6 +28,7 @@ __all__ = [
     "Loaded",
     "LossConfig",
     "OptimizerConfig",
+    "Profile",
     "RunConfig",
     "TrainState",
     "default_config",

@@ -19,14 +19,17 @@ from slam_jax.errors import UserError
 from slam_jax.evaluation import evaluate
 from slam_jax.runtime import distributed
 from slam_jax.runtime.compile_cache import enable_compile_cache
+from slam_jax.runtime.devices import peak_flops
 from slam_jax.runtime.lock import lock_workdir
 from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.runtime.signals import Stop, Stopped
 from slam_jax.training.checkpoint import Checkpoints
 from slam_jax.training.experiment import Experiment, as_json
+from slam_jax.training.flops import forward_flops
 from slam_jax.training.mesh import make_mesh, name_of
 from slam_jax.training.metrics import MetricsWriter
 from slam_jax.training.optimizer import make_schedule
+from slam_jax.training.profiling import Profile, Profiler
 from slam_jax.training.progress import Progress
 from slam_jax.training.resume import open_run
 from slam_jax.training.sharding import local_rows, place, use_mesh
@@ -39,15 +42,19 @@ class TrainingDiverged(UserError):
 
 
 def train(
-    config: ConfigDict | Mapping[str, Any], workdir: str | Path, stop: Stop | None = None
+    config: ConfigDict | Mapping[str, Any],
+    workdir: str | Path,
+    stop: Stop | None = None,
+    profile: Profile | None = None,
 ) -> TrainState:
     """Trains, or resumes from the checkpoints in `workdir`; returns the final state.
 
     config: nested mappings as of `default_config`; saved with every checkpoint. stop: asks the run
-    to save and end early, as the cluster's preemption notice does under `jax.distributed`.
+    to save and end early, as the cluster's preemption notice does under `jax.distributed`. profile:
+    the steps of which the first process writes a trace to `workdir/profile`.
 
     Raises:
-      ConfigError: a field cannot be built.
+      ConfigError: a field cannot be built, or the run ends before the steps of the profile do.
       CheckpointError: the workdir has checkpoints of another configuration, or none of them can be
         read, or a write failed.
       WorkdirError: another run is in the workdir, or it cannot be written to.
@@ -62,6 +69,8 @@ def train(
     experiment = Experiment.from_config(config)
     run, mesh = experiment.run, make_mesh(experiment.mesh)
     experiment.check(mesh)
+    if profile is not None:
+        profile.check(run.num_steps)
     with contextlib.ExitStack() as stack:
         is_first = distributed.is_first_process()
         if is_first:
@@ -76,7 +85,9 @@ def train(
             board = run.tensorboard
             writer = MetricsWriter(workdir, first, evaluated=not pending, tensorboard=board)
             stack.enter_context(writer)
-        progress = stack.enter_context(Progress(run.num_steps, first_step=first, shown=is_first))
+        progress = stack.enter_context(
+            Progress(run.num_steps, first_step=first, shown=is_first, peak_flops=peak_flops())
+        )
         for note in opened.notes:
             progress.log(note)
         if first == run.num_steps and not pending:
@@ -87,7 +98,10 @@ def train(
         sizes = {} if mesh is None else {axis: n for axis, n in mesh.shape.items() if n > 1}
         where = name_of(sizes) or str(jax.devices()[0])
         progress.log(f"{count:,} parameters on {where}, {origin}")
-        tools = checkpoints, writer, progress, stop or Stop(), mesh
+        if profile is not None and profile.last <= first:
+            progress.log(f"the steps of --profile are taken: up to step {first:,}; no trace")
+        profiler = Profiler(profile if is_first else None, workdir, progress)
+        tools = checkpoints, writer, progress, stop or Stop(), mesh, stack.enter_context(profiler)
         trainer = Trainer(experiment, config, opened.graphdef, opened.dataset, *tools)
         with explain_out_of_memory("a step", _SMALLER_STEPS):
             return trainer.run(state, pending)
@@ -115,12 +129,14 @@ class Trainer:
     progress: Progress
     stop: Stop
     mesh: Mesh | None
+    profiler: Profiler
     sync_points: Iterator[int] = dataclasses.field(default_factory=lambda: itertools.count(1))
 
     def run(self, state: TrainState, pending_evaluation: bool) -> TrainState:
         """Takes all remaining steps; `pending_evaluation`: and evaluates the given state before."""
         run, first = self.experiment.run, int(state.step)
-        step_fn = jit_step(self.experiment, self.graphdef, state)
+        step_fn: Any = jit_step(self.experiment, self.graphdef, state)
+        compiled = set()
         data, dataset = self.experiment.data, self.dataset
         rows = local_rows(data.batch_size, self.mesh)
         batches = training_batches(
@@ -135,7 +151,18 @@ class Trainer:
         for step in range(first + 1, run.num_steps + 1):
             self.checkpoints.poll()
             view, batch = next(batches)
-            state, metrics = step_fn(state, place(batch, self.mesh, data.batch_size))
+            placed = place(batch, self.mesh, data.batch_size)
+            leaves, structure = jax.tree.flatten(placed)
+            form = structure, *((x.shape, x.dtype) for x in leaves)
+            if form not in compiled:
+                compiled.add(form)
+                jax.block_until_ready(state)  # the time of the last step is none of compiling
+                with self.progress.compiling(view):
+                    step_fn.lower(state, placed).compile()
+            self.profiler.before(step, state)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = step_fn(state, placed)
+            self.profiler.after(step, state)
             self.stop.expect_save()
             result = step, view, batch, metrics
             stops = self._should_stop()
@@ -173,14 +200,17 @@ class Trainer:
         # A process of several has a part of the rows; those of the others are about as long.
         examples = self.experiment.data.batch_size
         tokens = round(np.sum(batch.length) * examples / len(batch.tokens))
-        loss = float(values.loss.total)
-        self.progress.update(step, loss=loss, examples=examples, tokens=tokens, view=view)
+        model = self.experiment.with_vocabulary(self.dataset.tokenizer.vocab_size)
+        flops = 3 * examples * forward_flops(model, self.experiment.loss, batch)
+        loss, seen = float(values.loss.total), dict(examples=examples, tokens=tokens, flops=flops)
+        self.progress.update(step, loss=loss, **seen, view=view)
         if values.bad_steps:
             skipped = f"step {step:,} ({view}): loss or gradient is not finite, step skipped"
             self.progress.log(skipped)
         if self.writer and step % self.experiment.run.log_every == 0:
             schedule = make_schedule(self.experiment.optimizer, self.experiment.run.num_steps)
             rate = schedule(values.updates)
+            self.writer.write(step, "speed", self.progress.speed())
             more = {"grad_norm": values.grad_norm, "learning_rate": rate, "view": view}
             self.writer.write(step, "train", values.loss._asdict() | more)
         return int(values.bad_steps)
@@ -191,8 +221,9 @@ class Trainer:
         Where the evaluation fails, the step is saved without it.
         """
         run = self.experiment, self.graphdef, state, self.dataset
+        explained = explain_out_of_memory("an evaluation", _SMALLER_EVALUATIONS)
         try:
-            with explain_out_of_memory("an evaluation", _SMALLER_EVALUATIONS):
+            with self.progress.paused(), explained:
                 scores = validate(*run, self._should_stop)
         except Stopped:
             return None
@@ -214,15 +245,16 @@ class Trainer:
         dataset, aux = self.dataset, self.dataset.aux_format
         splits = (dataset.train, dataset.validation)
         longest_answer = max(split.answer_length(dataset.tokenizer) for split in splits)
-        self.checkpoints.save(
-            step,
-            state,
-            config=self.config,
-            tokenizer=dataset.tokenizer.to_json(),
-            aux=None if aux is None else aux.to_json(),
-            generation={"max_new_tokens": longest_answer + 1},
-            metrics=scores or {},
-        )
+        with self.progress.paused():
+            self.checkpoints.save(
+                step,
+                state,
+                config=self.config,
+                tokenizer=dataset.tokenizer.to_json(),
+                aux=None if aux is None else aux.to_json(),
+                generation={"max_new_tokens": longest_answer + 1},
+                metrics=scores or {},
+            )
 
     def _go_back(self, step: int, state: TrainState, bad_steps: int) -> TrainState:
         """The state of the last checkpoint before the bad steps, with the step counts of `state`.

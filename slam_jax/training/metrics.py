@@ -48,8 +48,8 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Writes one record.
 
-        split: `train` or `validation`. values: numbers or arrays of one element; NaN and infinities
-        become null, as JSON has neither. Texts are written to the file only.
+        split: `train`, `validation` or `speed`. values: numbers or arrays of one element; NaN and
+        infinities become null, as JSON has neither. Texts are written to the file only.
         """
         texts = {name: value for name, value in values.items() if isinstance(value, str)}
         numbers = {name: float(value) for name, value in values.items() if name not in texts}
@@ -95,7 +95,7 @@ def _drop_after(path: Path, last: tuple[int, bool]) -> None:
     kept = "".join(
         line
         for record, line in _records(path)
-        if (record["step"], record.get("split") != "train") <= last
+        if (record["step"], record.get("split") == "validation") <= last
     )
     if path.exists() and kept.encode() != path.read_bytes():
         write_whole(path, kept)  # a kill in between loses no line

@@ -5,22 +5,38 @@ import io
 import sys
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
+from slam_jax.runtime.memory import peak_memory
+
 _WINDOW = 50  # updates over which rates are averaged
+
+
+class _Point(NamedTuple):
+    """The counts up to a moment; seconds of training alone."""
+
+    seconds: float
+    steps: int
+    examples: int = 0
+    tokens: int = 0
+    flops: int = 0
 
 
 class Progress:
     """Shows step, loss, rates and the remaining time of a run.
 
+    Rates are means over the last steps, without the time of `paused` and `compiling`.
+
     total_steps, first_step: at which the run ends, and from which it resumes. every: steps between
     two plain lines, where there is no terminal. shown: False = print nothing. console: where to
-    print; by default standard output.
+    print; by default standard output. peak_flops: operations a second of all devices, None = not
+    known.
     """
 
     def __init__(
@@ -31,8 +47,10 @@ class Progress:
         every: int = 100,
         shown: bool = True,
         console: Console | None = None,
+        peak_flops: float | None = None,
     ):
-        self._total = total_steps
+        self._total, self._peak_flops = total_steps, peak_flops
+        self._paused = self._compiled = 0.0  # seconds
         self._every = every
         self._console = console or Console(
             file=_FailSafe(sys.stdout),  # pyright: ignore[reportArgumentType]
@@ -40,9 +58,8 @@ class Progress:
             soft_wrap=True,
             quiet=not shown,
         )
-        # Seconds, steps, examples, tokens.
-        self._recent: deque[tuple[float, int, int, int]] = deque(maxlen=_WINDOW + 1)
-        self._recent.append((time.monotonic(), first_step, 0, 0))
+        self._recent: deque[_Point] = deque(maxlen=_WINDOW + 1)
+        self._recent.append(_Point(time.monotonic(), first_step))
         # On a narrow terminal the status wraps; the other columns keep their width.
         width = len(f"step {total_steps}/{total_steps}")
         self._bar = Bar(
@@ -62,31 +79,82 @@ class Progress:
         self._bar.stop()
 
     def update(
-        self, step: int, *, loss: float, examples: int = 0, tokens: int = 0, view: str = ""
+        self,
+        step: int,
+        *,
+        loss: float,
+        examples: int = 0,
+        tokens: int = 0,
+        flops: int = 0,
+        view: str = "",
     ) -> None:
-        """Shows a finished step. examples, tokens: their numbers since the last update."""
-        _, _, seen_examples, seen_tokens = self._recent[-1]
-        now = time.monotonic()
-        self._recent.append((now, step, seen_examples + examples, seen_tokens + tokens))
+        """Shows a finished step. examples, tokens, flops: their numbers since the last update."""
+        last, now = self._recent[-1], time.monotonic() - self._paused
+        seen = last.examples + examples, last.tokens + tokens, last.flops + flops
+        self._recent.append(_Point(now, step, *seen))
         status = self._status(loss, view)
         self._bar.update(self._task, completed=step, status=status)
         if not self._console.is_terminal and (step % self._every == 0 or step == self._total):
             self.log(f"step {step}/{self._total} · {status}")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time in this context counts for no rate."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - start
+
+    @contextlib.contextmanager
+    def compiling(self, view: str) -> Iterator[None]:
+        """The same, and says how long it took to compile the step of a view."""
+        before = self._paused
+        with self.paused():
+            yield
+        self._compiled += self._paused - before
+        self.log(f"view {view}: compiled in {self._paused - before:.1f} s")
+
+    def speed(self) -> dict[str, float]:
+        """What the metrics file says of the last steps.
+
+        step_seconds, examples_per_second, tokens_per_second. compile_seconds: in sum since the
+        start of this process. mfu: model FLOP utilisation, 0 to 1, where the peak is known.
+        peak_memory_bytes: where devices say it.
+        """
+        spent = self._spent()
+        found: dict[str, float] = {
+            "step_seconds": spent.seconds / max(spent.steps, 1),
+            "examples_per_second": spent.examples / spent.seconds,
+            "tokens_per_second": spent.tokens / spent.seconds,
+            "compile_seconds": self._compiled,
+        }
+        if self._peak_flops:
+            found["mfu"] = spent.flops / spent.seconds / self._peak_flops
+        memory = peak_memory()
+        return found if memory is None else {**found, "peak_memory_bytes": float(memory)}
+
+    def _spent(self) -> _Point:
+        """The differences over the last steps."""
+        spent = _Point(*(b - a for a, b in zip(self._recent[0], self._recent[-1], strict=True)))
+        return spent._replace(seconds=max(spent.seconds, 1e-9))
 
     def log(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
         self._console.print(self._writable(text), markup=False)
 
     def _status(self, loss: float, view: str) -> str:
-        old, new = self._recent[0], self._recent[-1]
-        seconds, steps, examples, tokens = (b - a for a, b in zip(old, new, strict=True))
-        seconds = max(seconds, 1e-9)
+        spent, speed = self._spent(), self.speed()
         parts = [f"view {view}"] if view else []
         parts.append(f"loss {loss:.3f}")
-        parts += [f"{_rate(examples / seconds)} examples/s"] if examples else []
-        parts += [f"{_rate(tokens / seconds)} tokens/s"] if tokens else []
-        if steps:
-            parts.append(f"ETA {_clock((self._total - new[1]) * seconds / steps)}")
+        parts += [f"{_rate(speed['examples_per_second'])} examples/s"] if spent.examples else []
+        parts += [f"{_rate(speed['tokens_per_second'])} tokens/s"] if spent.tokens else []
+        parts += [f"MFU {100 * speed['mfu']:.0f}%"] if "mfu" in speed else []
+        if "peak_memory_bytes" in speed:
+            parts.append(f"{speed['peak_memory_bytes'] / 2**30:.1f} GiB")
+        if spent.steps:
+            left = self._total - self._recent[-1].steps
+            parts.append(f"ETA {_clock(left * speed['step_seconds'])}")
         return self._writable(" · ".join(parts))
 
     def _writable(self, text: str) -> str:
