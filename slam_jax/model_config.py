@@ -42,6 +42,7 @@ class ModelConfig:
     """
 
     remat: str | None
+    scan_layers: bool | None
     dtype: str
     param_dtype: str
 

@@ -88,11 +88,11 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
 
 
 @functools.cache
-def v3() -> tuple[Any, Any, Any]:
+def v3(**changes: Any) -> tuple[Any, Any, Any]:
     """The loss, the parameters and a batch of eight, every stream in it."""
     small = dict(size=12, stage_widths=(8,))
     wide: Any = dict(dtype="float64", param_dtype="float64", image=small, num_decoder_layers=1)
-    config = SlamV3Config.preset("tiny", VOCAB, **wide)
+    config = SlamV3Config.preset("tiny", VOCAB, **{**wide, **changes})
     model = jax.jit(lambda: SlamV3(config, rngs=nnx.Rngs(0)))()
     graphdef, params = split_model(model)
 
@@ -123,6 +123,16 @@ def v3_alone() -> tuple[Any, Any]:
 def test_three_axes_at_once_change_no_loss_and_no_gradient():
     """The fourth axis, `data`, is in the twenty training steps below."""
     assert_close(first_step(*v3(), mesh_of(fsdp=2, process=2, tensor=2)), v3_alone())
+
+
+@pytest.mark.usefixtures("float64")
+def test_stacked_layers_are_sharded_as_single_ones():
+    scanned = v3(num_process_layers=2, num_decoder_layers=2, scan_layers=True)
+    mesh = mesh_of(fsdp=2, process=2, tensor=2)
+    params = jax.device_put(scanned[1], shardings_of(scanned[1], mesh))
+    down = params["processes"]["stack"]["layers"]["0:2"]["mlp"]["down"]["kernel"]
+    assert held(down) == (2, 2, 24, 16)  # processes, layers, F, D
+    assert_close(first_step(*scanned, mesh), first_step(*scanned, None))
 
 
 @pytest.mark.slow

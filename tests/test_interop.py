@@ -22,6 +22,8 @@ from slam_jax.interop import load_pretrained, save_pretrained
 from slam_jax.interop.formats import FORMATS, make_layout, read_config, write_config
 from slam_jax.language_models import SYSTEMS, make_config, make_model
 from slam_jax.layers.rotary import Rope, Yarn
+from slam_jax.layers.stacked import StackedLayers
+from slam_jax.training.checkpoint.trees import by_name
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
@@ -88,7 +90,7 @@ def test_what_is_saved_is_what_was_read_to_the_last_bit(name, tmp_path):
 def test_every_parameter_has_exactly_one_place(kind):
     """In published files and in fused ones, at odd and even numbers of layers."""
     name = next(name for name, s in SYSTEMS.items() if s.config is FORMATS[kind].config)
-    for changes in ({}, {"num_layers": 5, "tie_embeddings": True}):
+    for changes in ({}, {"num_layers": 5, "tie_embeddings": True, "scan_layers": True}):
         config = make_config(name, "tiny", **changes)
         model = nnx.eval_shape(lambda config=config: make_model(config, rngs=nnx.Rngs(0)))
         shapes: dict[Any, Any] = flatten_dict(state(model))
@@ -100,9 +102,23 @@ def test_every_parameter_has_exactly_one_place(kind):
             ]
             expected = []
             for path, p in shapes.items():
-                experts = range(p.shape[0]) if "experts" in path and not fused else [None]
-                expected += [(path, index) for index in experts]
+                stacked = any(":" in str(key) for key in path)  # layers
+                axes = stacked + ("experts" in path and not fused)
+                expected += [(path, index) for index in np.ndindex(p.shape[:axes])]
             assert sorted(places, key=str) == sorted(expected, key=str)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v2"])
+def test_stacked_layers_are_read_and_written_as_single_ones_are(name, tmp_path):
+    model, _ = golden(name)
+    stacked, _ = load_pretrained(GOLDENS / name, scan_layers=True)
+    assert isinstance(stacked.blocks, StackedLayers)
+    assert_same(by_name(state(stacked)), by_name(state(model)))
+    save_pretrained(stacked, tmp_path / "written")
+    written, expected = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "written", GOLDENS / name)
+    )
+    assert_same(written, expected)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "jamba", "deepseek_v2", "hunyuan_large"])

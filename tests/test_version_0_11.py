@@ -57,12 +57,15 @@ class _StopAfterTwoSteps(Stop):
         return self.asked >= 2
 
 
-def test_a_run_resumes_where_it_stopped(expected, tmp_path, monkeypatch):
+@pytest.mark.parametrize("scan_layers", [None, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_resumes_where_it_stopped(expected, tmp_path, monkeypatch, scan_layers):
     monkeypatch.setenv("SLAM_JAX_DATA_DIR", str(tmp_path / "data"))
     workdir = tmp_path / "run"
     shutil.copytree(FIXTURES / "run", workdir)
+    config = Checkpoints(workdir).read_config("latest")
+    config["model"]["scan_layers"] = scan_layers
     with pytest.raises(Stopped):
-        train(Checkpoints(workdir).read_config("latest"), workdir, _StopAfterTwoSteps())
+        train(config, workdir, _StopAfterTwoSteps())
     assert Checkpoints(workdir).steps() == [4, 6]
     steps = [r for r in read_metrics(workdir) if r["split"] == "train" and r["step"] > 4]
     assert [r["step"] for r in steps] == expected["later_steps"][:2].tolist()

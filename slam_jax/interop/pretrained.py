@@ -39,7 +39,11 @@ _Stored = dict[str, tuple[Path, tuple[int, ...], str]]
 
 
 def load_pretrained(
-    folder: str | Path, *, dtype: str = "float32", param_dtype: str | None = None
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    scan_layers: bool | None = None,
 ) -> tuple[Any, Any]:
     """The model in a folder downloaded from the hub, and its configuration.
 
@@ -50,7 +54,8 @@ def load_pretrained(
 
     Args:
       dtype: of the computation. param_dtype: of the parameters, None = as config.json says, with
-        float32 for float16.
+        float32 for float16. scan_layers: whether equal layers are stacked, see
+        `LanguageModelConfig`; the host then holds the whole model while it is read.
 
     Raises:
       InputError, ConfigError: names what in the folder is missing, left over, of another shape or
@@ -58,7 +63,8 @@ def load_pretrained(
     """
     folder = Path(folder)
     kind, config = read_config(_read_json(folder / "config.json", _LARGEST_CONFIG))
-    config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype or config.param_dtype)
+    options: Any = dict(dtype=dtype, scan_layers=scan_layers)
+    config = dataclasses.replace(config, param_dtype=param_dtype or config.param_dtype, **options)
     files = _files(folder)
     stored = _headers(files)
     fused = any(key.endswith("experts.gate_up_proj") for key in stored)
@@ -205,7 +211,7 @@ def _assemble(layout: Layout, shapes: Params, files: list[Path]) -> dict[Any, ja
                 for path, part in zip(tensor.paths, parts, strict=True):
                     if path not in unfinished:
                         unfinished[path] = np.empty(shapes[path].shape, shapes[path].dtype)
-                    unfinished[path][... if tensor.index is None else tensor.index] = part
+                    unfinished[path][tensor.index] = part
                     left[path] -= 1
                     if not left[path]:
                         params[path] = jax.device_put(unfinished.pop(path))

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import einops
 import numpy as np
 
+from slam_jax.layers.stacked import names_of
+
 Path = tuple[str | int, ...]
 Params = Mapping[Path, Any]
 
@@ -16,20 +18,17 @@ class Tensor(NamedTuple):
     For example, `HEADS_IN` and the kernels [R, N, H] of keys and values give DeepSeek's
     `kv_b_proj`: in each head the rows of the keys, then those of the values.
 
-    index: of stacked parameters only this entry, such as one expert.
+    index: of stacked parameters only this entry, such as one expert, or one expert of a layer.
     """
 
     paths: tuple[Path, ...]
     pattern: str
-    index: int | None = None
+    index: tuple[int, ...] = ()
 
     def publish(self, params: Params) -> np.ndarray:
         """The published tensor of these parameters, contiguous in the memory of the host."""
         # Indexed on the device first: it may have room for one more expert, not for all.
-        each = [
-            np.asarray(params[p] if self.index is None else params[p][self.index])
-            for p in self.paths
-        ]
+        each = [np.asarray(params[p][self.index]) for p in self.paths]
         joined = each[0] if len(each) == 1 else np.concatenate(each, axis=-1)
         return np.ascontiguousarray(einops.rearrange(joined, self.pattern))
 
@@ -47,7 +46,7 @@ class Tensor(NamedTuple):
         return np.split(joined, ends[:-1], axis=-1)
 
     def _joined(self, params: Params) -> tuple[int, ...]:
-        shape = params[self.paths[0]].shape[0 if self.index is None else 1 :]
+        shape = params[self.paths[0]].shape[len(self.index) :]
         return (*shape[:-1], sum(params[path].shape[-1] for path in self.paths))
 
 
@@ -79,13 +78,31 @@ def expand(
     rows = [(key, row, ()) for key, row in table.items() if "{i}" not in key]
     for i, block in enumerate(blocks):
         rows += [(k.replace("{i}", str(i)), row, block) for k, row in table.items() if "{i}" in k]
-    layout: Layout = {}
+    places, layout = _places(shapes), {}
     for key, row, block in rows:
-        paths = tuple((*block, *path.split(".")) for path in row.paths.split())
+        names = [_name((*block, *path.split("."))) for path in row.paths.split()]
         axes = len(row.pattern.split(" -> ")[0].split()) + ("{e}" in key)
-        first = shapes.get(paths[0])
-        if first is None or len(first.shape) != axes or not row.when(config, fused):
+        if names[0] not in places or not row.when(config, fused):
             continue
-        for e in range(first.shape[0]) if "{e}" in key else [None]:
-            layout[key.replace("{e}", str(e))] = Tensor(paths, row.pattern, e)
+        paths, indices = zip(*(places[name] for name in names), strict=True)
+        shape, index = shapes[paths[0]].shape, indices[0]  # all are in the same layer
+        if len(shape) - len(index) != axes:
+            continue
+        for e in np.ndindex(shape[len(index)]) if "{e}" in key else [()]:
+            name = key.replace("{e}", str(*e))
+            layout[name] = Tensor(paths, row.pattern, (*index, *e))
     return layout
+
+
+def _name(path: Path) -> str:
+    return "/".join(map(str, path))
+
+
+def _places(shapes: Params) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Where the parameters of single layers are: their path, and of stacked ones the entry."""
+    places = {}
+    for path in shapes:
+        names, axis = names_of(_name(path))
+        for i, name in enumerate(names):
+            places[name] = path, () if axis is None else (i,)
+    return places

@@ -29,8 +29,8 @@ from slam_jax.layers.kv_cache import check_prompts
 from slam_jax.layers.linear import Initializer, Linear, project_to_float32
 from slam_jax.layers.masks import prefix_mask, without_unknown_pads
 from slam_jax.layers.norms import RMSNorm
-from slam_jax.layers.remat import remat
 from slam_jax.layers.router import Routing, load_balancing_loss
+from slam_jax.layers.stacked import collect, kinds, run_layers
 from slam_jax.protocol import Hidden, Output
 
 
@@ -249,16 +249,16 @@ class Transformer(HeadedModel):
     """Embedding, blocks, norm and head, with the protocol of a language model.
 
     A subclass gives the blocks, each `block(h, forward, cache, key) -> (h, cache, routings)` with
-    `init_cache(batch_shape, max_length)`, and may override `embed` and `balance`. With
-    experts the configuration needs `balance_loss`, unless `balance` is overridden. Head and
-    embeddings start as `config.init` unless it gives others. learned_positions: a table of them is
-    added to the embeddings; else the blocks see to positions.
+    `init_cache(batch_shape, max_length)`, equal ones from `layers.stacked.repeat`, and
+    may override `embed` and `balance`. With experts the configuration needs `balance_loss`, unless
+    `balance` is overridden. Head and embeddings start as `config.init` unless it gives others.
+    learned_positions: a table of them is added to the embeddings; else the blocks see to positions.
     """
 
     def __init__(
         self,
         config: LanguageModelConfig,
-        blocks: Sequence[nnx.Module],
+        blocks: Sequence[Any],
         *,
         norm: nnx.Module | None = None,
         embedding_init: Initializer | None = None,
@@ -270,7 +270,7 @@ class Transformer(HeadedModel):
         self.config, sizes = config, (config.vocab_size, config.embed_dim)
         embedding_init = embedding_init or config.init
         self.embedding = nnx.Embed(*sizes, embedding_init=embedding_init, **kw)
-        self.blocks: Any = nnx.List(blocks)
+        self.blocks = collect(blocks)
         self.norm = norm or rms_norm(config)
         tied, init = config.tie_embeddings, head_init or config.init
         self.head = None if tied else Linear(*sizes[::-1], kernel_init=init, **kw)
@@ -288,7 +288,7 @@ class Transformer(HeadedModel):
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> Cache:
         """An empty cache for rows of `batch_shape`, each of at most `max_length` tokens."""
-        blocks = tuple(block.init_cache(batch_shape, max_length) for block in self.blocks)
+        blocks = tuple(block.init_cache(batch_shape, max_length) for block in kinds(self.blocks))
         return Cache(blocks, jnp.zeros(batch_shape, jnp.int32))
 
     def _prefill(self, tokens, cache: Cache, lengths, mask) -> tuple[jax.Array, Cache]:
@@ -304,7 +304,7 @@ class Transformer(HeadedModel):
         forward = ForwardPass(
             lambda mixer, x, cache: mixer.decode_step(x, cache), cache.length[..., None]
         )
-        h, blocks, _ = self._run(tokens[..., None], forward, cache.blocks, None)
+        h, blocks, _ = self._run(tokens[..., None], forward, cache.blocks, None, unroll=True)
         return self.logits(h)[..., 0, :], Cache(blocks, cache.length + 1)
 
     def embed(
@@ -332,18 +332,17 @@ class Transformer(HeadedModel):
             return 0.0
         return self.config.balance_loss * load_balancing_loss(routings, mask)
 
-    def _run(self, tokens, forward: ForwardPass, caches, key):
+    def _run(self, tokens, forward: ForwardPass, caches, key, *, unroll: bool = False):
         """Embedding, all blocks and the norm: hidden states, new caches and all routings."""
-        keys = split(key, len(self.blocks) + 1)
+        *block_keys, key = split(key, len(self.blocks) + 1)
         positions = jax.lax.broadcast_to_rank(forward.positions, tokens.ndim)
-        h = self.embed(jnp.asarray(tokens), positions, keys[-1])
-        new_caches, routings = [], []
-        for block, cache, block_key in zip(self.blocks, caches, keys, strict=False):
+        h = self.embed(jnp.asarray(tokens), positions, key)
 
-            def call(h, cache, key, block=block):
-                return block(constrain(h, ("batch",)), forward, cache, key)
+        def call(block: Any, h: Any, given: Any) -> tuple[Any, Any]:
+            h, *outputs = block(constrain(h, ("batch",)), forward, *given)
+            return h, outputs
 
-            h, cache, routed = remat(call, self.config.remat)(h, cache, block_key)
-            new_caches.append(cache)
-            routings += routed
-        return self.norm(h), tuple(new_caches), routings
+        given, policy = list(zip(caches, block_keys, strict=True)), self.config.remat
+        h, outputs = run_layers(call, self.blocks, h, given, policy=policy, unroll=unroll)
+        new_caches, routings = zip(*outputs, strict=True)
+        return self.norm(h), new_caches, [routing for each in routings for routing in each]

@@ -23,6 +23,8 @@ class LanguageModelConfig(ModelConfig):
     vocab_size: V. embed_dim: D. context_length: the most tokens of a prompt with its answer.
     norm_epsilon: of the norms. tie_embeddings: the head is the table of embeddings.
     remat: what a block keeps for its gradient, of `slam_jax.layers.remat.POLICIES`; None = all.
+    scan_layers: whether the parameters of equal blocks are stacked, and the blocks scanned; None =
+      on GPUs and TPUs, from five equal blocks on. It changes no result.
     dtype, param_dtype: of the computation and of the parameters.
 
     Fields of other models, where several have them:
@@ -41,6 +43,7 @@ class LanguageModelConfig(ModelConfig):
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = False
     remat: str | None = None
+    scan_layers: bool | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
 

@@ -21,6 +21,7 @@ from slam_jax.layers.router import (
     device_balance_loss,
     sequence_balance_loss,
 )
+from slam_jax.layers.stacked import repeat
 
 LATENT = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
@@ -91,23 +92,27 @@ class DeepseekV2(Transformer):
     """The cache has kv_lora_rank + qk_rope_head_dim numbers for each token and layer."""
 
     def __init__(self, config: DeepseekV2Config, *, rngs: nnx.Rngs):
-        dim, kw = config.embed_dim, config.options(rngs)
-        latent = config.sizes("num_heads", "rope", *LATENT)
+        dim, latent = config.embed_dim, config.sizes("num_heads", "rope", *LATENT)
         experts = config.sizes(
             "num_experts", "num_experts_per_token", "num_groups", "top_groups", "renormalize"
         )
         experts |= dict(scale=config.routed_scale, capacity_factor=config.capacity_factor)
         experts |= dict(shared_dim=config.num_shared_experts * config.expert_dim or None)
-        blocks = [
-            PreNormBlock(
-                config,
-                attention=MultiHeadLatentAttention(dim, **latent, **kw),
-                mlp=GatedMLP(dim, config.mlp_dim, **kw)
-                if layer < config.num_dense_layers
-                else MixtureOfExperts(dim, config.expert_dim, **experts, **kw),
-            )
-            for layer in range(config.num_layers)
-        ]
+
+        def dense(*, rngs: nnx.Rngs) -> PreNormBlock:
+            kw = config.options(rngs)
+            attention = MultiHeadLatentAttention(dim, **latent, **kw)
+            return PreNormBlock(config, attention, GatedMLP(dim, config.mlp_dim, **kw))
+
+        def sparse(*, rngs: nnx.Rngs) -> PreNormBlock:
+            kw = config.options(rngs)
+            attention = MultiHeadLatentAttention(dim, **latent, **kw)
+            mlp = MixtureOfExperts(dim, config.expert_dim, **experts, **kw)
+            return PreNormBlock(config, attention, mlp)
+
+        scan, num_dense = config.scan_layers, min(config.num_dense_layers, config.num_layers)
+        blocks = repeat(scan, num_dense, dense, rngs=rngs)
+        blocks += repeat(scan, config.num_layers - num_dense, sparse, rngs=rngs)
         super().__init__(config, blocks, rngs=rngs)
 
     def balance(self, routings, mask):

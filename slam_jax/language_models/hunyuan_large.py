@@ -7,6 +7,7 @@ capacity to random experts, is switched off in the release and not built here.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from flax import nnx
@@ -18,6 +19,7 @@ from slam_jax.layers.cross_layer_attention import CrossLayerAttention, SharedKey
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.rotary import Rope
 from slam_jax.layers.router import load_balancing_loss
+from slam_jax.layers.stacked import repeat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,8 +103,10 @@ class HunyuanLarge(Transformer):
 
     def __init__(self, config: HunyuanLargeConfig, *, rngs: nnx.Rngs):
         layers, share = config.num_layers, config.share_factor
-        sizes = [min(share, layers - first) for first in range(0, layers, share)]
-        blocks = [Block(config, size, rngs=rngs) for size in sizes]
+        count, rest = divmod(layers, share)
+        block = functools.partial(Block, config, share)
+        blocks = repeat(config.scan_layers, count, block, rngs=rngs)
+        blocks += [Block(config, rest, rngs=rngs)] if rest else []
         super().__init__(config, blocks, rngs=rngs)
 
     def balance(self, routings, mask):

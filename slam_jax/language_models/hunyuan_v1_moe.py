@@ -15,6 +15,7 @@ from slam_jax.language_models.config import EXPERTS, HEADS, TransformerConfig
 from slam_jax.layers import flops
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
+from slam_jax.layers.stacked import repeat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,15 +39,17 @@ class HunyuanV1MoE(Transformer):
     """Grouped queries with norms of queries and keys, one shared MLP beside k experts."""
 
     def __init__(self, config: HunyuanV1MoEConfig, *, rngs: nnx.Rngs):
-        dim, kw = config.embed_dim, config.options(rngs)
+        dim = config.embed_dim
         heads = config.sizes(*HEADS, "rope") | dict(qk_norm_epsilon=config.norm_epsilon)
         experts = config.sizes(*EXPERTS) | dict(shared_dim=config.mlp_dim, renormalize=True)
-        blocks = [
-            PreNormBlock(
+
+        def block(*, rngs: nnx.Rngs) -> PreNormBlock:
+            kw = config.options(rngs)
+            return PreNormBlock(
                 config,
                 attention=GroupedQueryAttention(dim, **heads, **kw),
                 mlp=MixtureOfExperts(dim, **experts, **kw),
             )
-            for _ in range(config.num_layers)
-        ]
+
+        blocks = repeat(config.scan_layers, config.num_layers, block, rngs=rngs)
         super().__init__(config, blocks, rngs=rngs)

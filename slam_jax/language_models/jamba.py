@@ -5,6 +5,8 @@ the numbers that the papers leave out are those of `JambaForCausalLM` in transfo
 """
 
 import dataclasses
+import functools
+import math
 
 from flax import nnx
 
@@ -16,6 +18,7 @@ from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.mamba import Mamba
 from slam_jax.layers.mlp import GatedMLP
+from slam_jax.layers.stacked import repeat
 
 MAMBA = ("state_dim", "conv_width", "expand", "dt_rank")
 
@@ -80,11 +83,12 @@ class Jamba(Transformer):
     """Jamba and Jamba 1.5; the weights of a token's experts are the raw probabilities."""
 
     def __init__(self, config: JambaConfig, *, rngs: nnx.Rngs):
-        dim, kw, experts = config.embed_dim, config.options(rngs), config.sizes(*EXPERTS)
+        dim, experts = config.embed_dim, config.sizes(*EXPERTS)
         heads = config.sizes("num_heads", "num_kv_heads")
         mamba = config.sizes(*MAMBA, "norm_epsilon", "conv_bias", "proj_bias")
-        blocks = []
-        for i in range(config.num_layers):
+
+        def block(i: int, *, rngs: nnx.Rngs) -> PreNormBlock:
+            kw = config.options(rngs)
             if config.has_attention(i):
                 mixer = GroupedQueryAttention(dim, **heads, **kw)
             else:
@@ -93,5 +97,11 @@ class Jamba(Transformer):
                 mlp = MixtureOfExperts(dim, **experts, **kw)
             else:
                 mlp = GatedMLP(dim, config.mlp_dim, **kw)
-            blocks.append(PreNormBlock(config, mixer, mlp, name="mixer"))
+            return PreNormBlock(config, mixer, mlp, name="mixer")
+
+        period = math.lcm(config.attention_period, config.expert_period)
+        count, rest = divmod(config.num_layers, period)
+        each = [functools.partial(block, i) for i in range(period)]
+        blocks = repeat(config.scan_layers, count, *each, rngs=rngs)
+        blocks += [make(rngs=rngs) for make in each[:rest]]
         super().__init__(config, blocks, rngs=rngs)

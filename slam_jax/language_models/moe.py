@@ -12,6 +12,7 @@ from slam_jax.language_models.config import EXPERTS, HEADS, TransformerConfig
 from slam_jax.layers import flops
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
+from slam_jax.layers.stacked import repeat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,14 +33,16 @@ class MoE(Transformer):
     """A mixture of experts in every layer; the weights of a token's experts sum to 1."""
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
-        dim, kw = config.embed_dim, config.options(rngs)
+        dim = config.embed_dim
         heads, experts = config.sizes(*HEADS, "rope"), config.sizes(*EXPERTS)
-        blocks = [
-            PreNormBlock(
+
+        def block(*, rngs: nnx.Rngs) -> PreNormBlock:
+            kw = config.options(rngs)
+            return PreNormBlock(
                 config,
                 attention=GroupedQueryAttention(dim, **heads, **kw),
                 mlp=MixtureOfExperts(dim, **experts, renormalize=True, **kw),
             )
-            for _ in range(config.num_layers)
-        ]
+
+        blocks = repeat(config.scan_layers, config.num_layers, block, rngs=rngs)
         super().__init__(config, blocks, rngs=rngs)

@@ -7,6 +7,7 @@ layers. LayerNorm, GELU, learned positions, no experts.
 """
 
 import dataclasses
+import functools
 
 from flax import nnx
 
@@ -21,6 +22,7 @@ from slam_jax.layers import flops
 from slam_jax.layers.cross_layer_attention import CrossLayerAttention, SharedKeyValues
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.mlp import MLP
+from slam_jax.layers.stacked import repeat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,10 +75,11 @@ class SlamV4(Transformer):
 
     def __init__(self, config: SlamV4Config, *, rngs: nnx.Rngs):
         dim, heads, count = config.embed_dim, config.num_heads, config.level_layers
-        layers = [layer(config, rngs=rngs) for _ in range(2 * count)]
+        make = functools.partial(layer, config)
+        below, above = (repeat(config.scan_layers, count, make, rngs=rngs) for _ in range(2))
         norm, sizes = layer_norm(config, rngs), (dim, heads, dim // heads)
         key_values = SharedKeyValues(*sizes, **config.options(rngs))
         blocks = ParallelBlocks(config, EFBlock, norm, key_values, rngs=rngs)
-        levels = [*layers[:count], blocks, *layers[count:]]
+        levels = [*below, blocks, *above]
         norm = layer_norm(config, rngs)
         super().__init__(config, levels, norm=norm, learned_positions=True, rngs=rngs)

@@ -8,6 +8,7 @@ LayerNorm, learned positions, averages.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from slam_jax.layers.cross_layer_attention import CrossLayerAttention, SharedKey
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
+from slam_jax.layers.stacked import repeat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,11 +107,12 @@ class SlamV4Champion(Transformer):
 
     def __init__(self, config: SlamV4ChampionConfig, *, rngs: nnx.Rngs):
         dim, heads, count = config.embed_dim, config.num_heads, config.level_layers
-        layers = [Layer(config, rngs=rngs) for _ in range(2 * count)]
+        make = functools.partial(Layer, config)
+        below, above = (repeat(config.scan_layers, count, make, rngs=rngs) for _ in range(2))
         norm, sizes = layer_norm(config, rngs), (dim, heads, dim // heads)
         key_values = SharedKeyValues(*sizes, **config.options(rngs))
         cycles = config.num_cycles
         blocks = ParallelBlocks(config, EFBlock, norm, key_values, num_cycles=cycles, rngs=rngs)
-        levels = [*layers[:count], blocks, *layers[count:]]
+        levels = [*below, blocks, *above]
         norm = layer_norm(config, rngs)
         super().__init__(config, levels, norm=norm, learned_positions=True, rngs=rngs)

@@ -23,6 +23,7 @@ from slam_jax.layers.masks import prefix_mask
 from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.rotary import rotary
+from slam_jax.layers.stacked import repeat
 
 LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
@@ -130,7 +131,8 @@ class SlamV5(Transformer):
 
     def __init__(self, config: SlamV5Config, *, rngs: nnx.Rngs):
         count, norm = config.level_layers, rms_norm(config)
-        layers = [layer(config, rngs=rngs) for _ in range(2 * count)]
+        make = functools.partial(layer, config)
+        below, above = (repeat(config.scan_layers, count, make, rngs=rngs) for _ in range(2))
         latents = Latents(config, rngs=rngs)
         blocks = ParallelBlocks(config, EFBlock, norm, latents, name="latents", rngs=rngs)
-        super().__init__(config, [*layers[:count], blocks, *layers[count:]], rngs=rngs)
+        super().__init__(config, [*below, blocks, *above], rngs=rngs)

@@ -7,6 +7,7 @@ embeddings with std 0.01.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.linear import Initializer, Linear
 from slam_jax.layers.mlp import GatedMLP
+from slam_jax.layers.stacked import repeat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,9 +170,10 @@ class SlamV6(Transformer):
     """Level 1, level 2, level 3; every attention is causal."""
 
     def __init__(self, config: SlamV6Config, *, rngs: nnx.Rngs):
-        def layers():
-            sizes = (config.num_heads, config.mlp_dim)
-            return [ParallelLayer(config, *sizes, rngs=rngs) for _ in range(config.level_layers)]
+        make = functools.partial(ParallelLayer, config, config.num_heads, config.mlp_dim)
+
+        def layers() -> list[Any]:
+            return repeat(config.scan_layers, config.level_layers, make, rngs=rngs)
 
         init = jax.nn.initializers.normal(0.01)
         blocks = [*layers(), EFLevel(config, rngs=rngs), *layers()]

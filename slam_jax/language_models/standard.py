@@ -13,6 +13,7 @@ from slam_jax.language_models.config import HEADS, TransformerConfig
 from slam_jax.layers import flops
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
 from slam_jax.layers.mlp import GatedMLP
+from slam_jax.layers.stacked import repeat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,13 +30,15 @@ class Standard(Transformer):
     """A decoder-only transformer as most are built today."""
 
     def __init__(self, config: StandardConfig, *, rngs: nnx.Rngs):
-        dim, kw, heads = config.embed_dim, config.options(rngs), config.sizes(*HEADS, "rope")
-        blocks = [
-            PreNormBlock(
+        dim, heads = config.embed_dim, config.sizes(*HEADS, "rope")
+
+        def block(*, rngs: nnx.Rngs) -> PreNormBlock:
+            kw = config.options(rngs)
+            return PreNormBlock(
                 config,
                 attention=GroupedQueryAttention(dim, **heads, **kw),
                 mlp=GatedMLP(dim, config.mlp_dim, **kw),
             )
-            for _ in range(config.num_layers)
-        ]
+
+        blocks = repeat(config.scan_layers, config.num_layers, block, rngs=rngs)
         super().__init__(config, blocks, rngs=rngs)

@@ -17,14 +17,18 @@ POLICIES: Mapping[str, Any] = {
 }
 
 
-def remat(layer: Callable[..., Any], policy: str | None) -> Callable[..., Any]:
+def remat(
+    layer: Callable[..., Any], policy: str | None, *, prevent_cse: bool = True
+) -> Callable[..., Any]:
     """`layer` rematerialised by one of `POLICIES`, with the same arguments and results.
 
-    policy: None = everything is stored. Source: Chen et al. 2016, "Training Deep Nets with
-    Sublinear Memory Cost", section 3.
+    policy: None = everything is stored. prevent_cse: see `jax.checkpoint`. Source: Chen et al.
+    2016, "Training Deep Nets with Sublinear Memory Cost", section 3.
     """
     if policy is None:
         return layer
     return lambda *args, **kwargs: jax.checkpoint(
-        lambda args, kwargs: layer(*args, **kwargs), policy=POLICIES[policy]
+        lambda args, kwargs: layer(*args, **kwargs),
+        policy=POLICIES[policy],
+        prevent_cse=prevent_cse,
     )(args, kwargs)

@@ -5,6 +5,7 @@ compiled, and the difference is added for every further layer. For bytes sent an
 is exact if all layers of a kind are alike; for temporary memory it is an estimate.
 """
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +67,16 @@ def compiled_step(subject: Subject, mesh: Mesh | None) -> Step:
         sent[each.axes, each.op] += each.count * each.num_bytes
     taken = compiled.memory_analysis().temp_size_in_bytes
     return Step(taken, bytes_per_device(activations), dict(sent))
+
+
+def program_lines(subject: Subject, mesh: Mesh | None) -> int:
+    """Lines of StableHLO of a subject's training step for GPUs and TPUs, which compile time grows
+    with. Nothing is compiled."""
+    with use_mesh(mesh), for_accelerators():
+        graphdef, state = dataclasses.replace(subject).state  # made here: it may stack layers
+        state = with_shardings(state, mesh, zero=subject.mesh.zero)
+        step: Any = subject.step(graphdef, state)
+        return step.lower(state, subject.batch).as_text().count("\n")
 
 
 def residuals(

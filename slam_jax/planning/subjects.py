@@ -88,8 +88,9 @@ class Subject:
 
     def with_layers(self, layers: Mapping[str, int]) -> "Subject":
         """The same with other numbers of layers, by the names of `depths`; `flops` and
-        `stream_bytes` remain those of the whole model."""
-        config = self.config
+        `stream_bytes` remain those of the whole model. No layers are stacked, so that each further
+        layer adds as much as the one before."""
+        config = dataclasses.replace(self.config, scan_layers=False)
         for name, count in layers.items():
             group, _, field = name.rpartition(".")
             part = getattr(config, group) if group else config

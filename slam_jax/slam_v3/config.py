@@ -108,6 +108,9 @@ class SlamV3Config(ModelConfig):
       memory keeps its full width.
     remat: what layers store for their gradient, one of `slam_jax.layers.remat.POLICIES`; None =
       everything.
+    scan_layers: whether the parameters of equal layers are stacked, and the layers scanned; None =
+      on GPUs and TPUs, from five equal layers on. With `exchange_every` those of the processes are
+      not. It changes no result.
     dtype, param_dtype: of the computation and of the parameters.
     """
 
@@ -146,6 +149,7 @@ class SlamV3Config(ModelConfig):
     dropout: float = 0.0
     without: tuple[str, ...] = ()
     remat: str | None = None
+    scan_layers: bool | None = dataclasses.field(default=None, kw_only=True)
     dtype: str = "float32"
     param_dtype: str = "float32"
 

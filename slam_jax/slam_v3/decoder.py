@@ -23,8 +23,8 @@ from slam_jax.layers.latent_attention import (
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.norms import RMSNorm
-from slam_jax.layers.remat import remat
 from slam_jax.layers.rotary import Rope
+from slam_jax.layers.stacked import equal_layers, kinds, run_layers
 from slam_jax.slam_v3.config import SlamV3Config
 
 # One cache per layer and not a stack, so that a decoding step updates each in place. A `KVCache`
@@ -126,8 +126,8 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         self.dropout, self.remat = config.dropout, config.remat
-        num_layers = config.num_decoder_layers
-        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(num_layers)])
+        count, layer = config.num_decoder_layers, functools.partial(DecoderLayer, config)
+        self.layers = equal_layers(config.scan_layers, count, layer, rngs=rngs)
         norm: Any = dict(param_dtype=config.dtypes["param_dtype"])
         self.norm = RMSNorm(config.embed_dim, **norm)
         self.input_norm = RMSNorm(config.embed_dim, **norm) if config.decoder_input_norm else None
@@ -141,17 +141,19 @@ class Decoder(nnx.Module):
         with_weights: bool = False,
     ) -> tuple[Float[Array, "B Q T D"], Float[Array, "B layers N Q T M"] | None]:
         """The states, and the weights of the memory attention if asked for, else None."""
-        (*layer_keys, input_key), found = split(key, len(self.layers) + 1), []
+        *layer_keys, input_key = split(key, len(self.layers) + 1)
         h = dropout(self._norm_input(h), self.dropout, input_key)
-        for layer, layer_key in zip(self.layers, layer_keys, strict=True):
-            call = functools.partial(layer, with_weights=with_weights)
-            h, weights = remat(call, self.remat)(h, memory, key=layer_key)
-            h = constrain(h, ("batch",))
-            found.append(weights)
+
+        def call(layer: DecoderLayer, h: Any, key: DropoutKey) -> tuple[Any, Any]:
+            h, weights = layer(h, memory, key=key, with_weights=with_weights)
+            return constrain(h, ("batch",)), weights
+
+        h, found = run_layers(call, self.layers, h, layer_keys, policy=self.remat)
         return self.norm(h), jnp.stack(found, axis=1) if with_weights else None
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> DecoderCache:
-        return tuple(layer.attention.init_cache(batch_shape, max_length) for layer in self.layers)
+        layers = kinds(self.layers)
+        return tuple(layer.attention.init_cache(batch_shape, max_length) for layer in layers)
 
     def prefill(
         self,
@@ -165,14 +167,11 @@ class Decoder(nnx.Module):
     def decode_step(
         self, h: Float[Array, "B Q 1 D"], cache: DecoderCache, memory: Memory
     ) -> tuple[Float[Array, "B Q 1 D"], DecoderCache]:
-        return self._cached(lambda layer, *x: layer.decode_step(*x, memory), h, cache)
+        return self._cached(lambda layer, *x: layer.decode_step(*x, memory), h, cache, unroll=True)
 
-    def _cached(self, run, h, cache):
+    def _cached(self, run, h, cache, *, unroll: bool = False):
         """Runs all layers; `run(layer, h, layer_cache)` returns the new states and cache of one."""
-        h, new = self._norm_input(h), []
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            h, layer_cache = run(layer, h, layer_cache)
-            new.append(layer_cache)
+        h, new = run_layers(run, self.layers, self._norm_input(h), cache, unroll=unroll)
         return self.norm(h), tuple(new)
 
     def _norm_input(self, h):

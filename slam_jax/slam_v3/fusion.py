@@ -1,5 +1,6 @@
 """The fusion: from the outputs of the four encoder processes to one set of memory tokens."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from slam_jax.layers.dropout import DropoutKey, dropout, split
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.norms import RMSNorm
-from slam_jax.layers.remat import remat
+from slam_jax.layers.stacked import equal_layers, run_layers
 from slam_jax.slam_v3.block import TransformerBlock
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.streams import Stream, join_streams, split_streams
@@ -81,7 +82,8 @@ class Bottleneck(nnx.Module):
         self.norm = RMSNorm(config.embed_dim, param_dtype=param_dtype)
         self.attention = CrossAttention(config, rngs=rngs)
         self.remat, count = config.remat, config.num_bottleneck_blocks
-        self.blocks = nnx.List([TransformerBlock(config, rngs=rngs) for _ in range(count)])
+        block = functools.partial(TransformerBlock, config)
+        self.blocks = equal_layers(config.scan_layers, count, block, rngs=rngs)
 
     def __call__(
         self,
@@ -104,9 +106,13 @@ class Bottleneck(nnx.Module):
         if found is not None and y is not None:
             # What is read of a token is what is read of it in all places.
             found = einops.reduce(found, "B N M (P S) -> B N M S", "sum", P=1 + len(y))
-        memory = queries + read
-        for block, block_key in zip(self.blocks, split(key, len(self.blocks)), strict=True):
-            memory = remat(block, self.remat)(memory, key=block_key)
+        memory, _ = run_layers(
+            lambda block, memory, key: (block(memory, key=key), None),
+            self.blocks,
+            queries + read,
+            split(key, len(self.blocks)),
+            policy=self.remat,
+        )
         return memory, found
 
 

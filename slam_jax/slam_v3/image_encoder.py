@@ -1,5 +1,7 @@
 """The two image encoders: pixels to image tokens."""
 
+import functools
+
 import einops
 import jax.numpy as jnp
 from flax import nnx
@@ -8,7 +10,7 @@ from jaxtyping import Array, Float
 from slam_jax.errors import InputError
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.norms import RMSNorm
-from slam_jax.layers.remat import remat
+from slam_jax.layers.stacked import equal_layers, run_layers
 from slam_jax.slam_v3.block import TransformerBlock
 from slam_jax.slam_v3.config import SlamV3Config
 
@@ -107,7 +109,8 @@ class ViT(nnx.Module):
         kw, num_layers = dict(**config.dtypes, rngs=rngs), config.image.num_layers
         self.patch, self.remat = config.image.patch_size, config.remat
         self.project = Linear(3 * self.patch**2, config.embed_dim, use_bias=True, **kw)
-        self.blocks = nnx.List([TransformerBlock(config, rngs=rngs) for _ in range(num_layers)])
+        block = functools.partial(TransformerBlock, config)
+        self.blocks = equal_layers(config.scan_layers, num_layers, block, rngs=rngs)
         self.norm = RMSNorm(config.embed_dim, param_dtype=kw["param_dtype"])
 
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
@@ -122,6 +125,11 @@ class ViT(nnx.Module):
         )
         x = self.project(patches)
         x = x + grid_positions(rows, columns, x.shape[-1]).astype(x.dtype)[None]
-        for block in self.blocks:
-            x = remat(block, self.remat)(x)
+        x, _ = run_layers(
+            lambda block, x, _: (block(x), None),
+            self.blocks,
+            x,
+            [None] * len(self.blocks),
+            policy=self.remat,
+        )
         return self.norm(x)

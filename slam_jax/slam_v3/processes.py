@@ -19,7 +19,7 @@ from slam_jax.layers.dropout import DropoutKey, dropout, split
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.norms import RMSNorm
-from slam_jax.layers.remat import remat
+from slam_jax.layers.stacked import equal_layers, run_layers
 from slam_jax.slam_v3.block import TransformerBlock
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.shared_attention import Bank, SharedAttention
@@ -172,9 +172,12 @@ class Process(nnx.Module):
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         param_dtype, num_layers = config.dtypes["param_dtype"], config.num_process_layers
         normal = nnx.initializers.normal(config.instruction_std)
-        self.remat, self.exchange_every = config.remat, config.exchange_every or num_layers
+        self.remat, self.exchange_every = config.remat, config.exchange_every
         self.instruction = nnx.Param(normal(rngs.params(), (config.embed_dim,), param_dtype))
-        self.layers = nnx.List([ProcessLayer(config, rngs=rngs) for _ in range(num_layers)])
+        # Layers between which the bank changes are not stacked.
+        scan = config.scan_layers if config.exchange_every is None else False
+        layer = functools.partial(ProcessLayer, config)
+        self.layers = equal_layers(scan, num_layers, layer, rngs=rngs)
         # The fusion adds y_p to the tokens, so y_p starts as small as what a sublayer adds.
         scale = 1.0 if config.balance_fusion else config.encoder_out_scale
         self.norm = RMSNorm(config.embed_dim, init_scale=scale, param_dtype=param_dtype)
@@ -195,13 +198,20 @@ class Process(nnx.Module):
         """
         x = join_streams(streams).tokens
         h, found = x + self.instruction[...].astype(x.dtype)[None, None], []
-        keys = split(key, len(self.layers))
-        for i, (layer, layer_key) in enumerate(zip(self.layers, keys, strict=True)):
-            if exchange is not None and i and i % self.exchange_every == 0:
+        keys, every = split(key, len(self.layers)), self.exchange_every or len(self.layers)
+        for first in range(0, len(self.layers), every):
+            if exchange is not None and first:
                 bank = exchange(h)
-            call = functools.partial(layer, with_weights=with_weights)
-            h, weights = remat(call, self.remat)(h, streams, bank, view, key=layer_key)
-            found.append(weights)
+
+            def call(layer: ProcessLayer, h: Any, key: DropoutKey, bank: Bank | None = bank):
+                return layer(h, streams, bank, view, key=key, with_weights=with_weights)
+
+            layers = (
+                self.layers if self.exchange_every is None else self.layers[first : first + every]
+            )
+            given = keys[first : first + every]
+            h, weights = run_layers(call, layers, h, given, policy=self.remat)
+            found += weights
         has_weights = with_weights and bank is not None
         return self.norm(h), jnp.stack(found, axis=1) if has_weights else None
 

@@ -11,7 +11,7 @@ from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.trained.folder import Trained, find_folder, read_folder, read_weights
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints, Step
-from slam_jax.training.checkpoint.trees import by_name
+from slam_jax.training.checkpoint.trees import by_name, from_names
 from slam_jax.training.experiment import Experiment
 from slam_jax.training.state import merge_model, split_model
 
@@ -54,7 +54,7 @@ def load(workdir: str | Path, step: Step = None) -> Loaded:
     with explain_out_of_memory("the model", "load it on a larger machine"):
         if folder is not None:
             weights = read_weights(folder, by_name(like))
-            params = jax.tree.unflatten(jax.tree.structure(like), weights.values())
+            params = from_names(weights, like)
         else:
             part = "params" if experiment.optimizer.ema_decay is None else "ema"
             params = Checkpoints(workdir).restore_subtree(saved.step, part, like)

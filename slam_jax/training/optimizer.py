@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
 from slam_jax.errors import require, require_count
+from slam_jax.layers.stacked import names_of
 
 OPTIMIZERS = ("adamw", "muon")
 # Coefficients of the Newton-Schulz iteration (Jordan et al. 2024). One row per iteration makes
@@ -75,7 +76,7 @@ def decay_mask(params: Any) -> Any:
 def muon_axes(params: Any) -> Any:
     """The input and output axes of each kernel for Muon; None = Adam updates it, such as `head`.
 
-    Each process and each expert of a stacked kernel is a matrix of its own.
+    Each process, layer and expert of a stacked kernel is a matrix of its own.
     """
 
     def axes(path, x) -> MuonDimensionNumbers | None:
@@ -83,6 +84,7 @@ def muon_axes(params: Any) -> Any:
         if names[-1] != "kernel" or names[0] == "head":
             return None
         first = 1 if {"stack", "experts"} & set(names) else 0
+        first += _layer_axis(path) is not None
         is_convolution = x.ndim - first == 4
         # The inputs of (N, H, D) and of convolutions are all axes but the last; those of other
         # kernels, (D, F) and (D, N, H), are the first axis.
@@ -90,6 +92,11 @@ def muon_axes(params: Any) -> Any:
         return MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, x.ndim)))
 
     return jax.tree.map_with_path(axes, params)
+
+
+def _layer_axis(path: Any) -> int | None:
+    """The axis of stacked layers."""
+    return names_of(jax.tree_util.keystr(path, simple=True, separator="/"))[1]
 
 
 def _names(path: Any) -> list[Any]:
@@ -114,12 +121,20 @@ def updates_made(opt_state: optax.OptState) -> Int[Array, ""] | None:
 def skip_zero_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """`optimizer`, but an array whose gradient is 0 everywhere is not updated.
 
-    Otherwise momentum would change the image stream after a batch without images.
+    Each of stacked layers has its own part of an array, which counts as an array. Otherwise
+    momentum would change the image stream after a batch without images.
     """
+
+    def skipped(path, gradient, update):
+        layers = _layer_axis(path)
+        if layers is None:
+            return jnp.where(jnp.any(gradient != 0), update, 0.0)
+        others = tuple(axis for axis in range(gradient.ndim) if axis != layers)
+        return jnp.where(jnp.any(gradient != 0, axis=others, keepdims=True), update, 0.0)
 
     def update(updates, state, params=None):
         new, state = optimizer.update(updates, state, params)
-        return jax.tree.map(lambda g, u: jnp.where(jnp.any(g != 0), u, 0.0), updates, new), state
+        return jax.tree.map_with_path(skipped, updates, new), state
 
     return optax.GradientTransformation(optimizer.init, update)
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxtyping import PyTree
 
 from slam_jax.layers.constrain import AXES, fit
+from slam_jax.layers.stacked import names_of
 from slam_jax.training.checkpoint.trees import num_bytes
 
 Axes = tuple[str | EllipsisType | None, ...]
@@ -22,7 +23,8 @@ WHOLE: Axes = ()
 
 # The end of a path -> the mesh axis of each dimension. None = replicated, ... = as many replicated
 # dimensions as are needed; dimensions after the last are replicated. Kernels are sharded along
-# heads, hidden units or vocabulary (`tensor`) and along the width D (`fsdp`).
+# heads, hidden units or vocabulary (`tensor`) and along the width D (`fsdp`). Paths are those of
+# single layers; stacked layers follow the same rules and are not divided among devices.
 RULES: tuple[tuple[str, Axes], ...] = (
     # Embeddings of V tokens or T positions, and the output head.
     (r"(embedding|positions)/embedding", ("tensor", "fsdp")),
@@ -92,12 +94,15 @@ def _axes(name: str, ndim: int, zero: bool) -> list[tuple[str, ...]]:
     """The mesh axes of each dimension."""
     if ndim == 0 or name.endswith("/ns_coeffs"):  # counters, keys, coefficients of Muon
         return []
+    [name, *_], layers = names_of(name)
     found = matching_rules(name)
     if len(found) != 1:
         raise ValueError(f"{name} matches {len(found)} rules of sharding; expected one, see RULES")
     [axes] = found
     # Stacked modules run in parallel: the processes, and the blocks of a level of SLAM v4 and v5.
-    stacked = [("process",)] if "stack" in name.split("/") else []
+    stacked: list[tuple[str, ...]] = [("process",)] if "stack" in name.split("/") else []
+    if layers is not None:
+        stacked.insert(layers, ())
     if ... in axes:
         at, missing = axes.index(...), ndim - len(stacked) - (len(axes) - 1)
         axes = (*axes[:at], *[None] * missing, *axes[at + 1 :])

@@ -197,8 +197,9 @@ class Checkpoints:
     def restore(self, step: Step, like: Any, *, partial: bool = False) -> Any:
         """Reads the whole state of a step; see `resolve`.
 
-        like: a pytree of arrays or ShapeDtypeStructs of the saved structure. Arrays get its
-        shardings, whatever they were saved with; by default they are on one device.
+        like: a pytree of arrays or ShapeDtypeStructs of the saved structure, in which other layers
+        may be stacked. Arrays get its shardings, whatever they were saved with; by default they
+        are on one device.
         partial: read only the top-level parts that `like`, a dict, has.
 
         Raises CheckpointError where the files are damaged, or an array is missing, left over, or
@@ -211,14 +212,19 @@ class Checkpoints:
         difference = trees.find_difference(saved, like)
         if difference:
             raise CheckpointError(f"{path}: {difference}; use the configuration it was saved with")
-        require_memory(trees.num_bytes(like), f"{path}: the checkpoint")
+        alike = trees.stacks_alike(saved, like)
+        copies = 1 if alike else 2
+        require_memory(copies * trees.num_bytes(like), f"{path}: the checkpoint")
+        target = jax.tree.map(_target, like)
+        source = target if alike else trees.sharded_as(saved, target)
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
         with _explain_damage(path), context:
-            items = ocp.load_checkpointables(
-                str(path / "arrays"), {"state": jax.tree.map(_target, like)}
-            )
-        return items["state"]
+            state = ocp.load_checkpointables(str(path / "arrays"), {"state": source})["state"]
+        if alike:
+            return state
+        state = trees.from_names(trees.by_name(state), target)
+        return jax.device_put(state, jax.tree.map(lambda x: x.sharding, target))
 
     def restore_subtree(self, step: Step, name: str, like: Any) -> Any:
         """Reads one top-level part of the state, such as `params`; see `restore`."""
