@@ -118,7 +118,7 @@ def entries_in_window(
     length: Int[Array, "*B"], capacity: int, window: int | None
 ) -> Bool[Array, "*B T"]:
     """The entries that the last of `length` tokens attends to: those of its window (None = all)."""
-    if not is_ring(capacity, window):
+    if window is None or not is_ring(capacity, window):
         return prefix_mask(length, capacity)
     newest = jnp.expand_dims(length - 1, -1)
     age = (newest - jax.lax.broadcast_to_rank(jnp.arange(capacity), newest.ndim)) % capacity

@@ -161,7 +161,10 @@ class SlamV3(nnx.Module):
     def decode_step(
         self, tokens: Int[AnyArray, "B *Q"], cache: DecoderCache, memory: Memory
     ) -> tuple[Float[Array, "B *Q V"], DecoderCache]:
-        """The logits after one more token per row, computed on the latents (absorbed form)."""
+        """The logits after one more token per row, computed on the latents (absorbed form).
+
+        Raises InputError where a row of the cache is full; under `jax.jit` see `LatentCache`.
+        """
         h, cache = self.decoder.decode_step(self._embed(tokens[..., None]), cache, memory)
         return self.logits(h).reshape(*tokens.shape, self.config.vocab_size), cache
 

@@ -164,7 +164,7 @@ class Trainer:
                 state, metrics = step_fn(state, placed)
             self.profiler.after(step, state)
             self.stop.expect_save()
-            result = step, view, batch, metrics
+            result: tuple[int, str, Batch, StepMetrics] = (step, view, batch, metrics)
             stops = self._should_stop()
             saves = stops or run.evaluates(step) or run.saves(step)
             # Unless this step is saved, the device computes it while the host reports the last one.

@@ -136,8 +136,9 @@ class Progress:
 
     def _spent(self) -> _Point:
         """The differences over the last steps."""
-        spent = _Point(*(b - a for a, b in zip(self._recent[0], self._recent[-1], strict=True)))
-        return spent._replace(seconds=max(spent.seconds, 1e-9))
+        old, new = self._recent[0], self._recent[-1]
+        seconds, *counts = (b - a for a, b in zip(old, new, strict=True))
+        return _Point(max(seconds, 1e-9), *map(int, counts))
 
     def log(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
