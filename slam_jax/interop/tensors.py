@@ -84,11 +84,12 @@ def expand(
         axes = len(row.pattern.split(" -> ")[0].split()) + ("{e}" in key)
         if names[0] not in places or not row.when(config, fused):
             continue
-        paths, indices = zip(*(places[name] for name in names), strict=True)
-        shape, index = shapes[paths[0]].shape, indices[0]  # all are in the same layer
-        if len(shape) - len(index) != axes:
+        first, index = places[names[0]]  # all of them are in the same layer
+        shape = shapes[first].shape[len(index) :]
+        if len(shape) != axes:
             continue
-        for e in np.ndindex(shape[len(index)]) if "{e}" in key else [()]:
+        paths = tuple(places[name][0] for name in names)
+        for e in np.ndindex(shape[0]) if "{e}" in key else [()]:
             name = key.replace("{e}", str(*e))
             layout[name] = Tensor(paths, row.pattern, (*index, *e))
     return layout
