@@ -8,6 +8,7 @@ import types
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -373,24 +374,32 @@ def test_a_training_step_can_be_lowered_for_cudnn(monkeypatch, system, changes, 
     assert calls.count("") == calls.count("Backward") == count
 
 
-@pytest.mark.parametrize("mask", [None, "pads", Causal(), Causal(3)], ids=str)
-def test_the_kernels_of_tokamax_for_tpus_take_our_shapes(monkeypatch, mask):
-    """Forward and backward, for latent attention's widths and any number of tokens."""
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("mask", [None, "pads", "any", Causal(), Causal(3)], ids=str)
+def test_the_kernels_of_tokamax_take_our_shapes(monkeypatch, mask, platform):
+    """Forward and backward, for latent attention's widths and any number of tokens, as far as a
+    machine without such a device can go. Others would raise, and no other kernel is tried then."""
     tokamax = pytest.importorskip("tokamax")
-    q, v = jnp.zeros((2, 140, 4, 24), jnp.bfloat16), jnp.zeros((2, 140, 2, 16), jnp.bfloat16)
-    mask = jnp.ones((2, 1, 140), bool) if mask == "pads" else mask
+    hopper = dict(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+    hopper = types.SimpleNamespace(**hopper, core_count=132)
+    kernel, call = ("mosaic_tpu", "tpu_custom_call") if platform == "tpu" else ("mosaic_gpu",) * 2
+    q, v = jnp.zeros((2, 140, 4, 24), jnp.bfloat16), jnp.zeros((2, 131, 2, 16), jnp.bfloat16)
+    if isinstance(mask, Causal):
+        v = jnp.zeros((2, 140, 2, 16), jnp.bfloat16)
+    mask = {"pads": jnp.ones((2, 1, 131), bool), "any": some(2, 140, 131)}.get(str(mask), mask)
 
     def both(q, k, v):
-        return pulled(lambda q, k, v: fused_attend(q, k, v, mask, "mosaic_tpu"), q, k, v)
+        return pulled(lambda q, k, v: fused_attend(q, k, v, mask, kernel), q, k, v)
 
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    if platform == "tpu":
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    else:
+        monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: hopper)
     # Its masks are broadcast along new axes.
     with tokamax.config.cross_compile(True), jax.numpy_rank_promotion("allow"):
-        export = jax.export.export(
-            jax.jit(both), platforms=["tpu"], disabled_checks=tokamax.DISABLE_JAX_EXPORT_CHECKS
-        )
-        lowered = export(q, q[:, :, :2], v).mlir_module()
-    assert lowered.count("custom_call @tpu_custom_call") == 2
+        traced = jax.jit(both).trace(q, q[:, : v.shape[1], :2], v)
+        lowered = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert lowered.count(f"custom_call @{call}") >= 2
 
 
 def language_step(system: str) -> tuple[Any, ...]:

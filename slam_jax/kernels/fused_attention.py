@@ -73,14 +73,16 @@ def fused_attend(
     options: dict[str, Any] = {"scale": q.shape[-1] ** -0.5 if scale is None else scale}
     on_tpu, of_jax = jax.default_backend() == "tpu", kernel in ("cudnn", "xla")
     num_queries, num_keys, values = q.shape[-3], k.shape[-3], v.shape[-1]
-    # cuDNN needs an even number of tokens for a gradient and one width for all; the kernel of TPUs
-    # needs whole blocks. Zeros add nothing to scores, and no token attends to the added ones.
-    block = 2 if of_jax else 128 if on_tpu else 1
+    if isinstance(mask, Causal) and mask.window is not None and on_tpu:
+        mask = mask.array(num_queries)  # tokamax has windows on GPUs only
+    # cuDNN needs an even number of tokens for a gradient and one width for all. Kernels of tokamax
+    # need whole blocks, on GPUs where there is a mask, and then a row of it for each query. Zeros
+    # add nothing to scores, and no token attends to the added ones.
+    has_array = not (mask is None or isinstance(mask, Causal))
+    block = 2 if of_jax else 128 if on_tpu else 64 if has_array else 1
     more_queries, more_keys = -num_queries % block, -num_keys % block
     width = max(q.shape[-1], values) if of_jax else 0
     q, k, v = (_pad(x, n, width) for x, n in ((q, more_queries), (k, more_keys), (v, more_keys)))
-    if isinstance(mask, Causal) and mask.window is not None and on_tpu:
-        mask = mask.array(num_queries)  # tokamax has windows on GPUs only
     if mask is None and more_keys:
         mask = jnp.ones((1, num_keys), bool)
     masks, seen = (), None
@@ -90,7 +92,7 @@ def fused_attend(
             options["local_window_size"] = (mask.window - 1, 0)
     elif mask is not None:
         mask = jax.lax.broadcast_to_rank(mask, q.ndim - 1)
-        if on_tpu:
+        if not of_jax:
             mask = jnp.broadcast_to(mask, (*mask.shape[:-2], num_queries, num_keys))
         more = 0 if mask.shape[-2] == 1 else more_queries
         mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 2) + [(0, more), (0, more_keys)])
