@@ -125,6 +125,7 @@ def test_three_axes_at_once_change_no_loss_and_no_gradient():
     assert_close(first_step(*v3(), mesh_of(fsdp=2, process=2, tensor=2)), v3_alone())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_stacked_layers_are_sharded_as_single_ones():
     scanned = v3(num_process_layers=2, num_decoder_layers=2, scan_layers=True)

@@ -83,7 +83,7 @@ def test_slam_v3_computes_the_same(make_inputs, remat):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("deepseek_v2", dict(num_layers=4)),  # one block, then three
+        pytest.param("deepseek_v2", dict(num_layers=4), marks=slow),  # one block, then three
         ("jamba", dict(num_layers=5, attention_period=1, attention_offset=0)),  # 2 periods and one
         pytest.param("jamba", dict(num_layers=8), marks=slow),
         pytest.param("hunyuan_large", dict(num_layers=5), marks=slow),
