@@ -449,7 +449,7 @@ def test_steps_can_be_exported_for_cuda_and_tpu(kernel, system):
 
 
 def test_no_scores_are_kept_for_the_backward_pass():
-    """Of a step of SLAM v3 in its `base` size, with one layer of each kind."""
+    """A step of SLAM v3 at the widths of `base`, with one layer of each kind, stores none."""
     pytest.importorskip("tokamax")
     layers = dict(num_process_layers=1, num_decoder_layers=1)
     config = SlamV3Config.preset(

@@ -372,7 +372,7 @@ def test_rates_are_of_the_whole_batch(config):
     batch = Batch(inputs, np.zeros((2, 5, 8), np.int32), half - 2, half)
     zero: Any = np.zeros((), np.int32)
     metrics = StepMetrics(LossParts(*[zero] * 5), zero, zero, zero)
-    trainer._report(3, "aux", batch, metrics)
+    trainer._report(3, "aux", batch, trainer._training_flops(batch), metrics)
     [rates] = shown
     assert (rates["examples"], rates["tokens"]) == (4, 4 * 5 * 6)
     model = experiment.with_vocabulary(50)

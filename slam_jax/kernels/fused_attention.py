@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from slam_jax.kernels.backend import cuda_capability, has_tokamax, requested_attention
 from slam_jax.layers.constrain import per_device
@@ -100,6 +100,23 @@ def fused_attend(
         # it attends to all keys, and its output is replaced by zeros.
         seen = mask.any(axis=-1, keepdims=True)
         masks = (mask | ~seen,)
+    y = _run(kernel, options, q, k, v, masks)
+    y = y if seen is None else jnp.where(seen[..., None], y, 0)
+    return y[..., :num_queries, :, :values]
+
+
+def _run(
+    kernel: str,
+    options: dict[str, Any],
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B S K H"],
+    v: Float[Array, "*B S K H_v"],
+    masks: tuple[Bool[Array, "*#B #T S"], ...],
+) -> Float[Array, "*B T N H_v"]:
+    """The library's function on flat rows; each device of a mesh has its own rows and heads.
+
+    masks: one, or none.
+    """
     # One group per key head, so that all three arrays are divided alike over devices.
     num_groups = k.shape[-2]
     grouped = q.reshape(*q.shape[:-2], num_groups, q.shape[-2] // num_groups, q.shape[-1])
@@ -117,9 +134,7 @@ def fused_attend(
         return _library(kernel)(q, k, v, **named).reshape(*shape, v.shape[-1])
 
     y = per_device(here, (grouped, k, v, *masks), (names, names, names, *[rows for _ in masks]))
-    y = y.reshape(*q.shape[:-1], v.shape[-1])
-    y = y if seen is None else jnp.where(seen[..., None], y, 0)
-    return y[..., :num_queries, :, :values]
+    return y.reshape(*q.shape[:-1], v.shape[-1])
 
 
 def _pad(x: Float[Array, "*B T N H"], tokens: int, width: int) -> Float[Array, "*B U N W"]:

@@ -73,7 +73,8 @@ def program_lines(subject: Subject, mesh: Mesh | None) -> int:
     """Lines of StableHLO of a subject's training step for GPUs and TPUs, which compile time grows
     with. Nothing is compiled."""
     with use_mesh(mesh), for_accelerators():
-        graphdef, state = dataclasses.replace(subject).state  # made here: it may stack layers
+        # The subject may have a state already, which was made for a CPU, without stacked layers.
+        graphdef, state = dataclasses.replace(subject).state
         state = with_shardings(state, mesh, zero=subject.mesh.zero)
         step: Any = subject.step(graphdef, state)
         return step.lower(state, subject.batch).as_text().count("\n")

@@ -98,9 +98,7 @@ def train(
         sizes = {} if mesh is None else {axis: n for axis, n in mesh.shape.items() if n > 1}
         where = name_of(sizes) or str(jax.devices()[0])
         progress.log(f"{count:,} parameters on {where}, {origin}")
-        if profile is not None and profile.last <= first:
-            progress.log(f"the steps of --profile are taken: up to step {first:,}; no trace")
-        profiler = Profiler(profile if is_first else None, workdir, progress)
+        profiler = Profiler(profile if is_first else None, first, workdir, progress)
         tools = checkpoints, writer, progress, stop or Stop(), mesh, stack.enter_context(profiler)
         trainer = Trainer(experiment, config, opened.graphdef, opened.dataset, *tools)
         with explain_out_of_memory("a step", _SMALLER_STEPS):
@@ -136,7 +134,7 @@ class Trainer:
         """Takes all remaining steps; `pending_evaluation`: and evaluates the given state before."""
         run, first = self.experiment.run, int(state.step)
         step_fn: Any = jit_step(self.experiment, self.graphdef, state)
-        compiled = set()
+        flops: dict[Any, int] = {}  # by the form of a batch, for which a step is compiled
         data, dataset = self.experiment.data, self.dataset
         rows = local_rows(data.batch_size, self.mesh)
         batches = training_batches(
@@ -147,15 +145,15 @@ class Trainer:
             if self.stop.requested:
                 self.checkpoints.wait()
                 raise Stopped(f"step {first:,} is saved; the same command resumes from there")
-        unreported: list[tuple[int, str, Batch, StepMetrics]] = []
+        unreported: list[tuple[int, str, Batch, int, StepMetrics]] = []
         for step in range(first + 1, run.num_steps + 1):
             self.checkpoints.poll()
             view, batch = next(batches)
             placed = place(batch, self.mesh, data.batch_size)
             leaves, structure = jax.tree.flatten(placed)
             form = structure, *((x.shape, x.dtype) for x in leaves)
-            if form not in compiled:
-                compiled.add(form)
+            if form not in flops:
+                flops[form] = self._training_flops(batch)
                 jax.block_until_ready(state)  # the time of the last step is none of compiling
                 with self.progress.compiling(view):
                     step_fn.lower(state, placed).compile()
@@ -164,7 +162,8 @@ class Trainer:
                 state, metrics = step_fn(state, placed)
             self.profiler.after(step, state)
             self.stop.expect_save()
-            result: tuple[int, str, Batch, StepMetrics] = (step, view, batch, metrics)
+            result: tuple[int, str, Batch, int, StepMetrics]
+            result = step, view, batch, flops[form], metrics
             stops = self._should_stop()
             saves = stops or run.evaluates(step) or run.saves(step)
             # Unless this step is saved, the device computes it while the host reports the last one.
@@ -194,14 +193,18 @@ class Trainer:
             self.stop.request()
         return self.stop.requested
 
-    def _report(self, step: int, view: str, batch: Batch, metrics: StepMetrics) -> int:
+    def _training_flops(self, batch: Batch) -> int:
+        """Operations of a step, by the convention of `forward_flops`."""
+        model = self.experiment.with_vocabulary(self.dataset.tokenizer.vocab_size)
+        forward = forward_flops(model, self.experiment.loss, batch)
+        return 3 * self.experiment.data.batch_size * forward
+
+    def _report(self, step: int, view: str, batch: Batch, flops: int, metrics: StepMetrics) -> int:
         """Shows and writes a step; returns how many steps in a row were skipped up to it."""
         values = jax.device_get(metrics)
         # A process of several has a part of the rows; those of the others are about as long.
         examples = self.experiment.data.batch_size
         tokens = round(np.sum(batch.length) * examples / len(batch.tokens))
-        model = self.experiment.with_vocabulary(self.dataset.tokenizer.vocab_size)
-        flops = 3 * examples * forward_flops(model, self.experiment.loss, batch)
         loss, seen = float(values.loss.total), dict(examples=examples, tokens=tokens, flops=flops)
         self.progress.update(step, loss=loss, **seen, view=view)
         if values.bad_steps:

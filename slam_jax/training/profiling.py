@@ -39,10 +39,15 @@ class Profile(NamedTuple):
 class Profiler(contextlib.AbstractContextManager["Profiler"]):
     """Writes the trace of a run's steps to `WORKDIR/profile`.
 
-    profile: None = no trace. A resumed run traces those of the steps that it takes itself.
+    profile: None = no trace. first_step: from which the run resumes; it traces those of the steps
+    that it takes itself.
     """
 
-    def __init__(self, profile: Profile | None, workdir: str | Path, progress: Progress):
+    def __init__(
+        self, profile: Profile | None, first_step: int, workdir: str | Path, progress: Progress
+    ):
+        if profile is not None and profile.last <= first_step:
+            progress.log(f"the steps of --profile are taken: up to step {first_step:,}; no trace")
         self._profile, self._progress = profile, progress
         self._folder, self._first = Path(workdir) / "profile", 0  # 0: it does not run
 
