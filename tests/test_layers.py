@@ -26,6 +26,7 @@ from slam_jax.layers.attention import attend_rotated
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.linear import Linear, project_to_float32
 from slam_jax.layers.masks import as_array, prefix_mask
+from slam_jax.layers.short_convolution import ShortConvolution
 
 DIM, HEADS, RANK, NOPE, ROPE, VALUE = 12, 2, 7, 6, 4, 5
 LENGTH = 8
@@ -466,3 +467,22 @@ def test_tokens_without_a_position_are_attended_to_unrotated(masked):
     visible = None if visible is None else jnp.broadcast_to(visible, (2, 5, 5))[:, None]
     expected = jnp.einsum("bnts,bsnh->btnh", masked_softmax(scores, visible), v)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+# --- Short convolution
+
+
+def test_a_short_convolution_is_that_of_numpy_for_each_channel():
+    layer = ShortConvolution(DIM, 3, rngs=nnx.Rngs(0))
+    x, weights = normal(1, 2, LENGTH, DIM), np.asarray(layer.filter[...])
+    for row, mixed in zip(x, layer(x), strict=True):
+        for channel in range(DIM):
+            # The last weight is that of the token itself.
+            expected = np.convolve(row[:, channel], weights[::-1, channel])[:LENGTH]
+            close(mixed[:, channel], row[:, channel] + expected)
+
+
+def test_a_short_convolution_does_not_see_absent_tokens():
+    layer = ShortConvolution(DIM, 4, rngs=nnx.Rngs(0))
+    x, mask = normal(1, LENGTH, DIM), np.arange(LENGTH) != 2
+    close(layer(x.at[2].set(7.0), mask)[mask], layer(x.at[2].set(0.0))[mask])

@@ -39,7 +39,7 @@ def test_weight_decay_is_for_kernels_alone(params):
     assert decayed == {"kernel"}
     assert kept == {
         *("scale", "bias", "embedding", "query_bias", "instruction"),
-        *("type", "slot", "queries", "log_temperature"),
+        *("type", "slot", "queries", "log_temperature", "filter"),
     }
 
 

@@ -90,6 +90,7 @@ OPTIONS = SlamV3Config.preset(
     qk_norm=True,
     decoder_input_norm=True,
     balance_fusion=True,
+    text_kernel_size=3,
 )
 MODELS = {
     "slam_v3": v3,

@@ -42,6 +42,10 @@ def get_config() -> dict[str, Any]:
     config.model.embed_dim = 64
     config.model.mlp_dim = 128
     config.model.kv_lora_rank = 32
+    # As in version 0.11, in which the published runs were made.
+    config.model.decoder_input_norm = False
+    config.model.rotate_all_streams = True
+    config.model.text_kernel_size = 0
     config.model.image.stage_widths = (8,)  # no view has an image
     config.data.batch_size = 16
     config.data.stages = ((0, {"aux": 1.0}), (200, {"split_text_aux": 0.8, "aux": 0.2}))

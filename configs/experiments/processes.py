@@ -26,8 +26,6 @@ def get_config() -> Any:
     base.model.embed_dim = 64
     base.model.mlp_dim = 128
     base.model.kv_lora_rank = 32
-    base.model.rotate_all_streams = False
-    base.model.decoder_input_norm = True
     base.model.num_process_layers = 2
     base.model.num_decoder_layers = 1
     base.model.num_memory_tokens = 6

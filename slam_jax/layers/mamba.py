@@ -17,6 +17,7 @@ from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
 from slam_jax.layers.masks import prefix_mask
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.precision import upcast
+from slam_jax.layers.short_convolution import short_convolution
 
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
 
@@ -184,8 +185,7 @@ class Mamba(nnx.Module):
         """The output of one more token per row, and the cache after it."""
         value = self.value(x)
         seen = jnp.concatenate([cache.conv, value], axis=-2)
-        kernel = jax.lax.broadcast_to_rank(self.conv_filter[...].astype(self.dtype), seen.ndim)
-        mixed = jnp.sum(seen * kernel, axis=-2, keepdims=True)
+        mixed = short_convolution(seen, self.conv_filter[...].astype(self.dtype))
         mixed = self._activate(mixed)
         v, dt, a, b, c = self._coefficients(mixed)
         y, state = selective_scan(v, dt, a, b, c, cache.state, chunk_size=1)
@@ -196,14 +196,9 @@ class Mamba(nnx.Module):
         value = self.value(x)
         if mask is not None:
             value = jnp.where(mask[..., None], value, 0)
-        num_tokens, before = x.shape[-2], self.conv_width - 1
+        before = self.conv_width - 1
         padded = jnp.pad(value, [(0, 0)] * (value.ndim - 2) + [(before, 0), (0, 0)])
-        # A sum of shifted products, which is a depthwise convolution.
-        kernel = jax.lax.broadcast_to_rank(self.conv_filter[...].astype(self.dtype), x.ndim)
-        mixed = sum(
-            padded[..., w : w + num_tokens, :] * kernel[..., w, None, :]
-            for w in range(self.conv_width)
-        )
+        mixed = short_convolution(padded, self.conv_filter[...].astype(self.dtype))
         v, dt, a, b, c = self._coefficients(self._activate(mixed))
         if mask is not None:
             dt = jnp.where(mask[..., None], dt, 0)

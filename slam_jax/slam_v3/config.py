@@ -92,6 +92,8 @@ class SlamV3Config(ModelConfig):
       as in version 0.11; False = the rotation concerns the text alone.
     decoder_input_norm: an RMS norm of the embedded tokens before the first layer of the decoder,
       whose standard deviation is 0.02 otherwise.
+    text_kernel_size: tokens that a short causal convolution mixes each token of a text from; 0 = no
+      convolution.
     kv_lora_rank: R of the decoder's cache and of the memory. q_lora_rank: of the decoder's queries,
       None = full rank. qk_nope_head_dim, qk_rope_head_dim, v_head_dim: of the decoder; None = the
       head width, half of it (made even), the head width.
@@ -134,6 +136,7 @@ class SlamV3Config(ModelConfig):
     qk_norm: bool = dataclasses.field(default=False, kw_only=True)
     rotate_all_streams: bool = dataclasses.field(default=True, kw_only=True)
     decoder_input_norm: bool = dataclasses.field(default=False, kw_only=True)
+    text_kernel_size: int = dataclasses.field(default=0, kw_only=True)
     kv_lora_rank: int = 48
     q_lora_rank: int | None = None
     qk_nope_head_dim: int | None = None
@@ -231,12 +234,17 @@ class SlamV3Config(ModelConfig):
     @classmethod
     def preset(cls, name: str, vocab_size: int, **overrides: Any) -> "SlamV3Config":
         """One of `PRESETS`, with some fields changed."""
-        fields = {**PRESETS[name], **overrides}
+        fields = {**_OF_NEW_MODELS, **PRESETS[name], **overrides}
         image = fields.get("image", {})
         if not isinstance(image, ImageConfig):
             fields["image"] = ImageConfig(**image)
         return cls(vocab_size, **fields)
 
+
+# Not the defaults of the fields: a stored configuration that lacks them means version 0.11.
+_OF_NEW_MODELS: dict[str, Any] = dict(
+    decoder_input_norm=True, rotate_all_streams=False, text_kernel_size=4
+)
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Tests: every part present, milliseconds a call.

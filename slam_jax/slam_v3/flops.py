@@ -21,6 +21,7 @@ def encode_flops(
     streams = [size for size in (text, image, aux) if size]
     tokens = sum(streams)
     total += flops.linear(aux, config.aux_dim, dim) + _block(config, tokens)
+    total += 2 * text * config.text_kernel_size * dim
     if text and text < tokens and not config.rotate_all_streams:
         total += flops.scores(text, tokens, dim, 0)  # rotated and plain scores side by side
     layer = flops.gated_mlp(tokens, dim, config.process_mlp_dim or config.mlp_dim)

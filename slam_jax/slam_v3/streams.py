@@ -13,6 +13,7 @@ from slam_jax.errors import InputError
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.precision import upcast
+from slam_jax.layers.short_convolution import ShortConvolution
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.image_encoder import ResNet, ViT
 
@@ -130,6 +131,11 @@ class Streams(nnx.Module):
             RMSNorm(dim, param_dtype=param_dtype) for _ in range(3)
         )
         encoders: dict[str, Any] = {"resnet": ResNet, "vit": ViT}
+        self.text_convolution = (
+            ShortConvolution(dim, config.text_kernel_size, param_dtype=param_dtype, rngs=rngs)
+            if config.text_kernel_size
+            else None
+        )
         self.image = encoders[config.image.encoder](config, rngs=rngs)
         # In float32 at least: in bfloat16 the number 1,001 would become 1,000.
         exact = {**kw, "dtype": upcast(kw["dtype"])}
@@ -153,7 +159,10 @@ class Streams(nnx.Module):
         types = self.type[...].astype(dtype)[:, None, None]
         streams = []
         if text_embeddings is not None:
-            tokens = self.text_norm(text_embeddings) + types[0]
+            tokens = self.text_norm(text_embeddings)
+            if self.text_convolution is not None:
+                tokens = self.text_convolution(tokens, inputs.text_mask)
+            tokens = tokens + types[0]
             streams.append(Stream(tokens, inputs.text_mask, jnp.arange(tokens.shape[1])))
         if inputs.image is not None:
             pixels = jnp.asarray(inputs.image, upcast(dtype)) / 127.5 - 1.0

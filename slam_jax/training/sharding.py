@@ -54,7 +54,7 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (r"(router/scores|weights)/kernel", WHOLE),
     (r"\w*norm\w*(/\d+)?/(scale|bias)", WHOLE),
     (r"(stem|project|aux|alignment|out)/bias", WHOLE),
-    (r"(log_temperature|type|slot|instruction|queries)", WHOLE),
+    (r"(log_temperature|type|slot|instruction|queries|text_convolution/filter)", WHOLE),
 )
 
 
