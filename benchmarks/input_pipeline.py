@@ -1,7 +1,7 @@
 """Batches from the pipeline alone against the training steps that take them, in the quickstart.
 
-The mix is that of its last stage, with everything in it. Figures are seconds for so many steps of
-16 scenes, so that a ratio of 3 means a pipeline that could feed three such hosts.
+The mix is that of its last stage, with everything in it. Figures are seconds for so many steps, so
+that a ratio of 3 means a pipeline that could feed three such hosts.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def comparisons(quick: bool, folder: str) -> Iterator[Comparison]:
     count = 4 if quick else 48
     given = {"count": count, "data_dir": str(Path(folder) / "data"), "quick": quick}
     yield Comparison(
-        f"quickstart, {count} steps of 16 scenes",
+        f"quickstart, {count} steps",
         [
             Arm("the pipeline alone", batches, given),
             Arm("training steps", steps, given, aim=3.0),

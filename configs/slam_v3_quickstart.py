@@ -2,8 +2,11 @@
 
 Command:   python train.py --config=configs/slam_v3_quickstart.py --workdir=runs/quickstart
 Hardware:  2 CPU cores.
-Duration:  TODO
-Score:     TODO
+Duration:  16 minutes on one of the cores, with validation and test.
+Score:     test accuracy in percent on non-relational / relational questions
+           (`python eval.py --workdir=runs/quickstart`), the lower of two seeds: image 100.0 / 95.2,
+           aux 99.7 / 96.1, text 99.9 / 95.8, image_text 100.0 / 96.0, split_image_text
+           99.9 / 95.1, split_image_aux 99.9 / 96.0.
 
 Short inputs come first. From vectors of six objects the decoder learns what the questions mean.
 Then come texts, then images, which take longest, and at last all views, with scenes that are split
