@@ -115,8 +115,11 @@ def test_slam_v3_decodes_the_same_with_its_cache_as_with_a_full_forward_pass_per
     shapes = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
     graphdef, shapes = nnx.split(shapes, nnx.Param)
     rng = np.random.default_rng(0)
-    # Larger weights than an initialisation has: with those the history hardly counts.
-    params = jax.tree.map(lambda p: jnp.array(rng.normal(0, 0.3, p.shape), p.dtype), shapes)
+    # Larger weights than an initialisation has, around 1 where they scale the output of a norm:
+    # otherwise the history hardly counts.
+    params = jax.tree.map(
+        lambda p: jnp.array(rng.normal(p.ndim == 1, 0.3, p.shape), p.dtype), shapes
+    )
     inputs = Inputs(aux=jnp.array(rng.normal(size=(2, 3, 5)), jnp.float32))
     prompts = jnp.array(rng.integers(2, VOCAB, (2, 3, 4)), jnp.int32)
     lengths = jnp.array(rng.integers(1, 5, (2, 3)), jnp.int32)

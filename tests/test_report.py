@@ -88,7 +88,7 @@ def _attention_and_what_it_reads(model: Any, tokens: Any, inputs: Any) -> Any:
     queries = layer.query(layer.norms[1](h)) + layer.query_bias[None, None]
     expected["bank"] = attend(queries, bank.k, bank.v, bank.mask)
     memory = model.encode(inputs)
-    layer, h = model.decoder.layers[0], model._embed(tokens)
+    layer, h = model.decoder.layers[0], model.decoder._norm_input(model._embed(tokens))
     h = h + layer.attention(layer.norms[0](h))
     values = jnp.einsum("bmr,rnv->bmnv", memory.c_mem, layer.memory_attention.v_up.kernel[...])
     values = jnp.einsum("bntm,bmnv->btnv", found.decoder[:, 0], values)
