@@ -358,6 +358,9 @@ def test_the_table_is_printed_even_if_no_file_can_be_written(
     monkeypatch.setattr(
         flags, "DEFINE_string", lambda name, *_, **__: SimpleNamespace(value=arguments[name])
     )
+    monkeypatch.setattr(
+        flags, "DEFINE_integer", lambda name, default, *_, **__: SimpleNamespace(value=default)
+    )
     main = runpy.run_path(str(Path(__file__).parent.parent / "eval.py"))["main"]
     with pytest.raises(WriteError, match=r"nothing was written: .*; give another .*--out=DIR"):
         main([])
