@@ -19,7 +19,8 @@ _MOST = {
         512: "num_layers level_layers num_blocks num_cycles share_factor attention_period "
         "expert_period num_dense_layers num_shared_experts num_processes num_process_layers "
         "num_decoder_layers num_bottleneck_blocks",
-        4_096: "num_heads num_kv_heads shared_num_heads num_experts state_dim conv_width expand",
+        4_096: "num_heads num_kv_heads shared_num_heads num_experts state_dim conv_width expand "
+        "text_kernel_size",
         1 << 20: "vocab_size embed_dim context_length mlp_dim expert_dim process_mlp_dim dt_rank "
         "kv_lora_rank q_lora_rank head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim window "
         "text_window num_memory_tokens aux_dim max_aux alignment_dim",
@@ -31,6 +32,7 @@ _MAY_BE_0 = (
     "num_shared_experts",
     "num_memory_tokens",
     "num_bottleneck_blocks",
+    "text_kernel_size",
 )
 
 

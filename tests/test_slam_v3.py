@@ -644,6 +644,8 @@ def test_a_batch_of_none_has_no_logits(model, shape):
         ("image.size", 0, "at least 1"),
         ("image.size", 12, "more than 12, or fewer stages"),
         ("mlp_dim", 48.0, "a whole number"),
+        ("text_kernel_size", -1, "at least 0"),
+        ("text_kernel_size", 1 << 20, "at most 4,?096"),
         ("num_heads", True, "a whole number"),
         ("image.patch_size", 0, "at least 1"),
         ("image.num_layers", -1, "at least 0"),
@@ -658,6 +660,13 @@ def test_a_bad_field_is_named_with_what_would_do(field, value, expected):
             ImageConfig(**{name: value})
         else:
             SlamV3Config.preset("tiny", **{"vocab_size": VOCAB, name: value})
+
+
+def test_new_models_have_defaults_that_a_stored_configuration_does_not_mean():
+    fields = ("decoder_input_norm", "rotate_all_streams", "text_kernel_size")
+    new, stored = SlamV3Config.preset("tiny", VOCAB), SlamV3Config(VOCAB)
+    assert [getattr(new, name) for name in fields] == [True, False, 4]
+    assert [getattr(stored, name) for name in fields] == [False, True, 0]
 
 
 def test_vit_size_is_checked_where_it_is_configured():

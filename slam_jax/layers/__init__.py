@@ -34,6 +34,7 @@ from slam_jax.layers.router import (
     load_balancing_loss,
     sequence_balance_loss,
 )
+from slam_jax.layers.short_convolution import ShortConvolution
 
 __all__ = [
     "MLP",
@@ -57,6 +58,7 @@ __all__ = [
     "Routing",
     "SelfAttention",
     "SharedKeyValues",
+    "ShortConvolution",
     "Yarn",
     "attend",
     "causal_layout",
