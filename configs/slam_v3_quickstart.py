@@ -36,27 +36,28 @@ def get_config() -> Any:
     config.data.stages = (
         (0, {"aux": 1.0}),
         (300, {"text": 0.6, "aux": 0.4}),
-        (450, {"image": 0.7, "text": 0.15, "aux": 0.15}),
+        (450, {"image": 0.65, "text": 0.13, "aux": 0.13, "image_text": 0.09}),
         (
-            1_000,
+            950,
             {
-                "image": 0.4,
+                "image": 0.36,
                 "text": 0.1,
                 "aux": 0.1,
-                "image_text": 0.1,
-                "split_image_text": 0.15,
-                "split_image_aux": 0.15,
+                "image_text": 0.16,
+                "split_image_text": 0.14,
+                "split_image_aux": 0.14,
             },
         ),
     )
-    config.loss.alignment = 0.1
+    config.loss.alignment = 0.3
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 6e-3
     config.optimizer.momentum = 0.9
     config.optimizer.warmup_steps = 20
     config.optimizer.constant_fraction = 0.4
     config.optimizer.ema_decay = 0.995
-    config.run.num_steps = 1_600
-    config.run.evaluate_every = 800
+    config.run.num_steps = 1_500
+    config.run.evaluate_every = 1_500
+    config.run.save_every = 500
     config.run.evaluate_batches = 6
     return config

@@ -444,7 +444,7 @@ def test_steps_can_be_exported_for_cuda_and_tpu(kernel, system):
         jax.export.export, platforms=["cuda", "tpu"], disabled_checks=disabled
     )
     with for_accelerators(kernel):
-        for f, arguments in ((step, given), (jax.jit(generate), (model, tokens, *also))):
+        for f, arguments in ((jax.jit(step), given), (jax.jit(generate), (model, tokens, *also))):
             assert export(f)(*arguments).platforms == ("cuda", "tpu")
 
 

@@ -7,6 +7,7 @@ is exact if all layers of a kind are alike; for temporary memory it is an estima
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from slam_jax.planning.collectives import collectives
 from slam_jax.planning.machine import Sent
 from slam_jax.planning.subjects import Subject
 from slam_jax.training.sharding import bytes_per_device, use_mesh, with_shardings
+from slam_jax.training.start import compile_step
 from slam_jax.training.state import merge_model
 
 # The executable is not run, and these passes do not change what is read from it.
@@ -30,8 +32,8 @@ _FAST: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_p
 class Step(NamedTuple):
     """Bytes of one device.
 
-    taken: peak of the executable's temporary memory, the state not included. activations: kept
-    from the forward pass for the backward pass. sent: by mesh axes and operation.
+    taken: the peak of temporary memory with the gradients, the state not included. activations:
+    kept from the forward pass for the backward pass. sent: by mesh axes and operation.
     """
 
     taken: int
@@ -56,16 +58,17 @@ def compiled_step(subject: Subject, mesh: Mesh | None) -> Step:
     graphdef, state = subject.state
     state = with_shardings(state, mesh, zero=subject.mesh.zero)
     with use_mesh(mesh), for_accelerators():
-        step: Any = subject.step(graphdef, state)
         whole = jax.tree.map(functools.partial(part, 1), subject.batch)
-        compiled = step.lower(state, whole).compile(compiler_options=_FAST)
+        halves = compile_step(subject.step(graphdef, state), state, whole, _FAST)
         split = functools.partial(part, subject.optimizer.accumulate_steps)
         batch_and_key = jax.tree.map(split, subject.batch), state.key
         activations = residuals(loss, state.params, batch_and_key)
     sent: Counter = Counter()
-    for each in collectives(compiled.as_text(), sizes):
+    for each in itertools.chain(*(collectives(str(half.as_text()), sizes) for half in halves)):
         sent[each.axes, each.op] += each.count * each.num_bytes
-    taken = compiled.memory_analysis().temp_size_in_bytes
+    gradients, update = (half.memory_analysis() for half in halves)
+    taken = max(gradients.temp_size_in_bytes, update.temp_size_in_bytes)
+    taken += gradients.output_size_in_bytes
     return Step(taken, bytes_per_device(activations), dict(sent))
 
 
@@ -76,8 +79,8 @@ def program_lines(subject: Subject, mesh: Mesh | None) -> int:
         # The subject may have a state already, which was made for a CPU, without stacked layers.
         graphdef, state = dataclasses.replace(subject).state
         state = with_shardings(state, mesh, zero=subject.mesh.zero)
-        step: Any = subject.step(graphdef, state)
-        return step.lower(state, subject.batch).as_text().count("\n")
+        step = subject.step(graphdef, state)
+        return jax.jit(step).lower(state, subject.batch).as_text().count("\n")
 
 
 def residuals(

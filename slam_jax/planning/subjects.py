@@ -105,8 +105,8 @@ class Subject:
 
     def step(self, graphdef: nnx.GraphDef, state: TrainState) -> TrainStep:
         """The jitted training step for a state with these shardings."""
-        loss, weight_of = self.loss, self.weight_of
-        return jit_train_step(graphdef, state, loss, self.optimizer, _NUM_STEPS, weight_of)
+        arguments = graphdef, state, self.loss, self.optimizer, _NUM_STEPS, self.weight_of
+        return jit_train_step(*arguments, zero=self.mesh.zero)
 
 
 def slam_v3_run(

@@ -33,7 +33,7 @@ from slam_jax.training.profiling import Profile, Profiler
 from slam_jax.training.progress import Progress
 from slam_jax.training.resume import open_run
 from slam_jax.training.sharding import local_rows, place, use_mesh
-from slam_jax.training.start import jit_step
+from slam_jax.training.start import compile_step, jit_step
 from slam_jax.training.state import StepMetrics, TrainState
 
 
@@ -133,7 +133,7 @@ class Trainer:
     def run(self, state: TrainState, pending_evaluation: bool) -> TrainState:
         """Takes all remaining steps; `pending_evaluation`: and evaluates the given state before."""
         run, first = self.experiment.run, int(state.step)
-        step_fn: Any = jit_step(self.experiment, self.graphdef, state)
+        step_fn = jit_step(self.experiment, self.graphdef, state)
         flops: dict[Any, int] = {}  # by the form of a batch, for which a step is compiled
         data, dataset = self.experiment.data, self.dataset
         rows = local_rows(data.batch_size, self.mesh)
@@ -156,7 +156,7 @@ class Trainer:
                 flops[form] = self._training_flops(batch)
                 jax.block_until_ready(state)  # the time of the last step is none of compiling
                 with self.progress.compiling(view):
-                    step_fn.lower(state, placed).compile()
+                    compile_step(step_fn, state, placed)
             self.profiler.before(step, state)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = step_fn(state, placed)

@@ -6,14 +6,15 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.stages import Compiled
 
 from slam_jax.runtime.memory import require_memory
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.training.experiment import Experiment
 from slam_jax.training.losses import num_answer_tokens, slam_v3_loss
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
-from slam_jax.training.sharding import bytes_per_device, with_shardings
+from slam_jax.training.sharding import bytes_per_device, shardings_of, with_shardings
 from slam_jax.training.state import TrainState, TrainStep, init_state, make_train_step, split_model
 
 
@@ -50,7 +51,8 @@ def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) 
     """The jitted training step of a run; see `jit_train_step`."""
     loss = functools.partial(slam_v3_loss, config=experiment.loss)
     optimizer, num_steps = experiment.optimizer, experiment.run.num_steps
-    return jit_train_step(graphdef, state, loss, optimizer, num_steps, num_answer_tokens)
+    arguments = graphdef, state, loss, optimizer, num_steps, num_answer_tokens
+    return jit_train_step(*arguments, zero=experiment.mesh.zero)
 
 
 def abstract_state(
@@ -69,13 +71,36 @@ def jit_train_step(
     optimizer: OptimizerConfig,
     num_steps: int,
     weight_of: Callable[[Any], Any],
+    *,
+    zero: bool = False,
 ) -> TrainStep:
-    """A jitted training step. It donates its state and returns it sharded as `state`."""
+    """A training step whose halves are jitted. It donates its state and returns it sharded as
+    `state`; gradients are sharded as the moments of the optimizer. zero: see `MeshConfig`."""
     parts, decay = optimizer.accumulate_steps, optimizer.ema_decay
     arguments = graphdef, loss, make_optimizer(optimizer, num_steps)
     step = make_train_step(*arguments, ema_decay=decay, accumulate_steps=parts, weight_of=weight_of)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    mesh = state.step.sharding.mesh if isinstance(state.step.sharding, NamedSharding) else None
+    moments = shardings_of({"gradients": state.params}, mesh, zero=zero)["gradients"]
+    return TrainStep(
+        jax.jit(step.gradients, out_shardings=(moments, None)),
+        jax.jit(step.update, donate_argnums=0, out_shardings=(shardings, None)),
+    )
+
+
+def compile_step(
+    step: TrainStep, state: TrainState, batch: Any, options: Any = None
+) -> tuple[Compiled, Compiled]:
+    """The executables of both halves of a jitted step, for these shapes and shardings."""
+    gradients: Any = step.gradients
+    update: Any = step.update
+    first = gradients.lower(state, batch).compile(options)
+    results = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        first.out_info,
+        first.output_shardings,
+    )
+    return first, update.lower(state, *results).compile(options)
 
 
 def _model_of(experiment: Experiment, vocab_size: int) -> tuple[Any, OptimizerConfig, int]:

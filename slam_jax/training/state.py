@@ -1,5 +1,6 @@
 """The state of a run, and the pure training step."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,7 +66,22 @@ def init_state(
     return TrainState(step, skipped, bad_steps, params, optimizer.init(params), average, key)
 
 
-TrainStep = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A pure training step (state, batch) -> (state, metrics), and its two halves.
+
+    Batches of another shape need a program of their own for the gradients, but not for the update.
+    So a run jits the halves one by one (`jit_train_step`) and compiles the update once.
+
+    gradients: (state, batch) -> (gradients, result of the loss function).
+    update: (state, gradients, result of the loss function) -> (state, metrics).
+    """
+
+    gradients: Callable[[TrainState, Any], tuple[Any, Any]]
+    update: Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]]
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        return self.update(state, *self.gradients(state, batch))
 
 
 def make_train_step(
@@ -77,7 +93,7 @@ def make_train_step(
     accumulate_steps: int = 1,
     weight_of: Callable[[Any], Any] = lambda part: 1.0,
 ) -> TrainStep:
-    """A pure step (state, batch) -> (state, metrics), to be jitted with the state donated.
+    """A pure training step, to be jitted with the state donated.
 
     loss_fn: (model, batch, key=) -> a NamedTuple of scalars such as `LossParts`, whose `total` is
     minimised; it becomes `StepMetrics.loss`.
@@ -89,16 +105,19 @@ def make_train_step(
     optimizer state (with the step count of its schedule) and average stay as they were.
     """
 
-    def gradients(params, batch, key):
+    def gradients_of_part(params, batch, key):
         def loss(params):
             parts = loss_fn(merge_model(graphdef, params), batch, key=key)
             return parts.total, parts
 
         return jax.grad(loss, has_aux=True)(params)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+    def gradients(state: TrainState, batch: Any) -> tuple[Any, Any]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, loss = _accumulate(gradients, state.params, batch, key, accumulate_steps, weight_of)
+        inputs = state.params, batch, key
+        return _accumulate(gradients_of_part, *inputs, accumulate_steps, weight_of)
+
+    def update(state: TrainState, grads: Any, loss: Any) -> tuple[TrainState, StepMetrics]:
         grad_norm = optax.tree.norm(grads)
         bad = ~(jnp.isfinite(loss.total) & jnp.isfinite(grad_norm))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -114,7 +133,7 @@ def make_train_step(
         counts = state.step + 1, state.skipped + bad, bad_steps
         return TrainState(*counts, params, opt_state, ema, state.key), metrics
 
-    return step
+    return TrainStep(gradients, update)
 
 
 def _accumulate(
