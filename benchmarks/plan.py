@@ -22,7 +22,7 @@ from slam_jax.planning.subjects import subject_of
 from slam_jax.training import Experiment, override, read_config
 from slam_jax.training.mesh import make_mesh
 from slam_jax.training.sharding import place, use_mesh
-from slam_jax.training.start import compile_step, initial_state, jit_step
+from slam_jax.training.start import compile_step, initial_state, jit_step, temporary_bytes
 
 CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
 
@@ -37,14 +37,13 @@ def main() -> None:
         graphdef, state = initial_state(experiment, subject.config.vocab_size, mesh)
         batch = place(batch, mesh, experiment.data.batch_size)
         step = jit_step(experiment, graphdef, state)
-        gradients, update = (half.memory_analysis() for half in compile_step(step, state, batch))
+        taken = temporary_bytes(*compile_step(step, state, batch))
         state, _ = step(state, batch)
-    taken = max(gradients.temp_size_in_bytes, update.temp_size_in_bytes)
     rows = {
         "parameters": (planned.state.params, on_one_device(state.params)),
         "optimizer": (planned.state.opt_state, on_one_device(state.opt_state)),
         "average": (planned.state.ema, on_one_device(state.ema)),
-        "temporary, in a step": (planned.step.taken, taken + gradients.output_size_in_bytes),
+        "temporary, in a step": (planned.step.taken, taken),
     }
     print(f"{'':<20}{'the plan':>14}{'the run':>14}  plan / run")
     for name, (expected, real) in rows.items():

@@ -35,16 +35,16 @@ def get_config() -> Any:
     config.data.closest_objects = 2
     config.data.stages = (
         (0, {"aux": 1.0}),
-        (300, {"text": 0.6, "aux": 0.4}),
-        (450, {"image": 0.65, "text": 0.13, "aux": 0.13, "image_text": 0.09}),
+        (300, {"text": 0.7, "aux": 0.3}),
+        (450, {"image": 0.6, "text": 0.2, "aux": 0.1, "image_text": 0.1}),
         (
             950,
             {
-                "image": 0.36,
-                "text": 0.1,
-                "aux": 0.1,
-                "image_text": 0.16,
-                "split_image_text": 0.14,
+                "image": 0.34,
+                "text": 0.14,
+                "aux": 0.08,
+                "image_text": 0.14,
+                "split_image_text": 0.16,
                 "split_image_aux": 0.14,
             },
         ),

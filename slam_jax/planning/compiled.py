@@ -22,7 +22,7 @@ from slam_jax.planning.collectives import collectives
 from slam_jax.planning.machine import Sent
 from slam_jax.planning.subjects import Subject
 from slam_jax.training.sharding import bytes_per_device, use_mesh, with_shardings
-from slam_jax.training.start import compile_step
+from slam_jax.training.start import compile_step, temporary_bytes
 from slam_jax.training.state import merge_model
 
 # The executable is not run, and these passes do not change what is read from it.
@@ -66,10 +66,7 @@ def compiled_step(subject: Subject, mesh: Mesh | None) -> Step:
     sent: Counter = Counter()
     for each in itertools.chain(*(collectives(str(half.as_text()), sizes) for half in halves)):
         sent[each.axes, each.op] += each.count * each.num_bytes
-    gradients, update = (half.memory_analysis() for half in halves)
-    taken = max(gradients.temp_size_in_bytes, update.temp_size_in_bytes)
-    taken += gradients.output_size_in_bytes
-    return Step(taken, bytes_per_device(activations), dict(sent))
+    return Step(temporary_bytes(*halves), bytes_per_device(activations), dict(sent))
 
 
 def program_lines(subject: Subject, mesh: Mesh | None) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from slam_jax.runtime.memory import require_memory
@@ -80,7 +80,7 @@ def jit_train_step(
     arguments = graphdef, loss, make_optimizer(optimizer, num_steps)
     step = make_train_step(*arguments, ema_decay=decay, accumulate_steps=parts, weight_of=weight_of)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    mesh = state.step.sharding.mesh if isinstance(state.step.sharding, NamedSharding) else None
+    mesh: Any = getattr(state.step.sharding, "mesh", None)
     moments = shardings_of({"gradients": state.params}, mesh, zero=zero)["gradients"]
     return TrainStep(
         jax.jit(step.gradients, out_shardings=(moments, None)),
@@ -101,6 +101,14 @@ def compile_step(
         first.output_shardings,
     )
     return first, update.lower(state, *results).compile(options)
+
+
+def temporary_bytes(gradients: Compiled, update: Compiled) -> int:
+    """The peak of a compiled step's temporary memory on a device, with the gradients."""
+    first: Any = gradients.memory_analysis()
+    second: Any = update.memory_analysis()
+    peak = max(first.temp_size_in_bytes, second.temp_size_in_bytes)
+    return peak + first.output_size_in_bytes
 
 
 def _model_of(experiment: Experiment, vocab_size: int) -> tuple[Any, OptimizerConfig, int]:
