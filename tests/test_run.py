@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ def compiled_once():
         def remembered(experiment, *rest):
             parts = experiment.seed, experiment.model, experiment.optimizer, experiment.loss
             sizes = [jax.tree.map(jnp.shape, x) if hasattr(x, "params") else x for x in rest]
-            key = repr((parts, experiment.run.num_steps, sizes[-2:]))
+            key = repr((parts, experiment.run.num_steps, experiment.run.prng_impl, sizes[-2:]))
             if key not in results:
                 results[key] = function(experiment, *rest)
             return results[key]
@@ -196,6 +197,26 @@ def ask_at(monkeypatch, module, name, count):
 
     monkeypatch.setattr(module, name, asking)
     return stop
+
+
+def test_dropout_draws_by_the_chosen_generator(config):
+    for impl, dtype in (("threefry2x32", "key<fry>"), ("rbg", "key<rbg>")):
+        chosen = override(config, [f"--config.run.prng_impl={impl}"])
+        _, state = state_shapes(Experiment.from_config(chosen), 300)
+        assert str(state.key.dtype) == dtype
+    with pytest.raises(ConfigError, match="run.prng_impl"):
+        Experiment.from_config(override(config, ["--config.run.prng_impl=mine"]))
+
+
+@pytest.mark.slow
+def test_a_run_with_other_random_numbers_resumes_bit_for_bit(config, finished, tmp_path):
+    config = override(config, ["--config.run.prng_impl=rbg", "--config.run.evaluate_batches=1"])
+    state = train(config, tmp_path)
+    assert str(jax.random.key_impl(state.key)) == "rbg"
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    assert_same(train(config, tmp_path), state)
+    kernels = [x.params["head"]["kernel"] for x in (state, finished[1])]
+    assert not np.array_equal(*kernels)
 
 
 @pytest.mark.parametrize(

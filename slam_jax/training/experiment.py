@@ -40,6 +40,8 @@ class RunConfig:
     max_bad_steps: steps whose loss or gradient is not finite are skipped. After this many in a row
     the run goes back to its last checkpoint before them; after twice as many it stops.
     tensorboard: also write event files (extra `tracking`).
+    prng_impl: what draws dropout: "threefry2x32", or "rbg", which is faster on GPUs and TPUs, but
+    whose numbers change with the number of devices and may change with the version of XLA.
     """
 
     num_steps: int = 1_000
@@ -51,17 +53,20 @@ class RunConfig:
     keep_every: int | None = None
     max_bad_steps: int = 20
     tensorboard: bool = False
+    prng_impl: str = "threefry2x32"
 
     def __post_init__(self):
         object.__setattr__(self, "evaluate_views", tuple(self.evaluate_views))
         # One half of a split scene has no score of its own, so it is not a training view.
-        known = list(TRAINING_VIEWS)
-        check_names(self.evaluate_views, known, "run.evaluate_views: training", "view")
+        views = list(TRAINING_VIEWS)
+        check_names(self.evaluate_views, views, "run.evaluate_views: training", "view")
         for field in ("num_steps", "log_every", "evaluate_every", "max_bad_steps"):
             require_count(f"run.{field}", getattr(self, field), most=2**31 - 1)
         for field in ("evaluate_batches", "save_every", "keep_every"):
             value = getattr(self, field)
             require(value is None or value >= 1, f"run.{field}", value, "None or at least 1")
+        known = ("threefry2x32", "rbg")
+        require(self.prng_impl in known, "run.prng_impl", self.prng_impl, f"one of {known}")
 
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation and a checkpoint follow step `step`."""

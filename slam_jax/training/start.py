@@ -29,7 +29,8 @@ def initial_state(
     # One jitted function: a hundred single initialisers would take longer, and so no device ever
     # holds more than its shard. A restored state has the same shardings.
     shardings = jax.tree.map(lambda x: x.sharding, like)
-    make = functools.partial(_first_state, *_model_of(experiment, vocab_size), experiment.seed)
+    seed, impl = experiment.seed, experiment.run.prng_impl
+    make = functools.partial(_first_state, *_model_of(experiment, vocab_size), seed, impl)
     return graphdef, jax.jit(make, out_shardings=shardings)()
 
 
@@ -40,7 +41,8 @@ def state_shapes(
 
     Raises ConfigError where such a state does not fit into memory.
     """
-    graphdef, shapes = abstract_state(*_model_of(experiment, vocab_size))
+    parts = _model_of(experiment, vocab_size)
+    graphdef, shapes = abstract_state(*parts, experiment.run.prng_impl)
     like = with_shardings(shapes, mesh, zero=experiment.mesh.zero)
     num_devices = 1 if mesh is None else mesh.size
     require_memory(num_devices * bytes_per_device(like), "the training state")
@@ -56,11 +58,14 @@ def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) 
 
 
 def abstract_state(
-    make_model: Callable[..., nnx.Module], optimizer: OptimizerConfig, num_steps: int
+    make_model: Callable[..., nnx.Module],
+    optimizer: OptimizerConfig,
+    num_steps: int,
+    prng_impl: str = "threefry2x32",
 ) -> tuple[nnx.GraphDef, TrainState]:
     """The structure of the model `make_model(rngs=)` and the shapes of its training state."""
     model = nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0)))
-    make = functools.partial(_first_state, make_model, optimizer, num_steps, 0)
+    make = functools.partial(_first_state, make_model, optimizer, num_steps, 0, prng_impl)
     return split_model(model)[0], jax.eval_shape(make)
 
 
@@ -117,10 +122,16 @@ def _model_of(experiment: Experiment, vocab_size: int) -> tuple[Any, OptimizerCo
 
 
 def _first_state(
-    make_model: Callable[..., nnx.Module], optimizer: OptimizerConfig, num_steps: int, seed: int
+    make_model: Callable[..., nnx.Module],
+    optimizer: OptimizerConfig,
+    num_steps: int,
+    seed: int,
+    prng_impl: str,
 ) -> TrainState:
     """The first state, keys included, alike in every host process of a run."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
+    if prng_impl != "threefry2x32":
+        run_key = jax.random.key(jax.random.bits(run_key), impl=prng_impl)
     params = split_model(make_model(rngs=nnx.Rngs(init_key)))[1]
     ema = optimizer.ema_decay is not None
     return init_state(params, make_optimizer(optimizer, num_steps), run_key, ema=ema)
