@@ -63,8 +63,9 @@ def publish(tables: list[Json], runs: dict[int, Any], median: int) -> list[Json]
     ]
     everything["rows"] = [[*row, DATE.value] for row in rows] + others
     views, ranks = runs[median]
+    which = "median" if len(runs) % 2 else "lower median"
     accuracies = {
-        "title": f"The median of {len(runs)} runs (seed {median}), % right with 95% intervals",
+        "title": f"The {which} of {len(runs)} runs (seed {median}), % right with 95% intervals",
         "columns": ["view", "questions", "% right"],
         "note": "Intervals by bootstrap over the 200 test scenes, 2,000 questions of each kind.",
         "rows": [
