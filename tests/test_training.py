@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import operator
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ from slam_jax.training import (
 )
 from slam_jax.training.experiment import as_json
 from slam_jax.training.losses import LossParts, num_answer_tokens, token_losses
+from slam_jax.training.start import compile_step, jit_train_step
 from slam_jax.training.state import init_state
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +180,22 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(toy, batch):
         state, metrics = jax.jit(step)(first, batch)
         new.append((state.params, metrics))
     jax.tree.map(close, *new)
+
+
+def test_the_update_is_compiled_once_for_all_forms_of_batch(toy, batch, caplog):
+    graphdef, params = toy
+    config, key = OptimizerConfig(), jax.random.key(0)
+    state = init_state(params, make_optimizer(config, 9), key, ema=False)
+    # As `initial_state` and a checkpoint place it.
+    state = jax.device_put(jax.tree.map(jnp.copy, state), jax.devices()[0])
+    step = jit_train_step(graphdef, state, toy_loss, config, 9, num_answer_tokens)
+    with jax.log_compiles(True), caplog.at_level("WARNING"):
+        for rows in (4, 3, 2):
+            some = jax.tree.map(operator.itemgetter(slice(rows)), batch)
+            compile_step(step, state, some)
+            state, _ = step(state, some)
+    compiled = re.findall(r"XLA compilation of jit\((gradients|update)\)", caplog.text)
+    assert compiled == ["gradients", "update", "gradients", "gradients"]
 
 
 def test_donated_steps_lower_the_loss_and_the_average_follows(toy, batch):

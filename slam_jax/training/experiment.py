@@ -40,8 +40,8 @@ class RunConfig:
     max_bad_steps: steps whose loss or gradient is not finite are skipped. After this many in a row
     the run goes back to its last checkpoint before them; after twice as many it stops.
     tensorboard: also write event files (extra `tracking`).
-    prng_impl: what draws dropout: "threefry2x32", or "rbg", which is faster on GPUs and TPUs, but
-    whose numbers change with the number of devices and may change with the version of XLA.
+    prng_impl: what draws dropout: "threefry2x32"; or "rbg", which JAX documents as faster on TPUs,
+    but whose numbers may change with the number of devices and with the version of XLA.
     """
 
     num_steps: int = 1_000
