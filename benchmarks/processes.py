@@ -62,7 +62,7 @@ def gradient(preset: str, rows: int, length: int, in_turn: bool = False, devices
             self.processes = ParallelProcesses(config, rngs=nnx.Rngs(1))
 
     graphdef, params = split_model(jax.jit(Part)())
-    mesh = make_mesh(MeshConfig(data=1, process=devices), jax.devices()[:devices])
+    mesh = make_mesh(MeshConfig(1, process=devices), devices=jax.devices()[:devices])
     params = jax.device_put(params, shardings_of(params, mesh))
     x = jax.random.normal(jax.random.key(2), (rows, length, config.embed_dim))
     # Not their mean square, which is nearly constant because the outputs are normalised.

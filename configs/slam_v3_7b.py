@@ -2,7 +2,7 @@
 
 Command:   python -m slam_jax.planning --config=configs/slam_v3_7b.py --devices=256 \
                --device_memory_gib=80
-Hardware:  a CPU; the plan is for 256 accelerators of 80 GiB.
+Hardware:  a CPU; the plan is for 256 accelerators of 80 GiB. Plans for 8 and 32 work too.
 Duration and score: it has not been trained. docs/planning.md shows the plan.
 
 The model is 2,048 wide, with four processes of 16 layers, a ViT of 24 layers and a decoder of 32
@@ -37,7 +37,6 @@ def get_config() -> Any:
     config.optimizer.weight_decay = 0.1
     config.run.num_steps = 100_000
     config.run.evaluate_every = 5_000
-    config.mesh.data = 8
-    config.mesh.fsdp = -1
-    config.mesh.process = 4
+    # 8 devices divide the weights; four times as many also divide the processes, then the batch.
+    config.mesh.fsdp = 8
     return config

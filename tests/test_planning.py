@@ -171,9 +171,10 @@ def test_of_a_run_the_largest_view_is_planned_and_named(tmp_path):
 def test_an_axis_divides_no_more_than_it_can():
     flops = run_of().flops
     own, rest = flops.process, flops.total - flops.process
-    assert flops.of_device({"data": 2, "fsdp": 4}, 2) == flops.total / 8
-    assert flops.of_device({"process": 4, "tensor": 2}, 2) == (own / 4 + rest) / 2
-    assert flops.of_device({"tensor": 4}, 2) == flops.total
+    assert flops.of_device({"data": 2, "fsdp": 4}, 2, 8) == flops.total / 8
+    assert flops.of_device({"data": 2, "process": 4}, 2, 8) == flops.total / 8
+    assert flops.of_device({"process": 4, "tensor": 2}, 2, 6) == (own / 4 + rest) / 2
+    assert flops.of_device({"tensor": 4}, 2, 8) == flops.total
 
 
 def test_layers_are_added_from_the_first_two():

@@ -67,7 +67,7 @@ def test_a_plan_is_told_in_a_few_lines(tmp_path):
     assert lines[0].endswith("on each of 8 devices")
     for start, end in (("parameters", "exact"), ("all-reduce along process", "compiled")):
         assert any(line.startswith(start) and line.endswith(end) for line in lines)
-    refused = plan()
+    refused = plan("mesh.process=1")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: data.batch_size is 4; expected a multiple of 8")
 
@@ -145,15 +145,21 @@ def test_the_state_of_every_optimizer_has_its_place(name):
 @pytest.mark.parametrize(
     ("sizes", "num_devices", "expected"),
     [
-        ({}, 8, (8, 1, 1, 1)),
+        ({}, 8, (2, 1, 4, 1)),
+        ({}, 6, (3, 1, 2, 1)),
+        ({}, 7, (7, 1, 1, 1)),
         ({}, 1, (1, 1, 1, 1)),
+        ({"data": 8}, 8, (8, 1, 1, 1)),
+        ({"data": 4}, 8, (4, 1, 2, 1)),
+        ({"fsdp": 4}, 8, (1, 4, 2, 1)),
+        ({"process": 1}, 8, (8, 1, 1, 1)),
         ({"process": 4}, 8, (2, 1, 4, 1)),
         ({"data": 1, "fsdp": -1, "tensor": 2}, 8, (1, 4, 1, 2)),
         ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (2, 2, 1, 2)),
     ],
 )
 def test_sizes_are_those_given_and_what_is_left(sizes, num_devices, expected):
-    assert tuple(resolve(MeshConfig(**sizes), num_devices).values()) == expected
+    assert tuple(resolve(MeshConfig(**sizes), num_devices, 4).values()) == expected
 
 
 @pytest.mark.parametrize(
@@ -182,7 +188,7 @@ def test_devices_that_cannot_be_laid_out_are_told_in_a_line(monkeypatch):
     monkeypatch.setattr(jax, "make_mesh", refuse)
     message = "data 2 x fsdp 1 x process 1 x tensor 1, and the devices .* arranged .*Failed to find"
     with pytest.raises(ConfigError, match=message):
-        make_mesh(MeshConfig(), [None, None])
+        make_mesh(MeshConfig(), devices=[None, None])
 
 
 @pytest.mark.parametrize(
@@ -200,7 +206,7 @@ def test_a_mesh_that_cannot_be_is_named(argument, message):
 
 
 def test_one_device_has_no_mesh_and_is_told_nothing():
-    assert make_mesh(MeshConfig(), jax.devices()[:1]) is None
+    assert make_mesh(MeshConfig(), 4, jax.devices()[:1]) is None
     x = jnp.ones((4, 2))
     assert constrain(x, ("batch",)) is x
     assert place(x, None, 4) is x
@@ -216,6 +222,7 @@ def test_an_axis_that_does_not_divide_is_left_out():
     assert fit((12, 7), [("fsdp",), ("tensor",)], sizes) == PartitionSpec("fsdp", None)
     assert fit((4, 4), [("process",)], sizes) == PartitionSpec(None)
     assert fit((4, 4), [], sizes) == PartitionSpec()
+    assert fit((4, 4), [("data",), ("data", "fsdp")], sizes) == PartitionSpec("data", "fsdp")
 
 
 # --- What devices send each other

@@ -22,7 +22,7 @@ from slam_jax.array_typing import AnyArray
 from slam_jax.errors import InputError
 from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers.attention import causal_layout
-from slam_jax.layers.constrain import constrain
+from slam_jax.layers.constrain import constrain, gather_rows, taken
 from slam_jax.layers.dropout import split
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.kv_cache import check_prompts
@@ -132,9 +132,11 @@ class ParallelBlocks(nnx.Module):
 
     def __call__(self, h, forward: ForwardPass, cache, key):
         read, cache = forward.mix(getattr(self, self.name), self.norm(h), cache)
-        run = jax.vmap(lambda block, h: block(h, read, forward.positions), in_axes=(0, None))
-        for _ in range(self.num_cycles):
-            h = jnp.mean(run(self.stack, h), axis=0)
+        h, read = gather_rows((h, read))
+        with taken("process"):  # its devices have different blocks, and the same rows
+            run = jax.vmap(lambda block, h: block(h, read, forward.positions), in_axes=(0, None))
+            for _ in range(self.num_cycles):
+                h = jnp.mean(run(self.stack, h), axis=0)
         return h, cache, ()
 
 

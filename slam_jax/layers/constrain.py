@@ -1,19 +1,34 @@
 """Sharding as layers see it: names of array dimensions, which the mesh in force divides."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree, Shaped
 
-# Name of a dimension -> the mesh axes that divide it.
+# Name of a dimension -> the mesh axes that divide it. Where the devices of `process` hold different
+# processes, they hold the same rows of the batch (`taken`); elsewhere each has rows of its own.
 AXES: Mapping[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "process"),
     "process": ("process",),
     "expert": ("tensor",),
     "head": ("tensor",),
 }
+_TAKEN: contextvars.ContextVar[Collection[str]] = contextvars.ContextVar("taken", default=())
+
+
+@contextlib.contextmanager
+def taken(axis: str) -> Iterator[None]:
+    """In this context no dimension is divided over this mesh axis: it divides the dimension that an
+    enclosing `jax.vmap` maps over."""
+    token = _TAKEN.set((*_TAKEN.get(), axis))
+    try:
+        yield
+    finally:
+        _TAKEN.reset(token)
 
 
 def constrain(x: Shaped[Array, "..."], names: Sequence[str | None]) -> Shaped[Array, "..."]:
@@ -26,6 +41,25 @@ def constrain(x: Shaped[Array, "..."], names: Sequence[str | None]) -> Shaped[Ar
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, _fit_names(x, names, mesh))
+
+
+def gather_rows(x: PyTree[Shaped[Array, "B ..."]]) -> PyTree[Shaped[Array, "B ..."]]:
+    """Arrays with the same rows of the batch on all devices of the mesh axis `process`, for
+    `taken("process")`. Their gradients are summed and divided again."""
+    return jax.tree.map(lambda x: _shared_rows(constrain(x, ("batch",))), x)
+
+
+def divide_rows(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+    """A sum over processes, with other rows of the batch on each device of `process`.
+
+    Both shardings are named, as in `gather_rows`, or else the compiler gathers what is summed.
+    """
+    return constrain(_shared_rows(x), ("batch",))
+
+
+def _shared_rows(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+    with taken("process"):
+        return constrain(x, ("batch",))
 
 
 def sum_over(
@@ -44,9 +78,7 @@ def sum_over(
     if mesh.empty:
         return f(0, parts, *batch)
     leaf, *_ = jax.tree.leaves(parts)
-    divided, rows = (
-        fit(x.shape[:1], [AXES[of]], mesh.shape) for x, of in ((leaf, name), (batch[0], "batch"))
-    )
+    divided, rows = (_fit_names(x, [of], mesh) for x, of in ((leaf, name), (batch[0], "batch")))
     axes = divided[0] or ()
 
     def here(part: Any, *rows: jax.Array) -> jax.Array:
@@ -82,19 +114,20 @@ def fit(
 ) -> PartitionSpec:
     """The sharding of an array: for each dimension those of its mesh axes that divide it.
 
-    axes: the wanted axes of each dimension. An axis is skipped where the mesh does not have it or
-    it does not divide what is left of the dimension evenly.
+    axes: the wanted axes of each dimension. An axis is skipped where the mesh does not have it, an
+    earlier dimension has it, or it does not divide what is left of the dimension evenly.
     """
-    taken = []
+    found, free = [], dict(sizes)
     for size, wanted in zip(shape, axes, strict=False):
         here = []
         for axis in wanted:
-            if axis in sizes and size % sizes[axis] == 0:
+            if axis in free and size % free[axis] == 0:
                 here.append(axis)
-                size //= sizes[axis]
-        taken.append(tuple(here))
-    return PartitionSpec(*(here or None for here in taken))
+                size //= free.pop(axis)
+        found.append(tuple(here))
+    return PartitionSpec(*(here or None for here in found))
 
 
 def _fit_names(x: Any, names: Sequence[str | None], mesh: Any) -> PartitionSpec:
-    return fit(x.shape, [() if name is None else AXES[name] for name in names], mesh.shape)
+    free = {axis: size for axis, size in mesh.shape.items() if axis not in _TAKEN.get()}
+    return fit(x.shape, [() if name is None else AXES[name] for name in names], free)

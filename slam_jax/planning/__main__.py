@@ -46,7 +46,8 @@ def main(arguments: list[str]) -> None:
     config = override(read_config(CONFIG.value), arguments)
     if PROGRAM.value:
         subject = subject_of(config)
-        print(f"{program_lines(subject, make_mesh(subject.mesh)):,} lines of StableHLO")
+        mesh = make_mesh(subject.mesh, subject.num_processes)
+        print(f"{program_lines(subject, mesh):,} lines of StableHLO")
     elif SEARCH.value:
         print(describe_search(search(subject_of(config), machine, SEARCH.value)))
     else:

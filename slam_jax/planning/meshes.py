@@ -75,9 +75,9 @@ def _estimated(subject: Subject, mesh: Mesh | None, machine: Machine) -> Plan:
     """A plan whose step sends a rough estimate, from shapes alone.
 
     `data`: gradients once. `fsdp`: weights twice, gradients once. `tensor`: activations between
-    layers four times. `process`: encoder tokens five times.
+    layers four times. `process`: encoder tokens ten times, five of them gathered.
     """
-    sizes = {**MeshConfig(1).sizes, **({} if mesh is None else mesh.shape)}
+    sizes = {**MeshConfig(1, process=1).sizes, **({} if mesh is None else mesh.shape)}
     held = state_bytes(subject, mesh)
     encoded, streams = (n // (sizes["data"] * sizes["fsdp"]) for n in subject.stream_bytes)
     whole = held.params * sizes["fsdp"]
@@ -86,7 +86,8 @@ def _estimated(subject: Subject, mesh: Mesh | None, machine: Machine) -> Plan:
         (("fsdp",), "all-gather"): 2 * whole,
         (("fsdp",), "reduce-scatter"): whole,
         (("tensor",), "all-reduce"): 4 * streams,
-        (("process",), "all-reduce"): 5 * encoded,
+        (("process",), "all-gather"): 5 * encoded,
+        (("process",), "reduce-scatter"): 5 * encoded,
     }
-    flops = subject.flops.of_device(sizes, subject.config.num_heads)
+    flops = subject.flops_of_device(sizes)
     return Plan(sizes, held, Step(0, 0, sent), flops, machine)

@@ -85,7 +85,7 @@ def plan_step(subject: Subject, mesh: Mesh | None, machine: Machine = Machine())
     subject.require_even(mesh)
     sizes = {"data": 1} if mesh is None else dict(mesh.shape)
     step, layers = extrapolated(subject, functools.partial(compiled_step, mesh=mesh))
-    flops = subject.flops.of_device(sizes, subject.config.num_heads)
+    flops = subject.flops_of_device(sizes)
     return Plan(sizes, state_bytes(subject, mesh), step, flops, machine, layers, subject.view)
 
 
@@ -95,4 +95,4 @@ def plan(config: ConfigDict | Mapping[str, Any], machine: Machine = Machine()) -
     Raises ConfigError as `train` does.
     """
     subject = subject_of(config)
-    return plan_step(subject, make_mesh(subject.mesh), machine)
+    return plan_step(subject, make_mesh(subject.mesh, subject.num_processes), machine)

@@ -4,7 +4,7 @@ import math
 
 from slam_jax.planning.meshes import Found
 from slam_jax.planning.plans import Plan
-from slam_jax.training.mesh import name_of
+from slam_jax.training.mesh import more_fsdp, name_of
 
 _LEGEND = """\
 exact: from shapes and shardings; gradients are sharded like parameters. formula: matrix products
@@ -41,6 +41,8 @@ def describe(plan: Plan) -> str:
     lines = [f"{name:<56}{value:>20}  {source}" for name, value, source in rows]
     needed, taken = (f"{plan.share(num_bytes):.1%}" for num_bytes in (plan.needed, plan.taken))
     memory = f"of {plan.machine.device_memory_gib:g} GiB are needed, {taken} are taken here"
+    if plan.exceeding == 2:
+        memory += f"; {more_fsdp(plan.sizes)}take smaller sizes or larger devices"
     first = f"{name_of(plan.sizes)}{view}: on each of {count:,} devices"
     lines.insert(7, f"{_fitting(plan)}: {needed} {memory}")
     legend = _LEGEND.format(count=count, depth=_compiled_depths(plan))

@@ -46,17 +46,18 @@ class Flops(NamedTuple):
     total: int
     process: int = 0
 
-    def of_device(self, sizes: Mapping[str, int], num_heads: int) -> float:
+    def of_device(self, sizes: Mapping[str, int], num_heads: int, rows: int) -> float:
         """The part of one device; devices along an axis that divides nothing repeat the work.
 
-        `data` and `fsdp` divide the batch, `process` the processes, and `tensor` all products if
-        it divides the heads.
+        rows: examples of one part of the batch. `data`, `fsdp` and `process` divide them, `process`
+        inside the processes these instead; and `tensor` all products if it divides the heads.
         """
-        tensor = sizes.get("tensor", 1)
-        parts = sizes.get("data", 1) * sizes.get("fsdp", 1)
-        parts *= 1 if num_heads % tensor else tensor
-        processes = self.process / sizes.get("process", 1)
-        return (self.total - self.process + processes) / parts
+        tensor, processes = sizes.get("tensor", 1), sizes.get("process", 1)
+        even = sizes.get("data", 1) * sizes.get("fsdp", 1)
+        parts = even * (1 if num_heads % tensor else tensor)
+        rest = self.total - self.process
+        rest /= processes if rows % (even * processes) == 0 else 1
+        return (rest + self.process / processes) / parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,11 @@ class Subject:
             part = dataclasses.replace(part, **{field: count})
             config = dataclasses.replace(config, **{group: part}) if group else part
         return dataclasses.replace(self, config=config)
+
+    def flops_of_device(self, sizes: Mapping[str, int]) -> float:
+        """Operations of one device of a mesh with these sizes."""
+        rows = jax.tree.leaves(self.batch)[0].shape[0] // self.optimizer.accumulate_steps
+        return self.flops.of_device(sizes, self.config.num_heads, rows)
 
     @functools.cached_property
     def state(self) -> tuple[nnx.GraphDef, TrainState]:

@@ -1,7 +1,7 @@
 """Measures language models, each in a process of its own, and writes a leaderboard.
 
-    python -m slam_jax.rocket --workdir=DIR [--protocol=seed|heldout|ablation] [--models=a,b]
-        [--config=FILE] [--config.field=value]
+    python -m slam_jax.rocket --workdir=DIR [--protocol=seed|heldout|ablation|processes]
+        [--models=a,b] [--config=FILE] [--config.field=value]
 
 Writes leaderboard.json (described by leaderboard.schema.json), .md and .html to the workdir. The
 same command resumes a run that was stopped.
@@ -15,15 +15,16 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the leaderboard.", re
 PROTOCOL = flags.DEFINE_enum(
     "protocol",
     "seed",
-    ["seed", "heldout", "ablation"],
+    ["seed", "heldout", "ablation", "processes"],
     "seed: the published comparison, learning one random batch. heldout: real text, held-out "
-    "documents, equal budgets. ablation: variants of SLAM v3, listed in a --config.",
+    "documents, equal budgets. ablation: variants of SLAM v3, listed in a --config. processes: "
+    "the same with learning rates tried, scored on fresh scenes.",
 )
 MODELS = flags.DEFINE_list(
     "models",
     None,
     "Systems of the registry, by default the published nine and SLAM v3 with its text stream "
-    "alone; or variants of an ablation, by default all.",
+    "alone; or variants of a --config, by default all.",
 )
 CONFIG = flags.DEFINE_string(
     "config", None, "A Python file whose get_config() returns settings of the protocol."

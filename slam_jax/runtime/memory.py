@@ -33,8 +33,10 @@ def peak_memory() -> int | None:
     )
 
 
-def require_memory(num_bytes: int, what: str) -> None:
+def require_memory(num_bytes: int, what: str, advice: str = "") -> None:
     """Raises ConfigError if `num_bytes` exceed the memory of the devices of all processes.
+
+    advice: what else to do.
 
     Without this check an allocation that is too large can end the process without a message.
     """
@@ -47,5 +49,5 @@ def require_memory(num_bytes: int, what: str) -> None:
     if num_bytes > available:
         raise ConfigError(
             f"{what} needs {num_bytes / 2**30:,.1f} GiB and there are {available / 2**30:,.1f}; "
-            "choose smaller sizes or a larger machine"
+            f"{advice}choose smaller sizes or a larger machine"
         )

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from slam_jax.layers import attention
-from slam_jax.layers.constrain import constrain
+from slam_jax.layers.constrain import divide_rows
 from slam_jax.layers.dropout import DropoutKey, dropout, split
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
@@ -167,8 +167,7 @@ class Fusion(nnx.Module):
             rows, rate = jax.random.fold_in(key, 0), self.process_dropout
             keep = jax.random.bernoulli(rows, 1 - rate, y.shape[:2])[..., None, None]
             y = jnp.where(keep, y / (1 - rate), 0).astype(y.dtype)
-        # Both sums over processes are needed on every device of the `process` axis.
-        mean = constrain(jnp.mean(y, axis=0), ("batch",))
+        mean = divide_rows(jnp.mean(y, axis=0))
         f = joined.tokens if self.has_residual else jnp.zeros_like(joined.tokens)
         if self.token_norm is not None:
             f = self.token_norm(f)
@@ -176,7 +175,7 @@ class Fusion(nnx.Module):
             f += mean
         if self.concat is not None:
             concatenated = self.concat(einops.rearrange(y, "P B S D -> B S (P D)"))
-            f += dropout(constrain(concatenated, ("batch",)), self.dropout, keys[0])
+            f += dropout(divide_rows(concatenated), self.dropout, keys[0])
         if self.cross_modal is not None:
             f += dropout(self.cross_modal(mean, streams), self.dropout, keys[1])
         if self.mlp is not None:

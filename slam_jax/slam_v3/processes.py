@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from slam_jax.layers.attention import SelfAttention
-from slam_jax.layers.constrain import constrain
+from slam_jax.layers.constrain import constrain, gather_rows, taken
 from slam_jax.layers.dropout import DropoutKey, dropout, split
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import GatedMLP
@@ -257,5 +257,9 @@ class ParallelProcesses(nnx.Module):
 
         # The name tells constraints and `shard_map` inside a process which mesh axis P is on.
         mapped = jax.vmap(run, axis_name="processes", spmd_axis_name="process")
-        y, weights = mapped(self.stack, keys, views)
+        # Each process reads all rows of the batch; devices gather them once, here.
+        streams = [s._replace(tokens=gather_rows(s.tokens)) for s in streams]
+        bank = gather_rows(bank)
+        with taken("process"):
+            y, weights = mapped(self.stack, keys, views)
         return constrain(y, ("process", "batch")), weights

@@ -67,7 +67,7 @@ def train(
     enable_compile_cache()
     config = as_json(config)
     experiment = Experiment.from_config(config)
-    run, mesh = experiment.run, make_mesh(experiment.mesh)
+    run, mesh = experiment.run, make_mesh(experiment.mesh, experiment.model.num_processes)
     experiment.check(mesh)
     if profile is not None:
         profile.check(run.num_steps)

@@ -11,7 +11,7 @@ from types import EllipsisType
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from slam_jax.layers.constrain import AXES, fit
@@ -127,7 +127,7 @@ def local_rows(batch_size: int, mesh: Mesh | None) -> Sequence[int]:
     """
     if mesh is None:
         return range(batch_size)
-    sharding = NamedSharding(mesh, PartitionSpec(AXES["batch"]))
+    sharding = _of_rows(batch_size, mesh)
     parts = sharding.addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for part in parts if part for row in range(batch_size)[part[0]]})
 
@@ -139,9 +139,13 @@ def place(batch: PyTree[Any], mesh: Mesh | None, batch_size: int) -> PyTree[Any]
     """
     if mesh is None:
         return batch
-    sharding = NamedSharding(mesh, PartitionSpec(AXES["batch"]))
+    sharding = _of_rows(batch_size, mesh)
     put = functools.partial(jax.make_array_from_process_local_data, sharding)
     return jax.tree.map(lambda x: put(x, (batch_size, *x.shape[1:])), batch)
+
+
+def _of_rows(batch_size: int, mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, fit((batch_size,), [AXES["batch"]], mesh.shape))
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:

@@ -13,6 +13,7 @@ from slam_jax.runtime.memory import require_memory
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.training.experiment import Experiment
 from slam_jax.training.losses import num_answer_tokens, slam_v3_loss
+from slam_jax.training.mesh import more_fsdp
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
 from slam_jax.training.sharding import bytes_per_device, shardings_of, with_shardings
 from slam_jax.training.state import TrainState, TrainStep, init_state, make_train_step, split_model
@@ -45,7 +46,8 @@ def state_shapes(
     graphdef, shapes = abstract_state(*parts, experiment.run.prng_impl)
     like = with_shardings(shapes, mesh, zero=experiment.mesh.zero)
     num_devices = 1 if mesh is None else mesh.size
-    require_memory(num_devices * bytes_per_device(like), "the training state")
+    advice = "" if mesh is None else more_fsdp(mesh.shape)
+    require_memory(num_devices * bytes_per_device(like), "the training state", advice)
     return graphdef, like
 
 
