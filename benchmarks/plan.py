@@ -28,7 +28,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
 
 
 def main() -> None:
-    config = override(read_config(CONFIG), ["--config.mesh.process=4"])
+    config = override(read_config(CONFIG), ["--config.model.dtype=float32"])
     subject, experiment = subject_of(config), Experiment.from_config(config)
     mesh = make_mesh(subject.mesh, subject.num_processes)
     planned = plan_step(subject, mesh)

@@ -23,7 +23,6 @@ def get_config() -> Any:
     config.model.num_memory_tokens = 64
     config.model.context_length = 64
     config.model.dropout = 0.1
-    config.model.dtype = "bfloat16"
     config.model.image.encoder = "vit"
     config.model.image.size = 224
     config.model.image.patch_size = 16

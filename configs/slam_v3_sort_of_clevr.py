@@ -20,7 +20,6 @@ from slam_jax.training import default_config
 
 def get_config() -> Any:
     config: Any = default_config("small")
-    config.model.dtype = "bfloat16"
     config.model.embed_dim = 128
     config.model.mlp_dim = 344
     config.model.kv_lora_rank = 64

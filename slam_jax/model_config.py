@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from slam_jax.errors import require, require_count
+from slam_jax.kernels.backend import on_cpu
 from slam_jax.layers.remat import POLICIES
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -45,7 +46,7 @@ class ModelConfig:
 
     remat: str | None
     scan_layers: bool | None
-    dtype: str
+    dtype: str | None
     param_dtype: str
 
     def __post_init__(self):
@@ -64,14 +65,16 @@ class ModelConfig:
         require(self.remat in policies, "remat", self.remat, f"one of {policies}")
         for name in ("dtype", "param_dtype"):
             dtype = getattr(self, name)
-            require(dtype in DTYPES, name, dtype, f"one of {DTYPES}")
+            allowed = (None, *DTYPES) if name == "dtype" else DTYPES
+            require(dtype in allowed, name, dtype, f"one of {allowed}")
             known = dtype != "float64" or jax.dtypes.canonicalize_dtype(dtype) == dtype
             require(known, name, dtype, "another, or JAX_ENABLE_X64=1 in the environment")
 
     @property
     def dtypes(self) -> dict[str, Any]:
-        """The two dtypes as keyword arguments of a layer."""
-        return {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
+        """The two dtypes as keyword arguments of a layer; `dtype=None` is that of the device."""
+        dtype = self.dtype or ("float32" if on_cpu() else "bfloat16")
+        return {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(self.param_dtype)}
 
     def sizes(self, *fields: str) -> dict[str, Any]:
         """Fields as keyword arguments, of a layer or of its count in `layers.flops`."""

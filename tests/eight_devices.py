@@ -131,7 +131,8 @@ def test_three_axes_at_once_change_no_loss_and_no_gradient():
 def test_the_default_mesh_computes_nothing_twice():
     """data 2 x process 4, with the loss and gradients of one device; a device has at most as many
     operations as when the batch alone is divided."""
-    mesh, (loss, params, batch) = make_mesh(MeshConfig(), 4), v3()
+    mesh: Any = make_mesh(MeshConfig(), 4)
+    loss, params, batch = v3()
     assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "process": 4, "tensor": 1}
     assert_close(first_step(loss, params, batch, mesh), v3_alone())
 
@@ -315,7 +316,7 @@ def experiment_of(sizes: dict[str, int], **changes: Any) -> Experiment:
     config: Any = default_config("tiny")
     config.model.image.size, config.model.image.stage_widths = 12, (8,)
     config.model.num_decoder_layers = 1
-    config.model.dropout = 0.1
+    config.model.dropout, config.model.dtype = 0.1, "float32"
     config.data.batch_size = 8
     config.optimizer.ema_decay = 0.9
     config.optimizer.warmup_steps = 2

@@ -1,5 +1,6 @@
 """The protocol `processes`: runs, tasks, differences and the page."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -45,19 +46,51 @@ def tiny(shipped, tmp_path_factory) -> ProcessSettings:
     return ProcessSettings(base, variants, (0, 1), (7, 8), (1e-3, 2e-3), 0, 100)
 
 
+# What the views of the last stage, which has most of the steps, show.
+SIZES: dict[str, Any] = {
+    "split_image_text": {"text": 18, "pixels": (75, 75)},
+    "image_text": {"text": 36, "pixels": (75, 75)},
+    "image": {"pixels": (75, 75)},
+    "text": {"text": 36},
+    "aux": {"aux": 6},
+}
+
+
+def operations(experiment: Experiment, sizes: dict[str, Any]) -> tuple[int, int]:
+    """Of a training example with 8 prompts of at most 10 tokens: those of the decoder, and all."""
+    config = experiment.with_vocabulary(416)
+    encoder = encode_flops(config, **sizes)
+    decoder = decode_flops(config, prompts=8, length=10, memory=num_memory(config, **sizes))
+    if not experiment.loss.alone:
+        return decoder, encoder + decoder
+    # One process alone is fused and decoded, too.
+    parts: Any = {"num_memory_tokens": 0, "num_bottleneck_blocks": 0}
+    without = ("concat", "cross_modal", "fusion_mlp")
+    plain = dataclasses.replace(config, without=without, **parts)
+    fusion = encoder - encode_flops(plain, **sizes)
+    return 2 * decoder, encoder + fusion + 2 * decoder
+
+
 def test_variants_have_as_many_operations_as_four_processes(shipped):
     totals = {}
     for name in shipped.variants:
-        config = Experiment.from_config(shipped.config_of(name, 0)).with_vocabulary(400)
-        nnx.eval_shape(lambda config=config: SlamV3(config, rngs=nnx.Rngs(0)))
-        sizes: Any = {"text": 24, "pixels": (75, 75)}
-        decoder = decode_flops(config, prompts=5, length=7, memory=num_memory(config, **sizes))
-        totals[name] = encode_flops(config, **sizes) + decoder
-        # The encoder is nearly all of it.
-        assert decoder < 0.15 * totals[name]
-    for total in totals.values():
-        assert total == pytest.approx(totals["four"], rel=0.01)
+        experiment = Experiment.from_config(shipped.config_of(name, 0))
+        model = experiment.with_vocabulary(416)
+        nnx.eval_shape(lambda model=model: SlamV3(model, rngs=nnx.Rngs(0)))
+        stage = experiment.data.stages[-1]
+        assert set(stage.rates) == set(SIZES)
+        totals[name] = sum(
+            rate * operations(experiment, SIZES[view])[1] for view, rate in stage.rates.items()
+        )
+    for name, total in totals.items():
+        assert total == pytest.approx(totals["four"], rel=0.01), (name, total / totals["four"])
     assert not set(shipped.seeds) & set(shipped.tuning_seeds) and len(shipped.seeds) == 8
+
+
+def test_the_encoder_has_nearly_all_operations(shipped):
+    experiment = Experiment.from_config(shipped.config_of("four", 0))
+    decoder, total = operations(experiment, SIZES["split_image_text"])
+    assert decoder < 0.15 * total
 
 
 def arguments(workdir) -> dict[str, Any]:

@@ -2,22 +2,33 @@
 
 Command:   python -m slam_jax.rocket --protocol=processes \
                --config=configs/experiments/processes.py --workdir=experiments/processes --jobs=2
-Hardware:  2 CPU cores, some hours; it resumes.
-Score:     not run yet; docs/processes.md says what is measured and how it is decided.
+Hardware:  2 CPU cores, about 12 minutes a run on one of them; it resumes.
+Score:     not run yet; docs/processes.md says what is measured, in which two rounds, and how it is
+           decided.
 """
 
 from typing import Any
 
 from slam_jax.training import default_config
 
+# All have as many operations a training step, within 1% (tests/test_rocket_processes.py).
 VARIANTS: dict[str, dict[str, Any]] = {
     "four": {},
-    "one_wide": {"model.num_processes": 1, "model.process_mlp_dim": 1_156},
+    "one_wide": {"model.num_processes": 1, "model.process_mlp_dim": 1_196},
     "one_deep": {
         "model.num_processes": 1,
         "model.num_process_layers": 8,
         "model.process_mlp_dim": 136,
     },
+    "exchange": {"model.exchange_every": 1, "model.process_mlp_dim": 122},
+    "views": {"model.process_views": ("all", "near", "strided", "others")},
+    "instruction": {"model.instruction_std": 0.5},
+    "process_dropout": {"model.process_dropout": 0.1},
+    # Training fuses and decodes one process alone, too.
+    "alone": {"loss.alone": 0.1, "model.process_mlp_dim": 26},
+    "similarity": {"loss.similarity": 0.1},
+    "balance": {"model.balance_fusion": True},
+    "reads_processes": {"model.memory_reads_processes": True, "model.process_mlp_dim": 104},
 }
 
 
@@ -30,16 +41,33 @@ def get_config() -> Any:
     base.model.num_decoder_layers = 1
     base.model.num_memory_tokens = 6
     base.model.num_bottleneck_blocks = 1
-    base.model.image.patch_size = 3
-    base.model.image.stage_widths = (16, 32, 64)
+    base.model.image.patch_size = 5
+    base.model.image.stage_widths = (16, 64)
     base.data.batch_size = 32
     base.data.questions = 5
-    base.data.stages = ((0, {"text": 1.0}), (500, {"split_image_text": 0.7, "image_text": 0.3}))
+    base.data.descriptions = 2
+    base.data.closest_objects = 1
+    base.data.stages = (
+        (0, {"aux": 1.0}),
+        (350, {"text": 0.75, "aux": 0.25}),
+        (
+            600,
+            {"split_image_text": 0.4, "image_text": 0.2, "image": 0.2, "text": 0.15, "aux": 0.05},
+        ),
+    )
     base.optimizer.name = "muon"
-    base.optimizer.learning_rate = 2e-3
+    base.optimizer.learning_rate = 4e-3
     base.optimizer.momentum = 0.9
     base.optimizer.warmup_steps = 20
-    base.run.num_steps = 3_000
-    base.run.evaluate_every = 3_000
+    base.optimizer.constant_fraction = 0.6
+    base.optimizer.ema_decay = 0.99
+    base.run.num_steps = 1_800
+    base.run.evaluate_every = 1_800
+    base.run.save_every = 300
     base.run.evaluate_batches = 4
-    return {"base": base.to_dict(), "variants": VARIANTS, "seeds": tuple(range(8))}
+    return {
+        "base": base.to_dict(),
+        "variants": VARIANTS,
+        "seeds": tuple(range(8)),
+        "learning_rates": (2e-3, 4e-3, 8e-3),
+    }

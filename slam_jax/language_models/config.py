@@ -44,7 +44,7 @@ class LanguageModelConfig(ModelConfig):
     tie_embeddings: bool = False
     remat: str | None = None
     scan_layers: bool | None = None
-    dtype: str = "float32"
+    dtype: str | None = "float32"
     param_dtype: str = "float32"
 
     def __post_init__(self):

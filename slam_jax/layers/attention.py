@@ -114,13 +114,15 @@ def attend_rotated(
     k: Float[Array, "*B T N H"],
     v: Float[Array, "*B T N H_v"],
     mask: Mask,
-    positions: Int[Array, "*#B P"],
+    positions: Int[Array, "*#B P"] | None,
 ) -> Float[Array, "*B T N H_v"]:
     """`attend` with rotary positions of the first tokens.
 
-    positions: of the first P <= T tokens. The later tokens have no position: their scores with each
-    other and with the first ones are those without a rotation.
+    positions: of the first P <= T tokens, None = of no token. The later tokens have no position:
+    their scores with each other and with the first ones are those without a rotation.
     """
+    if positions is None:
+        return attend(q, k, v, mask)
     count = positions.shape[-1]
     q_first, k_first = (rotary(x[..., :count, :, :], positions) for x in (q, k))
     if count == q.shape[-3]:
@@ -177,8 +179,6 @@ class SelfAttention(nnx.Module):
     ) -> Float[Array, "*B T D"]:
         """positions: of the first P tokens, as in `attend_rotated`."""
         q, k, v = self.queries(x), self.keys(x), self.value(x)
-        if positions is None:
-            return self.out(attend(q, k, v, mask))
         return self.out(attend_rotated(q, k, v, mask, positions))
 
     def queries(self, x: Float[Array, "*B T D"]) -> Float[Array, "*B T N H"]:

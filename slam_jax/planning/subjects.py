@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from slam_jax.data import Batch, prepare, training_batches
 from slam_jax.errors import require_count
+from slam_jax.kernels.backend import for_accelerators
 from slam_jax.language_models.flops import training_flops
 from slam_jax.language_models.registry import make_config, make_model
 from slam_jax.slam_v3 import SlamV3
@@ -120,6 +121,7 @@ def slam_v3_run(
 ) -> Subject:
     """A run of `train` on batches of one view, of these shapes."""
     model, sizes = experiment.with_vocabulary(vocab_size), input_sizes(batch.inputs)
+    model = _for_accelerators(model)
 
     def forward(num_process_layers: int) -> int:
         config = dataclasses.replace(model, num_process_layers=num_process_layers)
@@ -168,7 +170,9 @@ class LanguageRun:
     mesh: MeshConfig = MeshConfig()
 
     def subject(self) -> Subject:
-        config = make_config(self.language_model, self.preset, **(self.model or {}))
+        config = _for_accelerators(
+            make_config(self.language_model, self.preset, **(self.model or {}))
+        )
         require_count("batch_size", self.batch_size)
         require_count("num_tokens", self.num_tokens, most=config.context_length)
         rows, parts = self.batch_size, self.optimizer.accumulate_steps
@@ -201,6 +205,12 @@ class LanguageRun:
         period = math.lcm(config.attention_period, config.expert_period) if is_jamba else 1
         repeats, rest = divmod(config.num_layers - first, period)
         return {} if rest else {"num_layers": Depth(first, period, repeats)}
+
+
+def _for_accelerators(config: Any) -> Any:
+    """The configuration of a model as it is on GPUs and TPUs, for which plans are made."""
+    with for_accelerators():
+        return dataclasses.replace(config, dtype=config.dtypes["dtype"].name)
 
 
 def subject_of(config: ConfigDict | Mapping[str, Any]) -> Subject:

@@ -113,7 +113,8 @@ class SlamV3Config(ModelConfig):
     scan_layers: whether the parameters of equal layers are stacked, and the layers scanned; None =
       on GPUs and TPUs, from five equal layers on. With `exchange_every` those of the processes are
       not. It changes no result.
-    dtype, param_dtype: of the computation and of the parameters.
+    dtype, param_dtype: of the computation and of the parameters. dtype=None: float32 on CPUs, and
+      bfloat16 on GPUs and TPUs.
     """
 
     vocab_size: int
@@ -153,7 +154,7 @@ class SlamV3Config(ModelConfig):
     without: tuple[str, ...] = ()
     remat: str | None = None
     scan_layers: bool | None = dataclasses.field(default=None, kw_only=True)
-    dtype: str = "float32"
+    dtype: str | None = "float32"
     param_dtype: str = "float32"
 
     def __post_init__(self):
@@ -243,7 +244,7 @@ class SlamV3Config(ModelConfig):
 
 # Not the defaults of the fields: a stored configuration that lacks them means version 0.11.
 _OF_NEW_MODELS: dict[str, Any] = dict(
-    decoder_input_norm=True, rotate_all_streams=False, text_kernel_size=4
+    decoder_input_norm=True, rotate_all_streams=False, text_kernel_size=4, dtype=None
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -284,7 +285,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         aux_dim=64,
         alignment_dim=512,
         dropout=0.1,
-        dtype="bfloat16",
+        remat="maps",
         image=dict(encoder="vit", size=224, patch_size=16, num_layers=12),
     ),
 }

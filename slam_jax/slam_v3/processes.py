@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from slam_jax.layers.attention import SelfAttention
+from slam_jax.layers.attention import SelfAttention, attend_rotated
 from slam_jax.layers.constrain import constrain, gather_rows, taken
 from slam_jax.layers.dropout import DropoutKey, dropout, split
 from slam_jax.layers.linear import Linear
@@ -155,15 +155,22 @@ class ProcessLayer(SharedAttention):
         return h + dropout(self.mlp(self.norms[2](h)), self.dropout, keys[2]), weights
 
     def _isolated_attention(self, h, streams, view=None) -> Float[Array, "B S D"]:
-        """Each token attends to its own stream: one call per stream instead of an S x S mask."""
-        parts, read = split_streams(self.norms[0](h), streams), []
-        for i, part in enumerate(parts):
-            mask = part.visible
+        """Each token attends to its own stream: one call per stream instead of an S x S mask.
+
+        The maps to queries, keys and values, and from what was read, run once for all streams."""
+        x, maps = self.norms[0](h), self.isolated
+        ends = np.cumsum([stream.tokens.shape[1] for stream in streams])[:-1]
+        q, k, v = (
+            jnp.split(y, ends, axis=1) for y in (maps.queries(x), maps.keys(x), maps.value(x))
+        )
+        read = []
+        for i, stream in enumerate(streams):
+            mask = stream.visible
             if view is not None:
                 own = view.isolated[i][None]
                 mask = own if mask is None else mask & own
-            read.append(self.isolated(part.tokens, mask, part.positions))
-        return jnp.concatenate(read, axis=1)
+            read.append(attend_rotated(q[i], k[i], v[i], mask, stream.positions))
+        return maps.out(jnp.concatenate(read, axis=1))
 
 
 class Process(nnx.Module):
