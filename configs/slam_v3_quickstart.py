@@ -36,9 +36,9 @@ def get_config() -> Any:
     config.data.stages = (
         (0, {"aux": 1.0}),
         (300, {"text": 0.7, "aux": 0.3}),
-        (450, {"image": 0.6, "text": 0.2, "aux": 0.1, "image_text": 0.1}),
+        (480, {"image": 0.65, "text": 0.2, "aux": 0.07, "image_text": 0.08}),
         (
-            950,
+            980,
             {
                 "image": 0.34,
                 "text": 0.14,
@@ -54,7 +54,7 @@ def get_config() -> Any:
     config.optimizer.learning_rate = 6e-3
     config.optimizer.momentum = 0.9
     config.optimizer.warmup_steps = 20
-    config.optimizer.constant_fraction = 0.4
+    config.optimizer.constant_fraction = 0.6
     config.optimizer.ema_decay = 0.995
     config.run.num_steps = 1_500
     config.run.evaluate_every = 1_500

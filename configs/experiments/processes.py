@@ -49,9 +49,9 @@ def get_config() -> Any:
     base.data.closest_objects = 1
     base.data.stages = (
         (0, {"aux": 1.0}),
-        (350, {"text": 0.75, "aux": 0.25}),
+        (700, {"text": 0.75, "aux": 0.25}),
         (
-            600,
+            950,
             {"split_image_text": 0.4, "image_text": 0.2, "image": 0.2, "text": 0.15, "aux": 0.05},
         ),
     )
@@ -61,9 +61,9 @@ def get_config() -> Any:
     base.optimizer.warmup_steps = 20
     base.optimizer.constant_fraction = 0.6
     base.optimizer.ema_decay = 0.99
-    base.run.num_steps = 1_800
-    base.run.evaluate_every = 1_800
-    base.run.save_every = 300
+    base.run.num_steps = 2_200
+    base.run.evaluate_every = 2_200
+    base.run.save_every = 200
     base.run.evaluate_batches = 4
     return {
         "base": base.to_dict(),
