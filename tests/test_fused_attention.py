@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import re
 import sys
 import types
@@ -23,6 +24,7 @@ from slam_jax.language_models.registry import SYSTEMS, make_config, make_model
 from slam_jax.layers import MultiHeadLatentAttention, attend, latent_attend
 from slam_jax.layers.masks import Causal, as_array
 from slam_jax.layers.rotary import Rope, Yarn
+from slam_jax.planning.compiled import dependent
 from slam_jax.planning.subjects import LanguageRun
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 from slam_jax.training import LossConfig, language_model_loss, merge_model, split_model
@@ -451,7 +453,7 @@ def test_steps_can_be_exported_for_cuda_and_tpu(kernel, system):
 def test_no_scores_are_kept_for_the_backward_pass():
     """A step of SLAM v3 at the widths of `base`, with one layer of each kind, stores none."""
     pytest.importorskip("tokamax")
-    layers = dict(num_process_layers=1, num_decoder_layers=1)
+    layers: Any = dict(num_process_layers=1, num_decoder_layers=1, remat=None)
     config = SlamV3Config.preset(
         "base", 13, **layers, image=dict(encoder="vit", size=224, patch_size=16, num_layers=1)
     )
@@ -474,3 +476,29 @@ def test_no_scores_are_kept_for_the_backward_pass():
 
     assert len(scores(contextlib.nullcontext())) > 3
     assert not scores(for_accelerators("xla_chunked"))
+
+
+def test_base_keeps_at_most_eight_gib_for_its_backward_pass():
+    """16 examples of 512 tokens of text and 196 of an image; weights and casts not counted."""
+    pytest.importorskip("tokamax")
+    shape = jax.ShapeDtypeStruct
+    text, mask = shape((16, 512), jnp.int32), shape((16, 512), jnp.bool_)
+    inputs = Inputs(text=text, text_mask=mask, image=shape((16, 224, 224, 3), jnp.uint8))
+    length = shape((16, 1), jnp.int32)
+    given = Batch(inputs, shape((16, 1, 32), jnp.int32), length, length), jax.random.key(0)
+
+    def kept(params, batch, key):
+        def loss(params):
+            return slam_v3_loss(merge_model(graphdef, params), batch, LossConfig(), key=key).total
+
+        return jax.tree.leaves(jax.vjp(loss, params)[1])
+
+    with for_accelerators("xla_chunked"):
+        config = SlamV3Config.preset("base", 32_000)
+        graphdef, params = split_model(nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0))))
+        jaxpr = jax.make_jaxpr(kept)(params, *given).jaxpr
+    found = dependent(jaxpr.invars[len(jax.tree.leaves(params)) :], jaxpr)
+    arrays = [var.aval for var in {*found} - {None}]
+    assert all(x.shape[-2:].count(708) < 2 for x in arrays)
+    num_bytes = [math.prod(x.shape) * x.dtype.itemsize for x in arrays if x.dtype != given[1].dtype]
+    assert sum(num_bytes) < 8 * 2**30

@@ -94,7 +94,7 @@ def residuals(
     traced = jax.jit(forward).trace(params, inputs)
     shardings = traced.lower().compile(compiler_options=_FAST).output_shardings
     jaxpr = traced.jaxpr.jaxpr
-    kept = _dependent(jaxpr.invars[len(jax.tree.leaves(params)) :], jaxpr)
+    kept = dependent(jaxpr.invars[len(jax.tree.leaves(params)) :], jaxpr)
     found = {
         var: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         for var, x, sharding in zip(kept, traced.out_info, shardings, strict=True)
@@ -103,21 +103,21 @@ def residuals(
     return list(found.values())
 
 
-def _dependent(inputs: Sequence[Var], jaxpr: Jaxpr) -> list[Var | None]:
+def dependent(inputs: Sequence[Var], jaxpr: Jaxpr) -> list[Var | None]:
     """The results of a jaxpr, None in place of those that do not depend on `inputs`."""
-    dependent = set(inputs)
+    reached = set(inputs)
 
     def select(vars: Sequence[Any]) -> list[Var | None]:
-        return [var if isinstance(var, Var) and var in dependent else None for var in vars]
+        return [var if isinstance(var, Var) and var in reached else None for var in vars]
 
     for eqn in jaxpr.eqns:
         used, results = select(eqn.invars), eqn.outvars
         if eqn.primitive.name == "jit":  # not every result depends on every argument
             inner = eqn.params["jaxpr"].jaxpr
             taken = [own for own, var in zip(inner.invars, used, strict=True) if var is not None]
-            own = _dependent(taken, inner)
+            own = dependent(taken, inner)
             results = [var for var, own in zip(results, own, strict=True) if own is not None]
-        dependent.update(results if any(var is not None for var in used) else ())
+        reached.update(results if any(var is not None for var in used) else ())
     return select(jaxpr.outvars)
 
 
