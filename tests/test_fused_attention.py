@@ -453,7 +453,7 @@ def test_steps_can_be_exported_for_cuda_and_tpu(kernel, system):
 def test_no_scores_are_kept_for_the_backward_pass():
     """A step of SLAM v3 at the widths of `base`, with one layer of each kind, stores none."""
     pytest.importorskip("tokamax")
-    layers: Any = dict(num_process_layers=1, num_decoder_layers=1, remat=None)
+    layers: Any = dict(num_process_layers=1, num_decoder_layers=1, remat=None, dtype="bfloat16")
     config = SlamV3Config.preset(
         "base", 13, **layers, image=dict(encoder="vit", size=224, patch_size=16, num_layers=1)
     )
