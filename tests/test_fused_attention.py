@@ -483,7 +483,7 @@ def test_no_scores_are_kept_for_the_backward_pass():
 def test_base_keeps_at_most_eight_gib_for_its_backward_pass():
     """16 examples of 512 tokens of text and 196 of an image; weights and casts not counted."""
     pytest.importorskip("tokamax")
-    shape = jax.ShapeDtypeStruct
+    shape: Any = jax.ShapeDtypeStruct
     text, mask = shape((16, 512), jnp.int32), shape((16, 512), jnp.bool_)
     inputs = Inputs(text=text, text_mask=mask, image=shape((16, 224, 224, 3), jnp.uint8))
     length = shape((16, 1), jnp.int32)
@@ -500,7 +500,7 @@ def test_base_keeps_at_most_eight_gib_for_its_backward_pass():
         graphdef, params = split_model(nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0))))
         jaxpr = jax.make_jaxpr(kept)(params, *given).jaxpr
     found = dependent(jaxpr.invars[len(jax.tree.leaves(params)) :], jaxpr)
-    arrays = [var.aval for var in {*found} - {None}]
+    arrays: list[Any] = [var.aval for var in {*found} if var is not None]
     assert all(x.shape[-2:].count(708) < 2 for x in arrays)
     num_bytes = [math.prod(x.shape) * x.dtype.itemsize for x in arrays if x.dtype != given[1].dtype]
     assert sum(num_bytes) < 8 * 2**30
