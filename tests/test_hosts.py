@@ -176,7 +176,7 @@ devices, kinds = np.array(jax.devices()), ("data", "fsdp", "process", "tensor")
 whole = np.arange(12).reshape(6, 2)
 for mesh, expected in (
     (devices[[0, 3, 1, 4, 2, 5]].reshape(6, 1, 1, 1), [[0, 2, 4], [1, 3, 5]]),
-    (devices.reshape(3, 1, 2, 1), [[0, 1, 2, 3], [2, 3, 4, 5]]),
+    (devices.reshape(3, 1, 1, 2), [[0, 1, 2, 3], [2, 3, 4, 5]]),
 ):
     mesh = jax.sharding.Mesh(mesh, kinds)
     rows = list(local_rows(6, mesh))

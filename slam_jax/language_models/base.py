@@ -132,7 +132,7 @@ class ParallelBlocks(nnx.Module):
 
     def __call__(self, h, forward: ForwardPass, cache, key):
         read, cache = forward.mix(getattr(self, self.name), self.norm(h), cache)
-        h, read = gather_rows((h, read))
+        h = gather_rows(h)
         with taken("process"):  # its devices have different blocks, and the same rows
             run = jax.vmap(lambda block, h: block(h, read, forward.positions), in_axes=(0, None))
             for _ in range(self.num_cycles):

@@ -125,7 +125,7 @@ class Streams(nnx.Module):
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         kw = dict(**config.dtypes, rngs=rngs)
         dim, param_dtype = config.embed_dim, kw["param_dtype"]
-        self.config = config
+        self.config, self.dtype = config, kw["dtype"]
         # The norms give all streams the same scale.
         self.text_norm, self.image_norm, self.aux_norm = (
             RMSNorm(dim, param_dtype=param_dtype) for _ in range(3)
@@ -155,7 +155,7 @@ class Streams(nnx.Module):
         text_embeddings: the embedded `inputs.text`; the table belongs to the model, which reads
         and writes text with the same one.
         """
-        dtype = self.config.dtypes["dtype"]
+        dtype = self.dtype
         types = self.type[...].astype(dtype)[:, None, None]
         streams = []
         if text_embeddings is not None:

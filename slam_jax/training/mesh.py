@@ -22,7 +22,7 @@ class MeshConfig:
     gathered when they are used; the parallel processes of the model over `process`, where their
     parameters are never gathered, and the batch elsewhere; and heads, MLPs, vocabulary and experts
     over `tensor`. process: None = the largest divisor of the number of processes that also divides
-    the devices which the other axes leave.
+    the devices which the other axes leave; 1 if `fsdp` or `tensor` is -1.
     zero: optimizer state and averaged parameters are sharded over `data` too (ZeRO, stage 1;
     Rajbhandari et al. 2020, section 5.1).
     """
@@ -75,7 +75,8 @@ def resolve(config: MeshConfig, num_devices: int, num_processes: int = 1) -> dic
     if config.process is None:
         others = dataclasses.replace(config, process=1).sizes.values()
         left, uneven = divmod(num_devices, math.prod(size for size in others if size != REST))
-        process = 1 if uneven else math.gcd(left, num_processes)
+        taken = uneven or REST in (config.fsdp, config.tensor)
+        process = 1 if taken else math.gcd(left, num_processes)
         config = dataclasses.replace(config, process=process)
     sizes = config.sizes
     known = math.prod(size for size in sizes.values() if size != REST)
