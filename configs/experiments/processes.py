@@ -3,7 +3,7 @@
 Command:   python -m slam_jax.rocket --protocol=processes \
                --config=configs/experiments/processes.py --workdir=experiments/processes --jobs=2
 Hardware:  2 CPU cores, about 12 minutes a run on one of them; it resumes.
-Score:     not run yet; docs/processes.md says what is measured, in which two rounds, and how it is
+Score:     the first round has begun; docs/processes.md says what is measured, in which two rounds, and how it is
            decided.
 """
 
