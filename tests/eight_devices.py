@@ -590,7 +590,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(run_config, tmp_path):
     for changes, message in (
         (
             ["process=1"],
-            "data.batch_size is 4; expected a multiple of 8, optimizer.accum",
+            "data.batch_size is 4; expected a multiple of 8, optimizer.accumulate_steps times",
         ),
         (["process=8"], "mesh.process is 8; expected a divisor of model.num_processes=4"),
     ):

@@ -480,6 +480,15 @@ def test_no_scores_are_kept_for_the_backward_pass():
     assert not scores(for_accelerators("xla_chunked"))
 
 
+def test_a_new_model_computes_in_the_dtype_of_its_device():
+    """A stored configuration without the field means float32 everywhere."""
+    config = SlamV3Config.preset("tiny", 13)
+    assert config.dtype is None and config.dtypes["dtype"] == jnp.float32
+    with for_accelerators():
+        assert config.dtypes == {"dtype": jnp.bfloat16, "param_dtype": jnp.float32}
+        assert SlamV3Config(13).dtypes["dtype"] == jnp.float32
+
+
 def test_base_keeps_at_most_eight_gib_for_its_backward_pass():
     """16 examples of 512 tokens of text and 196 of an image; weights and casts not counted."""
     pytest.importorskip("tokamax")

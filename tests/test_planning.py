@@ -102,6 +102,7 @@ def test_a_plan_says_whether_it_fits_and_what_is_exact():
     assert found == {8.9: 2, 9.0: 1, 25.9: 1, 26.0: 0}
     assert "may fit: 90.0% of 10 GiB are needed, 260.0% are taken here" in describe(of_memory(10.0))
     assert "does not fit: 900.0% of 1 GiB are needed" in describe(plan)
+    assert "; divide it by mesh.data=1 and mesh.fsdp=8, or take smaller" in describe(plan)
     text = describe(of_memory(52.0))
     assert "\nfits: 17.3% of 52 GiB" in text
     rows = {line.split()[0]: line.split()[-1] for line in text.splitlines()[1:8]}

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from slam_jax.data.fresh_scenes import FreshScenes
 from slam_jax.rocket.machine import describe_machine
 from slam_jax.rocket.processes.measure import GROUPS, ProcessSettings, conditions, run
 from slam_jax.rocket.processes.protocol import Processes
-from slam_jax.rocket.protocols import make_comparison
+from slam_jax.rocket.protocols import PROTOCOLS, make_comparison
 from slam_jax.rocket.sweep import best_rate, validation_losses
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
@@ -57,7 +59,7 @@ SIZES: dict[str, Any] = {
 
 
 def operations(experiment: Experiment, sizes: dict[str, Any]) -> tuple[int, int]:
-    """Of a training example with 8 prompts of at most 10 tokens: those of the decoder, and all."""
+    """Operations of the decoder, and of the whole model, for an example with 8 prompts."""
     config = experiment.with_vocabulary(416)
     encoder = encode_flops(config, **sizes)
     decoder = decode_flops(config, prompts=8, length=10, memory=num_memory(config, **sizes))
@@ -186,6 +188,15 @@ def test_the_shipped_comparison_is_built_from_its_file(tmp_path):
     protocol = make_comparison("processes", CONFIG, ["--config.num_scenes=300"], None, tmp_path)
     assert isinstance(protocol, Processes) and protocol.models[0] == "four"
     assert len(protocol.options.seeds) == 8 and protocol.options.num_scenes == 300
+
+
+def test_the_command_takes_every_protocol():
+    names = "flags.FLAGS['protocol'].parser.enum_values"
+    script = f"from slam_jax.rocket.__main__ import flags; print(*{names})"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == list(PROTOCOLS)
 
 
 def test_fresh_scenes_are_in_no_split_and_shifts_change_what_they_say():

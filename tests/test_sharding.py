@@ -17,11 +17,12 @@ from slam_jax.errors import ConfigError
 from slam_jax.language_models.registry import SYSTEMS, make_config, make_model
 from slam_jax.layers.constrain import constrain, fit
 from slam_jax.planning.collectives import Collective, collectives
+from slam_jax.runtime.memory import require_memory
 from slam_jax.slam_v3 import SlamV3, SlamV3Config
 from slam_jax.training import default_config, override, split_model
 from slam_jax.training.checkpoint.trees import by_name
 from slam_jax.training.experiment import Experiment, as_json
-from slam_jax.training.mesh import MeshConfig, make_mesh, resolve
+from slam_jax.training.mesh import MeshConfig, make_mesh, more_fsdp, resolve
 from slam_jax.training.optimizer import OPTIMIZERS
 from slam_jax.training.sharding import RULES, matching_rules, place
 from slam_jax.training.start import state_shapes
@@ -203,6 +204,14 @@ def test_a_mesh_that_cannot_be_is_named(argument, message):
     config = override(as_json(default_config("tiny")), [f"--config.mesh.{argument}"])
     with pytest.raises(ConfigError, match=re.escape(message)):
         Experiment.from_config(config)
+
+
+def test_where_a_state_does_not_fit_its_division_is_proposed():
+    assert more_fsdp({"data": 1, "fsdp": 8}) == ""
+    with pytest.raises(
+        ConfigError, match=r"are .*; divide it by mesh\.data=1 and mesh\.fsdp=8, or c"
+    ):
+        require_memory(2**60, "the training state", more_fsdp({"data": 4, "fsdp": 2}))
 
 
 def test_one_device_has_no_mesh_and_is_told_nothing():

@@ -128,7 +128,7 @@ def skip_zero_gradients(optimizer: optax.GradientTransformation) -> optax.Gradie
     def skipped(path, gradient, update):
         layers = _layer_axis(path)
         if layers is None:
-            return jax.lax.select(jnp.any(gradient != 0), update, jnp.zeros_like(update))
+            return jnp.where(jnp.any(gradient != 0), update, 0.0)
         others = tuple(axis for axis in range(gradient.ndim) if axis != layers)
         return jnp.where(jnp.any(gradient != 0, axis=others, keepdims=True), update, 0.0)
 

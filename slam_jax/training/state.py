@@ -127,7 +127,7 @@ def make_train_step(
             decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema = optax.incremental_update(params, ema, 1.0 - decay)
         new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
-        params, opt_state, ema = jax.tree.map(lambda n, o: jax.lax.select(bad, o, n), new, old)
+        params, opt_state, ema = jax.tree.map(lambda n, o: jnp.where(bad, o, n), new, old)
         bad_steps = jnp.where(bad, state.bad_steps + 1, 0)
         metrics = StepMetrics(loss, grad_norm, bad_steps, updates_made(state.opt_state))
         counts = state.step + 1, state.skipped + bad, bad_steps
