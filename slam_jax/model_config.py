@@ -1,5 +1,6 @@
 """What the configurations of all models have in common: checks of fields by name, and dtypes."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -11,6 +12,7 @@ from slam_jax.kernels.backend import on_cpu
 from slam_jax.layers.remat import POLICIES
 
 DTYPES = ("float32", "bfloat16", "float64")
+PRECISIONS = ("tensorfloat32", "float32")
 
 # The largest value of each count, for every model that has a field of this name. A count that is
 # not here is not checked.
@@ -48,6 +50,7 @@ class ModelConfig:
     scan_layers: bool | None
     dtype: str | None
     param_dtype: str
+    matmul_precision: str | None
 
     def __post_init__(self):
         fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]
@@ -69,12 +72,21 @@ class ModelConfig:
             require(dtype in allowed, name, dtype, f"one of {allowed}")
             known = dtype != "float64" or jax.dtypes.canonicalize_dtype(dtype) == dtype
             require(known, name, dtype, "another, or JAX_ENABLE_X64=1 in the environment")
+        precision, known = self.matmul_precision, (None, *PRECISIONS)
+        require(precision in known, "matmul_precision", precision, f"one of {known}")
 
     @property
     def dtypes(self) -> dict[str, Any]:
         """The two dtypes as keyword arguments of a layer; `dtype=None` is that of the device."""
         dtype = self.dtype or ("float32" if on_cpu() else "bfloat16")
         return {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(self.param_dtype)}
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it, products of float32 matrices on GPUs and TPUs have `matmul_precision`."""
+        dtype = self.dtypes["dtype"]
+        if self.matmul_precision is None or dtype != jnp.float32 or on_cpu():
+            return contextlib.nullcontext()
+        return jax.default_matmul_precision(self.matmul_precision)
 
     def sizes(self, *fields: str) -> dict[str, Any]:
         """Fields as keyword arguments, of a layer or of its count in `layers.flops`."""

@@ -663,10 +663,10 @@ def test_a_bad_field_is_named_with_what_would_do(field, value, expected):
 
 
 def test_new_models_have_defaults_that_a_stored_configuration_does_not_mean():
-    fields = ("decoder_input_norm", "rotate_all_streams", "text_kernel_size")
+    fields = ("decoder_input_norm", "rotate_all_streams", "text_kernel_size", "matmul_precision")
     new, stored = SlamV3Config.preset("tiny", VOCAB), SlamV3Config(VOCAB)
-    assert [getattr(new, name) for name in fields] == [True, False, 4]
-    assert [getattr(stored, name) for name in fields] == [False, True, 0]
+    assert [getattr(new, name) for name in fields] == [True, False, 4, "float32"]
+    assert [getattr(stored, name) for name in fields] == [False, True, 0, None]
 
 
 def test_vit_size_is_checked_where_it_is_configured():

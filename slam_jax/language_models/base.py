@@ -29,6 +29,7 @@ from slam_jax.layers.kv_cache import check_prompts
 from slam_jax.layers.linear import Initializer, Linear, project_to_float32
 from slam_jax.layers.masks import prefix_mask, without_unknown_pads
 from slam_jax.layers.norms import RMSNorm
+from slam_jax.layers.precision import precise
 from slam_jax.layers.router import Routing, load_balancing_loss
 from slam_jax.layers.stacked import collect, kinds, run_layers
 from slam_jax.protocol import Hidden, Output
@@ -175,6 +176,7 @@ class HeadedModel(nnx.Module):
         hidden = self.hidden(tokens, mask, key=key)
         return Output(self.logits(hidden.states), hidden.aux_loss)
 
+    @precise
     def hidden(
         self,
         tokens: Int[AnyArray, "*B T"],
@@ -189,12 +191,14 @@ class HeadedModel(nnx.Module):
             mask = jnp.asarray(mask)
         return self._hidden(without_unknown_pads(tokens, mask, self.config.vocab_size), mask, key)
 
+    @precise
     def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head: logits (float32 or wider) of hidden states."""
         if self.head is None:
             return project_to_float32(states, self.embedding.embedding[...].T)
         return project_to_float32(states, self.head.kernel[...])
 
+    @precise
     def prefill(
         self,
         tokens: Int[AnyArray, "*B T"],
@@ -220,6 +224,7 @@ class HeadedModel(nnx.Module):
         tokens = without_unknown_pads(tokens, mask, self.config.vocab_size)
         return self._prefill(tokens, cache, lengths, mask)
 
+    @precise
     def decode_step(
         self, tokens: Int[AnyArray, "*B"], cache: Any, memory: None = None
     ) -> tuple[Float[Array, "*B V"], Any]:

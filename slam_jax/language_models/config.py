@@ -26,6 +26,8 @@ class LanguageModelConfig(ModelConfig):
     scan_layers: whether the parameters of equal blocks are stacked, and the blocks scanned; None =
       on GPUs and TPUs, from five equal blocks on. It changes no result.
     dtype, param_dtype: of the computation and of the parameters.
+    matmul_precision: of products of float32 matrices on GPUs and TPUs: "float32"; "tensorfloat32",
+      which is faster and keeps 10 bits of each factor; None = as JAX is configured.
 
     Fields of other models, where several have them:
     mlp_dim: F. num_layers. num_heads: N. num_kv_heads: K, None = N. head_dim: H, None = D / N.
@@ -46,6 +48,7 @@ class LanguageModelConfig(ModelConfig):
     scan_layers: bool | None = None
     dtype: str | None = "float32"
     param_dtype: str = "float32"
+    matmul_precision: str | None = "float32"
 
     def __post_init__(self):
         super().__post_init__()

@@ -115,6 +115,9 @@ class SlamV3Config(ModelConfig):
       not. It changes no result.
     dtype, param_dtype: of the computation and of the parameters. dtype=None: float32 on CPUs, and
       bfloat16 on GPUs and TPUs.
+    matmul_precision: of products of float32 matrices on GPUs and TPUs: "float32"; "tensorfloat32",
+      which is faster and keeps 10 bits of each factor; None = as JAX is configured. It concerns no
+      other dtype.
     """
 
     vocab_size: int
@@ -156,6 +159,7 @@ class SlamV3Config(ModelConfig):
     scan_layers: bool | None = dataclasses.field(default=None, kw_only=True)
     dtype: str | None = "float32"
     param_dtype: str = "float32"
+    matmul_precision: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
         object.__setattr__(self, "without", tuple(self.without))
@@ -244,7 +248,11 @@ class SlamV3Config(ModelConfig):
 
 # Not the defaults of the fields: a stored configuration that lacks them means version 0.11.
 _OF_NEW_MODELS: dict[str, Any] = dict(
-    decoder_input_norm=True, rotate_all_streams=False, text_kernel_size=4, dtype=None
+    decoder_input_norm=True,
+    rotate_all_streams=False,
+    text_kernel_size=4,
+    dtype=None,
+    matmul_precision="float32",
 )
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -14,6 +14,7 @@ from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import DropoutKey, dropout, split
 from slam_jax.layers.linear import Linear, project_to_float32
 from slam_jax.layers.masks import prefix_mask, without_unknown_pads
+from slam_jax.layers.precision import precise
 from slam_jax.protocol import Hidden, Output
 from slam_jax.slam_v3.alignment import AlignmentHead
 from slam_jax.slam_v3.config import SlamV3Config
@@ -67,6 +68,7 @@ class SlamV3(nnx.Module):
         self.head = Linear(config.embed_dim, config.vocab_size, **kw)
         self.alignment = AlignmentHead(config, rngs=rngs)
 
+    @precise
     def encode(self, inputs: Inputs, *, key: DropoutKey = None) -> Memory:
         """The memory that the decoder attends to. `key`: of dropout.
 
@@ -74,6 +76,7 @@ class SlamV3(nnx.Module):
         """
         return self._encode(inputs, key)[0]
 
+    @precise
     def decode(
         self, tokens: Int[AnyArray, "B *Q T"], memory: Memory, *, key: DropoutKey = None
     ) -> Float[Array, "B *Q T V"]:
@@ -95,6 +98,7 @@ class SlamV3(nnx.Module):
         hidden = self.hidden(tokens, inputs, key=key, attention=attention)
         return Output(self.logits(hidden.states), attention=hidden.attention)
 
+    @precise
     def hidden(
         self,
         tokens: Int[AnyArray, "B *Q T"],
@@ -112,10 +116,12 @@ class SlamV3(nnx.Module):
         of_decoder = of_decoder.reshape(*of_decoder.shape[:3], *tokens.shape[1:], -1)
         return Hidden(states, attention=Attention(of_processes, of_memory, of_decoder))
 
+    @precise
     def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head: logits (float32 or wider) of hidden states."""
         return project_to_float32(states, self.head.kernel[...])
 
+    @precise
     def run_processes(
         self, inputs: Inputs, *, key: DropoutKey = None, attention: bool = False
     ) -> tuple[Float[Array, "P B S D"], list[Stream], Any]:
@@ -123,6 +129,7 @@ class SlamV3(nnx.Module):
         shared attention [P, B, layers, N, S, S] if asked for, else None."""
         return self._run_processes(inputs, split(key, 3), attention)
 
+    @precise
     def fuse(
         self, y: Float[Array, "P B S D"], streams: Sequence[Stream], *, key: DropoutKey = None
     ) -> Memory:
@@ -130,6 +137,7 @@ class SlamV3(nnx.Module):
         fused = self.fusion(y, streams, key=key)
         return self.memory_bank(fused.tokens, fused.mask)
 
+    @precise
     def embed(self, inputs: Inputs, *, key: DropoutKey = None) -> Float[Array, "B embed"]:
         """A unit vector for retrieval; give one input alone (see `AlignmentHead`)."""
         return self.alignment(self.encode(inputs, key=key))
@@ -138,6 +146,7 @@ class SlamV3(nnx.Module):
         """An empty cache for rows of `batch_shape` (B, *Q) and at most `max_length` tokens each."""
         return self.decoder.init_cache(_rows(batch_shape), max_length)
 
+    @precise
     def prefill(
         self,
         tokens: Int[AnyArray, "B *Q T"],
@@ -158,6 +167,7 @@ class SlamV3(nnx.Module):
         h, cache = self.decoder.prefill(self._embed(tokens), cache, memory, lengths)
         return self.logits(h).reshape(*tokens.shape, self.config.vocab_size), cache
 
+    @precise
     def decode_step(
         self, tokens: Int[AnyArray, "B *Q"], cache: DecoderCache, memory: Memory
     ) -> tuple[Float[Array, "B *Q V"], DecoderCache]:

@@ -77,6 +77,7 @@ def train(
             stack.enter_context(lock_workdir(workdir))
         checkpoints = stack.enter_context(Checkpoints(workdir, keep_every=run.keep_every))
         stack.enter_context(use_mesh(mesh))
+        stack.enter_context(experiment.model.precision())
         stack.enter_context(distributed.explain_lost_peers())
         opened = open_run(experiment, checkpoints, mesh)
         state, pending = opened.state, opened.pending_evaluation
