@@ -17,7 +17,16 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from benchmarks import BENCHMARKS, device, results, results_page, step_profile, table, worker
+from benchmarks import (
+    BENCHMARKS,
+    device,
+    jpegs,
+    results,
+    results_page,
+    step_profile,
+    table,
+    worker,
+)
 from benchmarks.comparison import Arm, Comparison
 from benchmarks.harness import Disagreement, Skipped, measure
 from benchmarks.worker import ArmFailed
@@ -343,3 +352,11 @@ def test_our_arms_alone_run_in_both_versions_and_their_rows_are_stored(tmp_path,
         results.keep_versions(entry, "0.0.8")
     with pytest.raises(InputError, match="expected a checkout of another version"):
         results.version_of(str(tmp_path))
+
+
+def test_pictures_are_counted_until_they_are_in_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(jpegs, "BATCH", 4)
+    monkeypatch.setattr(jpegs, "_MADE_AHEAD", 1)
+    assert jpegs.write(tmp_path, 22) > 10_000  # bytes, as photographs of this size have
+    rate, batch = jpegs.measure(tmp_path, SlamV3Config.preset("base", 512), workers=0)
+    assert rate > 0 and batch.inputs.image.shape == (4, 224, 224, 3)

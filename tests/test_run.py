@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -206,6 +207,13 @@ def test_dropout_draws_by_the_chosen_generator(config):
         assert str(state.key.dtype) == dtype
     with pytest.raises(ConfigError, match="run.prng_impl"):
         Experiment.from_config(override(config, ["--config.run.prng_impl=mine"]))
+
+
+@pytest.mark.slow
+def test_a_run_that_reads_in_a_worker_process_is_the_same(config, finished, tmp_path):
+    config = override(config, ["--config.data.workers=1"])
+    assert_same(train(config, tmp_path), finished[1])
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow

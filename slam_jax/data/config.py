@@ -41,6 +41,11 @@ class DataConfig:
     drop_inputs: in training, each input of a row is left out at this rate, but never all of them,
       so that the model learns to answer from any mix; it is evaluated on each mix. Not for
       sort_of_clevr.
+    bucket_lengths: texts, and prompts with their answers, are padded to the next power of two of
+      tokens in their batch, from 16 on. False = to the longest of the data set. A step is compiled
+      once for each length. `default_config` sets True.
+    workers: processes that make the batches; 0 = threads of the training process. It changes no
+      batch.
     max_damaged_records: how many damaged records of a split are skipped; one more ends the run.
     vocab_size: the largest number of tokens that the tokenizer learns.
     table_version: how the table of a folder is read. 2 = equal pictures are in one split whatever
@@ -62,6 +67,8 @@ class DataConfig:
     augment: float = 0.0
     drop_inputs: float = 0.0
     questions: int | None = None
+    bucket_lengths: bool = False
+    workers: int = 0
     descriptions: int = 0
     closest_objects: int = 0
     max_damaged_records: int = 10
@@ -72,6 +79,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_count("batch_size", self.batch_size)
         require_count("vocab_size", self.vocab_size, least=SMALLEST_VOCABULARY)
+        require_count("workers", self.workers, least=0, most=256)
         require_count("max_damaged_records", self.max_damaged_records, least=0)
         versions = (None, 2)
         require(self.table_version in versions, "table_version", self.table_version, "None or 2")

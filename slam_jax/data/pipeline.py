@@ -4,17 +4,18 @@ import contextlib
 import functools
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
+from absl import flags
 from flax import struct
 from jaxtyping import Bool, Float, Int, UInt8
 
 from slam_jax.array_typing import AnyArray
 from slam_jax.data.config import DataConfig
-from slam_jax.data.records import DamagedRecord, DataError
+from slam_jax.data.records import DamagedRecord, DataError, Rebuilt
 from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.errors import InputError
 from slam_jax.layers.masks import prefix_mask
@@ -23,6 +24,14 @@ from slam_jax.slam_v3.streams import Inputs
 _THREADS = 2
 _PREFETCHED_BATCHES = 4
 _QUESTIONS_KEPT = 1 << 14
+_SHORTEST_BUCKET = 16
+
+
+class RecordLengths(NamedTuple):
+    """Numbers of tokens of a text, and of <bos>, a prompt, its answer and <eos> together."""
+
+    text: int
+    question: int
 
 
 class Example(NamedTuple):
@@ -66,6 +75,9 @@ class Source(Protocol):
     question_length: the largest number of tokens of a prompt and its answer together.
     answer_length: the largest number of tokens of an answer.
     answers: the expected answers of a bounded sample of records. No picture is read for it.
+
+    A source may also have `lengths(index, tokenizer)`, see `Rows.lengths`. Without it, several
+    processes pad all texts to the longest.
     """
 
     @property
@@ -125,31 +137,66 @@ def training_batches(
 ) -> Iterator[tuple[str, Batch]]:
     """Endless (view, batch) from step `start_step` on, as numpy arrays, prefetched.
 
-    Step s gives the same batch whatever the start and the number of processes. Examples are
-    reshuffled every epoch. A damaged record is replaced by the next one that can be read.
+    Step s gives the same examples whatever the start and the number of processes. Examples are
+    reshuffled every epoch. A damaged record is replaced by the next one that can be read, and that
+    is not in a longer bucket. Close the iterator where `config.workers` is not 0.
 
     rows: the rows of each global batch that this process needs; None = all.
     """
     rows = range(config.batch_size) if rows is None else rows
-    indices = grain.MapDataset.source(range(len(source))).seed(config.seed).shuffle().repeat()
-
-    def examples_of(view: str) -> grain.MapDataset:
-        def render(index: int, rng: np.random.Generator) -> Example:
-            return source.render(_read_from(source, index), view, rng)
-
-        return indices.random_map(render)
-
-    examples: dict[str, Any] = {view: examples_of(view) for view in config.views}
-    collate = {view: _Collate(source, tokenizer, view) for view in config.views}
-
-    def batch_of(step: int) -> tuple[str, Batch]:
-        view = config.view(step)
-        chosen = [examples[view][step * config.batch_size + row] for row in rows]
-        return view, collate[view](chosen)
-
+    batch_of = _BatchOfStep(source, tokenizer, config, rows)
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch_of)
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCHED_BATCHES)
-    return iter(steps.to_iter_dataset(options))
+    batches = steps.to_iter_dataset(options)
+    if config.workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain passes flags of its own to its processes
+        processes = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=2)
+        batches = batches.mp_prefetch(processes)
+    return iter(batches)
+
+
+class _BatchOfStep(Rebuilt):
+    """The (view, batch) of a step; see `training_batches`."""
+
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, config: DataConfig, rows: Sequence[int]
+    ):
+        self._source, self._config, self._rows = source, config, rows
+        shuffled = grain.MapDataset.source(range(len(source))).seed(config.seed).shuffle()
+        self._indices: Any = shuffled.repeat()
+        bucketed = config.bucket_lengths
+        self._collate = {v: _Collate(source, tokenizer, v, bucketed) for v in config.views}
+        self._examples: dict[str, Any] = {
+            view: self._indices.random_map(functools.partial(self._render, view))
+            for view in config.views
+        }
+
+    def __call__(self, step: int) -> tuple[str, Batch]:
+        size, view = self._config.batch_size, self._config.view(step)
+        collate, longest = self._collate[view], None
+        examples = [self._examples[view][step * size + row] for row in self._rows]
+        if self._config.bucket_lengths and len(self._rows) < size:
+            # All processes must pad alike, and each reads its own rows alone.
+            longest = collate.longest(self._indices[step * size + row] for row in range(size))
+        return view, collate(examples, longest)
+
+    def _render(self, view: str, index: int, rng: np.random.Generator) -> Example:
+        return self._source.render(self._read_from(index, self._collate[view]), view, rng)
+
+    def _read_from(self, index: int, collate: "_Collate") -> Any:
+        """The record of this index, or the next one that can be read and is in no longer bucket."""
+        count, advice = len(self._source), "build the data set again"
+        for i in range(count):
+            other = (index + i) % count
+            if i and not collate.replaces(other, index):
+                advice = (
+                    f"or longer than record {index}; repair it, or set data.bucket_lengths=False"
+                )
+                continue
+            with contextlib.suppress(DamagedRecord):
+                return self._source[other]
+        raise DataError(f"all {count} records are damaged; {advice}")
 
 
 def evaluation_batches(
@@ -176,36 +223,58 @@ def evaluation_batches(
         yield EvaluationBatch(collate(chosen + padding), chosen, len(chosen))
 
 
-def _read_from(source: Source, index: int) -> Any:
-    """The record of this index, or the next one that can be read."""
-    for i in range(len(source)):
-        with contextlib.suppress(DamagedRecord):
-            return source[(index + i) % len(source)]
-    raise DataError(f"all {len(source)} records are damaged; build the data set again")
-
-
 class _Collate:
-    """Makes a `Batch` of examples of one view; its shapes depend on their number alone."""
+    """Makes a `Batch` of examples of one view.
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, view: str):
-        self._tokenizer = tokenizer
-        self._shortest, self._longest = source.text_lengths(view, tokenizer)
+    bucketed: texts and questions are padded to the next power of two from 16 on, or to the longest
+    of the source where that is shorter; otherwise always to the longest, so that all batches of as
+    many examples have the same shape.
+    """
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, view: str, bucketed: bool = False):
+        self._source, self._tokenizer, self._bucketed = source, tokenizer, bucketed
+        self._shortest, longest = source.text_lengths(view, tokenizer)
+        self._longest = RecordLengths(longest, source.question_length(tokenizer) + 2)
         self._streams, self._image_size = source.streams(view), source.image_size
         self._complete = source.complete(view)
         self._paired = source.paired(view)
-        self._question_length = source.question_length(tokenizer) + 2
         # Questions repeat: the same words in other scenes, the same scene in every epoch.
         self._encode = functools.lru_cache(maxsize=_QUESTIONS_KEPT)(tokenizer.encode)
         self._questions = functools.lru_cache(maxsize=_QUESTIONS_KEPT)(self._encode_questions)
 
-    def __call__(self, examples: Sequence[Example]) -> Batch:
+    def __call__(self, examples: Sequence[Example], longest: RecordLengths | None = None) -> Batch:
+        """longest: the lengths to choose buckets by, None = those of the examples."""
+        rows: Any = np.stack([self._questions(e.prompts, e.answers) for e in examples])
+        texts = [self._tokenizer.encode(example.text or "") for example in examples]
+        longest = longest or RecordLengths(max(map(len, texts)), int(rows[..., -1].max()))
+        sizes = self._buckets(longest) if self._bucketed else self._longest
         inputs = {
-            **self._texts([example.text for example in examples]),
+            **self._texts(texts, sizes.text),
             **self._images([example.image for example in examples]),
             **self._aux([example.aux for example in examples]),
         }
-        rows: Any = np.stack([self._questions(e.prompts, e.answers) for e in examples])
-        return Batch(Inputs(**inputs), rows[..., :-2], rows[..., -2], rows[..., -1], self._paired)
+        tokens = rows[..., : sizes.question]
+        return Batch(Inputs(**inputs), tokens, rows[..., -2], rows[..., -1], self._paired)
+
+    def longest(self, indices: Iterable[int]) -> RecordLengths:
+        """Bounds of the lengths of these records; of all, where the source knows no others."""
+        found = [self._lengths(index) for index in indices]
+        return RecordLengths(*(max(lengths) for lengths in zip(*found, strict=True)))
+
+    def replaces(self, other: int, index: int) -> bool:
+        """Whether one record is in no longer bucket than another."""
+        if not self._bucketed:
+            return True
+        sizes, most = (self._buckets(self._lengths(i)) for i in (other, index))
+        return sizes.text <= most.text and sizes.question <= most.question
+
+    def _lengths(self, index: int) -> RecordLengths:
+        known = getattr(self._source, "lengths", None)
+        return (known and known(index, self._tokenizer)) or self._longest
+
+    def _buckets(self, lengths: RecordLengths) -> RecordLengths:
+        pairs = zip(lengths, self._longest, strict=True)
+        return RecordLengths(*(min(most, _power_of_2(length)) for length, most in pairs))
 
     def _encode_questions(
         self, prompts: tuple[str, ...], answers: tuple[str, ...]
@@ -215,18 +284,17 @@ class _Collate:
         for prompt, answer in zip(prompts, answers, strict=True):
             start = [tokenizer.bos_id, *self._encode(prompt)]
             ids = [*start, *self._encode(answer), tokenizer.eos_id]
-            padded = _pad(ids, self._question_length, tokenizer.pad_id)
+            padded = _pad(ids, self._longest.question, tokenizer.pad_id)
             rows.append([*padded, len(start), len(ids)])
         return np.array(rows, np.int32)
 
-    def _texts(self, texts: Sequence[str | None]) -> dict[str, Any]:
+    def _texts(self, texts: Sequence[list[int]], size: int) -> dict[str, Any]:
         if "text" not in self._streams:
             return {}
-        ids = [self._tokenizer.encode(text or "") for text in texts]
-        rows = [_pad(row, self._longest, self._tokenizer.pad_id) for row in ids]
-        lengths = np.array([len(row) for row in ids])
-        mask = np.arange(self._longest) < lengths[:, None]
-        complete = self._complete and self._shortest == self._longest
+        rows = [_pad(row, size, self._tokenizer.pad_id) for row in texts]
+        lengths = np.array([len(row) for row in texts])
+        mask = np.arange(size) < lengths[:, None]
+        complete = self._complete and self._shortest == self._longest.text
         return _masked("text", np.array(rows, np.int32), None if complete else mask)
 
     def _images(self, images: Sequence[np.ndarray | None]) -> dict[str, Any]:
@@ -244,6 +312,11 @@ class _Collate:
         known = np.logical_not(np.isnan(stacked).any(axis=-1))
         known_or_0 = np.where(known[..., None], stacked, 0)
         return _masked("aux", known_or_0, None if self._complete else known)
+
+
+def _power_of_2(length: int) -> int:
+    """The smallest bucket for so many tokens."""
+    return max(_SHORTEST_BUCKET, 1 << max(length - 1, 0).bit_length())
 
 
 def _masked(name: str, value: np.ndarray, mask: np.ndarray | None) -> dict[str, Any]:

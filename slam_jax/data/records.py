@@ -17,7 +17,25 @@ class DamagedRecord(Exception):
     """A record cannot be read. Raised by a `Source`; batches skip the record."""
 
 
-class Mapped(Sequence[Any]):
+class Rebuilt:
+    """Base of classes that are pickled as the arguments of their constructor.
+
+    Their locks and caches cannot be pickled, and a worker process needs its own.
+    """
+
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        created = super().__new__(cls)
+        created._arguments = args, kwargs
+        return created
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        args, kwargs = self._arguments
+        return functools.partial(type(self), **kwargs), args
+
+
+class Mapped(Rebuilt, Sequence[Any]):
     """Records to which `convert` is applied when they are indexed; it may raise.
 
     kept: how many of the converted records are kept in memory.
@@ -34,7 +52,7 @@ class Mapped(Sequence[Any]):
         return self._read(index)
 
 
-class Records(Sequence[Any]):
+class Records(Rebuilt, Sequence[Any]):
     """The records of a split.
 
     Args:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from slam_jax.data.config import DataConfig
 from slam_jax.data.images import crop_at_random, load_image
 from slam_jax.data.numbers import AuxFormat
-from slam_jax.data.pipeline import Example
+from slam_jax.data.pipeline import Example, RecordLengths
 from slam_jax.data.records import DamagedRecord, Mapped, Records
 from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.data.views import TRAINING_VIEWS
@@ -67,9 +67,11 @@ def texts_of(rows: Sequence[Any], most: int | None = None) -> Iterator[Texts]:
     """The texts of the first `most` rows, once for each answer. Damaged rows are skipped."""
     for i in range(len(rows))[:most]:
         with contextlib.suppress(DamagedRecord):
-            row = rows[i]
-            for answer in row.answers:
-                yield Texts(row.text or "", row.prompt, answer)
+            yield from _texts_of_row(rows[i])
+
+
+def _texts_of_row(row: Row) -> Iterator[Texts]:
+    return (Texts(row.text or "", row.prompt, answer) for answer in row.answers)
 
 
 def measure(texts: Iterable[Texts], tokenizer: Tokenizer) -> Lengths:
@@ -120,6 +122,9 @@ class Rows(Records):
         # Counted once for each tokenizer; nearly always there is one, that of the data set.
         self._lengths = functools.lru_cache(maxsize=4)(
             lambda tokenizer: lengths or measure(texts_of(undecoded), tokenizer)
+        )
+        self._by_row = functools.lru_cache(maxsize=4)(
+            lambda tokenizer: None if lengths else _lengths_by_row(undecoded, tokenizer)
         )
 
     @property
@@ -188,8 +193,26 @@ class Rows(Records):
     def answer_length(self, tokenizer: Tokenizer) -> int:
         return self._lengths(tokenizer).answer
 
+    def lengths(self, index: int, tokenizer: Tokenizer) -> RecordLengths | None:
+        """Bounds of the lengths of a record, from its texts alone; None where they are unknown.
+
+        They are the same in all processes, also where a picture cannot be read.
+        """
+        by_row = self._by_row(tokenizer)
+        return None if by_row is None else by_row[index]
+
     def answers(self) -> Iterator[str]:
         return (texts.answer for texts in texts_of(self._undecoded, CORPUS_ROWS))
+
+
+def _lengths_by_row(rows: Sequence[Any], tokenizer: Tokenizer) -> list[RecordLengths | None]:
+    """The lengths of each row with its longest answer; None for a row that cannot be read."""
+    found: list[RecordLengths | None] = [None] * len(rows)
+    for i in range(len(rows)):
+        with contextlib.suppress(DamagedRecord):
+            lengths = measure(_texts_of_row(rows[i]), tokenizer)
+            found[i] = RecordLengths(lengths.text[1], lengths.question + 2)
+    return found
 
 
 def _decode(row: Row, size: int) -> Row:

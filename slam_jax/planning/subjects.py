@@ -226,7 +226,9 @@ def subject_of(config: ConfigDict | Mapping[str, Any]) -> Subject:
     experiment, runs = Experiment.from_config(values), []
     dataset = prepare(experiment.data, model=experiment.model)
     for view in experiment.data.views:
-        data = dataclasses.replace(experiment.data, stages=((0, {view: 1.0}),))
+        stages = ((0, {view: 1.0}),)
+        # The longest batches count.
+        data = dataclasses.replace(experiment.data, stages=stages, bucket_lengths=False, workers=0)
         _, row = next(training_batches(dataset.train, dataset.tokenizer, data, rows=range(1)))
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((experiment.data.batch_size, *x.shape[1:]), x.dtype), row

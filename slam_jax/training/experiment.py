@@ -148,8 +148,8 @@ def default_config(preset: str = "small") -> ConfigDict:
     """
     require(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
     model = SlamV3Config.preset(preset, vocab_size=1)
-    # Not the default of the field: a stored configuration that lacks it means None.
-    data = DataConfig(table_version=2)
+    # Not the defaults of the fields: a stored configuration that lacks them means the others.
+    data = DataConfig(table_version=2, bucket_lengths=True)
     groups = Experiment(0, model, data, LossConfig(), OptimizerConfig(), RunConfig())
     config = dataclasses.asdict(groups)
     del config["model"]["vocab_size"]

@@ -133,24 +133,29 @@ class Trainer:
 
     def run(self, state: TrainState, pending_evaluation: bool) -> TrainState:
         """Takes all remaining steps; `pending_evaluation`: and evaluates the given state before."""
+        first, data, dataset = int(state.step), self.experiment.data, self.dataset
+        rows = local_rows(data.batch_size, self.mesh)
+        batches: Any = training_batches(
+            dataset.train, dataset.tokenizer, data, start_step=first, rows=rows
+        )
+        with contextlib.closing(batches):
+            if pending_evaluation:
+                self._save(first, state, self._evaluate(first, state))
+                if self.stop.requested:
+                    self.checkpoints.wait()
+                    raise Stopped(f"step {first:,} is saved; the same command resumes from there")
+            return self._take_steps(state, batches)
+
+    def _take_steps(self, state: TrainState, batches: Iterator[tuple[str, Batch]]) -> TrainState:
         run, first = self.experiment.run, int(state.step)
         step_fn = jit_step(self.experiment, self.graphdef, state)
         flops: dict[Any, int] = {}  # by the form of a batch, for which a step is compiled
-        data, dataset = self.experiment.data, self.dataset
-        rows = local_rows(data.batch_size, self.mesh)
-        batches = training_batches(
-            dataset.train, dataset.tokenizer, data, start_step=first, rows=rows
-        )
-        if pending_evaluation:
-            self._save(first, state, self._evaluate(first, state))
-            if self.stop.requested:
-                self.checkpoints.wait()
-                raise Stopped(f"step {first:,} is saved; the same command resumes from there")
+        batch_size = self.experiment.data.batch_size
         unreported: list[tuple[int, str, Batch, int, StepMetrics]] = []
         for step in range(first + 1, run.num_steps + 1):
             self.checkpoints.poll()
             view, batch = next(batches)
-            placed = place(batch, self.mesh, data.batch_size)
+            placed = place(batch, self.mesh, batch_size)
             leaves, structure = jax.tree.flatten(placed)
             form = structure, *((x.shape, x.dtype) for x in leaves)
             if form not in flops:

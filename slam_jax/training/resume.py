@@ -16,12 +16,13 @@ from slam_jax.training.state import TrainState
 
 MAY_CHANGE = (
     *("data.data_dir", "data.path", "data.max_damaged_records"),
+    *("data.bucket_lengths", "data.workers"),
     *("loss.chunk_tokens", "model.remat", "model.scan_layers"),
     *("run.keep_every", "run.log_every", "run.save_every", "run.tensorboard"),
 )
 """Fields that may change between two starts of a run, as those of `mesh` may: where its data is,
-how it saves memory and compiles, and what it writes. What is computed from an undamaged record is
-the same."""
+how batches are padded and made, how it saves memory and compiles, and what it writes. What is
+computed from an undamaged record is the same."""
 
 
 class OpenedRun(NamedTuple):
