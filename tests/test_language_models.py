@@ -1,6 +1,7 @@
 """The nine systems and SLAM v3's text stream: what holds for all of them, and what is in each."""
 
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from slam_jax.language_models.__main__ import main as print_sizes
 from slam_jax.layers.router import Routing
 from slam_jax.protocol import LanguageModel
 from slam_jax.training import OptimizerConfig, make_optimizer, make_train_step, split_model
-from slam_jax.training.losses import language_model_loss
+from slam_jax.training.losses import language_model_loss, token_losses
 from slam_jax.training.optimizer import decay_mask, muon_axes
 from slam_jax.training.state import init_state
 
@@ -99,6 +100,51 @@ def test_prompts_of_any_length_and_steps_after_them_are_the_whole_sequence(name)
         token = np.take_along_axis(text, place, axis=-1)[..., 0]
         logits, cache = step(model, token, cache)
         close(logits, np.take_along_axis(whole, place[..., None], axis=-2)[..., 0, :])
+
+
+# Three texts, with a pad after the second and after the last.
+SEGMENTS = np.repeat([1, 2, 0, 3, 0], [2, 7, 1, 10, 1])[None]
+
+
+# Mamba, latent attention, shared keys and values, learned positions.
+@some_systems("jamba", "deepseek_v2", "hunyuan_large", "slam_v5")
+def test_texts_in_one_row_are_what_they_are_alone(name):
+    model, row = build(name), tokens(1)
+    if name == "slam_v3_text":
+        with pytest.raises(InputError, match="segment_ids for slam_v3_text, .*; expected one text"):
+            model(row, segment_ids=SEGMENTS)
+        return
+    packed = jax.jit(lambda model: model(row, segment_ids=SEGMENTS).logits[0])(model)
+    alone, mask = np.zeros((3, LENGTH), np.int32), np.zeros((3, LENGTH), bool)
+    for i in range(3):
+        text = row[1 + i == SEGMENTS]
+        alone[i, : len(text)], mask[i, : len(text)] = text, True
+    for i, logits in enumerate(forward(model, alone, mask).logits):
+        close(packed[SEGMENTS[0] == 1 + i], logits[mask[i]])
+
+
+def test_no_token_is_predicted_from_another_text():
+    model, row = build("standard"), tokens(1)
+
+    @jax.jit
+    def both(model):
+        parts = language_model_loss(model, row, segment_ids=SEGMENTS)
+        return model(row, segment_ids=SEGMENTS).logits[0], parts.cross_entropy
+
+    logits, loss = both(model)
+    each = token_losses(logits[:-1], row[0, 1:]).cross_entropy
+    inside = (SEGMENTS[0, 1:] == SEGMENTS[0, :-1]) & (SEGMENTS[0, 1:] > 0)
+    assert inside.sum() == 1 + 6 + 9
+    close(loss, each[inside].mean())
+
+
+def test_segments_beside_a_mask_or_of_another_shape_are_refused():
+    model, row = build("standard"), tokens(1)
+    with pytest.raises(InputError, match="segment_ids with a mask; expected them alone"):
+        model(row, np.ones((1, LENGTH), bool), segment_ids=SEGMENTS)
+    hidden = inspect.unwrap(type(model).hidden)  # without the check of types, which is for tests
+    with pytest.raises(InputError, match=r"segment_ids of shape \(1, 5\); expected them alone"):
+        hidden(model, row, segment_ids=SEGMENTS[:, :5])
 
 
 @some_systems("standard", "slam_v3_text")

@@ -166,14 +166,19 @@ class HeadedModel(nnx.Module):
         tokens: Int[AnyArray, "*B T"],
         mask: Bool[AnyArray, "*B T"] | None = None,
         *,
+        segment_ids: Int[AnyArray, "*B T"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Output:
         """Logits (float32 or wider) at every position; see `slam_jax.protocol.LanguageModel`.
 
-        Raises InputError for more tokens than the context has, unless a mask says
-        which are real: pads do not count.
+        segment_ids: instead of a mask, for rows of several texts: the number of the text of each
+        token, from 1 on, and 0 for pads. Each text has the logits that it has alone.
+
+        Raises InputError for more tokens than the context has, unless a mask or segments say which
+        belong together: pads do not count. Also for both of these, and for segments where the model
+        cannot separate texts.
         """
-        hidden = self.hidden(tokens, mask, key=key)
+        hidden = self.hidden(tokens, mask, segment_ids=segment_ids, key=key)
         return Output(self.logits(hidden.states), hidden.aux_loss)
 
     @precise
@@ -182,14 +187,23 @@ class HeadedModel(nnx.Module):
         tokens: Int[AnyArray, "*B T"],
         mask: Bool[AnyArray, "*B T"] | None = None,
         *,
+        segment_ids: Int[AnyArray, "*B T"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Hidden:
         """The hidden states before the head, for the same arguments as a forward pass."""
-        if mask is None:
+        if segment_ids is not None:
+            if mask is not None or segment_ids.shape != tokens.shape:
+                given = "with a mask" if mask is not None else f"of shape {segment_ids.shape}"
+                expected = f"expected them alone, of the shape {tokens.shape} of the tokens"
+                raise InputError(f"segment_ids {given}; {expected}")
+            segment_ids = jnp.asarray(segment_ids)
+            mask = segment_ids > 0
+        elif mask is None:
             self._check_length(tokens.shape[-1])
         else:
             mask = jnp.asarray(mask)
-        return self._hidden(without_unknown_pads(tokens, mask, self.config.vocab_size), mask, key)
+        tokens = without_unknown_pads(tokens, mask, self.config.vocab_size)
+        return self._hidden(tokens, mask, segment_ids, key)
 
     @precise
     def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -237,7 +251,7 @@ class HeadedModel(nnx.Module):
             self._check_length(int(np.max(cache.length, initial=0)) + 1)
         return self._decode_step(jnp.asarray(tokens), cache)
 
-    def _hidden(self, tokens, mask, key) -> Hidden:
+    def _hidden(self, tokens, mask, segment_ids, key) -> Hidden:
         raise NotImplementedError
 
     def _prefill(self, tokens, cache, lengths, mask) -> tuple[Any, Any]:
@@ -285,8 +299,8 @@ class Transformer(HeadedModel):
         table = nnx.Embed(*rows, embedding_init=embedding_init, **kw) if learned_positions else None
         self.positions: Any = table
 
-    def _hidden(self, tokens, mask, key) -> Hidden:
-        layout = causal_layout(tokens.shape[-1], mask)
+    def _hidden(self, tokens, mask, segment_ids, key) -> Hidden:
+        layout = causal_layout(tokens.shape[-1], mask, segment_ids)
         forward = ForwardPass(
             lambda mixer, x, _: (mixer(x, layout), None), layout.positions, mask, key is not None
         )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from slam_jax.errors import require
+from slam_jax.errors import InputError, require
 from slam_jax.language_models.base import HeadedModel
 from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers.dropout import dropout, split
@@ -103,7 +103,12 @@ class SlamV3Text(HeadedModel):
         self.decoder = Decoder(v3, rngs=rngs)
         self.head = Linear(config.embed_dim, config.vocab_size, **kw)
 
-    def _hidden(self, tokens, mask, key) -> Hidden:
+    def _hidden(self, tokens, mask, segment_ids, key) -> Hidden:
+        if segment_ids is not None:
+            raise InputError(
+                "segment_ids for slam_v3_text, which encodes whole windows of a row; expected one "
+                "text a row"
+            )
         rows, back = tokens.reshape(-1, tokens.shape[-1]), None
         if mask is not None:
             # Windows begin at the first real token: pads are moved to the right, and back later.

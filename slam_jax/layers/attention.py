@@ -34,24 +34,47 @@ class Layout(NamedTuple):
     """Where the tokens and pads of a batch are in their rows.
 
     positions: position of each token in its row. mask: True = a real token, None = all are real.
-    visible: True where a token may attend to another, which is real and not later; `Causal()`
-    where there are no pads.
+    visible: True where a token may attend to another, which is real, of the same segment and not
+    later; `Causal()` where there are neither pads nor segments. packed: whether rows have segments,
+    each of which begins at position 0.
     """
 
     positions: Int[Array, "*#B T"]
     mask: Bool[Array, "*B T"] | None
     visible: Bool[Array, "*#B T T"] | Causal
+    packed: bool = False
 
 
-def causal_layout(num_tokens: int, mask: Bool[Array, "*B T"] | None = None) -> Layout:
+def causal_layout(
+    num_tokens: int,
+    mask: Bool[Array, "*B T"] | None = None,
+    segment_ids: Int[Array, "*B T"] | None = None,
+) -> Layout:
     """The layout of rows of `num_tokens` tokens, with pads (left, right or both) where `mask` is
-    False. The first real token of a row has position 0."""
+    False. The first real token of a row has position 0.
+
+    segment_ids: instead of a mask, the segment of each token, such as the text that it is from; 0
+    for pads. Tokens of a segment are neighbours.
+    """
+    if segment_ids is not None:
+        return _packed_layout(num_tokens, segment_ids)
     if mask is None:
         return Layout(jnp.arange(num_tokens), None, Causal())
     positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
     causal = jax.lax.broadcast_to_rank(Causal().array(num_tokens), mask.ndim + 1)
     visible = causal & mask[..., None, :]
     return Layout(positions, mask, visible)
+
+
+def _packed_layout(num_tokens: int, segment_ids: Int[Array, "*B T"]) -> Layout:
+    mask, places = segment_ids > 0, jnp.arange(num_tokens)
+    before = jnp.pad(segment_ids, [(0, 0)] * (segment_ids.ndim - 1) + [(1, 0)])[..., :-1]
+    places = jax.lax.broadcast_to_rank(places, segment_ids.ndim)
+    starts = jnp.where(segment_ids != before, places, 0)
+    first = jax.lax.cummax(starts, axis=segment_ids.ndim - 1)
+    same = segment_ids[..., :, None] == segment_ids[..., None, :]
+    causal = jax.lax.broadcast_to_rank(Causal().array(num_tokens), same.ndim)
+    return Layout(places - first, mask, causal & same & mask[..., None, :], packed=True)
 
 
 def attention_weights(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
-from slam_jax.layers.attention import Layout
+from slam_jax.layers.attention import Layout, causal_layout
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
 from slam_jax.layers.masks import prefix_mask
 from slam_jax.layers.norms import RMSNorm
@@ -42,12 +42,13 @@ def selective_scan(
     state: Float[Array, "*B I state"],
     *,
     chunk_size: int,
+    starts: Bool[Array, "*B T"] | None = None,
 ) -> tuple[Float[Array, "*B T I"], Float[Array, "*B I state"]]:
     """y_t = c_t h_t with h_t = exp(dt_t a) h_(t-1) + dt_t b_t x_t, and the last h; h_0 is `state`.
 
     The states [T, I, state] never exist all at once: chunks of tokens are scanned one after the
     other, only the states between chunks are stored for the gradient, and the rest is recomputed.
-    A token whose dt is 0 leaves the state as it is.
+    A token whose dt is 0 leaves the state as it is. starts: where the state is 0 before the token.
     """
     num_tokens = x.shape[-2]
     num_chunks = -(-num_tokens // chunk_size)
@@ -59,8 +60,10 @@ def selective_scan(
         return z.reshape(num_chunks, chunk_size, *z.shape[1:])
 
     def step(state, token):
-        x, dt, b, c = token
+        x, dt, b, c, *start = token
         decay = jnp.exp(dt[..., None, :] * rates)
+        if start:
+            decay = jnp.where(start[0][..., None], 0, decay)
         state = decay * state + (dt * x)[..., None, :] * b[..., :, None]
         return state, jnp.sum(state * c[..., :, None], axis=-2)
 
@@ -70,7 +73,8 @@ def selective_scan(
 
     # Inside, states are [*B, state, I]: sums over the few states are then sums of whole rows.
     rates = jax.lax.broadcast_to_rank(a.T, state.ndim)
-    inputs = tuple(map(in_chunks, (x, dt, b, c)))
+    more = () if starts is None else (starts[..., None],)
+    inputs = tuple(map(in_chunks, (x, dt, b, c, *more)))
     state, y = jax.lax.scan(chunk, jnp.swapaxes(state, -1, -2), inputs)
     y = y.reshape(num_chunks * chunk_size, *y.shape[2:])[:num_tokens]
     return jnp.moveaxis(y, 0, -2), jnp.swapaxes(state, -1, -2)
@@ -158,9 +162,11 @@ class Mamba(nnx.Module):
     def __call__(
         self, x: Float[Array, "*B T D"], layout: Layout | None = None
     ) -> Float[Array, "*B T D"]:
-        """The output for a whole sequence; pads (`layout.mask`), left or right, have no effect."""
-        cache = self.init_cache(x.shape[:-2], 0)
-        return self._scan(x, None if layout is None else layout.mask, cache.state)[0]
+        """The output for a whole sequence; pads (`layout.mask`), left or right, have no effect, nor
+        do other segments of a row."""
+        cache, layout = self.init_cache(x.shape[:-2], 0), layout or causal_layout(x.shape[-2])
+        positions = layout.positions if layout.packed else None
+        return self._scan(x, layout.mask, cache.state, positions)[0]
 
     def prefill(
         self, x: Float[Array, "*B T D"], cache: MambaCache, lengths: Int[Array, "*B"] | None = None
@@ -191,18 +197,23 @@ class Mamba(nnx.Module):
         y, state = selective_scan(v, dt, a, b, c, cache.state, chunk_size=1)
         return self._leave(x, v, y), MambaCache(seen[..., 1:, :], state)
 
-    def _scan(self, x, mask: Bool[Array, "*B T"] | None, state):
-        """The output, the padded inputs of the convolution, and the state after the last token."""
+    def _scan(self, x, mask: Bool[Array, "*B T"] | None, state, positions=None):
+        """The output, the padded inputs of the convolution, and the state after the last token.
+
+        positions: of the tokens in their segments, None = a row is one segment.
+        """
         value = self.value(x)
         if mask is not None:
             value = jnp.where(mask[..., None], value, 0)
         before = self.conv_width - 1
         padded = jnp.pad(value, [(0, 0)] * (value.ndim - 2) + [(before, 0), (0, 0)])
-        mixed = short_convolution(padded, self.conv_filter[...].astype(self.dtype))
+        mixed = short_convolution(padded, self.conv_filter[...].astype(self.dtype), positions)
         v, dt, a, b, c = self._coefficients(self._activate(mixed))
         if mask is not None:
             dt = jnp.where(mask[..., None], dt, 0)
-        y, state = selective_scan(v, dt, a, b, c, state, chunk_size=self.chunk_size)
+        starts = None if positions is None else positions == 0
+        size = self.chunk_size
+        y, state = selective_scan(v, dt, a, b, c, state, chunk_size=size, starts=starts)
         return self._leave(x, v, y), padded, state
 
     def _activate(self, mixed):

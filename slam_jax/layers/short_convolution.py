@@ -3,23 +3,33 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from slam_jax.array_typing import AnyArray
 
 
 def short_convolution(
-    x: Float[Array, "*B W_1_T D"], weights: Float[Array, "W D"]
+    x: Float[Array, "*B W_1_T D"],
+    weights: Float[Array, "W D"],
+    positions: Int[Array, "*B T"] | None = None,
 ) -> Float[Array, "*B T D"]:
     """y_t = sum_w weights_w x_(t + w), a channel at a time, as a sum of shifted products.
 
-    x begins with the W - 1 tokens before the first one, or with zeros in their place.
+    x begins with the W - 1 tokens before the first one, or with zeros in their place. positions: of
+    the tokens in their segments; what is before the first token of a segment counts as zeros.
     """
-    num_tokens = x.shape[-2] - len(weights) + 1
+    width, num_tokens = len(weights), x.shape[-2] - len(weights) + 1
     weights = jax.lax.broadcast_to_rank(weights, x.ndim)
-    y = x[..., :num_tokens, :] * weights[..., 0, None, :]
-    for w in range(1, weights.shape[-2]):
-        y = y + x[..., w : w + num_tokens, :] * weights[..., w, None, :]
+
+    def product(w: int) -> jax.Array:
+        y = x[..., w : w + num_tokens, :] * weights[..., w, None, :]
+        if positions is None or w == width - 1:
+            return y
+        return jnp.where((positions >= width - 1 - w)[..., None], y, 0)
+
+    y = product(0)
+    for w in range(1, width):
+        y = y + product(w)
     return y
 
 

@@ -70,14 +70,16 @@ def compiled_step(subject: Subject, mesh: Mesh | None) -> Step:
 
 
 def program_lines(subject: Subject, mesh: Mesh | None) -> int:
-    """Lines of StableHLO of a subject's training step for GPUs and TPUs, which compile time grows
-    with. Nothing is compiled."""
+    """Lines of StableHLO of both halves of a subject's training step for GPUs and TPUs, which
+    compile time grows with. Nothing is compiled."""
     with use_mesh(mesh), for_accelerators():
         # The subject may have a state already, which was made for a CPU, without stacked layers.
         graphdef, state = dataclasses.replace(subject).state
         state = with_shardings(state, mesh, zero=subject.mesh.zero)
-        step = subject.step(graphdef, state)
-        return jax.jit(step).lower(state, subject.batch).as_text().count("\n")
+        step: Any = subject.step(graphdef, state)
+        gradients = step.gradients.lower(state, subject.batch)
+        halves = gradients, step.update.lower(state, *gradients.out_info)
+        return sum(half.as_text().count("\n") for half in halves)
 
 
 def residuals(

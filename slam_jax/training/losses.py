@@ -115,15 +115,15 @@ def _mean_losses(
     mask: Bool[AnyArray, "*B"],
     chunk_tokens: int | None,
     *inputs: Any,
-    key: Any,
+    **more: Any,
 ) -> tuple[TokenLosses, Float[Array, ""] | float]:
-    """The mean losses of the tokens in `mask` that `model(*inputs)` predicts, and its auxiliary
-    loss."""
+    """The mean losses of the tokens in `mask` that `model(*inputs, **more)` predicts, and its
+    auxiliary loss."""
     if chunk_tokens is None:
-        output = model(*inputs, key=key)
+        output = model(*inputs, **more)
         losses = token_losses(output.logits, targets)
     else:
-        output = model.hidden(*inputs, key=key)
+        output = model.hidden(*inputs, **more)
         losses = token_losses_in_chunks(model.logits, output.states, targets, chunk_tokens)
     count = jnp.maximum(mask.sum(), 1)
     means = (jnp.where(mask, x, 0.0).sum() / count for x in losses)
@@ -206,20 +206,28 @@ def language_model_loss(
     tokens: Int[AnyArray, "*B T_1"],
     mask: Bool[AnyArray, "*B T_1"] | None = None,
     *,
+    segment_ids: Int[AnyArray, "*B T_1"] | None = None,
     key: PRNGKeyArray | None = None,
     chunk_tokens: int | None = None,
 ) -> LanguageLossParts:
     """The mean cross-entropy of each token given those before it, and the model's auxiliary loss.
 
-    mask: True = a real token, None = all are; of the shape of `tokens`. chunk_tokens: see
-    `LossConfig`; the model must then be a `slam_jax.protocol.Headed`.
+    mask: True = a real token, None = all are; of the shape of `tokens`. segment_ids: of rows of
+    several texts, see `slam_jax.language_models.base.HeadedModel`; no token is predicted from
+    another text. chunk_tokens: see `LossConfig`; the model must then be a
+    `slam_jax.protocol.Headed`.
     """
+    more: dict[str, Any] = {"key": key}
     if mask is not None:
         chex.assert_equal_shape([tokens, mask])  # any other mask could broadcast
     targets = tokens[..., 1:]
     inputs = (tokens[..., :-1], None if mask is None else mask[..., :-1])
     both = jnp.ones(targets.shape, bool) if mask is None else mask[..., :-1] & mask[..., 1:]
-    losses, aux_loss = _mean_losses(model, targets, both, chunk_tokens, *inputs, key=key)
+    if segment_ids is not None:
+        chex.assert_equal_shape([tokens, segment_ids])
+        before, after = segment_ids[..., :-1], segment_ids[..., 1:]
+        both, more["segment_ids"] = (before == after) & (before > 0), before
+    losses, aux_loss = _mean_losses(model, targets, both, chunk_tokens, *inputs, **more)
     aux_loss = jnp.asarray(aux_loss, losses.cross_entropy.dtype)
     total = losses.cross_entropy + aux_loss
     return LanguageLossParts(total, losses.cross_entropy, aux_loss, losses.correct)

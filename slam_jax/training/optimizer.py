@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
 from slam_jax.errors import require, require_count
+from slam_jax.layers.precision import upcast
 from slam_jax.layers.stacked import names_of
 
 OPTIMIZERS = ("adamw", "muon")
@@ -139,6 +140,23 @@ def skip_zero_gradients(optimizer: optax.GradientTransformation) -> optax.Gradie
     return optax.GradientTransformation(optimizer.init, update)
 
 
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """The Euclidean norm of all arrays together, in float32 or wider."""
+    arrays = [x.astype(upcast(x.dtype)) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in arrays))
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """As that of optax, with the same state. That one compiles to three times the operations, since
+    it allows for complex numbers and scales each array twice."""
+
+    def update(updates, state, params=None):
+        scale = max_norm / jnp.maximum(global_norm(updates), max_norm)
+        return jax.tree.map(lambda x: x * scale.astype(x.dtype), updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """The optimizer of a run of `num_steps` steps.
 
@@ -163,5 +181,5 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     else:
         optimizer = optax.adamw(schedule, b1, b2, epsilon, weight_decay=decay, mask=decay_mask)
     if config.clip_norm is not None:
-        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+        optimizer = optax.chain(clip_by_global_norm(config.clip_norm), optimizer)
     return skip_zero_gradients(optimizer)

@@ -11,7 +11,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from slam_jax.layers.constrain import constrain
-from slam_jax.training.optimizer import updates_made
+from slam_jax.training.optimizer import global_norm, updates_made
 
 
 @struct.dataclass
@@ -118,7 +118,7 @@ def make_train_step(
         return _accumulate(gradients_of_part, *inputs, accumulate_steps, weight_of)
 
     def update(state: TrainState, grads: Any, loss: Any) -> tuple[TrainState, StepMetrics]:
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = global_norm(grads)
         bad = ~(jnp.isfinite(loss.total) & jnp.isfinite(grad_norm))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params, ema = optax.apply_updates(state.params, updates), state.ema
