@@ -10,10 +10,17 @@ import optax
 import optax.contrib
 import pytest
 from flax import nnx
+from helpers import assert_same
 
 from slam_jax.slam_v3 import SlamV3, SlamV3Config
 from slam_jax.training import OptimizerConfig, make_optimizer, split_model
-from slam_jax.training.optimizer import decay_mask, make_schedule, muon_axes
+from slam_jax.training.optimizer import (
+    clip_by_global_norm,
+    decay_mask,
+    global_norm,
+    make_schedule,
+    muon_axes,
+)
 
 
 def close(x, y, tolerance=1e-5):
@@ -72,6 +79,20 @@ def test_gradients_are_clipped_by_their_global_norm_before_adam():
     close(first_updates(config, grads, params)["kernel"], -np.full(4, 1 / 3), 1e-4)
     config = dataclasses.replace(config, clip_norm=None)
     close(first_updates(config, grads, params)["kernel"], -np.full(4, 100 / 101), 1e-4)
+
+
+def test_the_norm_and_the_clipping_are_those_of_optax():
+    gradients = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.float32(-2)}}
+    close(global_norm(gradients), optax.tree.norm(gradients))
+    for most in (1.0, 100.0):
+        found, theirs = clip_by_global_norm(most), optax.clip_by_global_norm(most)
+        assert found.init(gradients) == theirs.init(gradients)
+        clipped = found.update(gradients, found.init(gradients))[0]
+        jax.tree.map(close, clipped, theirs.update(gradients, theirs.init(gradients))[0])
+    assert_same(clipped, gradients)  # too small to be clipped
+    half = {"a": jnp.full(4, 1e3, jnp.bfloat16)}
+    assert global_norm(half).dtype == jnp.float32
+    assert clip_by_global_norm(1.0).update(half, None)[0]["a"].dtype == jnp.bfloat16
 
 
 MUON = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0)
