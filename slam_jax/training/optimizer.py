@@ -154,7 +154,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         scale = max_norm / jnp.maximum(global_norm(updates), max_norm)
         return jax.tree.map(lambda x: x * scale.astype(x.dtype), updates), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
