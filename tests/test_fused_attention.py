@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from slam_jax.data import Batch
 from slam_jax.errors import InputError
@@ -27,7 +28,14 @@ from slam_jax.layers.rotary import Rope, Yarn
 from slam_jax.planning.compiled import dependent
 from slam_jax.planning.subjects import LanguageRun
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
-from slam_jax.training import LossConfig, language_model_loss, merge_model, split_model
+from slam_jax.training import (
+    LossConfig,
+    language_model_loss,
+    make_optimizer,
+    make_train_step,
+    merge_model,
+    split_model,
+)
 from slam_jax.training.losses import num_answer_tokens, slam_v3_loss
 from slam_jax.training.optimizer import OptimizerConfig
 from slam_jax.training.start import abstract_state, jit_train_step
@@ -489,14 +497,19 @@ def test_a_new_model_computes_in_the_dtype_of_its_device():
         assert SlamV3Config(13).dtypes["dtype"] == jnp.float32
 
 
+def batch_of_base(num_tokens: int) -> Batch:
+    """Shapes of 16 examples with an image of 196 tokens and a text of so many."""
+    shape: Any = jax.ShapeDtypeStruct
+    text, mask = shape((16, num_tokens), jnp.int32), shape((16, num_tokens), jnp.bool_)
+    inputs = Inputs(text=text, text_mask=mask, image=shape((16, 224, 224, 3), jnp.uint8))
+    length = shape((16, 1), jnp.int32)
+    return Batch(inputs, shape((16, 1, 32), jnp.int32), length, length)
+
+
 def test_base_keeps_at_most_eight_gib_for_its_backward_pass():
     """16 examples of 512 tokens of text and 196 of an image; weights and casts not counted."""
     pytest.importorskip("tokamax")
-    shape: Any = jax.ShapeDtypeStruct
-    text, mask = shape((16, 512), jnp.int32), shape((16, 512), jnp.bool_)
-    inputs = Inputs(text=text, text_mask=mask, image=shape((16, 224, 224, 3), jnp.uint8))
-    length = shape((16, 1), jnp.int32)
-    given = Batch(inputs, shape((16, 1, 32), jnp.int32), length, length), jax.random.key(0)
+    given = batch_of_base(512), jax.random.key(0)
 
     def kept(params, batch, key):
         def loss(params):
@@ -513,3 +526,27 @@ def test_base_keeps_at_most_eight_gib_for_its_backward_pass():
     assert all(x.shape[-2:].count(708) < 2 for x in arrays)
     num_bytes = [math.prod(x.shape) * x.dtype.itemsize for x in arrays if x.dtype != given[1].dtype]
     assert sum(num_bytes) < 8 * 2**30
+
+
+def test_no_value_of_base_exceeds_two_gib_on_long_texts():
+    """16 examples of 4,096 tokens of text and 196 of an image, in four parts."""
+    pytest.importorskip("tokamax")
+    optimizer = OptimizerConfig(accumulate_steps=4)
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            for var in equation.outvars:
+                if not jnp.issubdtype(var.aval.dtype, jax.dtypes.prng_key):
+                    yield math.prod(var.aval.shape) * var.aval.dtype.itemsize
+            for inner in jaxprs_in_params(equation.params):
+                yield from sizes(inner)
+
+    with for_accelerators("xla_chunked"):
+        config = SlamV3Config.preset("base", 32_000, context_length=4_096)
+        make_model = functools.partial(SlamV3, config)
+        graphdef, state = abstract_state(make_model, optimizer, 10)
+        loss = functools.partial(slam_v3_loss, config=LossConfig())
+        arguments = graphdef, loss, make_optimizer(optimizer, 10)
+        step = make_train_step(*arguments, accumulate_steps=4, weight_of=num_answer_tokens)
+        jaxpr = jax.make_jaxpr(step)(state, batch_of_base(4_096)).jaxpr
+    assert 2**30 < max(sizes(jaxpr)) < 2 * 2**30
