@@ -87,7 +87,7 @@ def preprocess(picture: Image.Image | np.ndarray, how: Preprocessing) -> Float[n
     if how.crop is not None:
         pixels = _crop(pixels, how.crop)
     scaled = (pixels.astype(np.float64) * how.scale).astype(np.float32)
-    return (scaled - np.float32(how.mean)) / np.float32(how.std)
+    return (scaled - np.asarray(how.mean, np.float32)) / np.asarray(how.std, np.float32)
 
 
 def _to_rgb(picture: Image.Image | np.ndarray) -> Image.Image:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.core import Tracer
+from jaxtyping import Array, Float, Shaped
 
 from slam_jax.array_typing import AnyArray
 from slam_jax.errors import InputError
@@ -114,8 +115,8 @@ class VisionTower(nnx.Module):
         )
         self.norm = _layer_norm(config, rngs)
 
-    def __call__(self, pixels: Float[AnyArray, "B H W 3"]) -> Float[Array, "B S D"]:
-        """The publisher's `last_hidden_state` of normalised pixels.
+    def __call__(self, pixels: Shaped[AnyArray, "..."]) -> Float[Array, "B S D"]:
+        """The publisher's `last_hidden_state` of normalised pixels, floats [B, H, W, 3].
 
         The tokens are the class token and the registers, where the tower has them, then the patches
         row by row. Raises InputError for pixels of another shape or dtype.
@@ -123,7 +124,7 @@ class VisionTower(nnx.Module):
         x = self.hidden_state(pixels, self.config.num_layers)
         return self.norm(x) if self.config.kind.final_norm else x
 
-    def hidden_state(self, pixels: Float[AnyArray, "B H W 3"], layer: int) -> Float[Array, "B S D"]:
+    def hidden_state(self, pixels: Shaped[AnyArray, "..."], layer: int) -> Float[Array, "B S D"]:
         """The state after so many blocks, before the final norm; `hidden_states[layer]` in
         transformers.
 
@@ -137,16 +138,16 @@ class VisionTower(nnx.Module):
         last = layer % (total + 1)
 
         def call(block: VisionBlock, x: jax.Array, index: Any) -> tuple[jax.Array, None]:
-            if last == total:
-                return block(x), None
-            return jax.lax.cond(index < last, block, lambda x: x, x), None
+            if last < total and isinstance(index, Tracer):  # stacked: the others are skipped
+                return jax.lax.cond(index < last, block, lambda x: x, x), None
+            return block(x) if last == total or index < last else x, None
 
         indices = [np.int32(index) for index in range(total)]
         x = self._embed(pixels)
         return run_layers(call, self.blocks, x, indices, policy=self.config.remat)[0]
 
     def patches(
-        self, pixels: Float[AnyArray, "B H W 3"], layer: int | None = None
+        self, pixels: Shaped[AnyArray, "..."], layer: int | None = None
     ) -> Float[Array, "B S D"]:
         """The tokens of the patches alone, row by row.
 
@@ -156,13 +157,11 @@ class VisionTower(nnx.Module):
         x = self(pixels) if layer is None else self.hidden_state(pixels, layer)
         return x[:, self.config.num_prefix_tokens :]
 
-    def _embed(self, pixels: Float[AnyArray, "B H W 3"]) -> Float[Array, "B S D"]:
-        p, kind = self.config.patch_size, self.config.kind
-        if (
-            pixels.ndim != 4
-            or pixels.shape[-1] != 3
-            or not jnp.issubdtype(pixels.dtype, jnp.floating)
-        ):
+    def _embed(self, pixels: Shaped[AnyArray, "..."]) -> Float[Array, "B S D"]:
+        p = self.config.patch_size
+        pixels = jnp.asarray(pixels)
+        fits = pixels.ndim == 4 and pixels.shape[-1] == 3
+        if not fits or not jnp.issubdtype(pixels.dtype, jnp.floating):
             found = f"{pixels.dtype}{list(pixels.shape)}"
             raise InputError(f"pixels are {found}; expected normalised floats [B, H, W, 3]")
         rows, columns = (side // p for side in pixels.shape[1:3])
@@ -180,7 +179,7 @@ class VisionTower(nnx.Module):
             )
         )
         x = x + self._grid_positions(rows, columns).astype(x.dtype)[None]
-        if kind.class_token:
+        if self.class_token is not None:
             # Registers have no positions.
             first = [self.class_token[...][None] + self.positions[:1]]
             first += [] if self.registers is None else [self.registers[...]]
