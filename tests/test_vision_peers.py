@@ -68,7 +68,14 @@ def tower_of(model: Any) -> Any:
     return model
 
 
-@pytest.fixture(scope="module", params=PEERS)
+# Together these have registers, gated MLPs, antialiasing, a whole model and a norm before the blocks.
+FAST = ("registers, swiglu", "clip")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in PEERS],
+)
 def pair(request, tmp_path_factory) -> tuple[Any, Any]:
     theirs = make(request.param)
     folder = tmp_path_factory.mktemp("peer")

@@ -24,7 +24,7 @@ from slam_jax.vision_models import Preprocessing, VisionConfig, VisionTower
 # Weights beside those of a tower, by the first part of their names.
 _BESIDE = {
     "text_model": "the text tower",
-    "text_projection": "its projection",
+    "text_projection": "the text projection",
     "visual_projection": "the projection of the class token",
     "logit_scale": "the scale of logits",
     "logit_bias": "the bias of logits",

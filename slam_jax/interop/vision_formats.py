@@ -1,6 +1,6 @@
 """Published formats of vision towers: the tables of their config.json and of their tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from slam_jax.errors import InputError
@@ -18,6 +18,7 @@ _HARMLESS = {
     *("_commit_hash", "_name_or_path", "architectures", "model_type", "transformers_version"),
     # How the publisher's library computes and returns the same states.
     *("_attn_implementation_autoset", "attn_implementation", "chunk_size_feed_forward"),
+    "gradient_checkpointing",
     *("output_attentions", "output_hidden_states", "return_dict", "torchscript", "use_bfloat16"),
     # Dropout and initial values.
     *("attention_dropout", "attention_probs_dropout_prob", "drop_path_rate", "dropout"),
@@ -92,25 +93,26 @@ _DINO = (
 )
 
 
-def _map(theirs: str, ours: str, pattern: str = LINEAR, bias: str = VECTOR) -> Table:
+def _map(theirs: str, ours: str, pattern: str = LINEAR, bias: str = VECTOR) -> dict[str, Row]:
     """A linear map of theirs. Ours may be two, which are joined along their outputs."""
     kernels, biases = (" ".join(f"{x}.{part}" for x in ours.split()) for part in ("kernel", "bias"))
     return {f"{theirs}.weight": Row(kernels, pattern), f"{theirs}.bias": Row(biases, bias)}
 
 
-def _norm(theirs: str, ours: str) -> Table:
+def _norm(theirs: str, ours: str) -> dict[str, Row]:
     parts = (("weight", "scale"), ("bias", "bias"))
     return {f"{theirs}.{t}": Row(f"{ours}.{o}", VECTOR) for t, o in parts}
 
 
-def _attention(query: str, key: str, value: str, out: str) -> Table:
+def _attention(inputs: Sequence[str], out: str) -> dict[str, Row]:
+    """inputs: the maps to queries, keys and values."""
     rows = _map(out, "attention.out", HEADS_OUT)
-    for theirs, ours in ((query, "query"), (key, "key"), (value, "value")):
+    for theirs, ours in zip(inputs, ("query", "key", "value"), strict=True):
         rows |= _map(theirs, f"attention.{ours}", HEADS_IN, "n h -> (n h)")
     return rows
 
 
-def _model(top: Table, layers: str, *layer: Table) -> Table:
+def _model(top: dict[str, Row], layers: str, *layer: dict[str, Row]) -> Table:
     """layers: the name of the list of layers."""
     return top | {f"{layers}.{{i}}.{k}": row for table in layer for k, row in table.items()}
 
@@ -124,7 +126,7 @@ _VIT_TOP = {
     **_norm("layernorm", "norm"),
 }
 _VIT_ATTENTION = _attention(
-    *(f"attention.attention.{name}" for name in ("query", "key", "value")), "attention.output.dense"
+    [f"attention.attention.{name}" for name in ("query", "key", "value")], "attention.output.dense"
 )
 _PLAIN_MLP = {**_map("mlp.fc1", "mlp.up"), **_map("mlp.fc2", "mlp.down")}
 _GATED_MLP = {
@@ -152,7 +154,7 @@ _CLIP_TENSORS = _model(
     },
     "encoder.layers",
     _norm("layer_norm1", "attention_norm"),
-    _attention(*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))),
+    _attention([f"self_attn.{name}_proj" for name in "qkv"], "self_attn.out_proj"),
     _norm("layer_norm2", "mlp_norm"),
     _PLAIN_MLP,
 )
