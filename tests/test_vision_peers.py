@@ -68,7 +68,7 @@ def tower_of(model: Any) -> Any:
     return model
 
 
-# Together these have registers, gated MLPs, antialiasing, a whole model and a norm before the blocks.
+# Together: registers, gated MLPs, antialiasing, a whole model, a norm before the blocks.
 FAST = ("registers, swiglu", "clip")
 
 

@@ -4,8 +4,8 @@ They differ in the few switches of `VisionConfig`.
 
 Sources: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words" (arXiv 2010.11929), section 3.1;
 Radford et al. 2021, "CLIP" (arXiv 2103.00020), section 2.4; Oquab et al. 2023, "DINOv2" (arXiv
-2304.07193), section 4; Darcet et al. 2024, "Vision Transformers Need Registers" (arXiv 2309.16588),
-section 2.2; Zhai et al. 2023, "SigLIP" (arXiv 2303.15343), section 4.
+2304.07193), section 5; Darcet et al. 2024, "Vision Transformers Need Registers" (arXiv 2309.16588),
+section 2.2; Zhai et al. 2023, "SigLIP" (arXiv 2303.15343), section 3.
 """
 
 from typing import Any
