@@ -33,7 +33,10 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2": ("Dinov2Model", dict(mlp_ratio=2)),
     "dinov2, swiglu": ("Dinov2ForImageClassification", dict(mlp_ratio=4, use_swiglu_ffn=True)),
     "registers": ("Dinov2WithRegistersModel", dict(mlp_ratio=2, num_register_tokens=3)),
-    "registers, swiglu": ("Dinov2WithRegistersModel", dict(mlp_ratio=3, use_swiglu_ffn=True)),
+    "registers, swiglu": (
+        "Dinov2WithRegistersModel",
+        dict(hidden_size=30, mlp_ratio=3, use_swiglu_ffn=True),  # 60 hidden units become 64
+    ),
     "clip vision": ("CLIPVisionModel", dict(**MLP, hidden_act="gelu")),
     "clip vision, projection": ("CLIPVisionModelWithProjection", MLP),
     "clip": ("CLIPModel", MLP),
