@@ -15,10 +15,10 @@ _KINDS: dict[type, tuple[Any, str]] = {
 
 
 class Group:
-    """The fields of a config.json, or of a group inside it whose name is `prefix`."""
+    """The fields of a JSON file, or of a group inside it whose name is `prefix`."""
 
-    def __init__(self, data: Mapping[str, Any], prefix: str = ""):
-        self.data, self.prefix = data, prefix
+    def __init__(self, data: Mapping[str, Any], prefix: str = "", file: str = "config.json"):
+        self.data, self.prefix, self.file = data, prefix, file
 
     def get(self, key: str, kind: Any, default: Any = ...) -> Any:
         """A value of a kind (int, float or bool); null and absent give the default, `...` = none.
@@ -58,7 +58,7 @@ class Group:
     def wrong(self, key: str, expected: str) -> InputError:
         value = shorten(repr(self.data.get(key)), 80)
         name = shorten(f"{self.prefix}{key}", 80)
-        return InputError(f"config.json: {name} is {value}; expected {expected}")
+        return InputError(f"{self.file}: {name} is {value}; expected {expected}")
 
 
 class Field(NamedTuple):

@@ -32,7 +32,7 @@ class Format(NamedTuple):
     block: Callable[[Any, int], Path] = lambda config, layer: ("blocks", layer)
 
 
-def _read_dtype(group: Group, key: str) -> str:
+def read_dtype(group: Group, key: str) -> str:
     """`dtype` comes before `torch_dtype`; float16 is read as float32, as we have only bfloat16."""
     key = "dtype" if group.data.get("dtype") else key
     value = group.data.get(key) or "float32"
@@ -61,7 +61,7 @@ def _common(norm_epsilon: float = 1e-6) -> Fields:
         Field("initializer_range", "init_std", 0.02),
         Field("rms_norm_eps", "norm_epsilon", norm_epsilon),
         Field("tie_word_embeddings", "tie_embeddings", False),
-        Field("torch_dtype", "param_dtype", read=_read_dtype),
+        Field("torch_dtype", "param_dtype", read=read_dtype),
     )
 
 

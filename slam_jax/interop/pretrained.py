@@ -10,9 +10,9 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,25 @@ _SHOWN = 5
 
 # The file, shape and dtype of each stored tensor.
 _Stored = dict[str, tuple[Path, tuple[int, ...], str]]
+
+
+class Weights(NamedTuple):
+    """The weights in a folder: its files, and what their headers say."""
+
+    folder: Path
+    files: list[Path]
+    stored: _Stored
+
+    def require_as_many(self, config: Any, *fields: str) -> None:
+        """Raises InputError for a count of the configuration that is larger than that of weights.
+
+        A mistyped size must not build a model that is far larger than the files.
+        """
+        for field in fields:
+            count, most = getattr(config, field, 0), len(self.stored)
+            if count > most:
+                expected = f"but there are only {most:,} weights"
+                raise InputError(f"{self.folder}: config.json has {field} {count:,}, {expected}")
 
 
 def load_pretrained(
@@ -62,24 +81,19 @@ def load_pretrained(
         not understood; nothing is loaded then.
     """
     folder = Path(folder)
-    kind, config = read_config(_read_json(folder / "config.json", _LARGEST_CONFIG))
+    kind, config = read_config(read_json(folder / "config.json"))
     options: Any = dict(dtype=dtype, scan_layers=scan_layers)
     config = dataclasses.replace(config, param_dtype=param_dtype or config.param_dtype, **options)
-    files = _files(folder)
-    stored = _headers(files)
-    fused = any(key.endswith("experts.gate_up_proj") for key in stored)
-    # A mistyped size must not build a model that is far larger than the files.
-    for field in ("num_layers",) if fused else ("num_layers", "num_experts"):
-        count, most = getattr(config, field, 0), len(stored)
-        if count > most:
-            expected = f"but there are only {most:,} weights"
-            raise InputError(f"{folder}: config.json has {field} {count:,}, {expected}")
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0))))
-    shapes: Any = flatten_dict(nnx.to_pure_dict(state))
-    layout = make_layout(kind, config, shapes, fused=fused)
-    _check(layout, shapes, stored, folder, may_round=param_dtype is not None)
-    params = _assemble(layout, shapes, files)
-    return nnx.merge(graphdef, nnx.State(unflatten_dict(params))), config
+    weights = find_weights(folder)
+    fused = any(key.endswith("experts.gate_up_proj") for key in weights.stored)
+    weights.require_as_many(config, "num_layers", *(() if fused else ("num_experts",)))
+    model = fill(
+        lambda: make_model(config, rngs=nnx.Rngs(0)),
+        lambda shapes: make_layout(kind, config, shapes, fused=fused),
+        weights,
+        may_round=param_dtype is not None,
+    )
+    return model, config
 
 
 def save_pretrained(
@@ -94,18 +108,66 @@ def save_pretrained(
       InputError: the model was never published in this form, or the folder is not empty.
       WriteError: the folder cannot be written; nothing is left behind.
     """
-    folder = Path(folder)
     kind, data = write_config(model.config)
+    write_folder(
+        folder,
+        model,
+        lambda params: make_layout(kind, model.config, params),
+        {"config.json": data},
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def find_weights(folder: Path) -> Weights:
+    """Raises InputError where the folder has no weights, or they are no safetensors."""
+    files = _files(folder)
+    return Weights(folder, files, _headers(files))
+
+
+def fill(
+    make: Callable[[], Any],
+    layout_of: Callable[[Params], Layout],
+    weights: Weights,
+    *,
+    may_round: bool,
+) -> Any:
+    """The model that `make` makes, with stored weights; it is never built with others.
+
+    layout_of: from the shapes of its parameters. may_round: whether parameters may have fewer bits
+    than the weights. Raises InputError where weights do not fit.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    shapes: Any = flatten_dict(nnx.to_pure_dict(state))
+    layout = layout_of(shapes)
+    _check(layout, shapes, weights.stored, weights.folder, may_round)
+    params = _assemble(layout, shapes, weights.files)
+    return nnx.merge(graphdef, nnx.State(unflatten_dict(params)))
+
+
+def write_folder(
+    folder: str | Path,
+    model: Any,
+    layout_of: Callable[[Params], Layout],
+    texts: Mapping[str, Any],
+    *,
+    max_shard_bytes: int,
+) -> None:
+    """Writes the parameters of a model as *.safetensors, and JSON files; see `save_pretrained`.
+
+    layout_of: from its parameters. texts: what each JSON file has, by its name.
+    """
+    folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: it is not empty; give a new or an empty folder")
     params: Any = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    layout = make_layout(kind, model.config, params)
+    layout = layout_of(params)
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             _write(layout, params, temporary, max_shard_bytes)
-            (temporary / "config.json").write_text(json.dumps(data, indent=2) + "\n")
+            for name, data in texts.items():
+                (temporary / name).write_text(json.dumps(data, indent=2) + "\n")
             temporary.chmod(0o755)
             os.replace(temporary, folder)
         except SafetensorError as error:
@@ -114,7 +176,8 @@ def save_pretrained(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _read_json(path: Path, largest: int) -> Any:
+def read_json(path: Path, largest: int = _LARGEST_CONFIG) -> Any:
+    """What a JSON file has. Raises InputError for none, or one of more than `largest` bytes."""
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: expected a file")
@@ -135,7 +198,7 @@ def _files(folder: Path) -> list[Path]:
         if not files:
             raise InputError(f"{folder}: no *.safetensors; expected the weights beside config.json")
         return files
-    index = _read_json(folder / _INDEX, _LARGEST_INDEX)
+    index = read_json(folder / _INDEX, _LARGEST_INDEX)
     names = index.get("weight_map") if isinstance(index, Mapping) else None
     if not isinstance(names, Mapping) or not names:
         raise InputError(f"{folder / _INDEX}: no weight_map; expected keys and their files")

@@ -165,9 +165,10 @@ def attend_rotated(
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head self-attention without biases; rotary positions where they are given.
+    """Multi-head self-attention; rotary positions where they are given.
 
-    embed_dim: D. num_heads: N. head_dim: H of queries, keys and values. qk_norm: RMS norms over
+    embed_dim: D. num_heads: N. head_dim: H of queries, keys and values. qkv_bias: of their maps.
+    out_bias: of the output map. qk_norm: RMS norms over
     each head of the queries and of the keys, before they are rotated (Henry et al. 2020,
     "Query-Key Normalization for Transformers"). out_scale: scale of the initial output map, as in
     `GatedMLP`.
@@ -179,6 +180,8 @@ class SelfAttention(nnx.Module):
         num_heads: int,
         head_dim: int,
         *,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
         qk_norm: bool = False,
         out_scale: float = 1.0,
         dtype=jnp.float32,
@@ -189,10 +192,10 @@ class SelfAttention(nnx.Module):
         heads = (num_heads, head_dim)
         self.q_norm = RMSNorm(head_dim, param_dtype=param_dtype) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, param_dtype=param_dtype) if qk_norm else None
-        self.query = Linear(embed_dim, heads, **kw)
-        self.key = Linear(embed_dim, heads, **kw)
-        self.value = Linear(embed_dim, heads, **kw)
-        self.out = Linear(heads, embed_dim, init_scale=out_scale, **kw)
+        self.query = Linear(embed_dim, heads, use_bias=qkv_bias, **kw)
+        self.key = Linear(embed_dim, heads, use_bias=qkv_bias, **kw)
+        self.value = Linear(embed_dim, heads, use_bias=qkv_bias, **kw)
+        self.out = Linear(heads, embed_dim, use_bias=out_bias, init_scale=out_scale, **kw)
 
     def __call__(
         self,

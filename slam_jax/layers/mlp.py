@@ -12,9 +12,10 @@ from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
 
 
 class GatedMLP(nnx.Module):
-    """down(activation(gate(x)) * up(x)), no biases; SwiGLU with the default activation.
+    """down(activation(gate(x)) * up(x)); SwiGLU with the default activation.
 
-    out_scale: scale of the initial `down`; below 1 where many layers add to one residual stream.
+    use_bias: of all three maps. out_scale: scale of the initial `down`; below 1 where many layers
+    add to one residual stream.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", section 2.
     """
@@ -25,13 +26,15 @@ class GatedMLP(nnx.Module):
         mlp_dim: int,
         *,
         activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+        use_bias: bool = False,
         out_scale: float = 1.0,
         kernel_init: Initializer = LECUN_NORMAL,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw: Any = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        dtypes: Any = dict(dtype=dtype, param_dtype=param_dtype)
+        kw: Any = dict(use_bias=use_bias, kernel_init=kernel_init, **dtypes, rngs=rngs)
         self.activation = activation
         self.gate = Linear(embed_dim, mlp_dim, **kw)
         self.up = Linear(embed_dim, mlp_dim, **kw)
@@ -42,7 +45,10 @@ class GatedMLP(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down(activation(up(x))), no biases. Source: Vaswani et al. 2017, section 3.3."""
+    """down(activation(up(x))). use_bias: of both maps.
+
+    Source: Vaswani et al. 2017, section 3.3.
+    """
 
     def __init__(
         self,
@@ -50,12 +56,14 @@ class MLP(nnx.Module):
         mlp_dim: int,
         *,
         activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu,
+        use_bias: bool = False,
         kernel_init: Initializer = LECUN_NORMAL,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw: Any = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        dtypes: Any = dict(dtype=dtype, param_dtype=param_dtype)
+        kw: Any = dict(use_bias=use_bias, kernel_init=kernel_init, **dtypes, rngs=rngs)
         self.activation = activation
         self.up = Linear(embed_dim, mlp_dim, **kw)
         self.down = Linear(mlp_dim, embed_dim, **kw)
