@@ -280,6 +280,30 @@ def test_groups_limit_the_choice():
     assert limited > 5
 
 
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_sigmoids_are_chosen_by_their_bias_and_weighed_without_it(renormalize):
+    kw: Any = dict(num_groups=4, top_groups=2, renormalize=renormalize, scale=2.5)
+    router = Router(DIM, EXPERTS, 3, sigmoid=True, **kw, rngs=nnx.Rngs(0))
+    router.choice_bias = nnx.Param(0.3 * normal(9, EXPERTS))
+    x = normal(8, 1, 40, DIM)
+    routing = router(x)
+    scores = np.asarray(jax.nn.sigmoid(x @ router.scores.kernel[...]))[0]
+    choice, changed = scores + np.asarray(router.choice_bias[...]), 0
+    for t in range(40):
+        # A group counts as both of its experts together.
+        groups = sorted(range(4), key=lambda g: -choice[t, 2 * g : 2 * g + 2].sum())[:2]
+        allowed = [e for g in groups for e in (2 * g, 2 * g + 1)]
+        best = sorted(allowed, key=lambda e: -choice[t, e])[:3]
+        assert routing.experts[0, t].tolist() == best
+        weights = scores[t, best] / (scores[t, best].sum() if renormalize else 1)
+        close(routing.weights[0, t], 2.5 * weights)
+        changed += best != np.argsort(-scores[t])[:3].tolist()
+    assert changed > 5
+    close(routing.probs[0], scores / scores.sum(-1, keepdims=True))
+    gradients = jax.grad(lambda router: router(x).weights.sum())(router)
+    assert not np.any(gradients.choice_bias[...]) and np.any(gradients.scores.kernel[...])
+
+
 def test_losses_are_those_of_the_papers():
     """Each against its formula in loops, over the real tokens only."""
     lengths, k, devices, top = [5, 3], 2, 4, 2

@@ -1,6 +1,7 @@
 """Grouped-query and cross-layer attention, and the ways in which rotary positions are stretched."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from slam_jax.errors import InputError
+from slam_jax.errors import ConfigError, InputError
 from slam_jax.layers import (
     CrossLayerAttention,
     GroupedQueryAttention,
@@ -19,6 +20,7 @@ from slam_jax.layers import (
     causal_layout,
     rotary,
 )
+from slam_jax.layers.rotary import Llama3, LongRope
 
 DIM, HEADS, GROUPS, WIDTH, LENGTH = 12, 6, 2, 4, 7
 
@@ -62,6 +64,43 @@ def test_queries_and_keys_are_turned_and_then_normed(attention):
         q, k = attention.q_norm(q), attention.k_norm(k)
     read = attend(q, k, attention.value(x), jnp.tril(jnp.ones((LENGTH, LENGTH), bool)))
     close(attention(x), attention.out(read))
+
+
+def test_queries_and_keys_may_be_normed_before_they_are_turned():
+    rope = Rope(100.0)
+    kw: Any = dict(num_kv_heads=GROUPS, head_dim=WIDTH, rope=rope, qk_norm_epsilon=1e-5)
+    layer = GroupedQueryAttention(DIM, HEADS, **kw, rotate_first=False, rngs=nnx.Rngs(0))
+    layer.q_norm.scale = nnx.Param(normal(1, WIDTH))
+    layer.k_norm.scale = nnx.Param(normal(2, WIDTH))
+    x, positions = normal(3, 2, LENGTH, DIM), jnp.arange(LENGTH)
+    q, k = layer.q_norm(layer.query(x)), layer.k_norm(layer.key(x))
+    rotated = (rotary(each, positions, rope) for each in (q, k))
+    q, k = rotated
+    expected = attend(q, k, layer.value(x), causal_layout(LENGTH).visible)
+    close(layer(x), layer.out(expected))
+
+
+def test_a_window_keeps_as_many_tokens_and_sees_no_others():
+    window = 3
+    layer = GroupedQueryAttention(
+        DIM, HEADS, num_kv_heads=GROUPS, window=window, rope=Rope(100.0), rngs=nnx.Rngs(0)
+    )
+    x = normal(3, 2, LENGTH, DIM)
+    whole = layer(x)
+    # The last tokens alone: positions count only by their distances.
+    close(whole[:, -1], layer(x[:, -window:])[:, -1])
+    # With pads, which `prefill` below has none of.
+    mask = jnp.arange(LENGTH + 2) >= 2
+    padded = jnp.concatenate([normal(4, 2, 2, DIM), x], axis=1)
+    layout = causal_layout(LENGTH + 2, jnp.broadcast_to(mask, (2, LENGTH + 2)))
+    close(layer(padded, layout)[:, 2:], whole)
+    cache = layer.init_cache((2,), 100)
+    assert cache.capacity == window
+    y, cache = layer.prefill(x[:, :5], cache)
+    close(y, whole[:, :5])
+    for t in range(5, LENGTH):
+        y, cache = layer.decode_step(x[:, t : t + 1], cache)
+        close(y[:, 0], whole[:, t])
 
 
 def test_heads_that_do_not_divide_into_groups_are_refused():
@@ -145,6 +184,37 @@ def test_yarn_keeps_fast_pairs_and_slows_slow_ones():
     close(stretched[turns < 0.5], plain[turns < 0.5] / 8)
     assert (np.diff(stretched / plain) <= 1e-6).all()
     close(Rope(yarn=Yarn(1.0, 64)).frequencies(64), plain)
+
+
+@pytest.mark.parametrize(
+    ("rope", "frequencies", "magnitude"),
+    [
+        (Rope(1e4, linear_factor=3.0), [0.3333333, 0.03333333, 0.003333333, 0.0003333333], 1.0),
+        (
+            Rope(5e5, llama3=Llama3(8.0, 1.0, 4.0, 2_048)),
+            [1.0, 0.03760603, 0.00017677668, 6.647870e-06],
+            1.0,
+        ),
+        (
+            Rope(1e4, longrope=LongRope((1.0, 1.1, 1.3, 1.7), 1.0444659)),
+            [1.0, 0.090909094, 0.0076923077, 0.00058823527],
+            1.0444659,
+        ),
+    ],
+    ids=["linear", "llama3", "longrope"],
+)
+def test_other_extensions_have_the_frequencies_of_transformers(rope, frequencies, magnitude):
+    np.testing.assert_allclose(rope.frequencies(8), frequencies, rtol=1e-6)
+    assert rope.magnitude == magnitude
+
+
+def test_extensions_that_cannot_be_are_refused():
+    with pytest.raises(ConfigError, match="rope is .yarn and llama3.; expected at most one"):
+        Rope(yarn=Yarn(2.0, 8), llama3=Llama3(8.0, 1.0, 4.0, 64))
+    with pytest.raises(ConfigError, match="llama3.high_freq_factor is 1.0; expected above"):
+        Llama3(8.0, 1.0, 1.0, 64)
+    with pytest.raises(ConfigError, match="longrope.factors is 1; expected 4, as a head has so"):
+        Rope(longrope=LongRope((1.0,))).frequencies(8)
 
 
 def test_yarns_temperatures():

@@ -28,6 +28,15 @@ from slam_jax.training.checkpoint.trees import by_name
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/logits.npy"))
 
+# What makes the model of a type its own, where several types share a configuration.
+SWITCHES: dict[str, dict[str, Any]] = {
+    "mistral": {"window": 5},
+    "qwen2": {"qkv_bias": True, "head_dim": None},
+    "qwen3": {"qk_norm": "before_rotation", "window": 5},
+    "hunyuan_v1_dense": {"qk_norm": "after_rotation"},
+    "deepseek_v3": {"sigmoid": True},
+}
+
 each_golden = pytest.mark.parametrize("name", NAMES)
 
 
@@ -91,7 +100,7 @@ def test_every_parameter_has_exactly_one_place(kind):
     """In published files and in fused ones, at odd and even numbers of layers."""
     name = next(name for name, s in SYSTEMS.items() if s.config is FORMATS[kind].config)
     for changes in ({}, {"num_layers": 5, "tie_embeddings": True, "scan_layers": True}):
-        config = make_config(name, "tiny", **changes)
+        config = make_config(name, "tiny", **{**SWITCHES.get(kind, {}), **changes})
         model = nnx.eval_shape(lambda config=config: make_model(config, rngs=nnx.Rngs(0)))
         shapes: dict[Any, Any] = flatten_dict(state(model))
         for fused in (False, True):
@@ -106,6 +115,62 @@ def test_every_parameter_has_exactly_one_place(kind):
                 axes = stacked + ("experts" in path and not fused)
                 expected += [(path, index) for index in np.ndindex(p.shape[:axes])]
             assert sorted(places, key=str) == sorted(expected, key=str)
+
+
+def test_layers_that_predict_further_tokens_are_skipped_and_named_once(tmp_path, caplog):
+    model, _ = golden("deepseek_v3")
+    shutil.copytree(GOLDENS / "deepseek_v3", tmp_path / "more")
+    tensors = load_file(GOLDENS / "deepseek_v3" / "model.safetensors")
+    for key in [key for key in tensors if ".layers.2." in key]:
+        tensors[key.replace(".layers.2.", ".layers.3.")] = tensors[key]
+    tensors["model.layers.3.enorm.weight"] = jnp.ones(64)
+    save_file(tensors, tmp_path / "more" / "model.safetensors")
+    again, _ = load_pretrained(tmp_path / "more")
+    assert_same(state(again), state(model))
+    (record,) = caplog.records
+    assert "weights are not read, which predict further tokens (model.layers.3.*)" in record.message
+    edit(tmp_path / "more", num_nextn_predict_layers=0)
+    refused(tmp_path / "more", r"left over \(model.layers.3")
+    edit(tmp_path / "more", num_nextn_predict_layers=10**9)
+    refused(
+        tmp_path / "more", "num_nextn_predict_layers is 1000000000; expected a number of layers"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({"use_sliding_window": False}, [None] * 3),
+        ({"use_sliding_window": True, "max_window_layers": 1}, [None, 4, 4]),
+        (
+            {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+            [4, None, None],
+        ),
+        ({"layer_types": ["sliding_attention"] * 3, "max_window_layers": 3}, [4] * 3),
+        # As long as the context: it hides nothing.
+        ({"sliding_window": 256}, [None] * 3),
+    ],
+)
+def test_windows_are_read_for_each_layer(changes, layers):
+    data = json.loads((GOLDENS / "qwen2" / "config.json").read_text())
+    del data["layer_types"]
+    data |= {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, **changes}
+    _, config = read_config(data)
+    assert [config.window_of(i) for i in range(3)] == layers
+    kind, written = write_config(config)
+    assert kind == "qwen2" and read_config(written)[1] == config
+
+
+def test_layers_of_another_kind_are_refused():
+    data = json.loads((GOLDENS / "mistral" / "config.json").read_text())
+    with pytest.raises(UserError, match="layer_types is .*; expected a list with one of full"):
+        read_config({**data, "layer_types": ["chunked_attention"] * 3})
+
+
+def test_switches_that_no_type_has_together_are_not_written():
+    config = make_config("standard", "tiny", qk_norm="after_rotation", window=5)
+    with pytest.raises(UserError, match="no published form: no model type has all of its switches"):
+        write_config(config)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v2"])
@@ -268,7 +333,7 @@ def rope(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; expected one of llama, mixtral, jamba"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; expected one of llama, mistral, qwen2"),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_size": "64"}, "hidden_size is '64'; expected a whole number"),
         ({"hidden_size": None}, "hidden_size is None; expected a whole number"),
@@ -276,15 +341,21 @@ def rope(**fields: Any) -> dict[str, Any]:
         ({"num_hidden_layers": [3, 4]}, r"num_hidden_layers is \[3, 4\]; expected a whole number"),
         ({"num_hidden_layers": 10**9}, "num_layers is 1000000000; expected at most 512"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; expected a number"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu', which is all"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu' or 'swish', which"),
         ({"sliding_window": 4096}, "sliding_window is 4096; expected None"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; expected true or false"),
         ({"dtype": "int8"}, "dtype is 'int8'; expected float32, bfloat16"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000.*; expected a number"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a number"),
         ({"head_dim": 0}, "head_dim is 0; expected at least 1"),
-        (rope(rope_type="llama3"), "rope_parameters.rope_type is 'llama3'; expected default"),
-        (rope(rope_type="dynamic", alpha=9.0), "rope_type is 'dynamic'; expected default or yarn"),
+        (rope(rope_type="su"), "rope_parameters.rope_type is 'su'; expected default, linear"),
+        (rope(rope_type="llama3"), "rope_parameters.factor is None; expected a number"),
+        (rope(rope_type="dynamic", factor=2.0, alpha=9.0), "alpha is 9.0; expected nothing: it"),
+        (rope(rope_type="longrope", short_factor=[1.0]), "long_factor is None; expected a list"),
+        (rope(rope_type="longrope", short_factor=[1.0], long_factor=[2.0]), "factors is 1; expect"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; expected nothing"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types is .*; expected nothing"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is .*; expected nothing"),
         (rope(rope_theta="x"), "rope_parameters.rope_theta is 'x'; expected a number"),
         (rope(rope_theta=1.0), "rope.base is 1.0; expected above 1"),
         (rope(rope_theta=1e4, partial_rotary_factor=0.5), "partial_rotary_factor is 0.5; expected"),
@@ -333,7 +404,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(folder, monkeypatch, 
     model, _ = golden("mixtral")
     with pytest.raises(UserError, match="it is not empty; give a new or an empty folder"):
         save_pretrained(model, folder)
-    with pytest.raises(UserError, match="a SlamV6Config has no published form; expected Standard"):
+    with pytest.raises(UserError, match="a SlamV6Config has no published form; expected Deepseek"):
         config = make_config("slam_v6", "tiny")
         save_pretrained(make_model(config, rngs=nnx.Rngs(0)), tmp_path / "v6")
 
@@ -375,8 +446,8 @@ def test_yarn_is_read_in_both_spellings():
 
 
 def test_what_a_configuration_leaves_out_is_as_its_publisher_has_it():
-    sizes = {"vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
-    data = {**sizes, "num_attention_heads": 2}
+    sizes = {"vocab_size": 10, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 8}
+    data = {**sizes, "num_attention_heads": 8}
     mixtral, llama, jamba = (
         read_config({**data, "model_type": kind})[1] for kind in ("mixtral", "llama", "jamba")
     )
@@ -384,13 +455,23 @@ def test_what_a_configuration_leaves_out_is_as_its_publisher_has_it():
     assert (mixtral.num_experts, mixtral.num_experts_per_token) == (8, 2)
     assert (llama.rope, llama.norm_epsilon, llama.num_kv_heads) == (Rope(1e4), 1e-6, None)
     assert (jamba.num_experts, jamba.attention_period, jamba.dt_rank) == (16, 8, None)
+    assert jamba.num_kv_heads == 8
+    deepseek = {**data, "moe_intermediate_size": 8, "model_type": "deepseek_v3"}
+    _, found = read_config(deepseek)
+    assert (found.q_lora_rank, found.num_experts, found.num_groups, found.top_groups) == (
+        *(1_536, 256, 8, 4),
+    )
+    assert (found.renormalize, found.routed_scale, found.num_shared_experts) == (True, 2.5, 1)
+    assert read_config({**deepseek, "q_lora_rank": None})[1].q_lora_rank is None
+    one = read_config({**data, "model_type": "jamba", "num_experts": 1, "num_experts_per_tok": 2})
+    assert one[1].num_experts_per_token == 1
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_configuration_comes_back_as_it_was(kind):
     name = next(name for name, s in SYSTEMS.items() if s.config is FORMATS[kind].config)
     for preset in SYSTEMS[name].presets:
-        config = make_config(name, preset, dtype="float32")
+        config = make_config(name, preset, dtype="float32", **SWITCHES.get(kind, {}))
         found_kind, found = read_config(json.loads(json.dumps(write_config(config)[1])))
         written, expected = {**vars(found), "dtype": "float32"}, dict(vars(config))
         # Fields that their configurations do not have, or that have no effect here.

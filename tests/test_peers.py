@@ -53,6 +53,9 @@ LATENT = dict(
     num_experts_per_tok=3,
     first_k_dense_replace=1,
 )
+PAIRS = [1.0, 1.1, 1.3, 1.7]  # LongRoPE has a factor for each pair of features
+LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=PAIRS, long_factor=[9.0] * 4)
+HALF = dict(num_hidden_layers=4, use_sliding_window=True, sliding_window=12, max_window_layers=2)
 LIMITED = dict(topk_method="group_limited_greedy", n_group=4, topk_group=2)
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", dict(num_hidden_layers=3, num_key_value_heads=2)),
@@ -64,6 +67,75 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
             tie_word_embeddings=True,
             head_dim=10,
             rope_parameters={k: v for k, v in YARN.items() if "mscale" not in k},
+        ),
+    ),
+    "llama biases linear": (
+        "Llama",
+        dict(
+            num_hidden_layers=2,
+            num_key_value_heads=2,
+            attention_bias=True,
+            mlp_bias=True,
+            rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=3.0),
+        ),
+    ),
+    "llama dynamic": (
+        "Llama",
+        dict(
+            num_hidden_layers=2,
+            rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=3.0),
+        ),
+    ),
+    "llama longrope": (
+        "Llama",
+        dict(num_hidden_layers=2, original_max_position_embeddings=2_048, rope_parameters=LONG),
+    ),
+    "mistral": ("Mistral", dict(num_hidden_layers=3, num_key_value_heads=2, sliding_window=9)),
+    "qwen2": ("Qwen2", dict(num_key_value_heads=2, **HALF)),
+    "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=10, attention_bias=True, **HALF)),
+    "hunyuan_v1_dense": (
+        "HunYuanDenseV1",
+        dict(
+            num_hidden_layers=3,
+            num_key_value_heads=2,
+            head_dim=8,
+            rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, alpha=50.0, factor=1.0),
+        ),
+    ),
+    "jamba with one expert": (
+        "Jamba",
+        dict(
+            **MAMBA,
+            num_hidden_layers=4,
+            num_key_value_heads=3,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            num_experts=1,
+            num_experts_per_tok=2,
+        ),
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        dict(
+            **LATENT,
+            num_key_value_heads=6,
+            num_hidden_layers=3,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.7,
+        ),
+    ),
+    "deepseek_v3 halves": (
+        "DeepseekV3",
+        dict(
+            **LATENT,
+            num_key_value_heads=6,
+            num_hidden_layers=2,
+            n_group=1,
+            topk_group=1,
+            norm_topk_prob=False,
+            rope_interleave=False,
+            rope_parameters=YARN,
         ),
     ),
     "mixtral": (

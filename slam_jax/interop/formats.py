@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 
 from slam_jax import language_models as models
 from slam_jax.errors import InputError
-from slam_jax.interop.fields import Field, Fields, Group, only, rope, write_fields
+from slam_jax.interop.fields import (
+    HARMLESS,
+    Field,
+    Fields,
+    Group,
+    context_of,
+    only,
+    rope,
+    write_fields,
+)
 from slam_jax.interop.tensors import Layout, Params, Path, Row, Table, expand
 
 # Patterns of einops, from our axes to the published ones. PyTorch has the outputs of a map first.
@@ -22,7 +31,9 @@ class Format(NamedTuple):
     """A model type of the hub.
 
     config: of our model. architecture: the class in the publisher's library. fields: of its
-    config.json. tensors: of its files. block: the path of a layer of our model.
+    config.json. tensors: of its files. block: the path of a layer of our model. has: whether the
+    type can express a configuration of this class. further_layers: a field with the number of
+    layers after those of the model, which predict further tokens and are not read.
     """
 
     config: type[models.LanguageModelConfig]
@@ -30,6 +41,28 @@ class Format(NamedTuple):
     fields: Fields
     tensors: Table
     block: Callable[[Any, int], Path] = lambda config, layer: ("blocks", layer)
+    has: Callable[[Any], bool] = lambda config: True
+    further_layers: str | None = None
+
+
+# Fields that change no logits, besides `HARMLESS`. Every other one that is not read has to be null,
+# empty, or a switch that is off.
+_HARMLESS = HARMLESS | {
+    # About the file.
+    *("auto_map", "transformers.js_config", "unsloth_fixed", "unsloth_version"),
+    # How the publisher's library computes and returns the same logits.
+    *("calc_logits_for_entire_prompt", "ep_size", "num_logits_to_keep", "output_router_logits"),
+    *("pretraining_tp", "use_associative_scan", "use_mambapy", "use_mamba_kernels"),
+    # Training.
+    *("hidden_dropout", "router_jitter_noise", "seq_aux"),
+    # Tokens.
+    *("eod_token_id", "im_end_id", "im_newline_id", "im_start_id", "image_token_id"),
+    *("mask_init_id", "org_vocab_size", "pad_id", "text_end_id", "text_start_id"),
+    # They repeat other fields.
+    *("is_llama_config", "layers_block_type", "max_window_layers", "qk_head_dim"),
+    # Of classifiers.
+    *("add_classification_head", "class_num", "pool_type"),
+}
 
 
 def read_dtype(group: Group, key: str) -> str:
@@ -45,6 +78,16 @@ def _read_rank(group: Group, key: str) -> int | None:
     return None if group.data.get(key, "auto") == "auto" else group.get(key, int)
 
 
+def _read_q_rank(group: Group, key: str) -> int | None:
+    """Null is full rank; an absent field is the publisher's default."""
+    return group.get(key, int, None) if key in group.data else 1_536
+
+
+def _read_choices(group: Group, key: str) -> int:
+    """With one expert there is no choice, whatever the field says."""
+    return 1 if group.get("num_experts", int, 16) == 1 else group.get(key, int, 2)
+
+
 def _head_dim(config: Any) -> int:
     return config.head_dim or config.embed_dim // config.num_heads
 
@@ -56,8 +99,8 @@ def _common(norm_epsilon: float = 1e-6) -> Fields:
         Field("intermediate_size", "mlp_dim"),
         Field("num_hidden_layers", "num_layers"),
         Field("num_attention_heads", "num_heads"),
-        only("hidden_act", "silu"),
-        Field("max_position_embeddings", "context_length", 2_048),
+        only("hidden_act", "silu", "swish"),
+        context_of(),
         Field("initializer_range", "init_std", 0.02),
         Field("rms_norm_eps", "norm_epsilon", norm_epsilon),
         Field("tie_word_embeddings", "tie_embeddings", False),
@@ -69,6 +112,60 @@ _KV_HEADS = Field(
     "num_key_value_heads", "num_kv_heads", None, write=lambda c: c.num_kv_heads or c.num_heads
 )
 _NO_BIASES = (only("attention_bias", False), only("mlp_bias", False))
+_LAYERS = ("full_attention", "sliding_attention")
+
+
+def _read_window(group: Group, key: str) -> int | None:
+    """A window as long as the context, or longer, is none."""
+    if group.data.get("use_sliding_window", True) is False:
+        return None
+    window = group.get(key, int, None)
+    longest = group.get("max_position_embeddings", int, 2_048)
+    return None if window is None or window >= longest else window
+
+
+def _read_window_layers(group: Group, key: str) -> tuple[bool, ...] | None:
+    """Which layers have the window: as they are listed, else those from `max_window_layers` on."""
+    if _read_window(group, "sliding_window") is None:
+        return None
+    count, listed = group.get("num_hidden_layers", int), group.data.get(key)
+    if listed is not None:
+        if not isinstance(listed, list) or len(listed) != count or set(listed) - {*_LAYERS}:
+            raise group.wrong(key, f"a list with one of {', '.join(_LAYERS)} for each layer")
+        layers = tuple(kind == _LAYERS[1] for kind in listed)
+    else:
+        first = group.get("max_window_layers", int, 0)
+        layers = tuple(i >= first for i in range(count))
+    return None if all(layers) else layers
+
+
+def _layer_types(config: Any) -> list[str]:
+    return [_LAYERS[config.window_of(i) is not None] for i in range(config.num_layers)]
+
+
+def _all_full(group: Group, key: str) -> None:
+    """For types without windows: the layers must not have any."""
+    listed = group.data.get(key)
+    if listed is not None and (not isinstance(listed, list) or {*listed} - {_LAYERS[0]}):
+        raise group.wrong(key, f"{_LAYERS[0]} alone")
+
+
+_FULL_LAYERS = Field("layer_types", read=_all_full, write=lambda _: None)
+_WINDOWS = (
+    Field("sliding_window", "window", None, _read_window),
+    Field("layer_types", "window_layers", None, _read_window_layers, _layer_types),
+)
+
+
+def _fixed(attribute: str, value: Any) -> Field:
+    """An attribute that a type always has, and no field for."""
+    return Field(f"={attribute}", attribute, read=lambda *_: value, write=lambda _: None)
+
+
+def _biases(config: Any) -> tuple[bool, bool, bool]:
+    return config.qkv_bias, config.out_bias, config.mlp_bias
+
+
 _LIMITED, _MIXED = ("topk_method", "group_limited_greedy", 1), ("use_mixed_mlp_moe", True, 0)
 
 
@@ -88,9 +185,14 @@ def _norms(**names: str) -> Table:
 
 
 def _attention(ours: str = "attention", keys: str | None = None) -> Table:
-    """keys: where our keys and values are, None = in the attention."""
+    """keys: where our keys and values are, None = in the attention. Biases are read where our model
+    has them."""
     keys = keys or ours
     return {
+        "self_attn.q_proj.bias": Row(f"{ours}.query.bias", "n h -> (n h)"),
+        "self_attn.k_proj.bias": Row(f"{keys}.key.bias", "n h -> (n h)"),
+        "self_attn.v_proj.bias": Row(f"{keys}.value.bias", "n h -> (n h)"),
+        "self_attn.o_proj.bias": Row(f"{ours}.out.bias", VECTOR),
         "self_attn.q_proj.weight": Row(f"{ours}.query.kernel", HEADS_IN),
         "self_attn.k_proj.weight": Row(f"{keys}.key.kernel", HEADS_IN),
         "self_attn.v_proj.weight": Row(f"{keys}.value.kernel", HEADS_IN),
@@ -100,7 +202,8 @@ def _attention(ours: str = "attention", keys: str | None = None) -> Table:
 
 def _gated(theirs: str, ours: str = "mlp") -> Table:
     parts = ("gate", "up", "down")
-    return {f"{theirs}.{p}_proj.weight": Row(f"{ours}.{p}.kernel", LINEAR) for p in parts}
+    biases = {f"{theirs}.{p}_proj.bias": Row(f"{ours}.{p}.bias", VECTOR) for p in parts}
+    return biases | {f"{theirs}.{p}_proj.weight": Row(f"{ours}.{p}.kernel", LINEAR) for p in parts}
 
 
 def _experts(
@@ -130,10 +233,17 @@ def _experts(
 
 
 _PRE_NORMS = _norms(input_layernorm="attention_norm", post_attention_layernorm="mlp_norm")
-_QK_NORMS = {
-    "self_attn.query_layernorm.weight": Row("attention.q_norm.scale", VECTOR),
-    "self_attn.key_layernorm.weight": Row("attention.k_norm.scale", VECTOR),
-}
+_STANDARD = _model(_PRE_NORMS, _attention(), _gated("mlp"))
+
+
+def _qk_norms(queries: str, keys: str) -> Table:
+    return {
+        f"self_attn.{queries}.weight": Row("attention.q_norm.scale", VECTOR),
+        f"self_attn.{keys}.weight": Row("attention.k_norm.scale", VECTOR),
+    }
+
+
+_QK_NORMS = _qk_norms("query_layernorm", "key_layernorm")
 _QUERIES = "attention.q_nope.kernel attention.q_rope.kernel"
 _LATENT_ATTENTION = {
     "self_attn.q_proj.weight": Row(_QUERIES, HEADS_IN, lambda c, _: c.q_lora_rank is None),
@@ -164,6 +274,25 @@ _MAMBA = {
     "mamba.out_proj.bias": Row("mixer.out.bias", VECTOR),
 }
 
+_DEEPSEEK = _model(
+    _PRE_NORMS,
+    _LATENT_ATTENTION,
+    _gated("mlp"),
+    _experts("mlp"),
+    {"mlp.gate.e_score_correction_bias": Row("mlp.router.choice_bias", VECTOR)},
+    _gated("mlp.shared_experts", "mlp.shared"),
+)
+_LATENT = (
+    Field("num_key_value_heads", write=lambda c: c.num_heads),
+    Field("kv_lora_rank", "kv_lora_rank", 512),
+    Field("q_lora_rank", "q_lora_rank", None, _read_q_rank),
+    Field("qk_nope_head_dim", "qk_nope_head_dim", 128),
+    Field("qk_rope_head_dim", "qk_rope_head_dim", 64),
+    Field("qk_head_dim", write=lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim),
+    Field("head_dim", write=lambda c: c.qk_rope_head_dim),
+    Field("v_head_dim", "v_head_dim", 128),
+)
+
 FORMATS: dict[str, Format] = {
     "llama": Format(
         models.StandardConfig,
@@ -173,9 +302,81 @@ FORMATS: dict[str, Format] = {
             _KV_HEADS,
             Field("head_dim", "head_dim", None),
             *rope(),
-            *_NO_BIASES,
+            Field("attention_bias", "qkv_bias", False),
+            Field("attention_bias", "out_bias", False),
+            Field("mlp_bias", "mlp_bias", False),
+            only("rope_interleaved", False),
+            _FULL_LAYERS,
         ),
-        tensors=_model(_PRE_NORMS, _attention(), _gated("mlp")),
+        tensors=_STANDARD,
+        has=lambda c: c.qk_norm is None and c.window is None and c.qkv_bias == c.out_bias,
+    ),
+    "mistral": Format(
+        models.StandardConfig,
+        "MistralForCausalLM",
+        fields=(
+            *_common(),
+            _KV_HEADS,
+            Field("head_dim", "head_dim", None, write=_head_dim),
+            *rope(),
+            *_WINDOWS,
+        ),
+        tensors=_STANDARD,
+        has=lambda c: c.qk_norm is None and not any(_biases(c)) and c.window_layers is None,
+    ),
+    "qwen2": Format(
+        models.StandardConfig,
+        "Qwen2ForCausalLM",
+        fields=(
+            *_common(),
+            _KV_HEADS,
+            *rope(),
+            *_WINDOWS,
+            Field("use_sliding_window", write=lambda c: c.window is not None),
+            _fixed("qkv_bias", True),
+        ),
+        tensors=_STANDARD,
+        has=lambda c: (
+            c.qk_norm is None
+            and _biases(c) == (True, False, False)
+            and c.head_dim in (None, c.embed_dim // c.num_heads)
+        ),
+    ),
+    "qwen3": Format(
+        models.StandardConfig,
+        "Qwen3ForCausalLM",
+        fields=(
+            *_common(),
+            _KV_HEADS,
+            Field("head_dim", "head_dim", 128, write=_head_dim),
+            *rope(),
+            *_WINDOWS,
+            Field("use_sliding_window", write=lambda c: c.window is not None),
+            Field("attention_bias", "qkv_bias", False),
+            Field("attention_bias", "out_bias", False),
+            _fixed("qk_norm", "before_rotation"),
+        ),
+        tensors=_model(_PRE_NORMS, _attention(), _qk_norms("q_norm", "k_norm"), _gated("mlp")),
+        has=lambda c: (
+            c.qk_norm == "before_rotation" and c.qkv_bias == c.out_bias and not c.mlp_bias
+        ),
+    ),
+    "hunyuan_v1_dense": Format(
+        models.StandardConfig,
+        "HunYuanDenseV1ForCausalLM",
+        fields=(
+            *_common(1e-5),
+            _KV_HEADS,
+            # The publisher's code requires a number here: it does not accept null.
+            Field("head_dim", "head_dim", None, write=_head_dim),
+            *rope(alpha=True),
+            only("attention_bias", False),
+            only("use_qk_norm", True),
+            _fixed("qk_norm", "after_rotation"),
+            _FULL_LAYERS,
+        ),
+        tensors=_model(_PRE_NORMS, _attention(), _QK_NORMS, _gated("mlp")),
+        has=lambda c: c.qk_norm == "after_rotation" and c.window is None and not any(_biases(c)),
     ),
     "mixtral": Format(
         models.MoEConfig,
@@ -201,9 +402,9 @@ FORMATS: dict[str, Format] = {
         "JambaForCausalLM",
         fields=(
             *_common(),
-            _KV_HEADS,
+            _KV_HEADS._replace(default=8),
             Field("num_experts", "num_experts", 16),
-            Field("num_experts_per_tok", "num_experts_per_token", 2),
+            Field("num_experts_per_tok", "num_experts_per_token", 2, _read_choices),
             Field("attn_layer_period", "attention_period", 8),
             Field("attn_layer_offset", "attention_offset", 4),
             Field("expert_layer_period", "expert_period", 2),
@@ -232,15 +433,8 @@ FORMATS: dict[str, Format] = {
         fields=(
             *_common(),
             *rope(interleaved=True),
-            Field("num_key_value_heads", write=lambda c: c.num_heads),
+            *_LATENT,
             Field("moe_intermediate_size", "expert_dim", 1_407),
-            Field("kv_lora_rank", "kv_lora_rank", 512),
-            Field("q_lora_rank", "q_lora_rank", None),
-            Field("qk_nope_head_dim", "qk_nope_head_dim", 128),
-            Field("qk_rope_head_dim", "qk_rope_head_dim", 64),
-            Field("qk_head_dim", write=lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim),
-            Field("head_dim", write=lambda c: c.qk_rope_head_dim),
-            Field("v_head_dim", "v_head_dim", 128),
             Field("first_k_dense_replace", "num_dense_layers", 0),
             only("moe_layer_freq", 1),
             Field("n_routed_experts", "num_experts", 64),
@@ -258,13 +452,36 @@ FORMATS: dict[str, Format] = {
             Field("seq_aux", write=lambda _: True),
             *_NO_BIASES,
         ),
-        tensors=_model(
-            _PRE_NORMS,
-            _LATENT_ATTENTION,
-            _gated("mlp"),
-            _experts("mlp"),
-            _gated("mlp.shared_experts", "mlp.shared"),
+        tensors=_DEEPSEEK,
+        has=lambda c: not c.sigmoid,
+    ),
+    "deepseek_v3": Format(
+        models.DeepseekV2Config,
+        "DeepseekV3ForCausalLM",
+        fields=(
+            *_common(),
+            *rope(interleaved=True, interleave_key="rope_interleave"),
+            *_LATENT,
+            Field("moe_intermediate_size", "expert_dim", 2_048),
+            Field("first_k_dense_replace", "num_dense_layers", 3),
+            only("moe_layer_freq", 1),
+            Field("n_routed_experts", "num_experts", 256),
+            Field("num_experts_per_tok", "num_experts_per_token", 8),
+            Field("n_shared_experts", "num_shared_experts", 1),
+            Field("n_group", "num_groups", 8),
+            Field("topk_group", "top_groups", 4),
+            only("topk_method", "noaux_tc"),
+            only("scoring_func", "sigmoid"),
+            Field("routed_scaling_factor", "routed_scale", 2.5),
+            Field("norm_topk_prob", "renormalize", True),
+            Field("aux_loss_alpha", "balance_loss", 0.0),
+            _fixed("sigmoid", True),
+            only("attention_bias", False),
+            Field("num_nextn_predict_layers", write=lambda _: 0),
         ),
+        tensors=_DEEPSEEK,
+        has=lambda c: c.sigmoid,
+        further_layers="num_nextn_predict_layers",
     ),
     "hunyuan": Format(
         models.HunyuanLargeConfig,
@@ -330,7 +547,23 @@ def read_config(data: Any) -> tuple[str, Any]:
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in FORMATS:
         raise Group(data).wrong("model_type", f"one of {', '.join(FORMATS)}")
-    return kind, FORMATS[kind].config(**Group(data).read(FORMATS[kind].fields))
+    fields = FORMATS[kind].fields
+    known = {field.key for field in fields} | _HARMLESS
+    known |= {"dtype", "original_max_position_embeddings", "rope_parameters"}
+    for key in sorted(data.keys() - known, key=str):
+        is_off = str(key).startswith("use_") and data[key] is False
+        if not is_off and data[key] not in (None, {}, [], ""):
+            raise Group(data).wrong(key, f"nothing: it is not built for {kind}")
+    return kind, FORMATS[kind].config(**Group(data).read(fields))
+
+
+def skipped_layers(data: Mapping[str, Any], kind: str, config: Any) -> tuple[str, ...]:
+    """The beginnings of the names of tensors that are not read: those of `further_layers`."""
+    field = FORMATS[kind].further_layers
+    count = 0 if field is None else Group(data).get(field, int, 0)
+    if not 0 <= count <= 512:
+        raise Group(data).wrong(str(field), "a number of layers up to 512")
+    return tuple(f"model.layers.{config.num_layers + i}." for i in range(count))
 
 
 def write_config(config: Any) -> tuple[str, dict[str, Any]]:
@@ -339,16 +572,20 @@ def write_config(config: Any) -> tuple[str, dict[str, Any]]:
     Raises InputError for a model that was never published in this form.
     """
     for kind, form in FORMATS.items():
-        if type(config) is form.config:
+        if type(config) is form.config and form.has(config):
             data = {"architectures": [form.architecture], "model_type": kind}
-            data |= write_fields(form.fields, config)
+            found = write_fields(form.fields, config)
+            data |= {key: value for key, value in found.items() if not key.startswith("=")}
             rope, found = (getattr(c, "rope", None) for c in (config, read_config(data)[1]))
             if rope != found:
                 problem = f"{kind} cannot express it, and would read {found}"
                 raise InputError(f"rope is {rope}; {problem}")
             return kind, data
-    known = ", ".join(form.config.__name__ for form in FORMATS.values())
-    raise InputError(f"a {type(config).__name__} has no published form; expected {known}")
+    known = {form.config for form in FORMATS.values()}
+    if type(config) in known:
+        raise InputError(f"{config} has no published form: no model type has all of its switches")
+    names = ", ".join(sorted(each.__name__ for each in known))
+    raise InputError(f"a {type(config).__name__} has no published form; expected {names}")
 
 
 def make_layout(kind: str, config: Any, shapes: Params, *, fused: bool = False) -> Layout:

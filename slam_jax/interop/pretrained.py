@@ -5,6 +5,7 @@ Only JSON and arrays are read. Nothing in the folder is executed.
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from slam_jax.errors import InputError, first_line, shorten, writing
-from slam_jax.interop.formats import make_layout, read_config, write_config
+from slam_jax.interop.formats import make_layout, read_config, skipped_layers, write_config
 from slam_jax.interop.tensors import Layout, Params
 from slam_jax.language_models import make_model
 
@@ -44,6 +45,17 @@ class Weights(NamedTuple):
     folder: Path
     files: list[Path]
     stored: _Stored
+
+    def without(self, prefixes: tuple[str, ...]) -> "Weights":
+        """Those whose names do not begin so; one warning says that the others are not read."""
+        kept = {key: found for key, found in self.stored.items() if not key.startswith(prefixes)}
+        if count := len(self.stored) - len(kept):
+            names = ", ".join(f"{prefix}*" for prefix in prefixes)
+            logging.getLogger("slam_jax").warning(
+                "%s: %d weights are not read, which predict further tokens (%s)",
+                *(self.folder, count, names),
+            )
+        return self._replace(stored=kept)
 
     def require_as_many(self, config: Any, *fields: str) -> None:
         """Raises InputError for a count of the configuration that is larger than that of weights.
@@ -81,10 +93,11 @@ def load_pretrained(
         not understood; nothing is loaded then.
     """
     folder = Path(folder)
-    kind, config = read_config(read_json(folder / "config.json"))
+    data = read_json(folder / "config.json")
+    kind, config = read_config(data)
     options: Any = dict(dtype=dtype, scan_layers=scan_layers)
     config = dataclasses.replace(config, param_dtype=param_dtype or config.param_dtype, **options)
-    weights = find_weights(folder)
+    weights = find_weights(folder).without(skipped_layers(data, kind, config))
     fused = any(key.endswith("experts.gate_up_proj") for key in weights.stored)
     weights.require_as_many(config, "num_layers", *(() if fused else ("num_experts",)))
     model = fill(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from slam_jax.errors import InputError
-from slam_jax.interop.fields import Field, Fields, Group, only, write_fields
+from slam_jax.interop.fields import HARMLESS, Field, Fields, Group, only, write_fields
 from slam_jax.interop.formats import HEADS_IN, HEADS_OUT, LINEAR, TABLE, VECTOR, read_dtype
 from slam_jax.interop.tensors import Layout, Params, Row, Table, expand
 from slam_jax.vision_models.config import ACTIVATIONS, VisionConfig
@@ -12,33 +12,15 @@ from slam_jax.vision_models.config import ACTIVATIONS, VisionConfig
 # Model types of whole models, and that of the tower inside.
 WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
-# Fields that change no state of a tower. Every other one that is not read has to be null.
-_HARMLESS = {
-    # About the file.
-    *("_commit_hash", "_name_or_path", "architectures", "model_type", "transformers_version"),
-    # How the publisher's library computes and returns the same states.
-    *("_attn_implementation_autoset", "attn_implementation", "chunk_size_feed_forward"),
-    "gradient_checkpointing",
-    *("output_attentions", "output_hidden_states", "return_dict", "torchscript", "use_bfloat16"),
+# Fields that change no state of a tower, besides `HARMLESS`.
+_HARMLESS = HARMLESS | {
     # Dropout and initial values.
-    *("attention_dropout", "attention_probs_dropout_prob", "drop_path_rate", "dropout"),
-    *("hidden_dropout_prob", "initializer_factor", "initializer_range", "layerscale_value"),
+    *("attention_probs_dropout_prob", "drop_path_rate", "dropout", "hidden_dropout_prob"),
+    *("initializer_factor", "initializer_range", "layerscale_value"),
     # Heads, which are not read, and the feature maps of backbones.
-    *("apply_layernorm", "encoder_stride", "finetuning_task", "id2label", "label2id", "num_labels"),
-    *("out_features", "out_indices", "pooler_act", "pooler_output_size", "problem_type"),
-    *("projection_dim", "reshape_hidden_states", "stage_names", "task_specific_params"),
-    *("use_mask_token", "vision_use_head"),
-    # Of text models: older versions of transformers wrote them for every model.
-    *("add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "bos_token_id"),
-    *("cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample"),
-    *("early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id"),
-    *("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id"),
-    *("is_decoder", "is_encoder_decoder", "length_penalty", "max_length", "min_length"),
-    *("no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences"),
-    *("output_scores", "pad_token_id", "prefix", "remove_invalid_values", "repetition_penalty"),
-    *("return_dict_in_generate", "sep_token_id", "suppress_tokens", "temperature"),
-    *("tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class"),
-    *("top_k", "top_p", "typical_p"),
+    *("apply_layernorm", "encoder_stride", "out_features", "out_indices", "pooler_act"),
+    *("pooler_output_size", "projection_dim", "reshape_hidden_states", "stage_names"),
+    *("tie_word_embeddings", "use_mask_token", "vision_use_head"),
 }
 # Fields of a whole model beside those of its tower.
 _OF_WHOLE = ("logit_scale_init_value", "text_config", "text_config_dict", "vision_config")

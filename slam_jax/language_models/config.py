@@ -74,6 +74,8 @@ class LanguageModelConfig(ModelConfig):
         even = rope is None or (head_dim or self.embed_dim // num_heads) % 2 == 0
         expected = "such that a head's width is even, for the rotary positions"
         require(even, field, width, expected)
+        if rope is not None:
+            rope.frequencies(head_dim or self.embed_dim // num_heads)  # checks its factors
 
     def _check_experts(
         self, num_experts, num_experts_per_token, capacity_factor=None, **others

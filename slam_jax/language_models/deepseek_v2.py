@@ -1,7 +1,8 @@
-"""DeepSeek-V2, V2-Lite and V2.5: latent attention, many small experts beside shared ones.
+"""DeepSeek-V2, V2-Lite, V2.5 and V3: latent attention, many small experts beside shared ones.
 
 Source: DeepSeek-AI 2024, "DeepSeek-V2" (arXiv 2405.04434), sections 2 and 3.1; the numbers that it
-leaves out are those of the released code and configurations.
+leaves out are those of the released code and configurations. DeepSeek-AI 2024, "DeepSeek-V3" (arXiv
+2412.19437), section 2.1; its prediction of further tokens is not built.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ class DeepseekV2Config(LanguageModelConfig):
       qk_nope_head_dim, qk_rope_head_dim, v_head_dim: see `MultiHeadLatentAttention`.
     num_experts, num_experts_per_token: of the routed experts. num_shared_experts: they are one MLP
       of this many times expert_dim. num_groups, top_groups, routed_scale (`scale`), renormalize:
-      see `Router`.
+      see `Router`. sigmoid: the routing of V3, see `Router`.
     balance_loss, device_balance_loss, communication_balance_loss: weights of the three losses; the
       paper has 0.003, 0.05 and 0.02, the released code 0.001 and no others. The last two assume
       `num_groups` devices, of which a token is sent to at most `top_groups`.
@@ -59,6 +60,7 @@ class DeepseekV2Config(LanguageModelConfig):
     top_groups: int = 1
     routed_scale: float = 1.0
     renormalize: bool = False
+    sigmoid: bool = False
     rope: Rope = Rope(interleaved=True)
     balance_loss: float = 0.001
     device_balance_loss: float = 0.0
@@ -94,7 +96,8 @@ class DeepseekV2(Transformer):
     def __init__(self, config: DeepseekV2Config, *, rngs: nnx.Rngs):
         dim, latent = config.embed_dim, config.sizes("num_heads", "rope", *LATENT)
         experts = config.sizes(
-            "num_experts", "num_experts_per_token", "num_groups", "top_groups", "renormalize"
+            *("num_experts", "num_experts_per_token", "num_groups", "top_groups"),
+            *("renormalize", "sigmoid"),
         )
         experts |= dict(scale=config.routed_scale, capacity_factor=config.capacity_factor)
         experts |= dict(shared_dim=config.num_shared_experts * config.expert_dim or None)

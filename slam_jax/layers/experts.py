@@ -141,6 +141,7 @@ class MixtureOfExperts(nnx.Module):
         top_groups: int = 1,
         renormalize: bool = False,
         scale: float = 1.0,
+        sigmoid: bool = False,
         kernel_init: Initializer = LECUN_NORMAL,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
@@ -157,6 +158,7 @@ class MixtureOfExperts(nnx.Module):
             top_groups=top_groups,
             renormalize=renormalize,
             scale=scale,
+            sigmoid=sigmoid,
             **kw,
         )
         self.experts = Experts(num_experts, embed_dim, mlp_dim, dtype=dtype, **kw)

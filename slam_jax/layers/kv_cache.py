@@ -23,7 +23,8 @@ class KVCache:
 
     A row is full when its length is T. Outside of `jax.jit`, another token raises InputError. Under
     `jax.jit` no error can be raised: the token is not stored, but counted, so that
-    `length > capacity` shows afterwards which rows have lost tokens.
+    `length > capacity` shows afterwards which rows have lost tokens. In a layer with a window of at
+    most T tokens the cache is a ring (see `is_ring`), which is never full.
     """
 
     k: Float[Array, "*B K T H"]
@@ -51,16 +52,19 @@ class KVCache:
         k: Float[Array, "*B t K H"],
         v: Float[Array, "*B t K H_v"],
         lengths: Int[Array, "*B"] | None,
+        window: int | None = None,
     ) -> "KVCache":
         """This empty cache with right-padded prompts of `lengths` tokens (None = all t) in it."""
         lengths = None if lengths is None else self._per_head(lengths)
         prompts, length = (_swapped(k), _swapped(v)), self._per_head(self.length)
-        return self._written(*write_prompt((self.k, self.v), prompts, length, lengths))
+        return self._written(*write_prompt((self.k, self.v), prompts, length, lengths, window))
 
-    def extended(self, k: Float[Array, "*B 1 K H"], v: Float[Array, "*B 1 K H_v"]) -> "KVCache":
+    def extended(
+        self, k: Float[Array, "*B 1 K H"], v: Float[Array, "*B 1 K H_v"], window: int | None = None
+    ) -> "KVCache":
         """This cache with one more token per row. Raises InputError as `write_token` does."""
         tokens, length = (_swapped(k), _swapped(v)), self._per_head(self.length)
-        return self._written(*write_token((self.k, self.v), tokens, length))
+        return self._written(*write_token((self.k, self.v), tokens, length, window))
 
     def _per_head(self, length: Int[Array, "*B"]) -> Int[Array, "*B K"]:
         """The length of each head, which is written like a row of its own."""

@@ -6,7 +6,6 @@ compression), 2.1.3 (decoupled rotary key) and appendix C (the absorbed form).
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
@@ -15,7 +14,7 @@ from slam_jax.kernels import fused_attention
 from slam_jax.layers.attention import Layout, causal_layout, masked_softmax
 from slam_jax.layers.kv_cache import entries_in_window, write_prompt, write_token
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear, project
-from slam_jax.layers.masks import Causal, Mask, as_array, require_square
+from slam_jax.layers.masks import Mask, as_array, in_window, require_square
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.precision import upcast
 from slam_jax.layers.rotary import Rope, rotary
@@ -236,10 +235,7 @@ class MultiHeadLatentAttention(nnx.Module):
 
     def _full(self, x, layout):
         q, q_rope, c_kv, k_rope = self._project(x, layout.positions)
-        mask = Causal(self.window)
-        if layout.mask is not None:
-            causal = mask.array(x.shape[-2])
-            mask = jax.lax.broadcast_to_rank(causal, layout.visible.ndim) & layout.visible
+        mask = in_window(layout.visible, x.shape[-2], self.window)
         return self._attend(q, q_rope, c_kv, k_rope, mask, absorbed=False), c_kv, k_rope
 
     def _project(self, x, positions):

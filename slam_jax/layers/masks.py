@@ -35,6 +35,18 @@ def as_array(mask: Mask, num_queries: int, num_keys: int) -> Bool[Array, "*#B #T
     return mask.array(num_keys) if isinstance(mask, Causal) else mask
 
 
+def in_window(
+    visible: Bool[Array, "*#B T T"] | Causal, num_tokens: int, window: int | None
+) -> Bool[Array, "*#B T T"] | Causal:
+    """A causal mask without what is `window` tokens before a token, or earlier; None = no limit."""
+    if window is None:
+        return visible
+    if isinstance(visible, Causal):
+        return Causal(window)
+    near = Causal(window).array(num_tokens)
+    return jax.lax.broadcast_to_rank(near, visible.ndim) & visible
+
+
 def require_square(mask: Mask, num_queries: int, num_keys: int) -> None:
     """Raises InputError for a `Causal` mask where the numbers of queries and keys differ."""
     if isinstance(mask, Causal) and num_queries != num_keys:

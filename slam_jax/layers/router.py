@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
 from slam_jax.layers.precision import upcast
 
+_TINY = 1e-20  # as in DeepSeek's code
+
 
 class Routing(NamedTuple):
     """experts: the k chosen experts of each token, best first. weights: factors of their outputs.
@@ -22,14 +24,17 @@ class Routing(NamedTuple):
 
 
 class Router(nnx.Module):
-    """A softmax over all experts, in float32 or wider, and the k most probable of them.
+    """A score of every expert, in float32 or wider, and the k experts with the best scores.
 
     Args:
       num_experts: E. num_experts_per_token: k.
       num_groups, top_groups: experts form groups of neighbours. A token chooses from the
-        `top_groups` groups with the most probable experts (DeepSeek-V2, section 2.2.2). 1 group =
-        no limit.
-      renormalize: the k weights sum to 1. scale: factor of the weights otherwise.
+        `top_groups` best groups (DeepSeek-V2, section 2.2.2). 1 group = no limit.
+      renormalize: the k weights sum to 1. scale: factor of the weights; with a softmax only of
+        those that are not renormalised.
+      sigmoid: scores are sigmoids and not a softmax. Each expert has a bias, which counts for the
+        choice and not for the weights; a group is as good as its two best experts together. Source:
+        DeepSeek-AI 2024, "DeepSeek-V3" (arXiv 2412.19437), section 2.1.2.
 
     Source: Shazeer et al. 2017, "Outrageously Large Neural Networks", section 2.1.
     """
@@ -44,6 +49,7 @@ class Router(nnx.Module):
         top_groups: int = 1,
         renormalize: bool = False,
         scale: float = 1.0,
+        sigmoid: bool = False,
         kernel_init: Initializer = LECUN_NORMAL,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
@@ -53,23 +59,51 @@ class Router(nnx.Module):
         self.renormalize, self.scale = renormalize, scale
         kw: Any = dict(kernel_init=kernel_init, param_dtype=param_dtype, rngs=rngs)
         self.scores = Linear(embed_dim, num_experts, dtype=upcast(param_dtype), **kw)
+        own = jnp.zeros((num_experts,), upcast(param_dtype))
+        self.choice_bias = nnx.Param(own) if sigmoid else None
 
     def __call__(self, x: Float[Array, "*B T D"]) -> Routing:
         # By default accelerators multiply float32 with fewer bits, which decides near ties wrongly.
         with jax.default_matmul_precision("highest"):
-            probs = jax.nn.softmax(self.scores(x), axis=-1)
-        allowed = probs
-        if self.top_groups < self.num_groups:
-            grouped = probs.reshape(*probs.shape[:-1], self.num_groups, -1)
-            _, best = jax.lax.top_k(grouped.max(axis=-1), self.top_groups)
-            open_ = jax.nn.one_hot(best, self.num_groups, dtype=bool).any(axis=-2)
-            allowed = jnp.where(open_[..., None], grouped, 0.0).reshape(probs.shape)
+            scores = self.scores(x)
+        if self.choice_bias is not None:
+            return self._by_sigmoids(jax.nn.sigmoid(scores))
+        probs = jax.nn.softmax(scores, axis=-1)
+        allowed = self._in_best_groups(probs, 1, 0.0)
         weights, experts = jax.lax.top_k(allowed, self.num_experts_per_token)
         if self.renormalize:
             weights = weights / weights.sum(axis=-1, keepdims=True)
         else:
             weights = weights * self.scale
         return Routing(weights, experts, probs)
+
+    def _by_sigmoids(self, scores: Float[Array, "*B T E"]) -> Routing:
+        assert self.choice_bias is not None
+        # The bias follows the loads (section 2.1.2), not a gradient.
+        bias = jax.lax.stop_gradient(self.choice_bias[...]).astype(scores.dtype)
+        choice = jax.lax.stop_gradient(scores) + jax.lax.broadcast_to_rank(bias, scores.ndim)
+        allowed = self._in_best_groups(
+            choice, min(2, choice.shape[-1] // self.num_groups), -jnp.inf
+        )
+        _, experts = jax.lax.top_k(allowed, self.num_experts_per_token)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        if self.renormalize:
+            weights = weights / (weights.sum(axis=-1, keepdims=True) + _TINY)
+        probs = scores / scores.sum(axis=-1, keepdims=True)
+        return Routing(weights * self.scale, experts, probs)
+
+    def _in_best_groups(
+        self, choice: Float[Array, "*B T E"], count: int, closed: float
+    ) -> Float[Array, "*B T E"]:
+        """`choice`, and `closed` for experts outside of the best groups, which are compared by the
+        sum of their `count` best experts."""
+        if self.top_groups == self.num_groups:
+            return choice
+        grouped = choice.reshape(*choice.shape[:-1], self.num_groups, -1)
+        value = jax.lax.top_k(grouped, count)[0].sum(axis=-1)
+        _, best = jax.lax.top_k(value, self.top_groups)
+        open_ = jax.nn.one_hot(best, self.num_groups, dtype=bool).any(axis=-2)
+        return jnp.where(open_[..., None], grouped, closed).reshape(choice.shape)
 
 
 def load_balancing_loss(

@@ -46,15 +46,17 @@ RULES: tuple[tuple[str, Axes], ...] = (
     # (P times D) by D: each encoder process has its own part.
     (r"concat/kernel", ("process", "fsdp")),
     # Mamba: channels I, by states or the rank of dt.
-    (r"(a_log|skip|conv_bias|(b|c|dt_down)/kernel|(dt_up|value|gate)/bias)", ("tensor",)),
+    (r"(a_log|skip|conv_bias|(b|c|dt_down)/kernel|dt_up/bias)", ("tensor",)),
     (r"(conv_filter|dt_up/kernel)", (None, "tensor")),
     # Projections of images and vectors, and to the retrieval embedding: the last dimension is D.
     (r"(stem|conv1|conv2|shortcut|project|aux)/kernel", (..., "fsdp")),
+    # Biases of heads and hidden units.
+    (r"(query|key|value|gate|up)/bias", ("tensor",)),
     # Small parameters.
     (r"(router/scores|weights)/kernel", WHOLE),
     (r"\w*norm\w*(/\d+)?/(scale|bias)", WHOLE),
-    (r"(stem|project|aux|alignment|out)/bias", WHOLE),
-    (r"(log_temperature|type|slot|instruction|queries|text_convolution/filter)", WHOLE),
+    (r"(stem|project|aux|alignment|out|down)/bias", WHOLE),
+    (r"(log_temperature|choice_bias|type|slot|instruction|queries|text_convolution/filter)", WHOLE),
 )
 
 

@@ -50,7 +50,8 @@ class VisionConfig(ModelConfig):
     were learned for. patch_size: pixels along a side of a patch. embed_dim: D. mlp_dim: F.
     activation: of `ACTIVATIONS`. qkv_bias: whether queries, keys and values have biases. swiglu:
     gated MLPs, of two thirds of F. num_registers: tokens after the class token that hold nothing of
-    one patch. remat, scan_layers, dtype, param_dtype: as in `LanguageModelConfig`.
+    one patch. remat, scan_layers, dtype, param_dtype, matmul_precision: as in
+    `LanguageModelConfig`.
 
     Raises ConfigError for a value that cannot be built.
     """
@@ -71,6 +72,7 @@ class VisionConfig(ModelConfig):
     scan_layers: bool | None = None
     dtype: str | None = "float32"
     param_dtype: str = "float32"
+    matmul_precision: str | None = "float32"
 
     def __post_init__(self):
         super().__post_init__()

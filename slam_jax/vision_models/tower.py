@@ -23,6 +23,7 @@ from slam_jax.errors import InputError
 from slam_jax.layers.attention import SelfAttention
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.mlp import MLP, GatedMLP
+from slam_jax.layers.precision import precise
 from slam_jax.layers.stacked import equal_layers, run_layers
 from slam_jax.vision_models.config import ACTIVATIONS, VisionConfig
 
@@ -115,6 +116,7 @@ class VisionTower(nnx.Module):
         )
         self.norm = _layer_norm(config, rngs)
 
+    @precise
     def __call__(self, pixels: Shaped[AnyArray, "..."]) -> Float[Array, "B S D"]:
         """The publisher's `last_hidden_state` of normalised pixels, floats [B, H, W, 3].
 
@@ -124,6 +126,7 @@ class VisionTower(nnx.Module):
         x = self.hidden_state(pixels, self.config.num_layers)
         return self.norm(x) if self.config.kind.final_norm else x
 
+    @precise
     def hidden_state(self, pixels: Shaped[AnyArray, "..."], layer: int) -> Float[Array, "B S D"]:
         """The state after so many blocks, before the final norm; `hidden_states[layer]` in
         transformers.
