@@ -20,3 +20,5 @@ ON_CPU = (
     "input_pipeline",
 )
 BENCHMARKS = (*ON_GPU, *ON_CPU)
+# The entry of `--device` in the figures of a machine.
+DEVICE = "device"

@@ -5,13 +5,23 @@ Without --only, all benchmarks for this device, a CPU or a GPU.
 --only=a,b    these benchmarks; the others keep their stored figures
 --rounds=5    rounds of each comparison; figures of fewer than 5 are shown and not stored
 --quick       one round at tiny sizes, to see that it works; nothing is stored
+--device      one GPU in 9 minutes: every row of benchmarks/device_rows.py in one process, without
+              data sets and other libraries
 --against=DIR our arms alone, against those of another version of this repository in DIR; stored
               in benchmarks/results/versions.json
 """
 
 import importlib
+import sys
 import tempfile
+import time
 from typing import Any
+
+from benchmarks import packages
+
+if complaint := packages.complaint():
+    print(complaint, file=sys.stderr)
+    sys.exit(2)
 
 from absl import flags
 
@@ -22,7 +32,9 @@ ONLY = flags.DEFINE_list("only", [], "Benchmarks to run, by name.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each comparison.")
 QUICK = flags.DEFINE_bool("quick", False, "One round at tiny sizes; nothing is stored.")
 AGAINST = flags.DEFINE_string("against", "", "A checkout of another version to compare with.")
+DEVICE = flags.DEFINE_bool("device", False, "One GPU in one process, in at most 9 minutes.")
 LEAST_ROUNDS = 5
+STARTED = time.monotonic()
 
 
 class BenchmarkFailed(UserError):
@@ -32,8 +44,11 @@ class BenchmarkFailed(UserError):
 def main(arguments: list[str]) -> None:
     if arguments:
         raise InputError(
-            f"argument {arguments[0]!r}; expected --only, --rounds, --quick or --against"
+            f"argument {arguments[0]!r}; expected --only, --rounds, --quick, --device or --against"
         )
+    if DEVICE.value:
+        measure_device()
+        return
     from benchmarks import BENCHMARKS, ON_CPU, ON_GPU, results, results_page
     from benchmarks.device import settle
 
@@ -68,6 +83,16 @@ def main(arguments: list[str]) -> None:
         print(f"not stored: that takes {LEAST_ROUNDS} rounds, and no --quick")
     if failed:
         raise BenchmarkFailed(f"{', '.join(failed)}: see above; the earlier figures stay")
+
+
+def measure_device() -> None:
+    for name in ("only", "rounds", "against"):
+        if flags.FLAGS[name].present:
+            raise InputError(f"--{name} with --device; expected --device alone or with --quick")
+    from benchmarks.device_run import LIMIT, measure_all
+
+    if failed := measure_all(QUICK.value, STARTED + LIMIT):
+        raise BenchmarkFailed(f"{len(failed)} rows failed; the table above says why")
 
 
 def run(name: str, rounds: int, quick: bool, against: str = "") -> tuple[Any, str | None]:

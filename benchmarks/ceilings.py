@@ -5,6 +5,7 @@ A share of them can exceed 100%: a benchmark that reads what is in the cache is 
 """
 
 import statistics
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ _LIBRARIES = {"xla": "jax", "torch": "torch"}
 _REPEATS = 5
 
 
-def measure_ceilings(quick: bool) -> dict[str, Any]:
+def measure_ceilings(
+    quick: bool, libraries: Collection[str] = _LIBRARIES, start: Callable[..., Any] = Worker
+) -> dict[str, Any]:
     """Operations per second of [n, n] @ [n, n], bytes per second read and written by a copy, and
-    the library of each."""
+    the library of each. start: as in `benchmarks.harness.measure`."""
     size, count, dtype = (8_192, 1 << 29, "bfloat16") if on_gpu() else (3_072, 1 << 26, "float32")
     if quick:
         size, count = 256, 1 << 20
@@ -33,9 +36,9 @@ def measure_ceilings(quick: bool) -> dict[str, Any]:
     rates: dict[str, dict[str, float]] = {"matmul": {}, "copy": {}}
     for (what, library), (build, amount, given) in builders.items():
         arm = Arm(library, build, given, needs=[_LIBRARIES[library]])
-        if arm.missing():
+        if library not in libraries or arm.missing():
             continue
-        worker = Worker(arm, checked=0)
+        worker = start(arm, checked=0)
         try:
             worker.receive()
             rates[what][library] = amount / statistics.median(worker.seconds(_REPEATS))

@@ -55,24 +55,28 @@ class Comparison:
 
     tolerance: the largest difference of any number in the outputs; None if outputs cannot be
       compared, and `unchecked` says why.
+    relative: the tolerance is a share of the largest number of another arm's output.
     checked: the number of first calls whose outputs are compared; in a training step, the second
       depends on the first update.
     repeats: timed calls of an arm in each round; their median counts.
     fresh: every round starts a new process for each arm, and `build` returns the figure.
     unit: of the figures, "s" or "MiB".
     flops, bytes_moved: of one call, in all arms, for the shares of the ceilings.
+    tokens: of one call, for tokens a second; None = they are not told.
     """
 
     title: str
     arms: Sequence[Arm]
     tolerance: float | None
     unchecked: str = ""
+    relative: bool = False
     checked: int = 1
     repeats: int = 3
     fresh: bool = False
     unit: str = "s"
     flops: float | None = None
     bytes_moved: float | None = None
+    tokens: int | None = None
 
     def between_versions(self, checkout: str) -> "list[Comparison]":
         """Each of our arms in this version and in that of another checkout."""

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,15 @@ class Skipped(Exception):
     """This machine lacks something that a comparison needs."""
 
 
-def measure(comparison: Comparison, rounds: int, ceilings: Json | None = None) -> Json:
+def measure(
+    comparison: Comparison,
+    rounds: int,
+    ceilings: Json | None = None,
+    start: Callable[..., Any] = Worker,
+) -> Json:
     """A row of the results.
+
+    start: called as `Worker` is, and returns an object with its methods.
 
     Raises:
       Disagreement: the outputs of an arm are not ours.
@@ -33,8 +40,10 @@ def measure(comparison: Comparison, rounds: int, ceilings: Json | None = None) -
       ArmFailed: ours failed. Another arm that fails is left out, and the row says why.
     """
     arms, left_out = _present(comparison)
-    run = _fresh_rounds if comparison.fresh else _rounds
-    figures, failed, difference = run(comparison, arms, rounds)
+    if comparison.fresh:
+        figures, failed, difference = _fresh_rounds(comparison, arms, rounds)
+    else:
+        figures, failed, difference = _rounds(comparison, arms, rounds, start)
     row: Json = {
         "title": comparison.title,
         "unit": comparison.unit,
@@ -69,7 +78,9 @@ def _present(comparison: Comparison) -> tuple[list[Arm], dict[str, str]]:
     return arms, left_out
 
 
-def _rounds(comparison: Comparison, arms: Sequence[Arm], rounds: int) -> Any:
+def _rounds(
+    comparison: Comparison, arms: Sequence[Arm], rounds: int, start: Callable[..., Any]
+) -> Any:
     """Figures by arm, arms that failed, and the largest difference from ours."""
     figures, failed, workers = {}, {}, {}
     outputs: dict[str, list[np.ndarray]] = {}
@@ -83,7 +94,7 @@ def _rounds(comparison: Comparison, arms: Sequence[Arm], rounds: int) -> Any:
     try:
         # Not at the same time: on a GPU, XLA chooses kernels by timing them.
         for arm in arms:
-            worker = workers[arm.name] = Worker(arm, checked=comparison.checked)
+            worker = workers[arm.name] = start(arm, checked=comparison.checked)
             try:
                 outputs[arm.name] = worker.receive()
             except ArmFailed as error:
@@ -148,9 +159,11 @@ def _difference(comparison: Comparison, outputs: dict[str, list[np.ndarray]]) ->
             if mine.shape != other.shape:
                 raise Disagreement(f"{name} returns {other.shape}, ours {mine.shape}")
             worst = float(np.abs(mine - other).max(initial=0.0))
+            if comparison.relative:
+                worst /= float(np.abs(other).max(initial=1e-30))
             if not worst <= comparison.tolerance:  # also if it is NaN
                 raise Disagreement(
-                    f"{name}, call {i + 1}: outputs differ by up to {worst:.3g}, tolerance "
+                    f"{name}: output {i + 1} differs by up to {worst:.3g}, tolerance "
                     f"{comparison.tolerance:g}"
                 )
             largest = max(largest, worst)

@@ -43,32 +43,38 @@ def forward(folder: str, rows: int, length: int, **dtypes: Any) -> Call:
 def training_step(folder: str, rows: int, length: int, **dtypes: Any) -> Call:
     """A training step with AdamW; returns the cross-entropy before the update."""
     graphdef, params, config = _load(folder, **dtypes)
-    step, state = make_step(graphdef, params)
     given = tokens(config.vocab_size, rows, length + 1)
+    return repeated(*make_step(graphdef, params), given)
+
+
+def repeated(step: Any, state: Any, batch: Any) -> Call:
+    """One more training step on the same batch; returns the loss before the update."""
 
     def call():
         nonlocal state
-        state, metrics = step(state, given)
+        state, metrics = step(state, batch)
         return metrics.loss.total
 
     return call
 
 
-def make_step(graphdef: Any, params: Any) -> tuple[Any, Any]:
-    """The jitted step of a language model, and its first state."""
+def make_step(graphdef: Any, params: Any, loss: Any = None) -> tuple[Any, Any]:
+    """The jitted step of a model, and its first state. loss: that of `make_train_step`, None = of a
+    language model."""
     import jax
     import optax
 
     from slam_jax.training.losses import language_model_loss
     from slam_jax.training.state import init_state, make_train_step
 
-    def loss(model, given, key):
+    def cross_entropy(model, given, key):
         # Without the load balancing loss, which the peers leave out by default.
         parts = language_model_loss(model, given)
         return parts._replace(total=parts.cross_entropy)
 
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    step = jax.jit(make_train_step(graphdef, loss, optimizer), donate_argnums=0)
+    pure = make_train_step(graphdef, loss or cross_entropy, optimizer)
+    step = jax.jit(pure, donate_argnums=0)
     return step, init_state(params, optimizer, jax.random.key(0), ema=False)
 
 

@@ -108,6 +108,11 @@ def format_figure(row: Json, arm: Json) -> str:
     return f"{value:,.3g} {unit}" if value < 1e3 else f"{value:,.0f} {unit}"
 
 
+def format_shares(arm: Json) -> str:
+    """The shares of the ceilings that an arm reaches."""
+    return ", ".join(f"{100 * share:.0f}% of {name}" for name, share in arm["shares"].items())
+
+
 def make_entry(title: str, rows: list[Json], ceilings: Json, middle_aim: float | None) -> Json:
     """The rows of one benchmark with the machine, versions and date. middle_aim: the aim for the
     median of all ratios."""
@@ -130,7 +135,7 @@ def make_entry(title: str, rows: list[Json], ceilings: Json, middle_aim: float |
 
 def _peers() -> dict[str, str]:
     found = {}
-    for name in ("torch", "transformers"):
+    for name in ("torch", "transformers", "tokamax"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

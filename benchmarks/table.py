@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import BENCHMARKS, ON_CPU, ON_GPU
-from benchmarks.results import format_figure
+from benchmarks import BENCHMARKS, DEVICE, ON_CPU, ON_GPU
+from benchmarks.device_run import COLUMNS, make_cells
+from benchmarks.results import format_figure, format_shares
 from slam_jax.rocket.page import markdown_table
 
 Json = dict[str, Any]
@@ -32,8 +33,12 @@ def describe(row: Json) -> list[str]:
 
 def make_table(kept: Json) -> list[str]:
     """The figures of a machine in lines of Markdown, in the order of the benchmarks. A benchmark
-    for this kind of machine without figures has a row that says so."""
+    for this kind of machine without figures has a row that says so. The rows of `--device` are in
+    a table of their own."""
+    lines = _device_table(kept["benchmarks"][DEVICE]) if DEVICE in kept["benchmarks"] else []
     entries = {name: kept["benchmarks"][name] for name in BENCHMARKS if name in kept["benchmarks"]}
+    if not entries:
+        return lines
     kinds = [kind for kind in (ON_GPU, ON_CPU) if entries.keys() & set(kind)]
     rows: list[Sequence[str]] = []
     for name in (name for kind in kinds for name in kind):
@@ -52,6 +57,20 @@ def make_table(kept: Json) -> list[str]:
         *markdown_table((*_COLUMNS, "version", "date"), rows),
         "",
         *markdown_table(_PROVENANCE, provenance),
+        *(["", *lines] if lines else []),
+    ]
+
+
+def _device_table(entry: Json) -> list[str]:
+    machine, ceilings = entry["machine"], entry["ceilings"]
+    what = ("slam_jax", "jax", "flax", "tokamax")
+    versions = ", ".join(f"{name} {machine[name]}" for name in what if name in machine)
+    return [
+        f"`python -m benchmarks --device`, {entry['date']}: {versions}; "
+        f"{ceilings['matmul_flops'] / 1e12:,.0f} TFLOP/s, "
+        f"{ceilings['copy_bytes'] / 1e9:,.0f} GB/s.",
+        "",
+        *markdown_table(COLUMNS, [make_cells(row) for row in entry["rows"]]),
     ]
 
 
@@ -87,7 +106,7 @@ def _bars(kept: Json) -> list[tuple[str, Json]]:
     """The name and the ratio of every comparison."""
     return [
         (f"{row['title']} / {name}", arm["ratio"])
-        for entry in (kept["benchmarks"].get(name, {"rows": []}) for name in BENCHMARKS)
+        for entry in (kept["benchmarks"].get(name, {"rows": []}) for name in (*BENCHMARKS, DEVICE))
         for row in entry["rows"]
         for name, arm in row["arms"].items()
         if "ratio" in arm
@@ -131,7 +150,7 @@ def _ratio(ratio: Json) -> str:
 
 
 def _shares(arm: Json, before: str = "", after: str = "") -> str:
-    text = ", ".join(f"{100 * share:.0f}% of {name}" for name, share in arm["shares"].items())
+    text = format_shares(arm)
     return f"{before}{text}{after}" if text else ""
 
 

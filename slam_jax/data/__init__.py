@@ -1,10 +1,10 @@
 """Data: tokenizer, data sets, batches."""
 
+from slam_jax.batch import Batch
 from slam_jax.data.config import DataConfig
 from slam_jax.data.datasets import Dataset, prepare
 from slam_jax.data.numbers import AuxFormat
 from slam_jax.data.pipeline import (
-    Batch,
     EvaluationBatch,
     Example,
     Source,

@@ -10,15 +10,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import grain
 import numpy as np
 from absl import flags
-from flax import struct
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
-from slam_jax.array_typing import AnyArray
+from slam_jax.batch import Batch
 from slam_jax.data.config import DataConfig
 from slam_jax.data.records import DamagedRecord, DataError, Rebuilt
 from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.errors import InputError
-from slam_jax.layers.masks import prefix_mask
 from slam_jax.slam_v3.streams import Inputs
 
 _THREADS = 2
@@ -94,28 +92,6 @@ class Source(Protocol):
     def question_length(self, tokenizer: Tokenizer) -> int: ...
     def answer_length(self, tokenizer: Tokenizer) -> int: ...
     def answers(self) -> Iterator[str]: ...
-
-
-@struct.dataclass
-class Batch:
-    """A batch of one view; inputs that the view does not show are None.
-
-    tokens: <bos> prompt answer <eos>, right-padded. prompt_length: tokens of <bos> and the prompt.
-    length: all tokens but the pads. Positions prompt_length - 1 to length - 2 predict the answer
-    and <eos>. paired: `Source.paired`; static, not a leaf of the pytree.
-    """
-
-    inputs: Inputs
-    tokens: Int[AnyArray, "B Q T"]
-    prompt_length: Int[AnyArray, "B Q"]
-    length: Int[AnyArray, "B Q"]
-    paired: bool = struct.field(pytree_node=False, default=False)
-
-    @property
-    def answer_mask(self) -> Bool[AnyArray, "B Q _"]:
-        """True at positions t whose next token belongs to the answer or is the <eos> after it."""
-        size = self.tokens.shape[-1] - 1
-        return prefix_mask(self.length - 1, size) & ~prefix_mask(self.prompt_length - 1, size)
 
 
 class EvaluationBatch(NamedTuple):

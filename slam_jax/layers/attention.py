@@ -112,6 +112,16 @@ def attend(
     width = max(q.shape[-1], v.shape[-1])
     if kernel := fused_attention.kernel_of(q, k.shape[-3], width, mask):
         return fused_attention.fused_attend(q, k, v, mask, kernel)
+    return plain_attend(q, k, v, mask)
+
+
+def plain_attend(
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B S K H"],
+    v: Float[Array, "*B S K H_v"],
+    mask: Mask = None,
+) -> Float[Array, "*B T N H_v"]:
+    """`attend` without kernels: it stores the scores of all pairs of tokens."""
     probs, v = attention_weights(q, k, mask), jnp.swapaxes(v, -2, -3)
     shape = (*probs.shape[:-1], v.shape[-1])
     y = jnp.einsum("...ts,...sv->...tv", _by_group(probs.astype(v.dtype), v.shape[-3]), v)

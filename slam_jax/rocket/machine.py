@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import psutil
 from jax.experimental.compilation_cache import compilation_cache
 
 from slam_jax.version import __version__
@@ -31,11 +30,12 @@ def describe_machine() -> dict[str, Any]:
     """Processor, device, memory and versions."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     has_affinity = hasattr(os, "sched_getaffinity")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": _processor(),
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_gib": round(memory / 2**30, 1),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "slam_jax": __version__,

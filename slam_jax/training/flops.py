@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from slam_jax.data import Batch
+from slam_jax.batch import Batch
 from slam_jax.slam_v3 import Inputs, SlamV3Config
 from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
 from slam_jax.training.losses import LossConfig

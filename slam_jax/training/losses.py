@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from slam_jax.array_typing import AnyArray
-from slam_jax.data import Batch
+from slam_jax.batch import Batch
 from slam_jax.errors import require, require_count
 from slam_jax.layers.constrain import constrain
 from slam_jax.protocol import LanguageModel
