@@ -99,6 +99,7 @@ def small_run(tmp_path_factory) -> Path:
         if not (workdir / "finished").exists():
             config = read_config(Path(__file__).parent / "configs" / "small_run.py")
             config["data"]["data_dir"] = str(folder / "small_data")
+            config["run"]["save_every"] = None  # only at the evaluations
             train(config, workdir / "run")
             (workdir / "finished").touch()
     return workdir / "run"
