@@ -24,8 +24,14 @@ from slam_jax.training import read_config, train
 
 # Accelerators multiply float32 in fewer bits by default; the tolerances here are those of float32.
 jax.config.update("jax_default_matmul_precision", "highest")
-# Nearly all of the time goes into compiling what then runs for a millisecond.
+# Nearly all of the time goes into compiling what then runs for a millisecond. Processes that tests
+# start inherit the environment, so that their bits are those of this one.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+FAST_COMPILER = "--xla_cpu_parallel_codegen_split_count=1"
+if jax.__version_info__ < (0, 11):  # a process ends over a flag that its XLA does not know
+    FAST_COMPILER += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{FAST_COMPILER} {os.environ.get('XLA_FLAGS', '')}"
 # Arrays are broadcast along new axes only where the code says so.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -93,6 +99,7 @@ def small_run(tmp_path_factory) -> Path:
         if not (workdir / "finished").exists():
             config = read_config(Path(__file__).parent / "configs" / "small_run.py")
             config["data"]["data_dir"] = str(folder / "small_data")
+            config["run"]["save_every"] = None  # only at the evaluations
             train(config, workdir / "run")
             (workdir / "finished").touch()
     return workdir / "run"

@@ -66,13 +66,19 @@ def mesh_of(**sizes: Any) -> Any:
     return make_mesh(config, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
-def first_step(loss: Any, params: Any, batch: Any, mesh: Any) -> tuple[Any, Any]:
-    """The loss and its gradients, as a step under this mesh has them."""
+def compiled_first_step(loss: Any, params: Any, batch: Any, mesh: Any) -> tuple[Any, Any]:
+    """The loss and its gradients as a compiled executable under this mesh, and its arguments."""
     shardings = shardings_of(params, mesh)
-    params = jax.device_put(params, shardings)
+    given = jax.device_put(params, shardings), place(batch, mesh, 8)
     with use_mesh(mesh):
         run = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
-        return run(params, place(batch, mesh, 8))
+        return run.lower(*given).compile(), given
+
+
+def first_step(loss: Any, params: Any, batch: Any, mesh: Any) -> tuple[Any, Any]:
+    """The loss and its gradients, as a step under this mesh has them."""
+    run, given = compiled_first_step(loss, params, batch, mesh)
+    return run(*given)
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
@@ -132,18 +138,11 @@ def test_the_default_mesh_computes_nothing_twice():
     """data 2 x process 4, with the loss and gradients of one device; a device has at most as many
     operations as when the batch alone is divided."""
     mesh: Any = make_mesh(MeshConfig(), 4)
-    loss, params, batch = v3()
     assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "process": 4, "tensor": 1}
-    assert_close(first_step(loss, params, batch, mesh), v3_alone())
-
-    def operations(mesh: Any) -> float:
-        shardings = shardings_of(params, mesh)
-        with use_mesh(mesh):
-            run = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
-            given = jax.device_put(params, shardings), place(batch, mesh, 8)
-            return run.lower(*given).compile().cost_analysis()["flops"]  # type: ignore[index]
-
-    assert operations(mesh) < 1.15 * operations(mesh_of(data=8))
+    run, given = compiled_first_step(*v3(), mesh)
+    assert_close(run(*given), v3_alone())
+    rows_alone, _ = compiled_first_step(*v3(), mesh_of(data=8))
+    assert run.cost_analysis()["flops"] < 1.15 * rows_alone.cost_analysis()["flops"]
 
 
 @pytest.mark.slow
@@ -193,6 +192,11 @@ def language_model_alone(name: str) -> tuple[Any, Any]:
     return first_step(*language_model(name), None)
 
 
+@functools.cache
+def language_model_on(name: str, axis: str) -> tuple[Any, Any]:
+    return compiled_first_step(*language_model(name), mesh_of(**{axis: SIZES[axis]}))
+
+
 def cases() -> Any:
     for name in SYSTEMS:
         # `process` divides what is stacked.
@@ -205,8 +209,8 @@ def cases() -> Any:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("name", "axis"), list(cases()))
 def test_an_axis_changes_nothing_of_a_language_model(name, axis):
-    sharded = first_step(*language_model(name), mesh_of(**{axis: SIZES[axis]}))
-    assert_close(sharded, language_model_alone(name))
+    run, given = language_model_on(name, axis)
+    assert_close(run(*given), language_model_alone(name))
 
 
 @pytest.mark.usefixtures("float64")
@@ -328,8 +332,12 @@ def experiment_of(sizes: dict[str, int], **changes: Any) -> Experiment:
 
 
 @functools.cache
+def start_alone(**changes: Any) -> tuple[Any, Any]:
+    return initial_state(experiment_of({}, **changes), VOCAB)
+
+
 def first_state() -> Any:
-    return initial_state(experiment_of({}), VOCAB)[1]
+    return start_alone()[1]
 
 
 @pytest.mark.parametrize("axis", list(HELD))
@@ -369,16 +377,18 @@ def test_a_state_starts_as_on_one_device_and_is_restored_onto_others(tmp_path):
 # --- Training
 
 
-def steps(experiment: Experiment, mesh: Any, count: int) -> tuple[list[float], Any]:
+def steps(
+    experiment: Experiment, mesh: Any, count: int, start: tuple[Any, Any] | None = None
+) -> tuple[list[float], Any]:
     """The loss of each of the first steps, and the state after them."""
     batch = make_batch(np.float32)
     with use_mesh(mesh):
         if experiment.mesh.process == 4 and experiment.mesh.data == 1:
             state, step_fn = on_four_processes()
-            state = jax.tree.map(jnp.copy, state)  # a step donates it
         else:
-            graphdef, state = initial_state(experiment, VOCAB, mesh)
+            graphdef, state = start or initial_state(experiment, VOCAB, mesh)
             step_fn = jit_step(experiment, graphdef, state)
+        state = jax.tree.map(jnp.copy, state)  # a step donates it
         losses = []
         for _ in range(count):
             state, metrics = step_fn(state, place(batch, mesh, 8))
@@ -388,7 +398,7 @@ def steps(experiment: Experiment, mesh: Any, count: int) -> tuple[list[float], A
 
 @functools.cache
 def steps_alone(**changes: Any) -> list[float]:
-    return steps(experiment_of({}, **changes), None, 20)[0]
+    return steps(experiment_of({}, **changes), None, 20, start_alone(**changes))[0]
 
 
 @pytest.mark.parametrize(
@@ -449,15 +459,9 @@ def test_process_weights_never_move():
 @pytest.mark.usefixtures("float64")
 def test_expert_kernels_never_move():
     """Each device runs its experts on the tokens that chose them: what is sent are tokens."""
-    loss, params, tokens = language_model("moe")
-    mesh = mesh_of(tensor=2)
-    shardings = shardings_of(params, mesh)
-    with use_mesh(mesh):
-        gradient = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
-        compiled = gradient.lower(
-            jax.device_put(params, shardings), place(tokens, mesh, 8)
-        ).compile()
-    found = [each for each in collectives(str(compiled.as_text()), mesh.shape) if each.axes]
+    compiled, (params, _) = language_model_on("moe", "tensor")
+    shape = mesh_of(tensor=2).shape
+    found = [each for each in collectives(str(compiled.as_text()), shape) if each.axes]
     assert {(each.op, each.axes) for each in found} == {("all-reduce", ("tensor",))}
     kernels = [x.nbytes for name, x in by_name(params).items() if "/experts/" in name]
     whole_and_halves = {size // n for size in kernels for n in (1, 2)}

@@ -73,7 +73,6 @@ def page(small_run, tmp_path_factory):
         **os.environ,
         "TMPDIR": str(folder),
         # As tests/conftest.py has it for what the answers are compared with.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
     # In the background of a shell that reads a script, Ctrl-C is ignored.

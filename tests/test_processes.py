@@ -80,7 +80,8 @@ def test_pads_and_rows_that_do_not_count_change_nothing(build, make_inputs):
     groups = np.zeros((2, 8), np.float32)
     groups[0, 3] = 1
     sums, (cosine, shares) = _observe(model, inputs, groups)
-    y, streams, weights = model.run_processes(inputs, attention=True)
+    run = jax.jit(lambda model, inputs: model.run_processes(inputs, attention=True))
+    y, streams, weights = run(model, inputs)
     mask = join_streams(streams).mask
     assert mask is not None
     real = np.asarray(mask[0])

@@ -1,6 +1,5 @@
 """The soak in its shortest form: each kind of trial once. See soak.py for the long one."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,14 +24,11 @@ import pytest
 )
 def test_a_run_comes_out_of_every_trial_as_if_undisturbed(kinds):
     soak = Path(__file__).with_name("soak.py")
-    # In all of its processes alike, or their bits would differ.
-    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(
         [sys.executable, soak, "--minutes=0", "--seed=3", "--only", *kinds],
         capture_output=True,
         text=True,
         timeout=1_200,
-        env=environment,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-5_000:]
     assert all(f"  {kind}: " in done.stdout for kind in kinds.values()), done.stdout

@@ -189,6 +189,11 @@ def state_of(scan: bool) -> Any:
     return initial_state(experiment(scan), VOCAB)[1]
 
 
+@functools.cache
+def shapes_of(scan: bool) -> Any:
+    return state_shapes(experiment(scan), VOCAB)[1]
+
+
 def test_a_run_starts_alike_with_and_without_stacks():
     assert_close(by_name(state_of(True).params), by_name(state_of(False).params))
 
@@ -200,7 +205,7 @@ def test_a_checkpoint_is_restored_with_and_without_stacks(tmp_path, saved):
     checkpoints.save(1, state, config={}, tokenizer="", metrics={})
     checkpoints.wait()
     for scan in (False, True):
-        _, like = state_shapes(experiment(scan), VOCAB)
+        like = shapes_of(scan)
         restored = checkpoints.restore(1, like)
         assert jax.tree.structure(restored) == jax.tree.structure(like)
         assert [x.shape for x in jax.tree.leaves(restored)] == [
