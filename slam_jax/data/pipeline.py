@@ -127,6 +127,9 @@ def training_batches(
     if config.workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain passes flags of its own to its processes
+        # Through pipes: Grain leaves blocks of shared memory behind where it is closed early.
+        pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        batches = grain.experimental.WithOptionsIterDataset(batches, pipes)
         processes = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=2)
         batches = batches.mp_prefetch(processes)
     return iter(batches)
