@@ -364,7 +364,7 @@ def rope(**fields: Any) -> dict[str, Any]:
         (rope(rope_type="yarn", factor=4.0), "original_max_position_embeddings is None; expected"),
         (rope(**YARN_4, beta_fast=0), "yarn.beta_fast is 0.0; expected a number above 0"),
         (rope(**YARN_4, truncate=False), "truncate is False; expected nothing: it is not built"),
-        ({"rope_scaling": {"type": "default"}}, "rope_parameters beside rope_scaling"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_parameters beside rope_scaling with other"),
         ({"rope_parameters": 3}, "rope_parameters is 3; expected a group of fields"),
         ({"num_attention_heads": 5}, "num_kv_heads is 2; expected a divisor of num_heads=5"),
     ],
@@ -443,6 +443,17 @@ def test_yarn_is_read_in_both_spellings():
     assert expected.magnitude == 1.0
     assert expected.score_scale == pytest.approx(1.2608**2, rel=1e-4)
     assert Rope(yarn=Yarn(40.0, 4_096)).magnitude == pytest.approx(1.3689, rel=1e-4)
+
+
+def test_equal_spellings_and_a_byte_order_mark_are_read(tmp_path):
+    shutil.copytree(GOLDENS / "llama_3_rope", tmp_path / "both")
+    path = tmp_path / "both" / "config.json"
+    data = json.loads(path.read_text())
+    parameters = dict(data["rope_parameters"])
+    theta, kind = parameters.pop("rope_theta"), parameters.pop("rope_type")
+    data |= {"rope_theta": theta, "rope_scaling": {**parameters, "type": kind}}
+    path.write_text(json.dumps(data), encoding="utf-8-sig")
+    assert load_pretrained(tmp_path / "both")[1] == golden("llama_3_rope")[1]
 
 
 def test_what_a_configuration_leaves_out_is_as_its_publisher_has_it():

@@ -202,8 +202,10 @@ def rope(
     def read(group: Group, key: str) -> Rope:
         """Reads both spellings: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
         groups = {k: v for k in ("rope_parameters", key) if (v := group.data.get(k)) is not None}
-        if len(groups) > 1:
-            raise InputError(f"config.json: {' beside '.join(groups)}; expected one of them")
+        if len(groups) > 1 and len({repr(_spelled(each)) for each in groups.values()}) > 1:
+            raise InputError(
+                f"config.json: {' beside '.join(groups)} with other content; expected one of them"
+            )
         key, data = next(iter(groups.items()), ("rope_parameters", {}))
         if not isinstance(data, Mapping):
             raise group.wrong(key, "a group of fields")
@@ -237,6 +239,14 @@ def rope(
     if interleave_key is None:
         return theta, scaling
     return theta, scaling, Field(interleave_key, write=lambda c: c.rope.interleaved)
+
+
+def _spelled(data: Any) -> Any:
+    """The fields of a rotary group in one order and spelling, without those of other groups."""
+    if not isinstance(data, Mapping):
+        return data
+    fields = {"rope_type" if key == "type" else key: value for key, value in data.items()}
+    return sorted((str(k), v) for k, v in fields.items() if k != "rope_theta" and v is not None)
 
 
 def _long_rope(

@@ -196,7 +196,7 @@ def read_json(path: Path, largest: int = _LARGEST_CONFIG) -> Any:
             raise InputError(f"{path}: expected a file")
         if path.stat().st_size > largest:
             raise InputError(f"{path}: {path.stat().st_size:,} bytes; expected at most {largest:,}")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # some begin with a byte-order mark
     except OSError as error:
         reason = first_line(error)
         raise InputError(f"{path}: {reason}; expected the folder of a published model") from None
