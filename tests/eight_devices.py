@@ -629,7 +629,7 @@ def test_a_run_resumes_on_other_devices(run_config, tmp_path, monkeypatch, capsy
         patch.setattr(loop, "validate", killed_at_the_second)
         train(on(process=4), tmp_path / "moved")
     assert Checkpoints(tmp_path / "moved").steps() == [3]
-    state = train(on(fsdp=2, tensor=2), tmp_path / "moved")
+    state = train(on(process=1, fsdp=2, tensor=2), tmp_path / "moved")
     assert held(state.params["head"]["kernel"])[0] == 16
     shown = capsys.readouterr().out
     assert "parameters on data 2 x process 4, in" in shown
