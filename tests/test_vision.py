@@ -61,7 +61,7 @@ def pixels_of(name: str) -> np.ndarray:
 
 @jax.jit
 def states(tower: VisionTower, pixels: jax.Array) -> tuple[jax.Array, ...]:
-    """Of all layers, of the last but one, and its patches."""
+    """The states of the last layer and of the one before it, and the patches of that one."""
     return tower(pixels), tower.hidden_state(pixels, 1), tower.patches(pixels, -2)
 
 

@@ -95,7 +95,8 @@ class Field(NamedTuple):
     read: the kind of the value, or a function of (group, key) that returns it; None = the kind of
       the default, int where it has none.
     write: what is written for a configuration; None = the attribute, or the default where that is
-      None. With a key and `write` alone the field is written for other libraries and not read.
+      None; `...` = the field is not written. With a key and `write` alone the field is written for
+      other libraries and not read.
     when: (key, value, off): without this value of another field the attribute is `off`.
     """
 
@@ -132,7 +133,7 @@ def write_fields(table: Fields, config: Any) -> dict[str, Any]:
         else:
             value = getattr(config, row.attribute or "")
             values[row.key] = row.default if value is None else value
-    return values
+    return {key: value for key, value in values.items() if value is not ...}
 
 
 _YARN = (
@@ -168,7 +169,7 @@ _ROPES: dict[str, Fields] = {
     "llama3": _LLAMA3,
     "longrope": (
         Field("short_factor", "short", read=_read_factors),
-        Field("long_factor", "long", read=_read_factors),
+        Field("long_factor", read=_read_factors),
         Field("factor", "factor", None, float),
         Field("attention_factor", "attention_factor", None, float),
         Field("original_max_position_embeddings", "original_length", None),
@@ -252,7 +253,6 @@ def _spelled(data: Any) -> Any:
 def _long_rope(
     group: Group,
     short: tuple[float, ...],
-    long: tuple[float, ...],
     factor: float | None,
     attention_factor: float | None,
     original_length: int | None,

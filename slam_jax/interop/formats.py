@@ -60,7 +60,7 @@ _HARMLESS = HARMLESS | {
     *("mask_init_id", "org_vocab_size", "pad_id", "text_end_id", "text_start_id"),
     # They repeat other fields.
     *("is_llama_config", "layers_block_type", "max_window_layers", "qk_head_dim"),
-    # Of classifiers.
+    # Heads of classifiers.
     *("add_classification_head", "class_num", "pool_type"),
 }
 
@@ -150,7 +150,7 @@ def _all_full(group: Group, key: str) -> None:
         raise group.wrong(key, f"{_LAYERS[0]} alone")
 
 
-_FULL_LAYERS = Field("layer_types", read=_all_full, write=lambda _: None)
+_FULL_LAYERS = Field("layer_types", read=_all_full, write=lambda _: ...)
 _WINDOWS = (
     Field("sliding_window", "window", None, _read_window),
     Field("layer_types", "window_layers", None, _read_window_layers, _layer_types),
@@ -159,7 +159,7 @@ _WINDOWS = (
 
 def _fixed(attribute: str, value: Any) -> Field:
     """An attribute that a type always has, and no field for."""
-    return Field(f"={attribute}", attribute, read=lambda *_: value, write=lambda _: None)
+    return Field(f"={attribute}", attribute, read=lambda *_: value, write=lambda _: ...)
 
 
 def _biases(config: Any) -> tuple[bool, bool, bool]:
@@ -305,7 +305,7 @@ FORMATS: dict[str, Format] = {
             Field("attention_bias", "qkv_bias", False),
             Field("attention_bias", "out_bias", False),
             Field("mlp_bias", "mlp_bias", False),
-            only("rope_interleaved", False),
+            only("rope_interleaved", False)._replace(write=lambda _: ...),
             _FULL_LAYERS,
         ),
         tensors=_STANDARD,
@@ -574,8 +574,7 @@ def write_config(config: Any) -> tuple[str, dict[str, Any]]:
     for kind, form in FORMATS.items():
         if type(config) is form.config and form.has(config):
             data = {"architectures": [form.architecture], "model_type": kind}
-            found = write_fields(form.fields, config)
-            data |= {key: value for key, value in found.items() if not key.startswith("=")}
+            data |= write_fields(form.fields, config)
             rope, found = (getattr(c, "rope", None) for c in (config, read_config(data)[1]))
             if rope != found:
                 problem = f"{kind} cannot express it, and would read {found}"

@@ -178,10 +178,9 @@ class SelfAttention(nnx.Module):
     """Multi-head self-attention; rotary positions where they are given.
 
     embed_dim: D. num_heads: N. head_dim: H of queries, keys and values. qkv_bias: of their maps.
-    out_bias: of the output map. qk_norm: RMS norms over
-    each head of the queries and of the keys, before they are rotated (Henry et al. 2020,
-    "Query-Key Normalization for Transformers"). out_scale: scale of the initial output map, as in
-    `GatedMLP`.
+    out_bias: of the output map. qk_norm: RMS norms over each head of the queries and of the keys,
+    before they are rotated (Henry et al. 2020, "Query-Key Normalization for Transformers").
+    out_scale: scale of the initial output map, as in `GatedMLP`.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ class Router(nnx.Module):
         with jax.default_matmul_precision("highest"):
             scores = self.scores(x)
         if self.choice_bias is not None:
-            return self._by_sigmoids(jax.nn.sigmoid(scores))
+            return self._by_sigmoids(jax.nn.sigmoid(scores), self.choice_bias[...])
         probs = jax.nn.softmax(scores, axis=-1)
         allowed = self._in_best_groups(probs, 1, 0.0)
         weights, experts = jax.lax.top_k(allowed, self.num_experts_per_token)
@@ -77,10 +77,9 @@ class Router(nnx.Module):
             weights = weights * self.scale
         return Routing(weights, experts, probs)
 
-    def _by_sigmoids(self, scores: Float[Array, "*B T E"]) -> Routing:
-        assert self.choice_bias is not None
+    def _by_sigmoids(self, scores: Float[Array, "*B T E"], bias: Float[Array, "E"]) -> Routing:
         # The bias follows the loads (section 2.1.2), not a gradient.
-        bias = jax.lax.stop_gradient(self.choice_bias[...]).astype(scores.dtype)
+        bias = jax.lax.stop_gradient(bias).astype(scores.dtype)
         choice = jax.lax.stop_gradient(scores) + jax.lax.broadcast_to_rank(bias, scores.ndim)
         allowed = self._in_best_groups(
             choice, min(2, choice.shape[-1] // self.num_groups), -jnp.inf

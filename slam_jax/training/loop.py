@@ -94,16 +94,20 @@ def train(
         if first == run.num_steps and not pending:
             progress.log(f"{workdir} is already at its last step, {first:,}")
             return state
-        count = sum(x.size for x in jax.tree.leaves(state.params))
-        origin = f"from step {first:,} of {workdir}" if first else f"in {workdir}"
-        sizes = {} if mesh is None else {axis: n for axis, n in mesh.shape.items() if n > 1}
-        where = name_of(sizes) or str(jax.devices()[0])
-        progress.log(f"{count:,} parameters on {where}, {origin}")
+        progress.log(_describe_start(state, mesh, workdir))
         profiler = Profiler(profile if is_first else None, first, workdir, progress)
         tools = checkpoints, writer, progress, stop or Stop(), mesh, stack.enter_context(profiler)
         trainer = Trainer(experiment, config, opened.graphdef, opened.dataset, *tools)
         with explain_out_of_memory("a step", _SMALLER_STEPS):
             return trainer.run(state, pending)
+
+
+def _describe_start(state: TrainState, mesh: Mesh | None, workdir: str | Path) -> str:
+    """The number of parameters, the devices, and where the run begins."""
+    count, first = sum(x.size for x in jax.tree.leaves(state.params)), int(state.step)
+    origin = f"from step {first:,} of {workdir}" if first else f"in {workdir}"
+    sizes = {} if mesh is None else {axis: n for axis, n in mesh.shape.items() if n > 1}
+    return f"{count:,} parameters on {name_of(sizes) or jax.devices()[0]}, {origin}"
 
 
 _SMALLER_STEPS = (

@@ -147,8 +147,8 @@ def global_norm(tree: Any) -> Float[Array, ""]:
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """As that of optax, with the same state. That one compiles to three times the operations, since
-    it allows for complex numbers and scales each array twice."""
+    """As that of optax, with the same state. That one compiles to more than twice the operations,
+    since it allows for complex numbers and scales each array twice."""
 
     def update(updates, state, params=None):
         scale = max_norm / jnp.maximum(global_norm(updates), max_norm)
