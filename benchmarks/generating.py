@@ -20,14 +20,17 @@ class Numbers(NamedTuple):
     vocab_size: int
     bos_id: int = 1
     pad_id: int = 0
-    eos_id: int = -1  # no answer ends by itself
+    end_ids: tuple[int, ...] = ()  # no answer ends by itself
+    known: None = None
 
-    def encode(self, text: str) -> list[int]:
-        return [int(word) for word in text.split()]
+    def encode_prompt(self, text: str) -> list[int]:
+        return [self.bos_id, *(int(word) for word in text.split())]
 
-    @property
-    def token_bytes(self) -> list[bytes]:
-        return [b""] * self.vocab_size
+    def check(self, text: str, name: str) -> None:
+        pass
+
+    def to_bytes(self, ids: list[int]) -> bytes:
+        return b""
 
 
 def ours(folder: str, prompt: list[int], new_tokens: int) -> Any:

@@ -3,6 +3,7 @@
 from slam_jax.batch import Batch
 from slam_jax.data.config import DataConfig
 from slam_jax.data.datasets import Dataset, prepare
+from slam_jax.data.hub_tokenizer import HubTokenizer, as_tokenizer
 from slam_jax.data.numbers import AuxFormat
 from slam_jax.data.pipeline import (
     EvaluationBatch,
@@ -23,8 +24,10 @@ __all__ = [
     "Dataset",
     "EvaluationBatch",
     "Example",
+    "HubTokenizer",
     "Source",
     "Tokenizer",
+    "as_tokenizer",
     "evaluation_batches",
     "prepare",
     "training_batches",

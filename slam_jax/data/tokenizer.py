@@ -21,8 +21,8 @@ SMALLEST_VOCABULARY = len(_SPECIALS) + 256
 # order, are the letters from U+0100 on. Source: Radford et al. 2019 (GPT-2).
 _PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
-_BYTE_OF = {chr(byte): byte for byte in _PRINTED}
-_BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+BYTE_OF = {chr(byte): byte for byte in _PRINTED}
+BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
 def check_text(text: str, name: str) -> None:
@@ -33,6 +33,11 @@ def check_text(text: str, name: str) -> None:
     for special in _SPECIALS:
         if special in text:
             raise InputError(f"{name} holds {special!r}, which is added by itself; leave it out")
+    check_unicode(text, name)
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Raises InputError, naming the text, for a lone surrogate, which is not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -54,6 +59,8 @@ class Tokenizer:
     pad_id = 0
     bos_id = 1
     eos_id = 2
+    end_ids = (2,)
+    chat_template = None
 
     def __post_init__(self) -> None:
         if tuple(map(self._model.id_to_token, range(len(_SPECIALS)))) != _SPECIALS:
@@ -90,6 +97,18 @@ class Tokenizer:
         """Token ids of `text`, without <bos> and <eos>."""
         return self._model.encode(text, add_special_tokens=False).ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text to continue: <bos>, then `text`."""
+        return [self.bos_id, *self.encode(text)]
+
+    def check(self, text: str, name: str) -> None:
+        """Raises InputError, naming the text, where it would not be given back as it is."""
+        check_text(text, name)
+
+    def special_id(self, text: str) -> int | None:
+        """None: no text is a special token."""
+        return None
+
     def decode(self, ids: Sequence[int] | Int[Array | np.ndarray, "T"]) -> str:
         """The text of `ids` up to the first <eos>, without other special tokens."""
         kept: list[int] = np.asarray(ids, np.int64).tolist()
@@ -102,9 +121,17 @@ class Tokenizer:
         """The bytes of each token, empty for special tokens. Joined, they are a text in UTF-8."""
         pieces = [self._model.id_to_token(i) for i in range(self.vocab_size)]
         return [
-            b"" if piece in _SPECIALS else bytes(_BYTE_OF[letter] for letter in piece or "")
+            b"" if piece in _SPECIALS else bytes(BYTE_OF[letter] for letter in piece or "")
             for piece in pieces
         ]
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:
+        """The text of these tokens as bytes; a part of it may be no whole letter."""
+        return b"".join(self.token_bytes[i] for i in ids)
+
+    @property
+    def known(self) -> None:
+        """None: all ids have a token."""
 
     @property
     def vocab_size(self) -> int:

@@ -71,7 +71,7 @@ def evaluate(
     baseline_answer: adds the share of questions that this answer gets right (`baseline`). seed: of
     the bootstrap.
     """
-    ids = dict(eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    ids = dict(eos_id=tokenizer.end_ids, pad_id=tokenizer.pad_id)
     answers, retrieval = [], {}
     for view, batches in batches_by_view.items():
         scene, embeddings = 0, []

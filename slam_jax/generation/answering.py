@@ -17,11 +17,14 @@ from slam_jax.generation.decode import (
     Ends,
     bucket,
     continue_decoding,
+    end_ids_of,
+    only_allowed,
     start_decoding,
 )
 from slam_jax.generation.requests import (
     Request,
     Trained,
+    allowed_tokens,
     append_answers,
     checked,
     read_inputs,
@@ -170,12 +173,14 @@ def score(
     if isinstance(answers, str) or not answers:
         raise InputError("answers: give a list of at least one text")
     tokenizer = loaded.tokenizer
-    texts = [checked(answer, "answer") for answer in answers]
-    rows = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    texts = [checked(tokenizer, answer, "answer") for answer in answers]
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    rows = [[*tokenizer.encode(text), *end] for text in texts]
     prompts = read_prompts(loaded, [request], max(map(len, rows)))
     tokens, scored = append_answers(prompts, rows, tokenizer.pad_id)
     memory = _remember(loaded, [request], memory)
-    logprobs = np.asarray(_score(loaded.model, memory, tokens[None], scored[None]))[0].tolist()
+    given = (loaded.model, memory, tokens[None], scored[None])
+    logprobs = np.asarray(_score(*given, allowed_tokens(loaded)))[0].tolist()
     return [Score(*each) for each in zip(answers, logprobs, map(len, rows), strict=False)]
 
 
@@ -187,7 +192,7 @@ def _start(
     The rows of the state are [B, samples], or [1, B x samples] where all share the memory given.
     """
     prompts = read_prompts(loaded, requests, sampling.max_new_tokens)
-    count, tokenizer = sampling.num_samples, loaded.tokenizer
+    count = sampling.num_samples
     shape = (len(prompts.seeds), count) if memory is None else (1, len(prompts.seeds) * count)
 
     def spread(x: np.ndarray) -> np.ndarray:
@@ -195,8 +200,7 @@ def _start(
 
     memory = _remember(loaded, requests, memory)
     keys = _keys(prompts.seeds, count).reshape(shape)
-    stops = stop_table(sampling.stop, tokenizer) if sampling.stop else None
-    ends = Ends(tokenizer.eos_id, tokenizer.pad_id, stops)
+    ends = _ends(loaded, sampling)
     # The cache needs no more room than the context has.
     context = loaded.model.config.context_length
     room = min(bucket(int(prompts.limits.max()), LEAST_LENGTH), context)
@@ -229,10 +233,12 @@ def _keys(seeds, count):
 
 
 @jax.jit
-def _score(model, memory, tokens, scored):
+def _score(model, memory, tokens, scored, allowed):
     cache = model.init_cache(tokens.shape[:2], tokens.shape[2] - 1)
     logits, _ = model.prefill(tokens[..., :-1], cache, memory)
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., 1:, None], axis=-1)
+    chosen = jnp.take_along_axis(
+        jax.nn.log_softmax(only_allowed(logits, allowed)), tokens[..., 1:, None], axis=-1
+    )
     return jnp.where(scored, chosen[..., 0], 0.0).sum(axis=-1)
 
 
@@ -245,11 +251,28 @@ def _rows(state: Decoding) -> Iterator[tuple[list[int], list[float]]]:
 
 def _sample(loaded: Any, sampling: Sampling, tokens: list[int], logprobs: list[float]) -> Sample:
     text, stopped = cut(_bytes(loaded, tokens), sampling.stop)
-    ended = tokens[-1:] == [loaded.tokenizer.eos_id]
+    ended = bool(tokens) and tokens[-1] in loaded.tokenizer.end_ids
+    # A stop string that is a special token has no bytes.
+    stopped |= bool(tokens) and tokens[-1] in _special_stops(loaded.tokenizer, sampling)
     finish = "stop" if stopped else "end" if ended else "length"
     return Sample(text.decode("utf-8", "replace"), tuple(tokens), tuple(logprobs), finish)
 
 
 def _bytes(loaded: Any, tokens: list[int]) -> bytes:
-    pieces = loaded.tokenizer.token_bytes
-    return b"".join(pieces[token] for token in tokens)
+    return loaded.tokenizer.to_bytes(tokens)
+
+
+def _special_stops(tokenizer: Any, sampling: Sampling) -> list[int]:
+    """The stop strings that are special tokens, as ids."""
+    found = map(tokenizer.special_id, sampling.stop)
+    return [token for token in found if token is not None]
+
+
+def _ends(loaded: Any, sampling: Sampling) -> Ends:
+    """What ends an answer of this model."""
+    tokenizer = loaded.tokenizer
+    for text in sampling.stop:
+        tokenizer.check(text, "stop")
+    stops = stop_table(sampling.stop, tokenizer) if sampling.stop else None
+    ids = end_ids_of([*tokenizer.end_ids, *_special_stops(tokenizer, sampling)])
+    return Ends(ids, tokenizer.pad_id, stops, allowed_tokens(loaded))

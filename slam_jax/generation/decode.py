@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from slam_jax.array_typing import AnyArray
-from slam_jax.errors import InputError
+from slam_jax.errors import InputError, shorten
 from slam_jax.generation.sampling import Rules, Sampling, choose
 from slam_jax.layers.kv_cache import check_prompts
 from slam_jax.layers.masks import prefix_mask
@@ -46,11 +46,13 @@ class Decoded(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """What ends a row: its <eos>, or the last state of a table of `stop_table`; pads follow."""
+    """What ends a row: one of some tokens, or the last state of a table of `stop_table`; pads
+    follow. allowed: the tokens that may be chosen, None = all."""
 
-    eos_id: Int[Array, ""] | int
+    end_ids: Int[AnyArray, "ends"]
     pad_id: Int[Array, ""] | int
     stops: Int[AnyArray, "states V"] | None = None
+    allowed: Bool[AnyArray, "V"] | None = None
 
 
 @struct.dataclass
@@ -134,12 +136,14 @@ def continue_decoding(
 def _choose_next(state: Decoding, logits: Float[Array, "B *Q V"]) -> Decoding:
     """The state with one more token of every row that has not ended."""
     fold_in, ends = jax.random.fold_in, state.ends
+    logits = only_allowed(logits, ends.allowed)
     for _ in range(state.keys.ndim):
         fold_in = jax.vmap(fold_in)
     token = choose(logits, state.seen, fold_in(state.keys, state.length), state.rules)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[..., None], -1)
     length = state.length + ~state.done
-    stop_state, ended = state.stop_state, (token == ends.eos_id) | (length >= state.limit)
+    ended = jnp.isin(token, ends.end_ids) | (length >= state.limit)
+    stop_state = state.stop_state
     if ends.stops is not None:
         stop_state = jnp.asarray(ends.stops)[stop_state, token]
         ended |= stop_state == len(ends.stops) - 1
@@ -155,6 +159,29 @@ def _choose_next(state: Decoding, logits: Float[Array, "B *Q V"]) -> Decoding:
     )
 
 
+def only_allowed(
+    logits: Float[Array, "*B V"], allowed: Bool[AnyArray, "V"] | None
+) -> Float[Array, "*B V"]:
+    """The logits, with -inf for tokens that may not be chosen."""
+    if allowed is None:
+        return logits
+    return jnp.where(jax.lax.broadcast_to_rank(allowed, logits.ndim), logits, -jnp.inf)
+
+
+def end_ids_of(eos_id: Any) -> Int[AnyArray, "ends"]:
+    """One end token, several of them, or None for none, as an array.
+
+    Raises InputError for anything else.
+    """
+    if isinstance(eos_id, Tracer):
+        return jnp.atleast_1d(eos_id)
+    ids = np.atleast_1d(np.asarray([] if eos_id is None else eos_id))
+    if ids.ndim > 1 or (ids.size and ids.dtype.kind not in "iu"):
+        expected = "a token, a list of tokens that all end an answer, or None"
+        raise InputError(f"eos_id is {shorten(repr(eos_id))}; expected {expected}")
+    return ids.astype(np.int32)
+
+
 def decode(
     model: Decodable,
     memory: Any,
@@ -166,13 +193,14 @@ def decode(
     *,
     max_new_tokens: int,
     limit: Int[AnyArray, "B *Q"] | int | None = None,
-    eos_id: int,
+    eos_id: Any,
     pad_id: int,
+    allowed: Bool[AnyArray, "V"] | None = None,
 ) -> Decoded:
     """Continues every prompt, one token at a time.
 
     One prefill, then a loop on the device that ends as soon as every row has. A row ends with
-    `eos_id`, or with the token that completes a stop string, and yields `pad_id` after it.
+    an end token, or with the token that completes a stop string, and yields `pad_id` after it.
 
     Called by itself it is compiled once for each bucket of shapes: B, T and max_new_tokens are
     rounded up to powers of two, T and max_new_tokens from 16 on. Under `jax.jit` it is a pure
@@ -188,6 +216,9 @@ def decode(
       stops: of `stop_table`.
       max_new_tokens: how many tokens there is room for.
       limit: how many tokens each row may get; None = max_new_tokens. A row of limit 0 ends at once.
+      eos_id: the token that ends a row; of several, each does; None = none. pad_id: any token.
+      allowed: the tokens that may be chosen, None = all. A model may have more rows of logits than
+        its tokenizer has tokens.
 
     Raises:
       InputError: `max_new_tokens` is below 1 or, outside of `jax.jit`, a length is not in 1 .. T or
@@ -203,7 +234,8 @@ def decode(
         check_context(int(np.asarray(lengths).max()), max_new_tokens, context_of(model))
         arrays, room = _to_buckets(*arrays), bucket(max_new_tokens, LEAST_LENGTH)
     *given, limit = arrays
-    state = start_decoding(model, *given, rules, Ends(eos_id, pad_id, stops), limit, room)
+    ends = Ends(end_ids_of(eos_id), pad_id, stops, allowed)
+    state = start_decoding(model, *given, rules, ends, limit, room)
     state = continue_decoding(model, arrays[0], state, max_new_tokens)
     return Decoded(*(x[:count, ..., :max_new_tokens] for x in (state.tokens, state.logprobs)))
 
@@ -239,10 +271,13 @@ def greedy_decode(
     lengths: Int[AnyArray, "B *Q"],
     *,
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: Any,
     pad_id: int,
+    allowed: Bool[AnyArray, "V"] | None = None,
 ) -> Decoded:
     """`decode` with the most probable token each time: no keys, no stop strings."""
     keys = jnp.broadcast_to(jax.random.key(0), lengths.shape)
-    settings: Any = dict(max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=pad_id)
+    settings: Any = dict(
+        max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=pad_id, allowed=allowed
+    )
     return decode(model, memory, prompts, lengths, keys, Sampling().rules, **settings)

@@ -2,15 +2,16 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt32
 
+from slam_jax.data.hub_tokenizer import as_tokenizer
 from slam_jax.data.images import load_image
 from slam_jax.data.numbers import AuxFormat, as_vectors
-from slam_jax.data.tokenizer import Tokenizer, check_text
+from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.errors import InputError, is_whole, shorten
 from slam_jax.generation.decode import LEAST_LENGTH, bucket, bucket_rows, check_context
 from slam_jax.protocol import Decodable
@@ -31,7 +32,7 @@ class Trained(Protocol):
     @property
     def model(self) -> Decodable: ...
     @property
-    def tokenizer(self) -> Tokenizer: ...
+    def tokenizer(self) -> Any: ...
     @property
     def aux_format(self) -> AuxFormat | None: ...
 
@@ -40,15 +41,19 @@ class Trained(Protocol):
 class ModelAndTokenizer:
     """A model that reads prompts alone, such as a language model, and its tokenizer.
 
-    Raises InputError where the tokenizer has more or fewer tokens than the model.
+    tokenizer: a `Tokenizer`; or one of the hub: a `HubTokenizer`, a folder, a tokenizer.json, a
+      `tokenizers.Tokenizer` or a fast tokenizer of transformers. It becomes one of the first two.
+
+    Raises InputError as `check_vocabulary` does.
     """
 
     model: Any
-    tokenizer: Tokenizer
+    tokenizer: Any
     aux_format: None = None
     max_new_tokens: int = _USUAL_LENGTH
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tokenizer", as_tokenizer(self.tokenizer))
         check_vocabulary(self)
 
 
@@ -63,6 +68,8 @@ class Request:
     aux: rows of numbers as the model was trained on; for a model of a table's columns, numbers by
       column name.
     seed: of sampling. The same request with the same seed has the same answer, alone or in a batch.
+    messages: instead of a prompt, a conversation for a model with a chat template: each message has
+      a "role" and a "content".
     """
 
     prompt: str = ""
@@ -70,6 +77,7 @@ class Request:
     image: Any = None
     aux: Any = None
     seed: int = 0
+    messages: Sequence[Mapping[str, Any]] | None = None
 
 
 class Prompts(NamedTuple):
@@ -82,19 +90,31 @@ class Prompts(NamedTuple):
 
 
 def check_vocabulary(loaded: Any) -> None:
-    """Raises InputError unless the tokenizer has as many tokens as the model."""
+    """Raises InputError unless the tokenizer has as many tokens as the model.
+
+    Published models may have more rows than their tokenizer has tokens; see `allowed_tokens`.
+    """
     ours, models = loaded.tokenizer.vocab_size, loaded.model.config.vocab_size
-    if ours != models:
+    if ours > models or (ours < models and isinstance(loaded.tokenizer, Tokenizer)):
         raise InputError(
             f"the tokenizer has {ours:,} tokens and the model {models:,}; give the tokenizer that "
             "the model was trained with"
         )
 
 
+def allowed_tokens(loaded: Any) -> Bool[np.ndarray, "V"] | None:
+    """The rows of the model's vocabulary that are tokens; None = all are."""
+    known, models = loaded.tokenizer.known, loaded.model.config.vocab_size
+    if known is None or (len(known) == models and known.all()):
+        return None
+    return np.pad(known, (0, models - len(known)))
+
+
 def read_prompts(
     loaded: Trained, requests: Sequence[Request], max_new_tokens: int | None
 ) -> Prompts:
-    """The prompts, each after a <bos>, with rows and columns rounded up to a bucket.
+    """The prompts, with rows and columns rounded up to a bucket. Each begins as the tokenizer says:
+    with a <bos>, or without.
 
     max_new_tokens: None = the default of the model, or what is left of its context.
 
@@ -111,8 +131,7 @@ def read_prompts(
             if not is_whole(request.seed) or not 0 <= request.seed < 2**32:
                 expected = f"a whole number from 0 to {2**32 - 1}"
                 raise InputError(f"seed is {shorten(repr(request.seed))}; expected {expected}")
-            prompt = loaded.tokenizer.encode(checked(request.prompt, "prompt"))
-            rows.append([loaded.tokenizer.bos_id, *prompt])
+            rows.append(_read_prompt(loaded.tokenizer, request))
             length = len(rows[-1])
             check_context(length, 1 if max_new_tokens is None else max_new_tokens, context)
             usual = min(getattr(loaded, "max_new_tokens", _USUAL_LENGTH), context - length)
@@ -122,6 +141,22 @@ def read_prompts(
     prompts = bucket_rows(prompts, len(rows))
     prompts.limits[len(rows) :] = 0
     return prompts
+
+
+def _read_prompt(tokenizer: Any, request: Request) -> list[int]:
+    """The tokens of a prompt or of a conversation, at least one."""
+    prompt = checked(tokenizer, request.prompt, "prompt")
+    if request.messages is None:
+        row = tokenizer.encode_prompt(prompt)
+    elif prompt:
+        raise InputError("a request has a prompt and messages; give one of them")
+    elif tokenizer.chat_template is None:
+        raise InputError("this model has no chat template; give it a prompt instead of messages")
+    else:
+        row = tokenizer.encode_chat(request.messages)
+    if not row:
+        raise InputError("the prompt has no tokens; this model needs at least one to begin with")
+    return row
 
 
 def append_answers(
@@ -180,7 +215,7 @@ def read_inputs(loaded: Trained, requests: Sequence[Request]) -> Inputs | None:
 
 
 def _read_text(loaded: Any, text: Any) -> list[int]:
-    row = loaded.tokenizer.encode(checked(text, "text"))
+    row = loaded.tokenizer.encode(checked(loaded.tokenizer, text, "text"))
     context = loaded.model.config.context_length
     if len(row) > context:
         raise InputError(f"text of {len(row):,} tokens; the context is {context:,}: shorten it")
@@ -198,11 +233,11 @@ def _read_aux(loaded: Any, aux: Any) -> np.ndarray:
     return rows
 
 
-def checked(value: Any, name: str) -> str:
-    """The text; raises InputError for another type, special tokens and lone surrogates."""
+def checked(tokenizer: Any, value: Any, name: str) -> str:
+    """The text; raises InputError for another type, and for what the tokenizer cannot encode."""
     if not isinstance(value, str):
         raise InputError(f"{name} is a {type(value).__name__}; expected a text")
-    check_text(value, name)
+    tokenizer.check(value, name)
     return value
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from slam_jax.data.tokenizer import check_text
+from slam_jax.data.tokenizer import check_unicode
 from slam_jax.errors import InputError
 
 _NO_TOP_K = 2**31 - 1
@@ -77,7 +77,7 @@ class Sampling:
         if not all(isinstance(text, str) and text for text in stop):
             raise InputError(f"stop is {list(stop)!r}; expected texts that are not empty")
         for text in stop:
-            check_text(text, "stop")
+            check_unicode(text, "stop")
 
     @property
     def rules(self) -> "Rules":

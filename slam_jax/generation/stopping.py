@@ -7,18 +7,18 @@ stop string. So the strings are searched for in bytes, by the automaton of Aho a
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.generation.decode import bucket
 
 _LEAST_STATES = 16
 
 
 @functools.lru_cache(maxsize=64)
-def stop_table(stops: tuple[str, ...], tokenizer: Tokenizer) -> Int[np.ndarray, "states V"]:
+def stop_table(stops: tuple[str, ...], tokenizer: Any) -> Int[np.ndarray, "states V"]:
     """The next state for each state and token. State 0 is the start; the last state means that a
     stop string has been found.
 

@@ -1,0 +1,375 @@
+"""Tokenizers of published models, with their special tokens and chat templates."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from jaxtyping import Array, Bool, Int
+
+from slam_jax.data.chat import check_messages, render_chat
+from slam_jax.data.tokenizer import BYTE_OF, check_unicode
+from slam_jax.errors import InputError, first_line, is_whole, shorten
+from slam_jax.runtime.files import read_limited
+
+FILE, CONFIG, GENERATION, TEMPLATE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+_LARGEST, _LARGEST_CONFIG = 1 << 26, 1 << 24  # bytes; Gemma's tokenizer has 33 MB
+_SPACE = "\u2581"  # how SentencePiece writes a space
+_MARK = "slam_jax_hub_tokenizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class HubTokenizer:
+    """A tokenizer.json of the hub, and what the files beside it say.
+
+    json: its text. end_ids: the tokens that end an answer; () = none does. bos_id: the first token
+    of a text. adds_bos: whether a prompt begins with it; None = as the JSON says.
+    eos_id: the end of an answer that is given; one of end_ids, None without any. pad_id: fills
+    shorter rows; any token will do. chat_template: a Jinja template. special_tokens: texts by name,
+    such as "bos_token", for the template.
+
+    Raises:
+      InputError: the JSON is not that of a tokenizer, or an id is not in its vocabulary.
+    """
+
+    json: str = dataclasses.field(repr=False)
+    end_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    adds_bos: bool | None = None
+    eos_id: int | None = None
+    pad_id: int = 0
+    chat_template: str | None = dataclasses.field(default=None, repr=False)
+    special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "end_ids", tuple(map(int, self.end_ids)))
+        if self.eos_id is None and self.end_ids:
+            object.__setattr__(self, "eos_id", self.end_ids[0])
+        size = self.vocab_size
+        for name in ("end_ids", "bos_id", "eos_id", "pad_id"):
+            ids = getattr(self, name)
+            for each in ids if isinstance(ids, tuple) else [ids]:
+                if each is not None and (not is_whole(each) or not 0 <= each < size):
+                    expected = f"a token of the {size:,} that the tokenizer has"
+                    raise InputError(f"tokenizer: {name} is {each!r}; expected {expected}")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` alone; a literal special token is encoded letter by letter."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text to continue, as its publisher's library makes them.
+
+        A literal special token is that token. A token before the text, such as a BOS, is added if
+        the tokenizer has such a rule; an end after the text is not.
+        """
+        if self.adds_bos is not None:
+            ids = self._model.encode(text, add_special_tokens=False).ids
+            return [self.bos_id, *ids] if self.adds_bos and self.bos_id is not None else ids
+        ids = self._model.encode(text).ids
+        with_end = ids and ids[-1] == self.eos_id and not text.endswith(self._text_of(ids[-1]))
+        return ids[:-1] if with_end else ids
+
+    def encode_chat(self, messages: Any, **variables: Any) -> list[int]:
+        """Token ids of a conversation, up to where the next answer begins; see `chat_text`."""
+        text = self.chat_text(messages, **variables)
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def chat_text(self, messages: Any, **variables: Any) -> str:
+        """The conversation as the chat template writes it; see `render_chat`.
+
+        Raises InputError where there is no template, or a message has a special token in it: the
+        model could not tell it from the end of the message.
+        """
+        if self.chat_template is None:
+            raise InputError("this model has no chat template; give it a prompt")
+        check_messages(messages)
+        for i, message in enumerate(messages):
+            self._check_content(message, f"message {i}")
+        variables = {**self.special_tokens, **variables}
+        return render_chat(self.chat_template, messages, variables=variables)
+
+    def check(self, text: str, name: str) -> None:
+        """Raises InputError, naming the text, where it is not Unicode."""
+        check_unicode(text, name)
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that this text is, or None."""
+        return self._model.token_to_id(text) if text in self._special_texts else None
+
+    def decode(self, ids: Sequence[int] | Int[Array | np.ndarray, "T"]) -> str:
+        """The text of `ids` up to the first end, without special tokens; ids that the tokenizer
+        does not have are the replacement character."""
+        kept = []
+        for each in np.asarray(ids, np.int64).tolist():
+            if each in self.end_ids:
+                break
+            kept.append(each)
+        return self.to_bytes(kept).decode("utf-8", "replace")
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:
+        """The text of these tokens as bytes; a part of it may be no whole letter."""
+        pieces, unknown = self.token_bytes, "\ufffd".encode()
+        text = b"".join(pieces[i] if 0 <= i < len(pieces) else unknown for i in ids)
+        start = self._stripped_spaces
+        return text[min(start, len(text) - len(text.lstrip(b" "))) :]
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token, empty for special tokens."""
+        added = self._model.get_added_tokens_decoder()
+        to_bytes = self._bytes_of_piece
+        pieces = []
+        for i in range(self.vocab_size):
+            if i in added:
+                pieces.append(b"" if added[i].special else added[i].content.encode())
+            else:
+                piece = self._model.id_to_token(i)
+                pieces.append(b"" if piece is None else to_bytes(piece))
+        return pieces
+
+    @functools.cached_property
+    def known(self) -> Bool[np.ndarray, "V"]:
+        """Which ids have a token; some vocabularies have gaps."""
+        return np.array([self._model.id_to_token(i) is not None for i in range(self.vocab_size)])
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """The largest id, and one more."""
+        return 1 + max(self._model.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """All of it as one text; see `from_json`."""
+        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        return json.dumps({_MARK: 1, **fields, "special_tokens": dict(self.special_tokens)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "HubTokenizer":
+        """The inverse of `to_json`. Raises InputError for another text."""
+        data = _parse(text, "tokenizer")
+        if data.pop(_MARK, None) != 1:
+            raise InputError("tokenizer: not the text that HubTokenizer.to_json returned")
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise InputError(f"tokenizer: {first_line(error)}") from None
+
+    @classmethod
+    def is_json(cls, text: str) -> bool:
+        """Whether a text is that of `to_json`."""
+        return text.lstrip().startswith(f'{{"{_MARK}"')
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "HubTokenizer":
+        """The tokenizer of a folder from the hub, or of a tokenizer.json with what is beside it.
+
+        Ends are those of generation_config.json, else of config.json, else the tokenizer's own.
+        """
+        folder = Path(folder)
+        file = folder / FILE if folder.is_dir() else folder
+        text, beside = read_limited(file, _LARGEST), file.parent
+        given = {name: _read(beside / name) for name in (CONFIG, GENERATION, "config.json")}
+        template = beside / TEMPLATE
+        if template.exists():
+            given[CONFIG] = given[CONFIG] | {"chat_template": read_limited(template, 1 << 20)}
+        return cls.from_files(text, given[CONFIG], {**given["config.json"], **given[GENERATION]})
+
+    @classmethod
+    def from_files(
+        cls, text: str, config: Mapping[str, Any], generation: Mapping[str, Any]
+    ) -> "HubTokenizer":
+        """From the contents of tokenizer.json, tokenizer_config.json and generation_config.json.
+
+        Raises InputError, naming the field.
+        """
+        model = _parsed(text)
+        tokens = {name: _token(config, name) for name in ("bos_token", "eos_token", "pad_token")}
+        ids = {name: t and model.token_to_id(t) for name, t in tokens.items()}
+        bos = _first(generation.get("bos_token_id")) if ids["bos_token"] is None else None
+        own_end = ids["eos_token"]
+        ends = _ids(generation, "eos_token_id") or tuple(x for x in (own_end,) if x is not None)
+        eos = own_end if own_end in ends else next(iter(ends), None)
+        pad = ids["pad_token"]
+        adds_bos = config.get("add_bos_token")
+        return cls(
+            text,
+            ends,
+            bos_id=ids["bos_token"] if bos is None else bos,
+            adds_bos=adds_bos if isinstance(adds_bos, bool) else None,
+            eos_id=eos,
+            pad_id=next(x for x in (pad, eos, 0) if x is not None),
+            chat_template=_template(config.get("chat_template")),
+            special_tokens={n: t for n in _NAMES if (t := _token(config, n)) is not None},
+        )
+
+    def _check_content(self, value: Any, name: str) -> None:
+        """Refuses special tokens in texts, however deep in a message they are."""
+        if isinstance(value, str):
+            check_unicode(value, name)
+            for special in self._special_texts:
+                if special in value:
+                    raise InputError(f"{name} holds {special!r}, which the template adds itself")
+        elif isinstance(value, Mapping):
+            for each in value.values():
+                self._check_content(each, name)
+        elif isinstance(value, (list, tuple)):
+            for each in value:
+                self._check_content(each, name)
+
+    @functools.cached_property
+    def _special_texts(self) -> list[str]:
+        added = self._model.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special and token.content]
+
+    def _text_of(self, token: int) -> str:
+        return self._model.id_to_token(token) or ""
+
+    @functools.cached_property
+    def _model(self) -> tokenizers.Tokenizer:
+        return _parsed(self.json)
+
+    @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same, for which a literal special token is a text like any other."""
+        model = _parsed(self.json)
+        model.encode_special_tokens = True
+        return model
+
+    @functools.cached_property
+    def _decoders(self) -> list[Mapping[str, Any]]:
+        """The steps of the JSON's decoder."""
+        decoder = _parse(self.json, "tokenizer").get("decoder") or {}
+        return decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
+
+    @functools.cached_property
+    def _stripped_spaces(self) -> int:
+        """How many spaces at the start of a text are not part of it."""
+        for step in self._decoders:
+            if step.get("type") == "Strip" and step.get("content") == " ":
+                return int(step.get("start", 0))
+            if step.get("type") == "Metaspace":
+                return int(step.get("prepend_scheme", "always") != "never")
+        return 0
+
+    @functools.cached_property
+    def _bytes_of_piece(self) -> Any:
+        """From a piece of the vocabulary to its bytes, as the decoder says."""
+        steps = {step.get("type") for step in self._decoders}
+        if "ByteLevel" in steps:
+            return lambda piece: bytes(BYTE_OF.get(letter, 0) for letter in piece)
+        if steps & {"Metaspace", "ByteFallback"}:
+            return _sentence_piece
+        raise InputError(
+            "tokenizer: expected byte-level BPE or SentencePiece, and its decoder is "
+            f"{shorten(str(sorted(map(str, steps))), 80)}"
+        )
+
+
+_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
+
+
+def as_tokenizer(given: Any) -> Any:
+    """A tokenizer of this library, from anything that is one.
+
+    given: one of ours, which is returned; a folder or a tokenizer.json; a `tokenizers.Tokenizer`; a
+    fast tokenizer of transformers. Raises InputError for anything else.
+    """
+    if hasattr(given, "encode_prompt"):
+        return given
+    if isinstance(given, (str, Path)):
+        return HubTokenizer.load(given)
+    if isinstance(given, tokenizers.Tokenizer):
+        return HubTokenizer(given.to_str())
+    backend = getattr(given, "backend_tokenizer", None)
+    if isinstance(backend, tokenizers.Tokenizer):
+        ids = {n: getattr(given, f"{n}_token_id", None) for n in ("bos", "eos", "pad")}
+        names = {n: t for n in _NAMES if isinstance(t := getattr(given, n, None), str)}
+        return HubTokenizer(
+            backend.to_str(),
+            () if ids["eos"] is None else (ids["eos"],),
+            bos_id=ids["bos"],
+            pad_id=next(x for x in (ids["pad"], ids["eos"], 0) if x is not None),
+            chat_template=_template(getattr(given, "chat_template", None)),
+            special_tokens=names,
+        )
+    raise InputError(
+        f"tokenizer is a {type(given).__name__}; expected a tokenizer, a folder of the hub, or its "
+        "tokenizer.json"
+    )
+
+
+def _parsed(text: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises the bare type, and its panics are no errors
+        raise InputError(f"tokenizer: not a tokenizer.json ({shorten(str(error), 120)})") from None
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name}: not JSON ({first_line(error)})") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{name}: expected a group of fields")
+    return data
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file; none without the file."""
+    return _parse(read_limited(path, _LARGEST_CONFIG), str(path)) if path.exists() else {}
+
+
+def _token(config: Mapping[str, Any], name: str) -> str | None:
+    """The text of a special token, which may be a group with a field `content`."""
+    value = config.get(name)
+    value = value.get("content") if isinstance(value, Mapping) else value
+    return value if isinstance(value, str) and value else None
+
+
+def _template(value: Any) -> str | None:
+    """The chat template; of several by name, the default one."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = {x.get("name"): x.get("template") for x in value if isinstance(x, Mapping)}
+    if isinstance(value, Mapping):
+        value = value.get("default")
+    return value if isinstance(value, str) else None
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value else value
+
+
+def _ids(data: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """One id or several. Raises InputError for anything else."""
+    value = data.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(map(is_whole, ids)):
+        raise InputError(f"{key} is {shorten(repr(value), 60)}; expected a token id, or a list")
+    return tuple(dict.fromkeys(ids))
+
+
+def _sentence_piece(piece: str) -> bytes:
+    """A space is written as U+2581, and a single byte as <0x41>."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        try:
+            return bytes([int(piece[3:5], 16)])
+        except ValueError:
+            pass
+    return piece.replace(_SPACE, " ").encode()

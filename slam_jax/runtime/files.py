@@ -1,0 +1,26 @@
+"""Reads small files that somebody else wrote."""
+
+import stat
+from pathlib import Path
+
+from slam_jax.errors import InputError, first_line
+
+
+def read_limited(path: str | Path, most_bytes: int) -> str:
+    """The text of a file, which may be a link to one; a byte-order mark is removed.
+
+    Raises InputError where there is no such file, it is a pipe, a device or a folder, it is larger
+    than `most_bytes`, or it is not UTF-8.
+    """
+    path = Path(path)
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+            raise InputError(f"{path}: expected a file")
+        if found.st_size > most_bytes:
+            raise InputError(f"{path}: {found.st_size:,} bytes; expected at most {most_bytes:,}")
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: {first_line(error)}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({first_line(error)})") from None
