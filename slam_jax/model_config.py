@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from slam_jax.errors import require, require_count
+from slam_jax.errors import ConfigError, check_names, first_line, require, require_count
 from slam_jax.kernels.backend import on_cpu
 from slam_jax.layers.remat import POLICIES
 
@@ -37,6 +39,27 @@ _MAY_BE_0 = (
     "num_bottleneck_blocks",
     "text_kernel_size",
 )
+
+
+def from_fields(cls: type, values: Mapping[str, Any]) -> Any:
+    """A configuration from the nested dicts of `dataclasses.asdict`, as JSON holds them.
+
+    Raises ConfigError for an unknown field, or a value that the configuration refuses.
+    """
+    check_names(values, [field.name for field in dataclasses.fields(cls)], cls.__name__)
+    types_of, built = typing.get_type_hints(cls), dict(values)
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            options = (types_of[name], *typing.get_args(types_of[name]))
+            kind = next((each for each in options if dataclasses.is_dataclass(each)), None)
+            require(kind is not None, f"{cls.__name__}.{name}", value, "no group of fields")
+            built[name] = from_fields(kind, value)  # type: ignore[arg-type]
+        elif isinstance(value, list):
+            built[name] = tuple(value)
+    try:
+        return cls(**built)
+    except TypeError as error:
+        raise ConfigError(f"{cls.__name__}: {first_line(error)}") from None
 
 
 class ModelConfig:

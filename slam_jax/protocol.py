@@ -37,7 +37,14 @@ class Decodable(Protocol):
 
     `memory` is the output of an encoder for the other inputs; for a pure language model it is None.
     `prefill` reads right-padded prompts into an empty cache and returns the logits of every
-    position. `decode_step` reads one token a row. Both agree with the full forward pass.
+    position; `lengths` are the tokens of each prompt, None = all T. With `append`, which is a
+    Python bool, the cache may store tokens, a different number in each row: the new tokens follow
+    them, and logits and cache are those of one prefill of both together. A row may then also get 0
+    tokens. `decode_step` reads one token a row. All agree with the full forward pass.
+
+    Where a row has no room, InputError is raised before anything is computed. Under `jax.jit`
+    neither lengths nor room can be checked: `prefill` without `append` needs an empty cache, and a
+    token without room is not stored, but counted.
     """
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> Any: ...
@@ -49,6 +56,7 @@ class Decodable(Protocol):
         memory: Any,
         *,
         lengths: Int[AnyArray, "*B"] | None = None,
+        append: bool = False,
     ) -> tuple[Float[Array, "*B T V"], Any]: ...
 
     def decode_step(

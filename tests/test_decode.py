@@ -222,7 +222,7 @@ def test_pads_change_nothing_whatever_their_id(name):
         (40, None, 0, "40 tokens; the context is 16"),
         (40, [40, 1], 0, "40 tokens; the context is 16"),
         (0, None, 0, "prefill of 0 tokens; give at least one a row"),
-        (4, None, 3, "prefill into a cache that stores 3 tokens; give it an empty one"),
+        (4, None, 3, "cache that stores 3 tokens; .* or continue it with append=True"),
     ],
 )
 def test_prompts_that_cannot_be_read_are_refused(name, num_tokens, lengths, stored, message):

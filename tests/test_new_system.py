@@ -9,9 +9,12 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
-from slam_jax.language_models import SYSTEMS, registry
+from slam_jax.language_models import SYSTEMS, make_config, make_model, registry
 from slam_jax.rocket.engine import run
 from slam_jax.rocket.protocols import make_comparison
 from tests.helpers import schema_errors, write_texts
@@ -59,6 +62,25 @@ def here(monkeypatch):
         return json.loads(json.dumps(figures))
 
     monkeypatch.setattr("slam_jax.rocket.engine.run_job", run_job)
+
+
+def test_a_new_system_reads_chunks_as_it_reads_the_whole(added):
+    model = make_model(make_config(added.name, "tiny"), rngs=nnx.Rngs(0))
+    text, lengths = np.random.default_rng(0).integers(0, 61, (2, 9)), np.array([2, 4])
+
+    @jax.jit
+    def read(model):
+        cache = model.init_cache((2,), 9)
+        _, cache = model.prefill(text[:, :4], cache, lengths=lengths)
+        rest = np.take_along_axis(text, lengths[:, None] + np.arange(5), axis=1)
+        found, cache = model.prefill(rest, cache, lengths=np.array([5, 4]), append=True)
+        last = model.decode_step(text[:, 8], cache)[0][1]
+        return found, last, model(text).logits
+
+    found, last, full = read(model)
+    np.testing.assert_allclose(found[0], full[0, 2:7], atol=1e-5)
+    np.testing.assert_allclose(found[1, :4], full[1, 4:8], atol=1e-5)
+    np.testing.assert_allclose(last, full[1, 8], atol=1e-5)
 
 
 SMALL = {

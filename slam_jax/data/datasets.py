@@ -12,11 +12,12 @@ import numpy as np
 from slam_jax.data.built import build_once, open_splits
 from slam_jax.data.config import DataConfig
 from slam_jax.data.folder import SPLITS, Table, line_of, read_table, without_long_rows
+from slam_jax.data.hub_tokenizer import AnyTokenizer, load_tokenizer
 from slam_jax.data.notes import outlier_notes
 from slam_jax.data.numbers import AuxFormat
 from slam_jax.data.pipeline import Source
 from slam_jax.data.public import (
-    DIGIT_TEXTS,
+    digit_texts,
     read_captions,
     read_digits,
     read_mnist,
@@ -46,7 +47,7 @@ class Dataset:
     train: Source
     validation: Source
     test: Source
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     aux_format: AuxFormat | None = None
     corpus_is_whole: bool = True
     table: Table | None = None
@@ -55,7 +56,7 @@ class Dataset:
 
 def prepare(
     config: DataConfig,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: AnyTokenizer | None = None,
     *,
     aux_format: AuxFormat | None = None,
     model: SlamV3Config | None = None,
@@ -64,8 +65,8 @@ def prepare(
 
     Args:
       config: `sort_of_clevr`, or `sort_of_clevr/tiny` for trying out; `folder` with `config.path`,
-        for data of one's own; `digits`; `mnist` and `coco_captions`, which TFDS downloads, and
-        builds with TensorFlow.
+        for data of one's own; `digits`, or `digits/words` with words as answers; `mnist` and
+        `coco_captions`, which TFDS downloads, and builds with TensorFlow.
       tokenizer, aux_format: those of a checkpoint; None makes them from the training split.
       model: what will read it: the size of images, the width of auxiliary vectors, the context.
 
@@ -75,7 +76,7 @@ def prepare(
     """
     name, _, variant = config.name.partition("/")
     reader = _READERS.get(name)
-    if reader is None or (variant and name != SortOfClevr.name):
+    if reader is None or (variant and name not in (SortOfClevr.name, "digits")):
         raise ConfigError(f"data.name is {config.name!r}; use one of {', '.join(_READERS)}")
     if name != SortOfClevr.name:
         only = f"only {SortOfClevr.name} has several questions an example"
@@ -92,7 +93,7 @@ def prepare(
 
 
 def _read_sort_of_clevr(
-    config: DataConfig, model: SlamV3Config, tokenizer: Tokenizer | None, _: Any
+    config: DataConfig, model: SlamV3Config, tokenizer: AnyTokenizer | None, _: Any
 ) -> Dataset:
     for field in ("augment", "drop_inputs"):
         value = getattr(config, field)
@@ -117,7 +118,7 @@ def _read_sort_of_clevr(
         closest_objects=config.closest_objects,
     )
     validation, test = map(Scenes, records[1:])
-    tokenizer = tokenizer or Tokenizer.train(train.corpus(), config.vocab_size)
+    tokenizer = tokenizer or _tokenizer_of(train.corpus(), config, model)
     aux_format = AuxFormat((*COLOURS, *SHAPES, "x", "y"))
     whole = not records[0].damaged
     return Dataset(train, validation, test, tokenizer, aux_format, corpus_is_whole=whole)
@@ -126,7 +127,7 @@ def _read_sort_of_clevr(
 def _read_folder(
     config: DataConfig,
     model: SlamV3Config,
-    tokenizer: Tokenizer | None,
+    tokenizer: AnyTokenizer | None,
     aux_format: AuxFormat | None,
 ) -> Dataset:
     if config.path is None:
@@ -139,7 +140,7 @@ def _read_folder(
         columns=None if tokenizer is None else names,
         context_length=model.context_length,
     )
-    tokenizer = tokenizer or _train(texts_of(table.rows["train"]), config)
+    tokenizer = tokenizer or _tokenizer_of(_flat(texts_of(table.rows["train"])), config, model)
     table = without_long_rows(table, tokenizer, model.context_length)
     _check_table(table, config, model)
     all_rows = [row for rows in table.rows.values() for row in rows]
@@ -194,20 +195,23 @@ def _check_table(table: Table, config: DataConfig, model: SlamV3Config) -> None:
 
 
 def _read_digits(
-    config: DataConfig, model: SlamV3Config, tokenizer: Tokenizer | None, _: Any
+    config: DataConfig, model: SlamV3Config, tokenizer: AnyTokenizer | None, _: Any
 ) -> Dataset:
-    rows = read_digits() if config.name == "digits" else read_mnist(config)
-    tokenizer = tokenizer or _train(DIGIT_TEXTS, config)
-    lengths = measure(DIGIT_TEXTS, tokenizer)
+    variant = config.name.partition("/")[2]
+    require(variant in ("", "words"), "data.name", config.name, "digits, digits/words or mnist")
+    texts = digit_texts(words=variant == "words")
+    rows = read_mnist(config) if config.name == "mnist" else read_digits(words=variant == "words")
+    tokenizer = tokenizer or _tokenizer_of(_flat(texts), config, model)
+    lengths = measure(texts, tokenizer)
     return _from_rows(rows, config.name, config, model, tokenizer, _PICTURES, lengths=lengths)
 
 
 def _read_coco_captions(
-    config: DataConfig, model: SlamV3Config, tokenizer: Tokenizer | None, _: Any
+    config: DataConfig, model: SlamV3Config, tokenizer: AnyTokenizer | None, _: Any
 ) -> Dataset:
     rows, context = read_captions(config), model.context_length
     sample = Records(rows["train"], "coco_captions, train", config.max_damaged_records)
-    tokenizer = tokenizer or _train(texts_of(sample, CORPUS_ROWS), config)
+    tokenizer = tokenizer or _tokenizer_of(_flat(texts_of(sample, CORPUS_ROWS)), config, model)
     # The tokenizer, which is trained on all captions, decides which ones fit.
     fitting = {
         split: with_fitting_answers(each, tokenizer, context) for split, each in rows.items()
@@ -217,8 +221,19 @@ def _read_coco_captions(
     return dataclasses.replace(dataset, corpus_is_whole=not sample.damaged)
 
 
-def _train(texts: Iterable[Texts], config: DataConfig) -> Tokenizer:
-    return Tokenizer.train(itertools.chain.from_iterable(texts), config.vocab_size)
+def _flat(texts: Iterable[Texts]) -> Iterable[str]:
+    return itertools.chain.from_iterable(texts)
+
+
+def _tokenizer_of(texts: Iterable[str], config: DataConfig, model: SlamV3Config) -> AnyTokenizer:
+    """That of the language model that the decoder is; else one that is trained on the texts."""
+    if model.decoder.pretrained is None:
+        return Tokenizer.train(texts, config.vocab_size)
+    tokenizer = load_tokenizer(model.decoder.pretrained)
+    if tokenizer.eos_id is None:
+        problem = "its tokenizer has no end token, which answers have to end with"
+        raise ConfigError(f"model.decoder.pretrained is {model.decoder.pretrained}; {problem}")
+    return tokenizer
 
 
 def _from_rows(
@@ -226,7 +241,7 @@ def _from_rows(
     name: str,
     config: DataConfig,
     model: SlamV3Config,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     streams: Sequence[str],
     aux_format: AuxFormat | None = None,
     **known: Any,

@@ -27,13 +27,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slam_jax.data.hub_tokenizer import AnyTokenizer
 from slam_jax.data.images import check_image
 from slam_jax.data.notes import table_notes
 from slam_jax.data.numbers import is_missing, parse_number
 from slam_jax.data.records import DataError
 from slam_jax.data.rows import ANY_KIND, Row
 from slam_jax.data.tables import COLUMNS, Record, find_table, quote, read_records
-from slam_jax.data.tokenizer import Tokenizer, check_text
+from slam_jax.data.tokenizer import check_text
 from slam_jax.errors import InputError, first_line, shorten
 
 SPLITS = ("train", "validation", "test")
@@ -129,7 +130,7 @@ def read_table(
     return Table(path, rows, present, tuple(unused), tuple(bad), tuple(notes))
 
 
-def without_long_rows(table: Table, tokenizer: Tokenizer, context_length: int) -> Table:
+def without_long_rows(table: Table, tokenizer: AnyTokenizer, context_length: int) -> Table:
     """The table with rows that do not fit into a model's context among the bad ones."""
     rows, bad = {}, list(table.bad)
     for split, all_rows in table.rows.items():

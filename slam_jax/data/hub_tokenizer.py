@@ -13,7 +13,7 @@ import tokenizers
 from jaxtyping import Array, Bool, Int
 
 from slam_jax.data.chat import check_messages, render_chat
-from slam_jax.data.tokenizer import BYTE_OF, check_unicode
+from slam_jax.data.tokenizer import BYTE_OF, Tokenizer, check_unicode
 from slam_jax.errors import InputError, first_line, is_whole, shorten
 from slam_jax.runtime.files import read_limited
 
@@ -71,19 +71,22 @@ class HubTokenizer:
         """Token ids of a text to continue, as its publisher's library makes them.
 
         A literal special token is that token. A token before the text, such as a BOS, is added if
-        the tokenizer has such a rule; an end after the text is not.
+        the tokenizer has such a rule; an end after the text is not. An empty text without such a
+        rule is one token, the BOS or, without one, the end.
         """
-        if self.adds_bos is not None:
+        if self.adds_bos is None:
+            ids = self._model.encode(text).ids
+            with_end = ids and ids[-1] == self.eos_id and not text.endswith(self._text_of(ids[-1]))
+            ids = ids[:-1] if with_end else ids
+        else:
             ids = self._model.encode(text, add_special_tokens=False).ids
-            return [self.bos_id, *ids] if self.adds_bos and self.bos_id is not None else ids
-        ids = self._model.encode(text).ids
-        with_end = ids and ids[-1] == self.eos_id and not text.endswith(self._text_of(ids[-1]))
-        return ids[:-1] if with_end else ids
+            ids = [self.bos_id, *ids] if self.adds_bos and self.bos_id is not None else ids
+        return ids or self._first()
 
     def encode_chat(self, messages: Any, **variables: Any) -> list[int]:
         """Token ids of a conversation, up to where the next answer begins; see `chat_text`."""
         text = self.chat_text(messages, **variables)
-        return self._model.encode(text, add_special_tokens=False).ids
+        return self._model.encode(text, add_special_tokens=False).ids or self._first()
 
     def chat_text(self, messages: Any, **variables: Any) -> str:
         """The conversation as the chat template writes it; see `render_chat`.
@@ -198,7 +201,7 @@ class HubTokenizer:
         """
         model = _parsed(text)
         tokens = {name: _token(config, name) for name in ("bos_token", "eos_token", "pad_token")}
-        ids = {name: t and model.token_to_id(t) for name, t in tokens.items()}
+        ids = {n: None if t is None else model.token_to_id(t) for n, t in tokens.items()}
         bos = _first(generation.get("bos_token_id")) if ids["bos_token"] is None else None
         own_end = ids["eos_token"]
         ends = _ids(generation, "eos_token_id") or tuple(x for x in (own_end,) if x is not None)
@@ -215,6 +218,11 @@ class HubTokenizer:
             chat_template=_template(config.get("chat_template")),
             special_tokens={n: t for n in _NAMES if (t := _token(config, n)) is not None},
         )
+
+    def _first(self) -> list[int]:
+        """What an empty text begins with: a model needs a token to continue."""
+        ids = (self.bos_id, self.eos_id, self.pad_id)
+        return [next(each for each in ids if each is not None)]
 
     def _check_content(self, value: Any, name: str) -> None:
         """Refuses special tokens in texts, however deep in a message they are."""
@@ -282,6 +290,31 @@ class HubTokenizer:
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
 
 
+AnyTokenizer = Tokenizer | HubTokenizer
+
+
+def load_tokenizer(path: str | Path) -> HubTokenizer:
+    """The tokenizer of a published model: of its folder, or inside its GGUF file.
+
+    Raises InputError where there is none, or it cannot be read.
+    """
+    if str(path).endswith(".gguf"):
+        from slam_jax.interop.gguf import GGUF  # it reads tokenizers of other kinds alone
+
+        file = GGUF(path)
+        if file.tokenizer_json is None:
+            raise InputError(f"{path}: it has no tokenizer")
+        return HubTokenizer.from_files(
+            file.tokenizer_json, file.tokenizer_config, file.generation_config
+        )
+    return HubTokenizer.load(path)
+
+
+def tokenizer_from_json(text: str) -> AnyTokenizer:
+    """A tokenizer from the text that its `to_json` returned. Raises InputError for another."""
+    return HubTokenizer.from_json(text) if HubTokenizer.is_json(text) else Tokenizer.from_json(text)
+
+
 def as_tokenizer(given: Any) -> Any:
     """A tokenizer of this library, from anything that is one.
 
@@ -291,7 +324,7 @@ def as_tokenizer(given: Any) -> Any:
     if hasattr(given, "encode_prompt"):
         return given
     if isinstance(given, (str, Path)):
-        return HubTokenizer.load(given)
+        return load_tokenizer(given)
     if isinstance(given, tokenizers.Tokenizer):
         return HubTokenizer(given.to_str())
     backend = getattr(given, "backend_tokenizer", None)

@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image
 
 from slam_jax.errors import InputError, first_line
+from slam_jax.vision_models.preprocessing import Preprocessing, fit_picture
 
 MAX_PIXELS = 64_000_000
 """Largest picture that is decoded: a file of a few kilobytes can hold billions of pixels."""
@@ -31,7 +32,9 @@ _EXIF_ORIENTATION = {
 _warnings_lock = threading.Lock()  # warning filters are global to the process
 
 
-def load_image(source: Any, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def load_image(
+    source: Any, size: int, how: Preprocessing | None = None
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Returns the picture scaled to fit `size` x `size` pixels, centred on grey.
 
     Proportions are kept, the EXIF orientation is applied, transparent pixels are blended with
@@ -41,6 +44,7 @@ def load_image(source: Any, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     Args:
       source: a path, the bytes of a file, a PIL image, or a uint8 array [H, W], [H, W, 3] or
         [H, W, 4].
+      how: resizes and crops as the publisher of a vision tower does, instead of the grey.
 
     Raises:
       InputError: `source` is no picture, cannot be decoded, has more than `MAX_PIXELS` pixels,
@@ -50,6 +54,8 @@ def load_image(source: Any, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
         return _check_array(source)
     with _open(source) as image:
         try:
+            if how is not None:
+                return fit_picture(_to_rgb(image), how)
             if image is not source:  # draft() changes the image in place
                 image.draft("RGB", (size, size))  # a JPEG is decoded no larger than needed
             return np.array(_fit(_to_rgb(image), size))

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int, UInt8
 
 from slam_jax.batch import Batch
 from slam_jax.data.config import DataConfig
+from slam_jax.data.hub_tokenizer import AnyTokenizer
 from slam_jax.data.records import DamagedRecord, DataError, Rebuilt
-from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.errors import InputError
 from slam_jax.slam_v3.streams import Inputs
 
@@ -88,9 +88,9 @@ class Source(Protocol):
     def streams(self, view: str) -> tuple[str, ...]: ...
     def complete(self, view: str) -> bool: ...
     def paired(self, view: str) -> bool: ...
-    def text_lengths(self, view: str, tokenizer: Tokenizer) -> tuple[int, int]: ...
-    def question_length(self, tokenizer: Tokenizer) -> int: ...
-    def answer_length(self, tokenizer: Tokenizer) -> int: ...
+    def text_lengths(self, view: str, tokenizer: AnyTokenizer) -> tuple[int, int]: ...
+    def question_length(self, tokenizer: AnyTokenizer) -> int: ...
+    def answer_length(self, tokenizer: AnyTokenizer) -> int: ...
     def answers(self) -> Iterator[str]: ...
 
 
@@ -105,7 +105,7 @@ class EvaluationBatch(NamedTuple):
 
 def training_batches(
     source: Source,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     config: DataConfig,
     *,
     start_step: int = 0,
@@ -139,7 +139,7 @@ class _BatchOfStep(Rebuilt):
     """The (view, batch) of a step; see `training_batches`."""
 
     def __init__(
-        self, source: Source, tokenizer: Tokenizer, config: DataConfig, rows: Sequence[int]
+        self, source: Source, tokenizer: AnyTokenizer, config: DataConfig, rows: Sequence[int]
     ):
         self._source, self._config, self._rows = source, config, rows
         shuffled = grain.MapDataset.source(range(len(source))).seed(config.seed).shuffle()
@@ -179,7 +179,7 @@ class _BatchOfStep(Rebuilt):
 
 
 def evaluation_batches(
-    source: Source, tokenizer: Tokenizer, view: str, batch_size: int, *, seed: int
+    source: Source, tokenizer: AnyTokenizer, view: str, batch_size: int, *, seed: int
 ) -> Iterator[EvaluationBatch]:
     """Every example of `source` once, in order.
 
@@ -210,7 +210,7 @@ class _Collate:
     many examples have the same shape.
     """
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, view: str, bucketed: bool = False):
+    def __init__(self, source: Source, tokenizer: AnyTokenizer, view: str, bucketed: bool = False):
         self._source, self._tokenizer, self._bucketed = source, tokenizer, bucketed
         self._shortest, longest = source.text_lengths(view, tokenizer)
         self._longest = RecordLengths(longest, source.question_length(tokenizer) + 2)
@@ -261,7 +261,7 @@ class _Collate:
         """One row a question: its padded tokens, its prompt length and its length."""
         tokenizer, rows = self._tokenizer, []
         for prompt, answer in zip(prompts, answers, strict=True):
-            start = [tokenizer.bos_id, *self._encode(prompt)]
+            start = tokenizer.encode_prompt(prompt)
             ids = [*start, *self._encode(answer), tokenizer.eos_id]
             padded = _pad(ids, self._longest.question, tokenizer.pad_id)
             rows.append([*padded, len(start), len(ids)])

@@ -8,22 +8,30 @@ import numpy as np
 from slam_jax.data.built import open_public
 from slam_jax.data.config import DataConfig
 from slam_jax.data.folder import SPLITS
+from slam_jax.data.hub_tokenizer import AnyTokenizer
 from slam_jax.data.records import DataError, Mapped
 from slam_jax.data.rows import Row, Texts
-from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.errors import ConfigError, InputError
 
-DIGIT_TEXTS = tuple(Texts("", "digit", str(digit)) for digit in range(10))
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def digit_texts(words: bool = False) -> tuple[Texts, ...]:
+    """The texts of each digit: its number, or with `words` its word as the answer to a question."""
+    if words:
+        return tuple(Texts("", "Which digit is it? It is the digit", f" {word}") for word in _WORDS)
+    return tuple(Texts("", "digit", str(digit)) for digit in range(10))
+
 
 _DIGITS_SPLIT_ENDS = (1_257, 1_437, 1_797)
 _DIGITS_SEED = 1797
 
 
-def read_digits() -> dict[str, list[Row]]:
+def read_digits(words: bool = False) -> dict[str, list[Row]]:
     """The handwritten digits of scikit-learn, 8 x 8 pixels: rows by split, shuffled.
 
-    1,257 rows are for training, 180 for validation and 360 for testing. The prompt is "digit", the
-    answer is the label. All splits have the same writers. Source: Alpaydin and Kaynak 1998,
+    1,257 rows are for training, 180 for validation and 360 for testing. Prompts and answers are
+    those of `digit_texts`. All splits have the same writers. Source: Alpaydin and Kaynak 1998,
     "Optical Recognition of Handwritten Digits" (UCI), test part.
 
     Raises:
@@ -38,9 +46,9 @@ def read_digits() -> dict[str, list[Row]]:
         ) from None
     images, labels = load_digits(return_X_y=True)
     pixels = (np.asarray(images) * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)
-    answers = [(str(label),) for label in np.asarray(labels)]
+    texts = [digit_texts(words)[label] for label in np.asarray(labels)]
     order = np.random.default_rng(_DIGITS_SEED).permutation(len(pixels))
-    rows = [Row(pixels[i], None, None, "digit", answers[i]) for i in order]
+    rows = [Row(pixels[i], None, None, texts[i].prompt, (texts[i].answer,)) for i in order]
     bounds = zip(SPLITS, (0, *_DIGITS_SPLIT_ENDS), _DIGITS_SPLIT_ENDS, strict=False)
     return {split: rows[start:end] for split, start, end in bounds}
 
@@ -84,7 +92,9 @@ def read_captions(config: DataConfig) -> dict[str, Mapped]:
     return {split: Mapped(each, captioned) for split, each in zip(SPLITS, splits, strict=True)}
 
 
-def with_fitting_answers(rows: Sequence[Any], tokenizer: Tokenizer, context_length: int) -> Mapped:
+def with_fitting_answers(
+    rows: Sequence[Any], tokenizer: AnyTokenizer, context_length: int
+) -> Mapped:
     """The rows without the answers that do not fit into the context with prompt, <bos> and <eos>.
 
     Indexing raises InputError for a row with no fitting answer.

@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Float
 
 from slam_jax.data.config import DataConfig
+from slam_jax.data.hub_tokenizer import AnyTokenizer
 from slam_jax.data.images import crop_at_random, load_image
 from slam_jax.data.numbers import AuxFormat
 from slam_jax.data.pipeline import Example, RecordLengths
 from slam_jax.data.records import DamagedRecord, Mapped, Records
-from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.data.views import TRAINING_VIEWS
 from slam_jax.errors import InputError
 from slam_jax.slam_v3.config import SlamV3Config
@@ -74,7 +74,7 @@ def _texts_of_row(row: Row) -> Iterator[Texts]:
     return (Texts(row.text or "", row.prompt, answer) for answer in row.answers)
 
 
-def measure(texts: Iterable[Texts], tokenizer: Tokenizer) -> Lengths:
+def measure(texts: Iterable[Texts], tokenizer: AnyTokenizer) -> Lengths:
     """The lengths that the texts have."""
     count = functools.lru_cache(maxsize=None)(lambda text: len(tokenizer.encode(text)))
     lengths = [tuple(map(count, each)) for each in texts] or [(0, 0, 0)]
@@ -109,7 +109,7 @@ class Rows(Records):
         lengths: Lengths | None = None,
     ):
         size, most = model.image.size, config.max_damaged_records
-        decode = functools.partial(_decode, size=size)
+        decode = functools.partial(_decode, size=size, how=model.image.preprocessing)
         super().__init__(
             Mapped(rows, decode, max(1, _MAX_CACHE_BYTES // (3 * size**2))), name, most
         )
@@ -184,16 +184,16 @@ class Rows(Records):
     def paired(self, view: str) -> bool:
         return view == "image_text" and self.complete(view)
 
-    def text_lengths(self, view: str, tokenizer: Tokenizer) -> tuple[int, int]:
+    def text_lengths(self, view: str, tokenizer: AnyTokenizer) -> tuple[int, int]:
         return self._lengths(tokenizer).text
 
-    def question_length(self, tokenizer: Tokenizer) -> int:
+    def question_length(self, tokenizer: AnyTokenizer) -> int:
         return self._lengths(tokenizer).question
 
-    def answer_length(self, tokenizer: Tokenizer) -> int:
+    def answer_length(self, tokenizer: AnyTokenizer) -> int:
         return self._lengths(tokenizer).answer
 
-    def lengths(self, index: int, tokenizer: Tokenizer) -> RecordLengths | None:
+    def lengths(self, index: int, tokenizer: AnyTokenizer) -> RecordLengths | None:
         """Bounds of the lengths of a record, from its texts alone; None where they are unknown.
 
         They are the same in all processes, also where a picture cannot be read.
@@ -205,7 +205,7 @@ class Rows(Records):
         return (texts.answer for texts in texts_of(self._undecoded, CORPUS_ROWS))
 
 
-def _lengths_by_row(rows: Sequence[Any], tokenizer: Tokenizer) -> list[RecordLengths | None]:
+def _lengths_by_row(rows: Sequence[Any], tokenizer: AnyTokenizer) -> list[RecordLengths | None]:
     """The lengths of each row with its longest answer; None for a row that cannot be read."""
     found: list[RecordLengths | None] = [None] * len(rows)
     for i in range(len(rows)):
@@ -215,11 +215,11 @@ def _lengths_by_row(rows: Sequence[Any], tokenizer: Tokenizer) -> list[RecordLen
     return found
 
 
-def _decode(row: Row, size: int) -> Row:
+def _decode(row: Row, size: int, how: Any) -> Row:
     """The row with its picture as pixels."""
     if row.image is None:
         return row
     try:
-        return row._replace(image=load_image(row.image, size))
+        return row._replace(image=load_image(row.image, size, how))
     except InputError as error:
         raise InputError(f"{row.where}, image: {error}" if row.where else str(error)) from None

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from slam_jax.data.hub_tokenizer import AnyTokenizer
 from slam_jax.data.pipeline import Example
 from slam_jax.data.records import DamagedRecord, Mapped
 from slam_jax.data.sort_of_clevr import (
@@ -22,7 +23,6 @@ from slam_jax.data.sort_of_clevr import (
     extremes,
     needs_both,
 )
-from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.data.views import VIEWS
 
 _CORPUS_SCENES = 2000
@@ -147,7 +147,7 @@ class Scenes(Mapped):
     ) -> UInt8[np.ndarray, "75 75 3"]:
         return draw(objects, visible)
 
-    def text_lengths(self, view: str, tokenizer: Tokenizer) -> tuple[int, int]:
+    def text_lengths(self, view: str, tokenizer: AnyTokenizer) -> tuple[int, int]:
         shown = VIEWS[view].text
         if shown is None:
             return 0, 0
@@ -168,7 +168,7 @@ class Scenes(Mapped):
         parts = VIEWS[view]
         return parts.text is not None and parts.text == parts.image
 
-    def question_length(self, tokenizer: Tokenizer) -> int:
+    def question_length(self, tokenizer: AnyTokenizer) -> int:
         prompts = [prompt for kinds in _PROMPTS for kind in kinds for prompt in kind]
         kinds: list[tuple[list[str], list[str]]] = [(prompts, [*ANSWERS])]
         if self._descriptions:
@@ -177,7 +177,7 @@ class Scenes(Mapped):
             kinds.append(([_DESCRIBE_CLOSEST.format(c) for c in COLOURS], _named_places()))
         return max(_longest(tokenizer, asked) + _longest(tokenizer, said) for asked, said in kinds)
 
-    def answer_length(self, tokenizer: Tokenizer) -> int:
+    def answer_length(self, tokenizer: AnyTokenizer) -> int:
         places = _places() if self._descriptions else []
         named = _named_places() if self._closest_objects else []
         return _longest(tokenizer, [*ANSWERS, *places, *named])
@@ -206,6 +206,6 @@ def _named_places() -> list[str]:
     return [f"{colour} {place}" for colour in COLOURS for place in _places()]
 
 
-def _longest(tokenizer: Tokenizer, texts: Iterable[str]) -> int:
+def _longest(tokenizer: AnyTokenizer, texts: Iterable[str]) -> int:
     """The largest number of tokens of one of these texts."""
     return max(len(tokenizer.encode(text)) for text in texts)

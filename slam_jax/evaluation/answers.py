@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from slam_jax.data import EvaluationBatch, Tokenizer
+from slam_jax.data import AnyTokenizer, EvaluationBatch
 from slam_jax.evaluation.metrics import bootstrap_interval, retrieval_metrics
 from slam_jax.generation import greedy_decode
 from slam_jax.layers.masks import prefix_mask
@@ -50,7 +50,7 @@ def evaluate(
     graphdef: nnx.GraphDef,
     params: Any,
     batches_by_view: Mapping[str, Iterable[EvaluationBatch]],
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     *,
     step: int,
     max_new_tokens: int = 8,

@@ -144,19 +144,15 @@ def read_prompts(
 
 
 def _read_prompt(tokenizer: Any, request: Request) -> list[int]:
-    """The tokens of a prompt or of a conversation, at least one."""
+    """The tokens of a prompt or of a conversation."""
     prompt = checked(tokenizer, request.prompt, "prompt")
     if request.messages is None:
-        row = tokenizer.encode_prompt(prompt)
-    elif prompt:
+        return tokenizer.encode_prompt(prompt)
+    if prompt:
         raise InputError("a request has a prompt and messages; give one of them")
-    elif tokenizer.chat_template is None:
+    if tokenizer.chat_template is None:
         raise InputError("this model has no chat template; give it a prompt instead of messages")
-    else:
-        row = tokenizer.encode_chat(request.messages)
-    if not row:
-        raise InputError("the prompt has no tokens; this model needs at least one to begin with")
-    return row
+    return tokenizer.encode_chat(request.messages)
 
 
 def append_answers(
@@ -190,7 +186,7 @@ def read_inputs(loaded: Trained, requests: Sequence[Request]) -> Inputs | None:
             if not encodes and not is_empty:
                 raise InputError("this model reads prompts alone; leave text, image, aux out")
             texts.append([] if text is None else _read_text(loaded, text))
-            images.append(None if image is None else load_image(image, model.config.image.size))
+            images.append(None if image is None else _read_image(model.config.image, image))
             vectors.append(None if aux is None else _read_aux(loaded, aux))
     if not encodes:
         return None
@@ -212,6 +208,10 @@ def read_inputs(loaded: Trained, requests: Sequence[Request]) -> Inputs | None:
         known = np.logical_not(np.isnan(aux).any(axis=-1))
         arrays |= {"aux": np.where(known[..., None], aux, 0), "aux_mask": known}
     return bucket_rows(Inputs(**arrays), len(requests))
+
+
+def _read_image(config: Any, image: Any) -> np.ndarray:
+    return load_image(image, config.size, config.preprocessing)
 
 
 def _read_text(loaded: Any, text: Any) -> list[int]:

@@ -1,7 +1,8 @@
 """The full forward pass, the prefill and the decoding step of a stack of blocks.
 
 A model is a stack of blocks. A block says once what it computes, in terms of `ForwardPass.mix`, and
-thereby serves the full forward pass, the prefill of a prompt and a decoding step:
+thereby serves the full forward pass, the prefill of a prompt or of a part of it, and a decoding
+step:
 
     def __call__(self, h, forward, cache, key):
         a, cache = forward.mix(self.attention, self.norm(h), cache)
@@ -25,7 +26,7 @@ from slam_jax.layers.attention import causal_layout
 from slam_jax.layers.constrain import constrain, gather_rows, taken
 from slam_jax.layers.dropout import split
 from slam_jax.layers.experts import MixtureOfExperts
-from slam_jax.layers.kv_cache import check_prompts
+from slam_jax.layers.kv_cache import check_appended, check_prompts, new_positions
 from slam_jax.layers.linear import Initializer, Linear, project_to_float32
 from slam_jax.layers.masks import prefix_mask, without_unknown_pads
 from slam_jax.layers.norms import RMSNorm
@@ -50,7 +51,8 @@ class ForwardPass(NamedTuple):
     """What the blocks have to know of one call of a model.
 
     mix(mixer, x, cache) -> (y, cache): calls a token mixer, such as an attention. It is the only
-      thing that differs between the full forward pass, the prefill and a decoding step.
+      thing that differs between the full forward pass, the prefills and a decoding step: it is
+      `mixer(x, layout)`, `mixer.prefill`, `mixer.append` or `mixer.decode_step`.
     positions: of the tokens in their rows. mask: True = real, None = all are.
     training: whether the call has a key for dropout.
     """
@@ -154,7 +156,7 @@ class HeadedModel(nnx.Module):
     """A language model whose full forward pass is `logits(hidden(tokens).states)`.
 
     A subclass gives `_hidden`, `_prefill` and `_decode_step`, which get checked tokens, and
-    `init_cache`.
+    `init_cache`. Its cache has `length`, the tokens in each row; `_room` says how many fit.
     """
 
     config: Any
@@ -220,23 +222,33 @@ class HeadedModel(nnx.Module):
         memory: None = None,
         *,
         lengths: Int[AnyArray, "*B"] | None = None,
+        append: bool = False,
     ) -> tuple[Float[Array, "*B T V"], Any]:
         """The logits of right-padded prompts, and the empty cache filled with them.
 
-        Raises InputError as `check_prompts` does, and for more tokens than the context has. Under
-        `jax.jit` lengths are not checked.
+        append: the cache may store any number of tokens in each row, which the new ones follow.
+          Logits and cache are those of one prefill of all tokens. It is static under `jax.jit`.
+        lengths: new tokens of each row, None = all T; at least 1, or with `append` 0.
+
+        Raises InputError as `check_prompts` or `check_appended` does, and for more tokens than the
+        context has. Under `jax.jit` lengths are not checked; with `append`, tokens for which the
+        cache has no room are then not stored, but counted in `cache.length`.
         """
-        num_tokens, mask = tokens.shape[-1], None
-        check_prompts(lengths, cache.length, num_tokens)
-        if lengths is None:
-            self._check_length(num_tokens)
+        num_tokens, mask, stored = tokens.shape[-1], None, 0
+        if append:
+            rows = cache.length.reshape(tokens.shape[:-1])
+            check_appended(lengths, rows, num_tokens, self._room(cache))
+            stored = 0 if isinstance(rows, Tracer) else np.asarray(rows)
         else:
-            if not isinstance(lengths, Tracer):
-                self._check_length(int(np.asarray(lengths).max()))
+            check_prompts(lengths, cache.length, num_tokens)
+        if not isinstance(lengths, Tracer):
+            new = num_tokens if lengths is None else np.asarray(lengths)
+            self._check_length(int(np.max(stored + new, initial=0)))
+        if lengths is not None:
             lengths = jnp.asarray(lengths, jnp.int32)
             mask = prefix_mask(lengths, num_tokens)
         tokens = without_unknown_pads(tokens, mask, self.config.vocab_size)
-        return self._prefill(tokens, cache, lengths, mask)
+        return self._prefill(tokens, cache, lengths, mask, append)
 
     @precise
     def decode_step(
@@ -254,11 +266,15 @@ class HeadedModel(nnx.Module):
     def _hidden(self, tokens, mask, segment_ids, key) -> Hidden:
         raise NotImplementedError
 
-    def _prefill(self, tokens, cache, lengths, mask) -> tuple[Any, Any]:
+    def _prefill(self, tokens, cache, lengths, mask, append) -> tuple[Any, Any]:
         raise NotImplementedError
 
     def _decode_step(self, tokens, cache) -> tuple[Any, Any]:
         raise NotImplementedError
+
+    def _room(self, cache: Any) -> int | None:
+        """The most tokens that a row of the cache may have, None = any number."""
+        return None
 
     def _check_length(self, num_tokens: int) -> None:
         most = self.config.context_length
@@ -312,14 +328,35 @@ class Transformer(HeadedModel):
         blocks = tuple(block.init_cache(batch_shape, max_length) for block in kinds(self.blocks))
         return Cache(blocks, jnp.zeros(batch_shape, jnp.int32))
 
-    def _prefill(self, tokens, cache: Cache, lengths, mask) -> tuple[jax.Array, Cache]:
+    def _prefill(self, tokens, cache: Cache, lengths, mask, append) -> tuple[jax.Array, Cache]:
         num_tokens = tokens.shape[-1]
-        forward = ForwardPass(
-            lambda mixer, x, cache: mixer.prefill(x, cache, lengths), jnp.arange(num_tokens), mask
-        )
-        h, blocks, _ = self._run(tokens, forward, cache.blocks, None)
         length = jnp.full_like(cache.length, num_tokens) if lengths is None else lengths
+        positions = jnp.arange(num_tokens)
+        if append:
+            positions, length = new_positions(cache.length, num_tokens), cache.length + length
+
+        def mix(mixer: Any, x: jax.Array, cache: Any) -> tuple[Any, Any]:
+            read = mixer.append if append else mixer.prefill
+            return read(x, cache, lengths)
+
+        h, blocks, _ = self._run(tokens, ForwardPass(mix, positions, mask), cache.blocks, None)
         return self.logits(h), Cache(blocks, length)
+
+    def _room(self, cache: Cache) -> int | None:
+        """As of the layer whose cache is the first to be full.
+
+        A cache that is no larger for a larger `max_length` is a ring, or a state, and never full.
+        """
+
+        def capacities(cache: Any) -> list[int]:
+            layers = jax.tree.leaves(cache, is_leaf=lambda x: hasattr(x, "capacity"))
+            return [x.capacity for x in layers if hasattr(x, "capacity")]
+
+        found = capacities(cache.blocks)
+        more = max(found, default=0) + 1
+        larger = jax.eval_shape(lambda: self.init_cache(cache.length.shape, more))
+        pairs = zip(found, capacities(larger.blocks), strict=True)
+        return min((capacity for capacity, other in pairs if other > capacity), default=None)
 
     def _decode_step(self, tokens, cache: Cache) -> tuple[jax.Array, Cache]:
         forward = ForwardPass(

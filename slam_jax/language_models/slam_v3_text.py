@@ -21,6 +21,7 @@ from slam_jax.language_models.base import HeadedModel
 from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers.dropout import dropout, split
 from slam_jax.layers.flops import linear
+from slam_jax.layers.kv_cache import new_positions
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.protocol import Hidden
@@ -132,26 +133,37 @@ class SlamV3Text(HeadedModel):
             length=jnp.zeros((rows,), jnp.int32),
         )
 
-    def _prefill(self, tokens, cache: TextCache, lengths, mask) -> tuple[jax.Array, TextCache]:
+    def _prefill(self, tokens, cache: TextCache, lengths, mask, append) -> tuple[Any, TextCache]:
+        """With `append` the decoder reads the tokens of the current window once more."""
         num_tokens, size = tokens.shape[-1], self.config.text_window
-        rows = tokens.reshape(-1, num_tokens)
+        rows, row = tokens.reshape(-1, num_tokens), jnp.arange(cache.length.size)
         length = jnp.full_like(cache.length, num_tokens) if lengths is None else lengths.reshape(-1)
-        windows = self._windows(rows)
+        place = jnp.zeros_like(length)  # of the first new token in the first window
+        if append:
+            place = cache.length % size
+            rows = _after(cache.window, place, rows)
+        windows, ends = self._windows(rows), place + length
         count = windows.shape[1]
         c_mem = self._encode(windows, None)
         h, decoder = self.decoder.prefill(
             self._embed(windows),
             self.decoder.init_cache((len(rows) * count, 1), size),
-            self._memory(c_mem[:, :-1]),
+            self._memory(c_mem[:, :-1], cache if append else None),
             None,
         )
         # The window of each row's next token; it is empty where the last one is full.
-        current, row = length // size, jnp.arange(len(rows))
-        place = jnp.minimum(current, count - 1)
-        decoder = jax.tree.map(lambda x: x[row * count + place], decoder)
-        c_mem, window = c_mem[row, jnp.maximum(current - 1, 0)], windows[row, place]
-        logits = _joined(self.logits(h), rows).reshape(*tokens.shape, -1)
-        return logits, self._cache(c_mem, window.astype(jnp.int32), decoder, length)
+        current = ends // size
+        last = jnp.minimum(current, count - 1)
+        decoder = jax.tree.map(lambda x: x[row * count + last], decoder)
+        before = c_mem[row, jnp.maximum(current - 1, 0)]
+        c_mem = jnp.where((current > 0)[:, None, None], before, cache.c_mem)
+        h = _joined(h, rows)
+        if append:
+            h = jnp.take_along_axis(h, new_positions(place, num_tokens)[..., None], axis=1)
+        logits = self.logits(h).reshape(*tokens.shape, -1)
+        window = windows[row, last].astype(jnp.int32)
+        length = cache.length + length if append else length
+        return logits, self._cache(c_mem, window, decoder, length)
 
     def _decode_step(self, tokens, cache: TextCache) -> tuple[jax.Array, TextCache]:
         """A row whose window is full after this token encodes it and begins the next one."""
@@ -201,13 +213,30 @@ class SlamV3Text(HeadedModel):
         c_mem = self.memory_bank(fused.tokens, fused.mask).c_mem
         return c_mem.reshape(*windows.shape, self.config.kv_lora_rank)
 
-    def _memory(self, c_mem: Float[Array, "rows windows W R"]) -> Memory:
-        """The memories of windows 0 .. m, from windows 0 .. m - 1; the first one is empty."""
+    def _memory(
+        self, c_mem: Float[Array, "rows windows W R"], cache: TextCache | None = None
+    ) -> Memory:
+        """The memories of windows 0 .. m, from windows 0 .. m - 1; the first one is that of the
+        cache, or empty."""
         c_mem = jnp.pad(c_mem, [(0, 0), (1, 0), (0, 0), (0, 0)])
         mask = jnp.broadcast_to(jnp.arange(c_mem.shape[1])[:, None] > 0, c_mem.shape[:3])
+        if cache is not None:
+            c_mem = c_mem.at[:, 0].set(cache.c_mem)
+            mask = mask.at[:, 0].set((cache.length >= self.config.text_window)[:, None])
         return Memory(c_mem.reshape(-1, *c_mem.shape[2:]), mask.reshape(-1, c_mem.shape[2]))
 
 
 def _joined(x: Float[Array, "rows_windows 1 W C"], rows: Any) -> Float[Array, "rows T C"]:
     """The windows of each row one after the other, without the pads of the last one."""
     return x.reshape(len(rows), -1, x.shape[-1])[:, : rows.shape[1]]
+
+
+def _after(
+    window: Int[Array, "rows W"], place: Int[Array, "rows"], rows: Int[Array, "rows T"]
+) -> Int[Array, "rows U"]:
+    """The first `place` < W tokens of each window, and then those of the row; U = W - 1 + T."""
+    size, count = window.shape[1], window.shape[1] - 1 + rows.shape[1]
+    at, place = jnp.arange(count)[None], place[:, None]
+    index = jnp.where(at < place, at, at - place + size)
+    both = jnp.concatenate([window.astype(rows.dtype), rows], axis=1)
+    return jnp.take_along_axis(both, index, axis=1, mode="clip")

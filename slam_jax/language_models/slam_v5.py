@@ -17,6 +17,7 @@ from slam_jax.language_models.base import ParallelBlocks, PreNormBlock, Transfor
 from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers import flops
 from slam_jax.layers.attention import Layout, causal_layout
+from slam_jax.layers.kv_cache import new_positions, visible_entries
 from slam_jax.layers.latent_attention import LatentCache, MultiHeadLatentAttention, latent_attend
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.masks import prefix_mask
@@ -77,6 +78,13 @@ class Latents(nnx.Module):
         latents = self._latents(x, layout.positions)
         cache = cache.filled(*latents, lengths)
         return self._bank(*latents, layout.visible, absorbed=False), cache
+
+    def append(self, x, cache: LatentCache, lengths):
+        num_tokens = x.shape[-2]
+        visible = visible_entries(cache.length, num_tokens, cache.capacity, None)
+        latents = self._latents(x, new_positions(cache.length, num_tokens))
+        latents, cache = cache.appended(*latents, lengths)
+        return self._bank(*latents, visible, absorbed=False), cache
 
     def decode_step(self, x, cache: LatentCache):
         positions = cache.length[..., None]

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slam_jax.layers.attention import Layout, attend, causal_layout
-from slam_jax.layers.kv_cache import KVCache
+from slam_jax.layers.kv_cache import KVCache, new_positions, visible_entries
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
 from slam_jax.layers.masks import Mask, prefix_mask
 from slam_jax.layers.norms import RMSNorm
@@ -67,6 +67,18 @@ class SharedKeyValues(nnx.Module):
         """`self(x)`, and the cache with it; see `GroupedQueryAttention.prefill`."""
         shared = self(x)
         return shared, cache.filled(shared.k, shared.v, lengths)
+
+    def append(
+        self, x: Float[Array, "*B T D"], cache: KVCache, lengths: Int[Array, "*B"] | None = None
+    ) -> tuple[KeyValues, KVCache]:
+        """The keys and values of the cache and of T more tokens per row, and the cache with these
+        tokens; see `GroupedQueryAttention.append`."""
+        new = new_positions(cache.length, x.shape[-2])
+        visible = visible_entries(cache.length, x.shape[-2], cache.capacity, None)
+        slots = jnp.broadcast_to(jnp.arange(cache.capacity), (*cache.length.shape, cache.capacity))
+        positions = jnp.concatenate([slots, new], axis=-1)
+        (k, v), cache = cache.appended(self.key(x), self.value(x), lengths)
+        return KeyValues(k, v, positions, visible), cache
 
     def decode_step(self, x: Float[Array, "*B 1 D"], cache: KVCache) -> tuple[KeyValues, KVCache]:
         """All keys and values of the cache, with one more token per row; see

@@ -7,7 +7,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slam_jax.layers.attention import Layout, attend, causal_layout
-from slam_jax.layers.kv_cache import KVCache, entries_in_window
+from slam_jax.layers.kv_cache import (
+    KVCache,
+    entries_in_window,
+    new_positions,
+    visible_entries,
+)
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear
 from slam_jax.layers.masks import Causal, in_window
 from slam_jax.layers.norms import RMSNorm
@@ -17,8 +22,8 @@ from slam_jax.layers.rotary import Rope, rotary
 class GroupedQueryAttention(nnx.Module):
     """Causal self-attention with a cache of keys and values.
 
-    `attention(x)` takes a whole sequence, `prefill` also fills an empty cache, `decode_step`
-    appends one token to it; the three give the same outputs.
+    `attention(x)` takes a whole sequence, `prefill` also fills an empty cache, `append` continues
+    one with several tokens and `decode_step` with one; the four give the same outputs.
 
     Args:
       embed_dim: D. num_heads: N of queries. num_kv_heads: K, None = N, plain multi-head attention.
@@ -96,6 +101,21 @@ class GroupedQueryAttention(nnx.Module):
         q, k, v = self._project(x, layout.positions)
         y = self.out(attend(q, k, v, Causal(self.window)))
         return y, cache.filled(k, v, lengths, self.window)
+
+    def append(
+        self, x: Float[Array, "*B T D"], cache: KVCache, lengths: Int[Array, "*B"] | None = None
+    ) -> tuple[Float[Array, "*B T D"], KVCache]:
+        """The outputs of T more tokens per row, which attend to the tokens of the cache, to
+        themselves and to those before them, and the cache with these tokens.
+
+        lengths: real tokens of each right-padded row, 0 to T; None = all T. Raises InputError where
+        a row has no room; under `jax.jit` see `KVCache`.
+        """
+        num_tokens, capacity = x.shape[-2], cache.capacity
+        visible = visible_entries(cache.length, num_tokens, capacity, self.window)
+        q, k, v = self._project(x, new_positions(cache.length, num_tokens))
+        (k, v), cache = cache.appended(k, v, lengths, self.window)
+        return self.out(attend(q, k, v, visible)), cache
 
     def decode_step(
         self, x: Float[Array, "*B 1 D"], cache: KVCache

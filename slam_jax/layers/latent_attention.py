@@ -12,7 +12,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slam_jax.kernels import fused_attention
 from slam_jax.layers.attention import Layout, causal_layout, masked_softmax
-from slam_jax.layers.kv_cache import entries_in_window, write_prompt, write_token
+from slam_jax.layers.kv_cache import (
+    entries_in_window,
+    new_positions,
+    visible_entries,
+    write_prompt,
+    write_token,
+    write_tokens,
+)
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer, Linear, project
 from slam_jax.layers.masks import Mask, as_array, in_window, require_square
 from slam_jax.layers.norms import RMSNorm
@@ -61,6 +68,21 @@ class LatentCache:
         """This cache with one more token per row. Raises InputError as `write_token` does."""
         buffers, tokens = (self.c_kv, self.k_rope), (c_kv, k_rope)
         return LatentCache(*write_token(buffers, tokens, self.length, window))
+
+    def appended(
+        self,
+        c_kv: Float[Array, "*B t R"],
+        k_rope: Float[Array, "*B t H_r"],
+        lengths: Int[Array, "*B"] | None,
+        window: int | None = None,
+    ) -> tuple[tuple[Float[Array, "*B T_t R"], Float[Array, "*B T_t H_r"]], "LatentCache"]:
+        """The latents and rotated keys that t new tokens attend to, and this cache with `lengths`
+        of them (None = all t) in each row; see `KVCache.appended`."""
+        buffers, tokens = (self.c_kv, self.k_rope), (c_kv, k_rope)
+        written = LatentCache(*write_tokens(buffers, tokens, self.length, lengths, window))
+        pairs = zip(buffers, tokens, strict=True)
+        c_kv, k_rope = (jnp.concatenate(pair, axis=-2) for pair in pairs)
+        return (c_kv, k_rope), written
 
 
 def latent_attention_weights(
@@ -139,8 +161,8 @@ def latent_attend(
 class MultiHeadLatentAttention(nnx.Module):
     """Causal self-attention with a latent cache.
 
-    `mla(x)` takes a whole sequence, `prefill` also fills an empty cache, `decode_step` appends one
-    token to it; the three give the same outputs.
+    `mla(x)` takes a whole sequence, `prefill` also fills an empty cache, `append` continues one
+    with several tokens and `decode_step` with one; the four give the same outputs.
 
     Args:
       embed_dim: D. num_heads: N.
@@ -217,6 +239,18 @@ class MultiHeadLatentAttention(nnx.Module):
         """
         y, c_kv, k_rope = self._full(x, causal_layout(x.shape[-2]))
         return y, cache.filled(c_kv, k_rope, lengths, self.window)
+
+    def append(
+        self, x: Float[Array, "*B T D"], cache: LatentCache, lengths: Int[Array, "*B"] | None = None
+    ) -> tuple[Float[Array, "*B T D"], LatentCache]:
+        """The outputs of T more tokens per row, and the cache with these tokens; see
+        `GroupedQueryAttention.append`. Computes the keys and values of all latents (expanded)."""
+        num_tokens, capacity = x.shape[-2], cache.capacity
+        visible = visible_entries(cache.length, num_tokens, capacity, self.window)
+        positions = new_positions(cache.length, num_tokens)
+        q, q_rope, c_kv, k_rope = self._project(x, positions)
+        (c_kv, k_rope), cache = cache.appended(c_kv, k_rope, lengths, self.window)
+        return self._attend(q, q_rope, c_kv, k_rope, visible, absorbed=False), cache
 
     def decode_step(
         self, x: Float[Array, "*B 1 D"], cache: LatentCache, *, absorbed: bool = True

@@ -166,7 +166,7 @@ class Mamba(nnx.Module):
         do other segments of a row."""
         cache, layout = self.init_cache(x.shape[:-2], 0), layout or causal_layout(x.shape[-2])
         positions = layout.positions if layout.packed else None
-        return self._scan(x, layout.mask, cache.state, positions)[0]
+        return self._scan(x, layout.mask, cache, positions)[0]
 
     def prefill(
         self, x: Float[Array, "*B T D"], cache: MambaCache, lengths: Int[Array, "*B"] | None = None
@@ -175,15 +175,24 @@ class Mamba(nnx.Module):
 
         lengths: real tokens of each right-padded row, None = all T.
         """
+        return self.append(x, cache, lengths)
+
+    def append(
+        self, x: Float[Array, "*B T D"], cache: MambaCache, lengths: Int[Array, "*B"] | None = None
+    ) -> tuple[Float[Array, "*B T D"], MambaCache]:
+        """The outputs of T more tokens per row, and the cache after them.
+
+        lengths: real tokens of each right-padded row, 0 to T; None = all T.
+        """
         num_tokens, before = x.shape[-2], self.conv_width - 1
         mask = None if lengths is None else prefix_mask(lengths, num_tokens)
-        y, padded, state = self._scan(x, mask, cache.state)
+        y, seen, state = self._scan(x, mask, cache)
         if lengths is None:
             lengths = jnp.full(x.shape[:-2], num_tokens, jnp.int32)
-        # The last real inputs; those before the first token are 0.
+        # The last real inputs; those before the first token of an empty cache are 0.
         slots = jax.lax.broadcast_to_rank(jnp.arange(before), x.ndim - 1)
         last = lengths[..., None] + slots
-        return y, MambaCache(jnp.take_along_axis(padded, last[..., None], axis=-2), state)
+        return y, MambaCache(jnp.take_along_axis(seen, last[..., None], axis=-2), state)
 
     def decode_step(
         self, x: Float[Array, "*B 1 D"], cache: MambaCache
@@ -197,24 +206,23 @@ class Mamba(nnx.Module):
         y, state = selective_scan(v, dt, a, b, c, cache.state, chunk_size=1)
         return self._leave(x, v, y), MambaCache(seen[..., 1:, :], state)
 
-    def _scan(self, x, mask: Bool[Array, "*B T"] | None, state, positions=None):
-        """The output, the padded inputs of the convolution, and the state after the last token.
+    def _scan(self, x, mask: Bool[Array, "*B T"] | None, cache: MambaCache, positions=None):
+        """The output, the inputs of the convolution with those before x, and the last state.
 
         positions: of the tokens in their segments, None = a row is one segment.
         """
         value = self.value(x)
         if mask is not None:
             value = jnp.where(mask[..., None], value, 0)
-        before = self.conv_width - 1
-        padded = jnp.pad(value, [(0, 0)] * (value.ndim - 2) + [(before, 0), (0, 0)])
-        mixed = short_convolution(padded, self.conv_filter[...].astype(self.dtype), positions)
+        seen = jnp.concatenate([cache.conv, value], axis=-2)
+        mixed = short_convolution(seen, self.conv_filter[...].astype(self.dtype), positions)
         v, dt, a, b, c = self._coefficients(self._activate(mixed))
         if mask is not None:
             dt = jnp.where(mask[..., None], dt, 0)
         starts = None if positions is None else positions == 0
         size = self.chunk_size
-        y, state = selective_scan(v, dt, a, b, c, state, chunk_size=size, starts=starts)
-        return self._leave(x, v, y), padded, state
+        y, state = selective_scan(v, dt, a, b, c, cache.state, chunk_size=size, starts=starts)
+        return self._leave(x, v, y), seen, state
 
     def _activate(self, mixed):
         if self.conv_bias is not None:

@@ -89,7 +89,8 @@ def attention_html(loaded: Any, request: Request, answer: str, *, style: bool = 
     full = _FULL_COLOR / sum(part[0].size for part in given)
     image, heat, texts = None, None, {}
     if maps.image is not None:
-        image = load_image(request.image, loaded.model.config.image.size)
+        shown = loaded.model.config.image
+        image = load_image(request.image, shown.size, shown.preprocessing)
         # One colour, more opaque where the share is larger.
         heat = np.full((*maps.image.shape, 4), (*_HEAT_COLOR, 0), np.uint8)
         heat[..., 3] = np.clip(maps.image / full, 0, 1) * 0.85 * 255

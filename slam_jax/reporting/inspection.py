@@ -22,7 +22,7 @@ from slam_jax.data.views import TRAINING_VIEWS
 from slam_jax.errors import InputError, shorten
 from slam_jax.evaluation.table import make_console, print_table
 from slam_jax.reporting.contact_sheet import Tile
-from slam_jax.slam_v3.config import SlamV3Config
+from slam_jax.slam_v3.config import ImageConfig, SlamV3Config
 
 _NO_LIMIT = 1 << 20
 _MAX_EXAMPLES = 2_000
@@ -77,7 +77,7 @@ def inspect_data(config: DataConfig, model: SlamV3Config) -> Inspection:
         dataset = prepare(lenient, model=model)
         found, table = _inspect(config, dataset), dataset.table
         assert table is not None
-        bad = sorted([*table.bad, *_undecodable(table, model.image.size)])
+        bad = sorted([*table.bad, *_undecodable(table, model.image)])
     return dataclasses.replace(found, bad=tuple(bad))
 
 
@@ -138,13 +138,13 @@ def _shapes(config: DataConfig, dataset: Dataset, view: str) -> dict[str, str]:
     }
 
 
-def _undecodable(table: Table, size: int) -> Iterator[BadRow]:
+def _undecodable(table: Table, config: ImageConfig) -> Iterator[BadRow]:
     """The rows whose picture cannot be decoded; each picture is tried once."""
 
     @functools.cache
     def reason(image: Any) -> str | None:
         try:
-            load_image(image, size)
+            load_image(image, config.size, config.preprocessing)
         except InputError as error:
             return f"image: {error}"
         return None

@@ -1,12 +1,13 @@
 """The configuration of SLAM v3: frozen and checked when it is built."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from slam_jax.errors import require, require_count
-from slam_jax.model_config import ModelConfig
+from slam_jax.model_config import ModelConfig, from_fields
 
-ENCODERS = ("resnet", "vit")
+ENCODERS = ("resnet", "vit", "pretrained")
 # Parts that an ablation can leave out: a process's attention to its own stream or to the bank, each
 # term of the fusion, and the compression of the decoder's cache and memory.
 PARTS = ("isolated", "shared", "residual", "mean", "concat", "cross_modal", "fusion_mlp", "latent")
@@ -19,7 +20,11 @@ class ImageConfig:
     """The image stream.
 
     encoder: "resnet" halves the image once a stage, from `patch_size` on; "vit" projects patches
-      and runs `num_layers` transformer blocks over them.
+      and runs `num_layers` transformer blocks over them; "pretrained" is a published vision tower.
+    pretrained: the folder of a published vision tower, which then is the encoder. Its other fields
+      are read from it by `slam_jax.training.pretrained`. tower: its `VisionConfig`. preprocessing:
+      how pictures are prepared for it. pretrained_size: pixels a side, None = as its publisher.
+      layer: whose patch tokens are read, as in `VisionTower.patches`; None = those of its output.
     size: height and width in pixels the model is trained on; the "vit" and its positions take any
       multiple of the patch, the "resnet" any size that leaves more than one position (its last norm
       removes what is the same all over a picture).
@@ -35,9 +40,19 @@ class ImageConfig:
     stage_widths: tuple[int, ...] = (32, 64, 96)
     blocks_per_stage: int = 1
     num_layers: int = 4
+    pretrained: str | None = None
+    tower: Any = None
+    preprocessing: Any = None
+    pretrained_size: int | None = None
+    layer: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "stage_widths", tuple(self.stage_widths))
+        if self.pretrained is not None or self.tower is not None:
+            self._check_tower()
+            return
+        expected = '"resnet" or "vit", or give image.pretrained'
+        require(self.encoder != "pretrained", "image.encoder", self.encoder, expected)
         require(self.encoder in ENCODERS, "image.encoder", self.encoder, f"one of {ENCODERS}")
         for field, most in (("size", 1 << 14), ("patch_size", 1 << 14), ("blocks_per_stage", 512)):
             require_count(f"image.{field}", getattr(self, field), most=most)
@@ -55,6 +70,20 @@ class ImageConfig:
             more = f"more than {self.total_stride}, or fewer stages, or a smaller patch_size"
             require(self.size > self.total_stride, "image.size", self.size, more)
 
+    def _check_tower(self) -> None:
+        from slam_jax.vision_models import Preprocessing, VisionConfig  # only where there is one
+
+        object.__setattr__(self, "encoder", "pretrained")
+        for field, kind in (("tower", VisionConfig), ("preprocessing", Preprocessing)):
+            if isinstance(value := getattr(self, field), Mapping):
+                object.__setattr__(self, field, from_fields(kind, value))
+        if self.pretrained_size is not None:
+            require_count("image.pretrained_size", self.pretrained_size, most=1 << 14)
+        if self.tower is not None and self.layer is not None:
+            total = self.tower.num_layers
+            expected = f"None, or {-total - 1} to {total}"
+            require(-total - 1 <= self.layer <= total, "image.layer", self.layer, expected)
+
     @property
     def total_stride(self) -> int:
         """Pixels of the image a side of one image token of the "resnet"."""
@@ -62,9 +91,36 @@ class ImageConfig:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the tokens of an image of so many pixels."""
-        if self.encoder == "vit":
-            return height // self.patch_size, width // self.patch_size
+        if self.encoder != "resnet":
+            patch = self.patch_size if self.tower is None else self.tower.patch_size
+            return height // patch, width // patch
         return -(-height // self.total_stride), -(-width // self.total_stride)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A published language model as the decoder. By default the decoder is SLAM v3's own.
+
+    pretrained: its folder, or a GGUF file; `slam_jax.training.pretrained` reads the next two fields
+      from it.
+    system: its name in `slam_jax.language_models.SYSTEMS`. language_model: its configuration.
+    memory_every: attention to the memory comes before every such block, from the first on.
+    """
+
+    pretrained: str | None = None
+    memory_every: int = 4
+    system: str | None = None
+    language_model: Any = None
+
+    def __post_init__(self):
+        require_count("decoder.memory_every", self.memory_every, most=512)
+        if isinstance(self.language_model, Mapping):
+            from slam_jax.language_models import SYSTEMS  # they import this module
+
+            known = f"one of {', '.join(SYSTEMS)}"
+            require(self.system in SYSTEMS, "decoder.system", self.system, known)
+            config = from_fields(SYSTEMS[self.system or ""].config, self.language_model)
+            object.__setattr__(self, "language_model", config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +158,8 @@ class SlamV3Config(ModelConfig):
       the model itself has no such bound.
     aux_dim: numbers an auxiliary vector. max_aux: with aux_slots, the number of slots.
     aux_slots: True = the row of an auxiliary vector has its own meaning.
-    image: the image stream.
+    image: the image stream. decoder: a published language model as the decoder. It sets the
+      vocabulary and the rotary positions of the decoder, whose other fields are then not used.
     alignment_dim: width of the retrieval embedding.
     dropout: rate on what each sublayer adds and on the embeddings.
     without: some of PARTS, for ablations: the model is built without them and their parameters.
@@ -151,6 +208,7 @@ class SlamV3Config(ModelConfig):
     aux_slots: bool = False
     max_aux: int = 16
     image: ImageConfig = ImageConfig()
+    decoder: DecoderConfig = dataclasses.field(default=DecoderConfig(), kw_only=True)
     context_length: int = 1_024
     alignment_dim: int = 64
     dropout: float = 0.0
@@ -192,8 +250,36 @@ class SlamV3Config(ModelConfig):
         reads = self.memory_reads_processes and not self.num_memory_tokens
         require(not reads, "memory_reads_processes", True, "False without num_memory_tokens")
         require(0 <= self.process_dropout < 1, "process_dropout", self.process_dropout, "in [0, 1)")
+        self._check_decoder()
         plain = "latent" in self.without
         require(not (plain and self.window), "window", self.window, 'None without "latent"')
+
+    def _check_decoder(self) -> None:
+        given = self.decoder.language_model
+        if given is None:
+            return
+        vocab, context = given.vocab_size, given.context_length
+        expected = f"at most {vocab:,}, the vocabulary of the language model"
+        require(self.vocab_size <= vocab, "vocab_size", self.vocab_size, expected)
+        object.__setattr__(self, "vocab_size", vocab)
+        object.__setattr__(self, "context_length", min(self.context_length, context))
+
+    @property
+    def language_model(self) -> Any:
+        """The configuration of the decoder's language model in this model; None without."""
+        given = self.decoder.language_model
+        if given is None:
+            return None
+        shared = self.sizes("dtype", "remat", "matmul_precision")
+        # Its blocks are not stacked: attention to the memory is between them.
+        return dataclasses.replace(given, scan_layers=False, **shared)
+
+    @property
+    def tower(self) -> Any:
+        """The configuration of the vision tower in this model; None without."""
+        given = self.image.tower
+        shared = self.sizes("dtype", "remat", "scan_layers", "matmul_precision")
+        return None if given is None else dataclasses.replace(given, **shared)
 
     @property
     def head_dim(self) -> int:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import DropoutKey, dropout, split
 from slam_jax.layers.grouped_query_attention import GroupedQueryAttention
-from slam_jax.layers.kv_cache import KVCache
+from slam_jax.layers.kv_cache import KVCache, is_ring
 from slam_jax.layers.latent_attention import (
     LatentCache,
     LatentCrossAttention,
@@ -98,8 +98,9 @@ class DecoderLayer(nnx.Module):
         h = h + dropout(self.attention(self.norms[0](h)), self.dropout, keys[0])
         return self._memory_and_mlp(h, memory, keys[1], with_weights=with_weights)
 
-    def prefill(self, h, cache: LayerCache, memory: Memory, lengths):
-        a, cache = self.attention.prefill(self.norms[0](h), cache, lengths)
+    def prefill(self, h, cache: LayerCache, memory: Memory, lengths, append: bool = False):
+        read = self.attention.append if append else self.attention.prefill
+        a, cache = read(self.norms[0](h), cache, lengths)
         return self._memory_and_mlp(h + a, memory)[0], cache
 
     def decode_step(self, h, cache: LayerCache, memory: Memory):
@@ -161,8 +162,16 @@ class Decoder(nnx.Module):
         cache: DecoderCache,
         memory: Memory,
         lengths: Int[Array, "B Q"] | None,
+        append: bool = False,
     ) -> tuple[Float[Array, "B Q T D"], DecoderCache]:
-        return self._cached(lambda layer, *x: layer.prefill(*x, memory, lengths), h, cache)
+        """The states of the prompts, and the cache with them. It must be empty, unless `append`:
+        then they follow the tokens that it stores."""
+        return self._cached(lambda layer, *x: layer.prefill(*x, memory, lengths, append), h, cache)
+
+    def room(self, cache: DecoderCache) -> int | None:
+        """The most tokens that a row of the cache may have, None = any number."""
+        window, capacity = kinds(self.layers)[0].attention.window, cache[0].capacity
+        return None if is_ring(capacity, window) else capacity
 
     def decode_step(
         self, h: Float[Array, "B Q 1 D"], cache: DecoderCache, memory: Memory

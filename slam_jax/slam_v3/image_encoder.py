@@ -1,4 +1,4 @@
-"""The two image encoders: pixels to image tokens."""
+"""The image encoders: pixels to image tokens."""
 
 import functools
 
@@ -133,3 +133,26 @@ class ViT(nnx.Module):
             policy=self.remat,
         )
         return self.norm(x)
+
+
+class PretrainedTower(nnx.Module):
+    """A published vision tower: the tokens of its patches, projected to the width of the model.
+
+    Pixels are normalised as the publisher does. Positions are those of the tower, which are
+    interpolated for images of another size.
+    """
+
+    def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
+        from slam_jax.vision_models import VisionTower  # only where there is a tower
+
+        self.layer, self.preprocessing = config.image.layer, config.image.preprocessing
+        self.tower = VisionTower(config.tower, rngs=rngs)
+        width, kw = config.tower.embed_dim, dict(**config.dtypes, rngs=rngs)
+        self.project = Linear(width, config.embed_dim, use_bias=True, **kw)
+
+    def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B S D"]:
+        """pixels: from -1 for 0 to 1 for 255, as all image encoders take them."""
+        how, values = self.preprocessing, (pixels + 1) * 127.5
+        mean, std = (jnp.asarray(x, pixels.dtype)[None, None, None] for x in (how.mean, how.std))
+        normalised = (values * how.scale - mean) / std
+        return self.project(self.tower.patches(normalised, self.layer))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from slam_jax.array_typing import AnyArray
 from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import DropoutKey, dropout, split
+from slam_jax.layers.kv_cache import check_appended
 from slam_jax.layers.linear import Linear, project_to_float32
 from slam_jax.layers.masks import prefix_mask, without_unknown_pads
 from slam_jax.layers.precision import precise
@@ -154,17 +155,25 @@ class SlamV3(nnx.Module):
         memory: Memory,
         *,
         lengths: Int[AnyArray, "B *Q"] | None = None,
+        append: bool = False,
     ) -> tuple[Float[Array, "B *Q T V"], DecoderCache]:
         """`decode`, and this empty cache filled; `lengths`: the number of real tokens of each row.
 
-        Raises InputError as `check_prompts` does.
+        append: a static bool; the tokens follow those that the cache stores. Logits and cache are
+        those of one prefill of all tokens with the same memory.
+
+        Raises InputError as `check_prompts` or `check_appended` does.
         """
+        real = None
         if lengths is not None:
             lengths = jnp.asarray(lengths)
             real = prefix_mask(lengths, tokens.shape[-1])
-            tokens = without_unknown_pads(tokens, real, self.config.vocab_size)
             lengths = lengths.reshape(_rows(lengths.shape))
-        h, cache = self.decoder.prefill(self._embed(tokens), cache, memory, lengths)
+        if append:
+            room = self.decoder.room(cache)
+            check_appended(lengths, cache[0].length, tokens.shape[-1], room)
+        tokens = without_unknown_pads(tokens, real, self.config.vocab_size)
+        h, cache = self.decoder.prefill(self._embed(tokens), cache, memory, lengths, append)
         return self.logits(h).reshape(*tokens.shape, self.config.vocab_size), cache
 
     @precise

@@ -15,7 +15,7 @@ from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.precision import upcast
 from slam_jax.layers.short_convolution import ShortConvolution
 from slam_jax.slam_v3.config import SlamV3Config
-from slam_jax.slam_v3.image_encoder import ResNet, ViT
+from slam_jax.slam_v3.image_encoder import PretrainedTower, ResNet, ViT
 
 
 @struct.dataclass
@@ -130,13 +130,16 @@ class Streams(nnx.Module):
         self.text_norm, self.image_norm, self.aux_norm = (
             RMSNorm(dim, param_dtype=param_dtype) for _ in range(3)
         )
-        encoders: dict[str, Any] = {"resnet": ResNet, "vit": ViT}
+        encoders: dict[str, Any] = {"resnet": ResNet, "vit": ViT, "pretrained": PretrainedTower}
         self.text_convolution = (
             ShortConvolution(dim, config.text_kernel_size, param_dtype=param_dtype, rngs=rngs)
             if config.text_kernel_size
             else None
         )
         self.image = encoders[config.image.encoder](config, rngs=rngs)
+        # From the width of a language model's embeddings to that of the streams.
+        given = config.language_model
+        self.text = None if given is None else Linear(given.embed_dim, dim, **kw)
         # In float32 at least: in bfloat16 the number 1,001 would become 1,000.
         exact = {**kw, "dtype": upcast(kw["dtype"])}
         self.aux = Linear(config.aux_dim, dim, use_bias=True, **exact)
@@ -148,17 +151,19 @@ class Streams(nnx.Module):
         self.type = nnx.Param(normal(0.5)(rngs.params(), (3, dim), param_dtype))
 
     def __call__(
-        self, inputs: Inputs, text_embeddings: Float[Array, "B S_t D"] | None
+        self, inputs: Inputs, text_embeddings: Float[Array, "B S_t L"] | None
     ) -> list[Stream]:
         """The streams of the present inputs, in the order text, image, aux.
 
         text_embeddings: the embedded `inputs.text`; the table belongs to the model, which reads
-        and writes text with the same one.
+        and writes text with the same one. L is D, or the width of a language model.
         """
         dtype = self.dtype
         types = self.type[...].astype(dtype)[:, None, None]
         streams = []
         if text_embeddings is not None:
+            if self.text is not None:
+                text_embeddings = self.text(text_embeddings)
             tokens = self.text_norm(text_embeddings)
             if self.text_convolution is not None:
                 tokens = self.text_convolution(tokens, inputs.text_mask)

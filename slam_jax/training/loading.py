@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from slam_jax.data import AuxFormat, Tokenizer
+from slam_jax.data import AnyTokenizer, AuxFormat, Tokenizer
 from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.trained.folder import Trained, find_folder, read_folder, read_weights
@@ -25,7 +25,7 @@ class Loaded(NamedTuple):
     """
 
     model: SlamV3
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     aux_format: AuxFormat | None
     config: dict[str, Any]
     step: int

@@ -33,6 +33,7 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
+        object.__setattr__(self, "resample", Image.Resampling(self.resample))
         size = (self.size,) if isinstance(self.size, int) else self.size
         for field, sides in (("size", size), ("crop", self.crop)):
             for side in sides or ():
@@ -76,7 +77,16 @@ def preprocess(picture: Image.Image | np.ndarray, how: Preprocessing) -> Float[n
     Raises:
       InputError: `picture` is something else, or would become larger than 64 megapixels.
     """
-    image = _to_rgb(picture)
+    pixels = fit_picture(_to_rgb(picture), how)
+    scaled = (pixels.astype(np.float64) * how.scale).astype(np.float32)
+    return (scaled - np.asarray(how.mean, np.float32)) / np.asarray(how.std, np.float32)
+
+
+def fit_picture(image: Image.Image, how: Preprocessing) -> UInt8[np.ndarray, "H W 3"]:
+    """An RGB picture, resized and cropped.
+
+    Raises InputError where it would become larger than 64 megapixels.
+    """
     if how.size is not None:
         height, width = _resized(image, how.size)
         if height * width > _MOST_PIXELS:
@@ -84,10 +94,7 @@ def preprocess(picture: Image.Image | np.ndarray, how: Preprocessing) -> Float[n
             raise InputError(f"{found}; expected a picture that is less long and thin")
         image = image.resize((width, height), how.resample)
     pixels = np.asarray(image)
-    if how.crop is not None:
-        pixels = _crop(pixels, how.crop)
-    scaled = (pixels.astype(np.float64) * how.scale).astype(np.float32)
-    return (scaled - np.asarray(how.mean, np.float32)) / np.asarray(how.std, np.float32)
+    return pixels if how.crop is None else _crop(pixels, how.crop)
 
 
 def _to_rgb(picture: Image.Image | np.ndarray) -> Image.Image:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from slam_jax.array_typing import AnyArray
-from slam_jax.data import EvaluationBatch, Tokenizer
+from slam_jax.data import AnyTokenizer, EvaluationBatch
 from slam_jax.evaluation.answers import Answer, evaluate
 from slam_jax.evaluation.metrics import bootstrap_interval
 from slam_jax.slam_v3 import SlamV3
@@ -60,7 +60,7 @@ def knock_outs(num_processes: int) -> dict[str, Float[np.ndarray, "P P"]]:
 
 def measure_processes(
     model: SlamV3,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     batches_by_view: Mapping[str, Sequence[EvaluationBatch]],
     *,
     max_new_tokens: int,
