@@ -280,7 +280,7 @@ def test_keys_of_another_shape_are_named(folder):
 
 
 def test_a_weight_in_two_files_is_refused(folder):
-    save_file({EXPERT: jnp.zeros((48, 64))}, folder / "other.safetensors")
+    save_file({EXPERT: jnp.zeros((48, 64))}, folder / "model-2.safetensors")
     refused(folder, "w1.weight is in two files; expected one")
 
 
@@ -295,11 +295,19 @@ def test_weights_of_another_dtype_are_named(folder):
     refused(folder, f"{EXPERT} is I8; expected one of F32, BF16, F16")
 
 
-def test_weights_are_rounded_only_if_asked(folder):
+def dtypes(model: Any) -> set[str]:
+    return {leaf.dtype.name for leaf in jax.tree.leaves(state(model))}
+
+
+def test_weights_are_rounded_only_if_asked_and_the_log_says_so(folder, caplog):
     edit(folder, dtype="bfloat16")
-    refused(folder, "is F32, and config.json makes it BF16: bits would be lost; choose a dtype")
-    rounded, _ = load_pretrained(folder, param_dtype="bfloat16")
-    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state(rounded)))
+    with caplog.at_level("INFO", "slam_jax"):
+        stored, config = load_pretrained(folder)
+        assert dtypes(stored) == {"float32"} == {config.param_dtype} and not caplog.messages
+        rounded, config = load_pretrained(folder, param_dtype="bfloat16")
+    assert dtypes(rounded) == {"bfloat16"} == {config.param_dtype}
+    (message,) = caplog.messages
+    assert "weights are cast: 60 from F32 to bfloat16" in message
 
 
 def test_more_than_the_files_can_hold_is_refused_before_it_is_built(folder):
@@ -355,7 +363,10 @@ def rope(**fields: Any) -> dict[str, Any]:
         (rope(rope_type="longrope", short_factor=[1.0], long_factor=[2.0]), "factors is 1; expect"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; expected nothing"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types is .*; expected nothing"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is .*; expected nothing"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "quantization_config.quant_method is None; expected .fp8",
+        ),
         (rope(rope_theta="x"), "rope_parameters.rope_theta is 'x'; expected a number"),
         (rope(rope_theta=1.0), "rope.base is 1.0; expected above 1"),
         (rope(rope_theta=1e4, partial_rotary_factor=0.5), "partial_rotary_factor is 0.5; expected"),

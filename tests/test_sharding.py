@@ -26,6 +26,7 @@ from slam_jax.training.mesh import MeshConfig, make_mesh, more_fsdp, resolve
 from slam_jax.training.optimizer import OPTIMIZERS
 from slam_jax.training.sharding import RULES, matching_rules, place
 from slam_jax.training.start import state_shapes
+from slam_jax.vision_models import VisionConfig, VisionTower
 
 FILE = Path(__file__).with_name("eight_devices.py")
 
@@ -81,6 +82,11 @@ def v3(**image):
     return SlamV3(SlamV3Config.preset("tiny", 13, **wide), rngs=nnx.Rngs(0))
 
 
+def tower(kind, **changes):
+    sizes = dict(image_size=32, patch_size=8, embed_dim=48, mlp_dim=96, num_layers=2, num_heads=4)
+    return VisionTower(VisionConfig(model_type=kind, **{**sizes, **changes}), rngs=nnx.Rngs(0))
+
+
 OPTIONS = SlamV3Config.preset(
     "tiny",
     13,
@@ -101,6 +107,18 @@ MODELS = {
         name: lambda name=name: make_model(make_config(name, "tiny"), rngs=nnx.Rngs(0))
         for name in SYSTEMS
     },
+    **{
+        f"{kind}, {extra}": lambda kind=kind, extra=extra: tower(kind, **extra)
+        for kind, extra in (
+            ("clip_vision_model", {}),
+            ("siglip_vision_model", {"scan_layers": True}),
+            ("dinov2_with_registers", {"num_registers": 2, "swiglu": True}),
+        )
+    },
+    "qwen2, biases": lambda: make_model(
+        make_config("standard", "tiny", qkv_bias=True, out_bias=True, mlp_bias=True),
+        rngs=nnx.Rngs(0),
+    ),
     "jamba, biases": lambda: make_model(
         make_config("jamba", "tiny", proj_bias=True), rngs=nnx.Rngs(0)
     ),

@@ -65,13 +65,20 @@ _HARMLESS = HARMLESS | {
 }
 
 
+_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
+_DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float32", "auto": "float32"}
+
+
 def read_dtype(group: Group, key: str) -> str:
-    """`dtype` comes before `torch_dtype`; float16 is read as float32, as we have only bfloat16."""
+    """`dtype` comes before `torch_dtype`; float16 is read as float32, as we have only bfloat16.
+
+    Parameters get the dtype of the stored weights, whatever the field says.
+    """
     key = "dtype" if group.data.get("dtype") else key
     value = group.data.get(key) or "float32"
-    if value not in ("float32", "bfloat16", "float16"):
-        raise group.wrong(key, "float32, bfloat16 or float16")
-    return "float32" if value == "float16" else value
+    if not isinstance(value, str) or value not in _DTYPES:
+        raise group.wrong(key, "float32, bfloat16, float16 or auto")
+    return _DTYPES[value]
 
 
 def _read_rank(group: Group, key: str) -> int | None:

@@ -7,13 +7,13 @@ from typing import Any
 from PIL import Image
 
 from slam_jax.interop.fields import Group
-from slam_jax.interop.pretrained import read_json
 from slam_jax.interop.vision_formats import (
     VISION_FORMATS,
     group_of,
     read_vision_config,
     require_known,
 )
+from slam_jax.interop.weights import find_folder, read_json
 from slam_jax.vision_models import Preprocessing, VisionConfig, published_preprocessing
 
 PREPROCESSING = "preprocessor_config.json"
@@ -32,7 +32,7 @@ def load_preprocessing(folder: str | Path) -> Preprocessing:
     Raises:
       InputError, ConfigError: a file cannot be read, or has a field that is not understood.
     """
-    folder = Path(folder)
+    folder = find_folder(folder)
     config = read_vision_config(read_json(folder / "config.json"))
     if not (folder / PREPROCESSING).exists():
         return published_preprocessing(config)

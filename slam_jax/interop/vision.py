@@ -10,14 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
+from jax.sharding import Mesh
 
+from slam_jax.interop.filling import fill, main_dtype
 from slam_jax.interop.preprocessing import PREPROCESSING, write_preprocessing
-from slam_jax.interop.pretrained import Weights, fill, find_weights, read_json, write_folder
+from slam_jax.interop.pretrained import write_folder
 from slam_jax.interop.vision_formats import (
     VISION_FORMATS,
     read_vision_config,
     vision_layout,
     write_vision_config,
+)
+from slam_jax.interop.weights import (
+    Weights,
+    find_folder,
+    find_weights,
+    read_json,
+    require_as_many,
 )
 from slam_jax.vision_models import Preprocessing, VisionConfig, VisionTower
 
@@ -42,6 +51,8 @@ def load_vision(
     dtype: str = "float32",
     param_dtype: str | None = None,
     scan_layers: bool | None = None,
+    mesh: Mesh | None = None,
+    check_finite: bool = True,
 ) -> tuple[VisionTower, VisionConfig]:
     """The vision tower in a folder downloaded from the hub, and its configuration.
 
@@ -51,17 +62,19 @@ def load_vision(
     Raises:
       InputError, ConfigError: as `load_pretrained`.
     """
-    folder = Path(folder)
+    folder = find_folder(folder)
     options: Any = dict(dtype=dtype, scan_layers=scan_layers)
     config = read_vision_config(read_json(folder / "config.json"))
-    config = dataclasses.replace(config, param_dtype=param_dtype or config.param_dtype, **options)
     prefix, weights = _of_tower(find_weights(folder), VISION_FORMATS[config.model_type].name)
-    weights.require_as_many(config, "num_layers")
+    config = dataclasses.replace(config, param_dtype=param_dtype or main_dtype(weights), **options)
+    require_as_many(weights, config, "num_layers")
     tower = fill(
         lambda: VisionTower(config, rngs=nnx.Rngs(0)),
         lambda shapes: vision_layout(config, shapes, prefix),
         weights,
-        may_round=param_dtype is not None,
+        param_dtype=param_dtype,
+        mesh=mesh,
+        check_finite=check_finite,
     )
     return tower, config
 
@@ -103,6 +116,6 @@ def _of_tower(weights: Weights, name: str) -> tuple[str, Weights]:
     if beside:
         skipped = ", ".join(sorted(beside))
         logging.getLogger("slam_jax").warning(
-            "%s: only the vision tower is read, not %s", weights.folder, skipped
+            "%s: only the vision tower is read, not %s", weights.name, skipped
         )
-    return prefix, weights._replace(stored=stored)
+    return prefix, dataclasses.replace(weights, stored=stored)

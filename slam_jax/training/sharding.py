@@ -50,6 +50,8 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (r"(conv_filter|dt_up/kernel)", (None, "tensor")),
     # Projections of images and vectors, and to the retrieval embedding: the last dimension is D.
     (r"(stem|conv1|conv2|shortcut|project|aux)/kernel", (..., "fsdp")),
+    # Learned positions (S, D) of vision towers.
+    (r"positions", (None, "fsdp")),
     # Biases of heads and hidden units.
     (r"(query|key|value|gate|up)/bias", ("tensor",)),
     # Small parameters.
@@ -57,6 +59,7 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (r"\w*norm\w*(/\d+)?/(scale|bias)", WHOLE),
     (r"(stem|project|aux|alignment|out|down)/bias", WHOLE),
     (r"(log_temperature|choice_bias|type|slot|instruction|queries|text_convolution/filter)", WHOLE),
+    (r"(class_token|registers|(attention|mlp)_scale)", WHOLE),
 )
 
 
