@@ -18,6 +18,9 @@ STEP = flags.DEFINE_string("step", "best", "The checkpoint: a step number, best 
 OUT = flags.DEFINE_string(
     "out", None, "Folder for metrics.json and report.html; by default WORKDIR/eval."
 )
+BASE = flags.DEFINE_multi_string(
+    "base", [], "Where base weights are now that a checkpoint names; repeatable."
+)
 PROCESS_EXAMPLES = flags.DEFINE_integer(
     "process_examples", 50, "Test examples per view for what each process is worth; 0 = none.", 0
 )
@@ -33,7 +36,11 @@ def main(arguments: list[str]) -> None:
     if OUT.value is None and not Path(WORKDIR.value).exists() and find_folder(WORKDIR.value):
         raise InputError(f"--workdir={WORKDIR.value} is part of the package; give --out, too")
     evaluation = evaluate_checkpoint(
-        WORKDIR.value, STEP.value, arguments, process_examples=PROCESS_EXAMPLES.value
+        WORKDIR.value,
+        STEP.value,
+        arguments,
+        process_examples=PROCESS_EXAMPLES.value,
+        base=BASE.value,
     )
     print_metrics(evaluation.metrics)
     folder = write_evaluation(evaluation, OUT.value)

@@ -29,6 +29,9 @@ GRACE = flags.DEFINE_float(
 PROFILE = flags.DEFINE_string(
     "profile", None, "STEP:COUNT: write a trace of these steps to WORKDIR/profile."
 )
+BASE = flags.DEFINE_multi_string(
+    "base", [], "Where base weights are now that a checkpoint names; repeatable."
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
@@ -64,7 +67,8 @@ def main(arguments: list[str]) -> None:
     profile = None if PROFILE.value is None else Profile.parse(PROFILE.value)
     if several:
         distributed.connect(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    train(override(read_config(CONFIG.value), arguments), WORKDIR.value, stop, profile)
+    config = override(read_config(CONFIG.value), arguments)
+    train(config, WORKDIR.value, stop, profile, BASE.value)
 
 
 if __name__ == "__main__":

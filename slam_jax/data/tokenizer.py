@@ -134,6 +134,12 @@ class Tokenizer:
         """None: all ids have a token."""
 
     @property
+    def ids_by_token(self) -> dict[str, int]:
+        """The id of each token, by its text as the library stores it: special tokens and letters
+        of byte-level BPE."""
+        return self._model.get_vocab()
+
+    @property
     def vocab_size(self) -> int:
         return self._model.get_vocab_size()
 

@@ -22,6 +22,9 @@ WORKDIR = flags.DEFINE_string(
     required=True,
 )
 STEP = flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
+BASE = flags.DEFINE_multi_string(
+    "base", [], "Where base weights are now that a checkpoint names; repeatable."
+)
 PORT = flags.DEFINE_integer(
     "port", 7860, "The port of the page; 0 = any free one.", lower_bound=0, upper_bound=65535
 )
@@ -46,7 +49,7 @@ def main(arguments: list[str]) -> None:
         from slam_jax.training import load
 
         enable_compile_cache()
-        loaded = load(WORKDIR.value, STEP.value)
+        loaded = load(WORKDIR.value, STEP.value, BASE.value)
         # Gradio reads these when it is imported. Uploaded pictures go to `files`.
         os.environ |= dict(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
         os.environ["GRADIO_TEMP_DIR"] = files

@@ -25,6 +25,9 @@ flags.DEFINE_string(
     required=True,
 )
 flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
+flags.DEFINE_multi_string(
+    "base", [], "Where base weights are now that a checkpoint names; repeatable."
+)
 flags.DEFINE_string("prompt", "", "The text that the answer continues.")
 flags.DEFINE_string("text", None, "A text to answer from.")
 flags.DEFINE_string("image", None, "A picture to answer from.")
@@ -59,7 +62,7 @@ def main(arguments: list[str]) -> None:
     sampling = Sampling(**{each.name: given[each.name].value for each in fields(Sampling)})
     aux = None if given.aux is None else read_numbers(given.aux)
     request = Request(given.prompt, given.text, given.image, aux, given.seed)
-    loaded = load(given.workdir, given.step)
+    loaded = load(given.workdir, given.step, given.base)
     if given.choices is not None:
         _print_scores(score(loaded, request, given.choices), given.json)
         return

@@ -24,6 +24,7 @@ from slam_jax.planning.subjects import Subject
 from slam_jax.training.sharding import bytes_per_device, use_mesh, with_shardings
 from slam_jax.training.start import compile_step, temporary_bytes
 from slam_jax.training.state import merge_model
+from slam_jax.training.trainable import merge, names_layers
 
 # The executable is not run, and these passes do not change what is read from it.
 _FAST: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -62,7 +63,7 @@ def compiled_step(subject: Subject, mesh: Mesh | None) -> Step:
         halves = compile_step(subject.step(graphdef, state), state, whole, _FAST)
         split = functools.partial(part, subject.optimizer.accumulate_steps)
         batch_and_key = jax.tree.map(split, subject.batch), state.key
-        activations = residuals(loss, state.params, batch_and_key)
+        activations = residuals(loss, state.params, batch_and_key, state.frozen)
     sent: Counter = Counter()
     for each in itertools.chain(*(collectives(str(half.as_text()), sizes) for half in halves)):
         sent[each.axes, each.op] += each.count * each.num_bytes
@@ -83,20 +84,23 @@ def program_lines(subject: Subject, mesh: Mesh | None) -> int:
 
 
 def residuals(
-    loss: Callable[[Any, Any], Any], params: Any, inputs: Any
+    loss: Callable[[Any, Any], Any], params: Any, inputs: Any, frozen: Any = None
 ) -> list[jax.ShapeDtypeStruct]:
     """Arrays that `jax.vjp` keeps of `loss(params, inputs)`, each once, with XLA's shardings.
+
+    frozen: further parameters of the loss, by which nothing is differentiated.
 
     Only those that depend on `inputs` count: not casts of parameters, nor causal masks.
     """
 
-    def forward(params: Any, inputs: Any) -> list[Any]:
-        return jax.tree.leaves(jax.vjp(lambda params: loss(params, inputs), params)[1])
+    def forward(params: Any, frozen: Any, inputs: Any) -> list[Any]:
+        whole = lambda params: loss(merge(params, frozen), inputs)  # noqa: E731
+        return jax.tree.leaves(jax.vjp(whole, params)[1])
 
-    traced = jax.jit(forward).trace(params, inputs)
+    traced = jax.jit(forward).trace(params, frozen, inputs)
     shardings = traced.lower().compile(compiler_options=_FAST).output_shardings
     jaxpr = traced.jaxpr.jaxpr
-    kept = dependent(jaxpr.invars[len(jax.tree.leaves(params)) :], jaxpr)
+    kept = dependent(jaxpr.invars[len(jax.tree.leaves((params, frozen))) :], jaxpr)
     found = {
         var: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         for var, x, sharding in zip(kept, traced.out_info, shardings, strict=True)
@@ -128,6 +132,8 @@ def extrapolated(
 ) -> tuple[Step, Sequence[Mapping[str, int]]]:
     """The step of the whole subject, and the numbers of layers that `measure` was called with."""
     deep = {name: depth for name, depth in subject.depths.items() if depth.repeats > 2}
+    if names_layers(subject.optimizer):  # then a further layer need not add as much as the last
+        deep = {}
     base = {name: depth.layers(1) for name, depth in deep.items()}
     first, measured = measure(subject.with_layers(base)), [base]
     taken, activations, sent = first.taken, first.activations, Counter(first.sent)

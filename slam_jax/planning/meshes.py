@@ -80,11 +80,10 @@ def _estimated(subject: Subject, mesh: Mesh | None, machine: Machine) -> Plan:
     sizes = {**MeshConfig(1, process=1).sizes, **({} if mesh is None else mesh.shape)}
     held = state_bytes(subject, mesh)
     encoded, streams = (n // (sizes["data"] * sizes["fsdp"]) for n in subject.stream_bytes)
-    whole = held.params * sizes["fsdp"]
     sent = {
         (("data",), "all-reduce"): held.params,
-        (("fsdp",), "all-gather"): 2 * whole,
-        (("fsdp",), "reduce-scatter"): whole,
+        (("fsdp",), "all-gather"): 2 * (held.params + held.frozen) * sizes["fsdp"],
+        (("fsdp",), "reduce-scatter"): held.params * sizes["fsdp"],
         (("tensor",), "all-reduce"): 4 * streams,
         (("process",), "all-gather"): 5 * encoded,
         (("process",), "reduce-scatter"): 5 * encoded,

@@ -15,11 +15,12 @@ from slam_jax.training.sharding import bytes_per_device, with_shardings
 
 
 class StateBytes(NamedTuple):
-    """Bytes of the training state on each device."""
+    """Bytes of the training state on each device. params: of those that train."""
 
     params: int
     opt_state: int
     ema: int
+    frozen: int = 0
 
 
 class Plan(NamedTuple):
@@ -73,7 +74,9 @@ class Plan(NamedTuple):
 def state_bytes(subject: Subject, mesh: Mesh | None) -> StateBytes:
     """Bytes per device of a subject's state on a mesh."""
     state: Any = with_shardings(subject.state[1], mesh, zero=subject.mesh.zero)
-    return StateBytes(*map(bytes_per_device, (state.params, state.opt_state, state.ema)))
+    return StateBytes(
+        *map(bytes_per_device, (state.params, state.opt_state, state.ema, state.frozen))
+    )
 
 
 def plan_step(subject: Subject, mesh: Mesh | None, machine: Machine = Machine()) -> Plan:

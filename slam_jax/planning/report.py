@@ -21,8 +21,10 @@ def describe(plan: Plan) -> str:
     """One line per figure, then the assumptions."""
     count = math.prod(plan.sizes.values())
     view = "" if plan.view is None else f", view {plan.view}"
+    frozen = plan.state.frozen
     rows = [
         ("parameters", _mib(plan.state.params), "exact"),
+        *([("frozen parameters", _mib(frozen), "exact")] if frozen else []),
         ("optimizer", _mib(plan.state.opt_state), "exact"),
         ("average", _mib(plan.state.ema), "exact"),
         ("gradients", _mib(plan.state.params), "exact"),

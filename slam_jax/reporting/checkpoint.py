@@ -76,11 +76,14 @@ class Evaluation(NamedTuple):
 
 
 def open_checkpoint(
-    workdir: str | Path, step: Step = None, overrides: Sequence[str] = ()
+    workdir: str | Path,
+    step: Step = None,
+    overrides: Sequence[str] = (),
+    base: Sequence[str | Path] = (),
 ) -> Opened:
     """Loads a checkpoint and prepares its data; arguments and errors of `evaluate_checkpoint`."""
     enable_compile_cache()
-    loaded = load(workdir, step)
+    loaded = load(workdir, step, base)
     config = override(loaded.config, overrides)
     for group in config:
         if group != "data" and config[group] != loaded.config[group]:
@@ -100,19 +103,21 @@ def evaluate_checkpoint(
     overrides: Sequence[str] = (),
     *,
     process_examples: int = 0,
+    base: Sequence[str | Path] = (),
 ) -> Evaluation:
     """Evaluates the views that the run was trained on, on the test split. Writes no file;
     `slam_jax.reporting.write_evaluation` does.
 
     step: a number, "best" or "latest"; None = best. overrides: `--config.data.field=value`
     arguments that change where the data is and how it is read; everything else is the checkpoint's.
-    process_examples: test examples per view for `evaluate_processes`, 0 = without it.
+    process_examples: test examples per view for `evaluate_processes`, 0 = without it. base: folders
+    in which to look first for base weights that the checkpoint names.
 
     Raises:
       CheckpointError, ConfigError, DataError: something cannot be read or built, in one line.
     """
     workdir = Path(workdir)
-    opened = open_checkpoint(workdir, step, overrides)
+    opened = open_checkpoint(workdir, step, overrides, base)
     loaded, config, data, dataset = opened
     started = time.monotonic()
     results, examples = _evaluate(opened)

@@ -15,6 +15,9 @@ from slam_jax.runtime import cli
 WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "The folder to write.", required=True)
 STEP = flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
+BASE = flags.DEFINE_multi_string(
+    "base", [], "Where base weights are now that a checkpoint names; repeatable."
+)
 DTYPE = flags.DEFINE_enum(
     "dtype", "float16", ["float32", "bfloat16", "float16"], "Of the stored weights."
 )
@@ -33,7 +36,7 @@ def main(arguments: list[str]) -> None:
     from slam_jax.training.loading import read_saved
 
     saved = read_saved(WORKDIR.value, STEP.value)
-    loaded = load(WORKDIR.value, STEP.value)
+    loaded = load(WORKDIR.value, STEP.value, BASE.value)
     card = make_card(loaded, WORKDIR.value, COMMAND.value, COMMIT.value, DTYPE.value)
     _, params = split_model(loaded.model)
     write_folder(OUTPUT.value, saved, by_name(params), card, dtype=DTYPE.value)

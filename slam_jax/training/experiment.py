@@ -40,6 +40,9 @@ class RunConfig:
     max_bad_steps: steps whose loss or gradient is not finite are skipped. After this many in a row
     the run goes back to its last checkpoint before them; after twice as many it stops.
     tensorboard: also write event files (extra `tracking`).
+    init_from: the weights that a new run begins with: the workdir of another run, of which its best
+    checkpoint counts, or a folder that `python -m slam_jax.trained` wrote, or "quickstart"; None =
+    random ones. A resumed run does not read it.
     prng_impl: what draws dropout: "threefry2x32"; or "rbg", which JAX documents as faster on TPUs,
     but whose numbers may change with the number of devices and with the version of XLA.
     """
@@ -54,6 +57,7 @@ class RunConfig:
     max_bad_steps: int = 20
     tensorboard: bool = False
     prng_impl: str = "threefry2x32"
+    init_from: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "evaluate_views", tuple(self.evaluate_views))

@@ -1,5 +1,6 @@
 """Loads a trained model: of a checkpoint, or from a folder that was made to be shared."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +11,13 @@ from slam_jax.data import AnyTokenizer, AuxFormat, Tokenizer
 from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.trained.folder import Trained, find_folder, read_folder, read_weights
+from slam_jax.training.base import bases_of, load_bases, locate, provided_by
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints, Step
 from slam_jax.training.checkpoint.trees import by_name, from_names
 from slam_jax.training.experiment import Experiment
+from slam_jax.training.sharding import with_shardings
 from slam_jax.training.state import merge_model, split_model
+from slam_jax.training.trainable import merge, split_of
 
 
 class Loaded(NamedTuple):
@@ -32,16 +36,17 @@ class Loaded(NamedTuple):
     max_new_tokens: int = 32
 
 
-def load(workdir: str | Path, step: Step = None) -> Loaded:
+def load(workdir: str | Path, step: Step = None, base: Sequence[str | Path] = ()) -> Loaded:
     """The model of a checkpoint, with averaged parameters where the run averaged them.
 
     workdir: of a run; or a folder that `python -m slam_jax.trained` wrote; or "quickstart", a model
     that comes with the package. step: a number, "latest", "best", or None for the best; a folder
-    has one step. Only arrays and JSON are read; nothing is executed.
+    has one step. base: folders in which to look first for base weights that the checkpoint names.
+    Only arrays and JSON are read; nothing is executed.
 
     Raises:
       CheckpointError: there is no such workdir or step, or it does not fit its configuration.
-      InputError: the folder is damaged.
+      InputError: the folder is damaged, or base weights are missing or were changed.
       OutOfMemory: the model does not fit.
     """
     folder, saved = find_folder(workdir), read_saved(workdir, step)
@@ -56,8 +61,7 @@ def load(workdir: str | Path, step: Step = None) -> Loaded:
             weights = read_weights(folder, by_name(like))
             params = from_names(weights, like)
         else:
-            part = "params" if experiment.optimizer.ema_decay is None else "ema"
-            params = Checkpoints(workdir).restore_subtree(saved.step, part, like)
+            params = _restore(Checkpoints(workdir), saved.step, experiment, like, base)
         params = jax.device_put(params)
     return Loaded(
         merge_model(graphdef, params),
@@ -67,6 +71,26 @@ def load(workdir: str | Path, step: Step = None) -> Loaded:
         saved.step,
         max(32, saved.max_new_tokens),
     )
+
+
+def _restore(
+    checkpoints: Checkpoints,
+    step: int,
+    experiment: Experiment,
+    shapes: Any,
+    moved: Sequence[str | Path],
+) -> Any:
+    """All parameters of a checkpoint, of those that train their average where there is one."""
+    bases = bases_of(experiment.model, locate(checkpoints.read_bases(step), moved))
+    split = split_of(shapes, experiment.optimizer, provided_by(bases))
+    trained, frozen = split.of(split.shapes)
+    part = "params" if experiment.optimizer.ema_decay is None else "ema"
+    like = {part: trained}
+    if stored := split.stored(frozen):
+        like["frozen"] = stored
+    restored = checkpoints.restore(step, like, partial=True)
+    provided = load_bases(bases, with_shardings(frozen, None))
+    return merge(restored[part], merge(restored.get("frozen"), provided))
 
 
 def read_saved(workdir: str | Path, step: Step = None) -> Trained:

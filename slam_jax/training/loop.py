@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from slam_jax.runtime.devices import peak_flops
 from slam_jax.runtime.lock import lock_workdir
 from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.runtime.signals import Stop, Stopped
+from slam_jax.training.base import Bases, records_of, without_bases
 from slam_jax.training.checkpoint import Checkpoints
 from slam_jax.training.experiment import Experiment, as_json
 from slam_jax.training.flops import forward_flops
@@ -46,15 +47,18 @@ def train(
     workdir: str | Path,
     stop: Stop | None = None,
     profile: Profile | None = None,
+    base: Sequence[str | Path] = (),
 ) -> TrainState:
     """Trains, or resumes from the checkpoints in `workdir`; returns the final state.
 
     config: nested mappings as of `default_config`; saved with every checkpoint. stop: asks the run
     to save and end early, as the cluster's preemption notice does under `jax.distributed`. profile:
-    the steps of which the first process writes a trace to `workdir/profile`.
+    the steps of which the first process writes a trace to `workdir/profile`. base: folders in which
+    to look first for base weights that the checkpoints name.
 
     Raises:
       ConfigError: a field cannot be built, or the run ends before the steps of the profile do.
+      InputError: base weights are missing or were changed.
       CheckpointError: the workdir has checkpoints of another configuration, or none of them can be
         read, or a write failed.
       WorkdirError: another run is in the workdir, or it cannot be written to.
@@ -79,7 +83,7 @@ def train(
         stack.enter_context(use_mesh(mesh))
         stack.enter_context(experiment.model.precision())
         stack.enter_context(distributed.explain_lost_peers())
-        opened = open_run(experiment, checkpoints, mesh)
+        opened = open_run(experiment, checkpoints, mesh, base)
         state, pending = opened.state, opened.pending_evaluation
         first, writer = int(state.step), None
         if is_first:
@@ -97,17 +101,23 @@ def train(
         progress.log(_describe_start(state, mesh, workdir))
         profiler = Profiler(profile if is_first else None, first, workdir, progress)
         tools = checkpoints, writer, progress, stop or Stop(), mesh, stack.enter_context(profiler)
-        trainer = Trainer(experiment, config, opened.graphdef, opened.dataset, *tools)
+        trainer = Trainer(
+            experiment, config, opened.graphdef, opened.dataset, *tools, bases=opened.bases
+        )
         with explain_out_of_memory("a step", _SMALLER_STEPS):
             return trainer.run(state, pending)
 
 
 def _describe_start(state: TrainState, mesh: Mesh | None, workdir: str | Path) -> str:
-    """The number of parameters, the devices, and where the run begins."""
-    count, first = sum(x.size for x in jax.tree.leaves(state.params)), int(state.step)
+    """The number of parameters that train, the devices, and where the run begins."""
+    trained, frozen = (
+        sum(x.size for x in jax.tree.leaves(part)) for part in (state.params, state.frozen)
+    )
+    count = f"{trained:,} of {trained + frozen:,}" if frozen else f"{trained:,}"
+    first = int(state.step)
     origin = f"from step {first:,} of {workdir}" if first else f"in {workdir}"
     sizes = {} if mesh is None else {axis: n for axis, n in mesh.shape.items() if n > 1}
-    return f"{count:,} parameters on {name_of(sizes) or jax.devices()[0]}, {origin}"
+    return f"{count} parameters on {name_of(sizes) or jax.devices()[0]}, {origin}"
 
 
 _SMALLER_STEPS = (
@@ -134,6 +144,7 @@ class Trainer:
     mesh: Mesh | None
     profiler: Profiler
     sync_points: Iterator[int] = dataclasses.field(default_factory=lambda: itertools.count(1))
+    bases: Bases = ()
 
     def run(self, state: TrainState, pending_evaluation: bool) -> TrainState:
         """Takes all remaining steps; `pending_evaluation`: and evaluates the given state before."""
@@ -261,11 +272,12 @@ class Trainer:
         with self.progress.paused():
             self.checkpoints.save(
                 step,
-                state,
+                without_bases(state, self.bases),
                 config=self.config,
                 tokenizer=dataset.tokenizer.to_json(),
                 aux=None if aux is None else aux.to_json(),
                 generation={"max_new_tokens": longest_answer + 1},
+                bases=records_of(self.bases, state.frozen) or None,
                 metrics=scores or {},
             )
 
@@ -290,10 +302,9 @@ class Trainer:
         for x in jax.tree.leaves((state.params, state.opt_state, state.ema)):
             x.delete()
         with explain_out_of_memory("the training state", "resume on a larger machine"):
-            restored = self.checkpoints.restore(last, state)
-        return dataclasses.replace(
-            restored, step=state.step, skipped=state.skipped, bad_steps=state.bad_steps
-        )
+            changed = {name: getattr(state, name) for name in ("params", "opt_state", "ema")}
+            restored = self.checkpoints.restore(last, changed, partial=True)
+        return dataclasses.replace(state, **restored)
 
 
 def validate(

@@ -34,6 +34,10 @@ class OptimizerConfig:
     accumulate_steps: a batch is split into this many parts, one after the other, and their
     gradients are averaged by answer tokens. The result is the gradient of the whole batch, except
     for the alignment loss, which compares the pairs within a part.
+    train, freeze: patterns of parameter paths, such as "decoder/layers/0/*" or "*/bias". `*` stands
+    for any text, slashes too; a pattern also matches everything below the path it names. Those that
+    `train` matches train, without those that `freeze` matches. train=() = all but those that are
+    loaded as base weights. The others have neither gradient, moments, average nor weight decay.
     """
 
     name: str = "adamw"
@@ -49,8 +53,12 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     ema_decay: float | None = None
     accumulate_steps: int = 1
+    train: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = ()
 
     def __post_init__(self):
+        for field in ("train", "freeze"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
         positive, clip = "a number above 0", self.clip_norm
         require(self.name in OPTIMIZERS, "optimizer.name", self.name, f"one of {OPTIMIZERS}")
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, positive)

@@ -1,6 +1,8 @@
 """Starts a run, or resumes it from the newest intact checkpoint of its workdir."""
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from flax import nnx
@@ -9,27 +11,31 @@ from jax.sharding import Mesh
 
 from slam_jax.data import Dataset, Tokenizer, prepare
 from slam_jax.runtime.memory import explain_out_of_memory
+from slam_jax.training.base import Bases, bases_of, load_bases, locate, provided_by, without_bases
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.experiment import Experiment
+from slam_jax.training.init_from import begin_from
 from slam_jax.training.start import initial_state, state_shapes
 from slam_jax.training.state import TrainState
+from slam_jax.training.trainable import merge
 
 MAY_CHANGE = (
     *("data.data_dir", "data.path", "data.max_damaged_records"),
     *("data.bucket_lengths", "data.workers"),
     *("loss.chunk_tokens", "model.remat", "model.scan_layers"),
     *("run.keep_every", "run.log_every", "run.save_every", "run.tensorboard"),
+    "run.init_from",
 )
 """Fields that may change between two starts of a run, as those of `mesh` may: where its data is,
-how batches are padded and made, how it saves memory and compiles, and what it writes. What is
-computed from an undamaged record is the same."""
+how batches are padded and made, how it saves memory and compiles, what it writes, and what its
+first step began with. What is computed from an undamaged record is the same."""
 
 
 class OpenedRun(NamedTuple):
     """What the training loop begins with.
 
     pending_evaluation: the last step was saved without its evaluation, which is still to be done.
-    notes: messages for the user, one line each.
+    notes: messages for the user, one line each. bases: those of the model.
     """
 
     graphdef: nnx.GraphDef
@@ -37,15 +43,24 @@ class OpenedRun(NamedTuple):
     dataset: Dataset
     pending_evaluation: bool
     notes: list[str]
+    bases: Bases = ()
 
 
-def open_run(experiment: Experiment, checkpoints: Checkpoints, mesh: Mesh | None) -> OpenedRun:
+def open_run(
+    experiment: Experiment,
+    checkpoints: Checkpoints,
+    mesh: Mesh | None,
+    moved: Sequence[str | Path] = (),
+) -> OpenedRun:
     """The initial state of a run, or the newest one of its checkpoints, and the data set.
+
+    moved: folders in which to look for base weights; see `locate`.
 
     Raises:
       CheckpointError: the checkpoints belong to another configuration or to other data, or none
         of them can be read.
       ConfigError, OutOfMemory: the run cannot be built, or does not fit.
+      InputError: base weights are missing or were changed.
     """
     notes: list[str] = []
     latest = checkpoints.recover(notes.append)
@@ -56,12 +71,30 @@ def open_run(experiment: Experiment, checkpoints: Checkpoints, mesh: Mesh | None
     vocab_size = dataset.tokenizer.vocab_size
     with explain_out_of_memory("the training state", "choose smaller sizes or a larger machine"):
         if latest is None:
-            graphdef, state = initial_state(experiment, vocab_size, mesh)
-            return OpenedRun(graphdef, state, dataset, False, notes)
-        graphdef, like = state_shapes(experiment, vocab_size, mesh)
-        state = checkpoints.restore(latest, like)
+            bases = bases_of(experiment.model)
+            graphdef, state = initial_state(experiment, vocab_size, mesh, bases)
+            if experiment.run.init_from is not None:
+                source = experiment.run.init_from, checkpoints.workdir, moved
+                state, report = begin_from(*source, state, dataset.tokenizer, provided_by(bases))
+                notes.append(report)
+            return OpenedRun(graphdef, state, dataset, False, notes, bases)
+        bases = bases_of(experiment.model, locate(checkpoints.read_bases(latest), moved))
+        graphdef, like = state_shapes(experiment, vocab_size, mesh, bases)
+        state = restore_state(checkpoints, latest, like, bases)
     pending = experiment.run.evaluates(latest) and not checkpoints.read_metrics(latest)
-    return OpenedRun(graphdef, state, dataset, pending, notes)
+    return OpenedRun(graphdef, state, dataset, pending, notes, bases)
+
+
+def restore_state(
+    checkpoints: Checkpoints, step: int, like: TrainState, bases: Bases
+) -> TrainState:
+    """The state of a checkpoint, with the frozen parameters that bases provide.
+
+    Raises CheckpointError as `Checkpoints.restore` does, and InputError as `load_bases` does.
+    """
+    state = checkpoints.restore(step, without_bases(like, bases))
+    frozen = merge(state.frozen, load_bases(bases, like.frozen))
+    return dataclasses.replace(state, frozen=frozen)
 
 
 def _open_dataset(experiment: Experiment, checkpoints: Checkpoints, latest: int | None) -> Dataset:

@@ -80,7 +80,7 @@ def shardings_of(state: PyTree[Any], mesh: Mesh | None, *, zero: bool = False) -
         if mesh is None:
             return SingleDeviceSharding(jax.local_devices()[0])
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        over_data = zero and not name.startswith("params/")
+        over_data = zero and not name.startswith(("params/", "frozen/"))
         return NamedSharding(mesh, fit(leaf.shape, _axes(name, leaf.ndim, over_data), mesh.shape))
 
     return jax.tree.map_with_path(sharding, state)

@@ -1,49 +1,66 @@
 """The initial state of a run, or its shapes, and the jitted training step."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from slam_jax.runtime.memory import require_memory
 from slam_jax.slam_v3 import SlamV3
+from slam_jax.training.base import Bases, load_bases, provided_by, without_bases
 from slam_jax.training.experiment import Experiment
 from slam_jax.training.losses import num_answer_tokens, slam_v3_loss
 from slam_jax.training.mesh import more_fsdp
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
 from slam_jax.training.sharding import bytes_per_device, shardings_of, with_shardings
 from slam_jax.training.state import TrainState, TrainStep, init_state, make_train_step, split_model
+from slam_jax.training.trainable import merge, names_in, partition, split_of
 
 
 def initial_state(
-    experiment: Experiment, vocab_size: int, mesh: Mesh | None = None
+    experiment: Experiment, vocab_size: int, mesh: Mesh | None = None, bases: Bases = ()
 ) -> tuple[nnx.GraphDef, TrainState]:
     """The structure of the model and the state before the first step, sharded over the mesh.
 
+    Parameters of the bases have their values, also those that train.
+
     Raises ConfigError, before anything is allocated, where it does not fit into memory.
     """
-    graphdef, like = state_shapes(experiment, vocab_size, mesh)
+    graphdef, like = state_shapes(experiment, vocab_size, mesh, bases)
+    provided = provided_by(bases)
     # One jitted function: a hundred single initialisers would take longer, and so no device ever
     # holds more than its shard. A restored state has the same shardings.
-    shardings = jax.tree.map(lambda x: x.sharding, like)
+    own = without_bases(like, bases)
+    shardings = jax.tree.map(lambda x: x.sharding, own)
     seed, impl = experiment.seed, experiment.run.prng_impl
-    make = functools.partial(_first_state, *_model_of(experiment, vocab_size), seed, impl)
-    return graphdef, jax.jit(make, out_shardings=shardings)()
+    names = names_in(like.params), names_in(own.frozen)
+    make = functools.partial(_first_state, *_model_of(experiment, vocab_size), *names, seed, impl)
+    state = jax.jit(make, out_shardings=shardings)()
+    if not provided:
+        return graphdef, state
+    loaded = load_bases(bases, merge(like.params, like.frozen))
+    trained, frozen = partition(loaded, names_in(like.frozen))
+    params = merge(partition(state.params, names_in(trained))[0], trained)
+    ema = state.ema and jax.tree.map(jnp.copy, params)
+    frozen = merge(state.frozen, frozen)
+    return graphdef, dataclasses.replace(state, params=params, ema=ema, frozen=frozen)
 
 
 def state_shapes(
-    experiment: Experiment, vocab_size: int, mesh: Mesh | None = None
+    experiment: Experiment, vocab_size: int, mesh: Mesh | None = None, bases: Bases = ()
 ) -> tuple[nnx.GraphDef, TrainState]:
     """`initial_state` with shapes, dtypes and shardings instead of arrays; allocates nothing.
 
-    Raises ConfigError where such a state does not fit into memory.
+    Raises ConfigError where such a state does not fit into memory, and as `split_of` does.
     """
     parts = _model_of(experiment, vocab_size)
-    graphdef, shapes = abstract_state(*parts, experiment.run.prng_impl)
+    graphdef, shapes = abstract_state(*parts, experiment.run.prng_impl, provided_by(bases))
     like = with_shardings(shapes, mesh, zero=experiment.mesh.zero)
     num_devices = 1 if mesh is None else mesh.size
     advice = "" if mesh is None else more_fsdp(mesh.shape)
@@ -64,11 +81,18 @@ def abstract_state(
     optimizer: OptimizerConfig,
     num_steps: int,
     prng_impl: str = "threefry2x32",
+    provided: Mapping[str, Any] = {},
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """The structure of the model `make_model(rngs=)` and the shapes of its training state."""
-    model = nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0)))
-    make = functools.partial(_first_state, make_model, optimizer, num_steps, 0, prng_impl)
-    return split_model(model)[0], jax.eval_shape(make)
+    """The structure of the model `make_model(rngs=)` and the shapes of its training state.
+
+    provided: by bases; see `split_of`, which says what is raised.
+    """
+    graphdef, shapes = split_model(nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0))))
+    split = split_of(shapes, optimizer, provided)
+    params, frozen = split.of(split.shapes)
+    names = names_in(params), set()
+    make = functools.partial(_first_state, make_model, optimizer, num_steps, *names, 0, prng_impl)
+    return graphdef, dataclasses.replace(jax.eval_shape(make), frozen=frozen)
 
 
 def jit_train_step(
@@ -127,13 +151,20 @@ def _first_state(
     make_model: Callable[..., nnx.Module],
     optimizer: OptimizerConfig,
     num_steps: int,
+    trained: Collection[str],
+    frozen: Collection[str],
     seed: int,
     prng_impl: str,
 ) -> TrainState:
-    """The first state, keys included, alike in every host process of a run."""
+    """The first state, keys included, alike in every host process of a run.
+
+    trained, frozen: the names of its parameters; others are left out.
+    """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     if prng_impl != "threefry2x32":
         run_key = jax.random.key(jax.random.bits(run_key), impl=prng_impl)
-    params = split_model(make_model(rngs=nnx.Rngs(init_key)))[1]
+    others, params = partition(split_model(make_model(rngs=nnx.Rngs(init_key)))[1], trained)
+    kept = partition(others, frozen)[1] or None
     ema = optimizer.ema_decay is not None
-    return init_state(params, make_optimizer(optimizer, num_steps), run_key, ema=ema)
+    make = make_optimizer(optimizer, num_steps)
+    return init_state(params, make, run_key, ema=ema, frozen=kept)

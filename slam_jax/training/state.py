@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from slam_jax.layers.constrain import constrain
 from slam_jax.training.optimizer import global_norm, updates_made
+from slam_jax.training.trainable import merge
 
 
 @struct.dataclass
@@ -19,8 +20,9 @@ class TrainState:
     """The whole state of a run: saved, restored and donated as one.
 
     step: number of steps taken, skipped ones included. skipped: number of skipped steps.
-    bad_steps: number of steps skipped in a row up to now. params: nested dicts of arrays. ema:
-    their moving average, or None. key: the key of a step is folded from it and the step.
+    bad_steps: number of steps skipped in a row up to now. params: those that train, as nested dicts
+    of arrays. ema: their moving average, or None. key: the key of a step is folded from it and the
+    step. frozen: the other parameters, which no step changes; None = all train.
     """
 
     step: Int[Array, ""]
@@ -30,11 +32,13 @@ class TrainState:
     opt_state: optax.OptState
     ema: Any
     key: PRNGKeyArray
+    frozen: Any = None
 
     @property
     def best_params(self) -> Any:
-        """The parameters to evaluate: their moving average where there is one."""
-        return self.params if self.ema is None else self.ema
+        """The parameters to evaluate, frozen ones included; of the others their moving average
+        where there is one."""
+        return merge(self.params if self.ema is None else self.ema, self.frozen)
 
 
 class StepMetrics(NamedTuple):
@@ -59,11 +63,17 @@ def merge_model(graphdef: nnx.GraphDef, params: Any) -> Any:
 
 
 def init_state(
-    params: Any, optimizer: optax.GradientTransformation, key: PRNGKeyArray, *, ema: bool
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    *,
+    ema: bool,
+    frozen: Any = None,
 ) -> TrainState:
     step, skipped, bad_steps = (jnp.zeros((), jnp.int32) for _ in range(3))
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(step, skipped, bad_steps, params, optimizer.init(params), average, key)
+    opt_state = optimizer.init(params)
+    return TrainState(step, skipped, bad_steps, params, opt_state, average, key, frozen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +83,8 @@ class TrainStep:
     Batches of another shape need a program of their own for the gradients, but not for the update.
     So a run jits the halves one by one (`jit_train_step`) and compiles the update once.
 
-    gradients: (state, batch) -> (gradients, result of the loss function).
+    gradients: (state, batch) -> (gradients of the parameters that train, result of the loss
+    function).
     update: (state, gradients, result of the loss function) -> (state, metrics).
     """
 
@@ -105,17 +116,17 @@ def make_train_step(
     optimizer state (with the step count of its schedule) and average stay as they were.
     """
 
-    def gradients_of_part(params, batch, key):
-        def loss(params):
-            parts = loss_fn(merge_model(graphdef, params), batch, key=key)
-            return parts.total, parts
-
-        return jax.grad(loss, has_aux=True)(params)
-
     def gradients(state: TrainState, batch: Any) -> tuple[Any, Any]:
+        def of_part(params, batch, key):
+            def loss(params):
+                model = merge_model(graphdef, merge(params, state.frozen))
+                parts = loss_fn(model, batch, key=key)
+                return parts.total, parts
+
+            return jax.grad(loss, has_aux=True)(params)
+
         key = jax.random.fold_in(state.key, state.step)
-        inputs = state.params, batch, key
-        return _accumulate(gradients_of_part, *inputs, accumulate_steps, weight_of)
+        return _accumulate(of_part, state.params, batch, key, accumulate_steps, weight_of)
 
     def update(state: TrainState, grads: Any, loss: Any) -> tuple[TrainState, StepMetrics]:
         grad_norm = global_norm(grads)
@@ -131,7 +142,7 @@ def make_train_step(
         bad_steps = jnp.where(bad, state.bad_steps + 1, 0)
         metrics = StepMetrics(loss, grad_norm, bad_steps, updates_made(state.opt_state))
         counts = state.step + 1, state.skipped + bad, bad_steps
-        return TrainState(*counts, params, opt_state, ema, state.key), metrics
+        return TrainState(*counts, params, opt_state, ema, state.key, state.frozen), metrics
 
     return TrainStep(gradients, update)
 

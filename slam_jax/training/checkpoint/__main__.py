@@ -92,6 +92,8 @@ def _differences(a: Checkpoints, step_a: int, b: Checkpoints, step_b: int) -> It
             yield f"config.{name}: {config_a.get(name)!r} | {config_b.get(name)!r}"
     if a.read_tokenizer(step_a) != b.read_tokenizer(step_b):
         yield "the tokenizers differ"
+    if a.read_bases(step_a) != b.read_bases(step_b):
+        yield "the base weights that are not stored with them differ"
     like_a, like_b = a.read_shapes(step_a), b.read_shapes(step_b)
     shapes_a, shapes_b = describe(like_a), describe(like_b)
     for name in sorted(shapes_a.keys() | shapes_b.keys()):

@@ -1,12 +1,13 @@
 """Checkpoints of a run: one folder per step, written in the background and verified when read.
 
 `WORKDIR/checkpoints/STEP/` holds `arrays` (written by Orbax), `config.json`, `tokenizer.json`,
-`aux.json`, `generation.json`, `metrics.json` and their `manifest.json`. The folder gets its final
-name by one rename after all files are on disk, so a step that is visible is complete. No file is
-unpickled or executed.
+`aux.json`, `generation.json`, `bases.json`, `metrics.json` and their `manifest.json`. The folder
+gets its final name by one rename after all files are on disk, so a step that is visible is
+complete. No file is unpickled or executed.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -28,7 +29,7 @@ from slam_jax.runtime.signals import PeerLost
 from slam_jax.training.checkpoint import manifest, trees
 
 _MAX_JSON_BYTES = 64 << 20  # files are read whole
-_OPTIONAL = ("aux", "generation")
+_OPTIONAL = ("aux", "generation", "bases")
 _SCORE = "accuracy"  # the metric that chooses the best checkpoint; higher is better
 
 Step = int | str | None
@@ -72,6 +73,7 @@ class Checkpoints:
         tokenizer: str,
         aux: dict | None = None,
         generation: dict | None = None,
+        bases: list | None = None,
         metrics: Mapping[str, Any],
     ) -> bool:
         """Starts to write a checkpoint, and returns once the arrays are copied off the device.
@@ -81,7 +83,8 @@ class Checkpoints:
 
         state: any pytree of arrays, typed PRNG keys included; it may be donated afterwards.
         tokenizer: its JSON text, stored unchanged. config; aux, the format of auxiliary vectors;
-        generation, defaults of generating: anything that JSON can hold.
+        generation, defaults of generating; bases, the files with the parameters that `state` lacks
+        (`slam_jax.training.base`): anything that JSON can hold.
         metrics: of this step, possibly none; values that are not finite are left out.
 
         Raises CheckpointError where the previous write failed, or this one could not start.
@@ -89,7 +92,7 @@ class Checkpoints:
         self.wait()
         finite = {name: float(x) for name, x in metrics.items() if math.isfinite(x)}
         items = {"config": config, "tokenizer": tokenizer, "aux": aux, "metrics": finite}
-        items["generation"] = generation
+        items |= {"generation": generation, "bases": bases}
         if not distributed.run_on_first(lambda: self._begin(step, items)):
             return False
         folder = self._being_written(step)
@@ -207,6 +210,12 @@ class Checkpoints:
         """
         path = self._path(step)
         saved = _read_metadata(path)
+        if dataclasses.is_dataclass(like):
+            # A field that is None may be one that an older version did not have.
+            fields = {name: getattr(like, name) for name in like.__dataclass_fields__}
+            known = {name: x for name, x in fields.items() if x is not None or name in saved}
+            restored: dict[str, Any] = self.restore(step, known)
+            return type(like)(**{**fields, **restored})
         if partial:
             saved = {name: saved.get(name) for name in like}
         difference = trees.find_difference(saved, like)
@@ -246,6 +255,10 @@ class Checkpoints:
         """The defaults of generating saved with a step, none for a step of version 0.11 or older.
         max_new_tokens: the longest answer of the training data, its <eos> included."""
         return _read_json(self._path(step), "generation", dict) or {}
+
+    def read_bases(self, step: Step) -> list:
+        """The files with parameters that a step does not store; see `slam_jax.training.base`."""
+        return _read_json(self._path(step), "bases", list) or []
 
     def read_metrics(self, step: Step) -> dict[str, float]:
         """The metrics saved with a step."""
