@@ -141,6 +141,11 @@ class HubTokenizer:
                 pieces.append(b"" if piece is None else to_bytes(piece))
         return pieces
 
+    @property
+    def ids_by_token(self) -> dict[str, int]:
+        """The id of each piece of the vocabulary."""
+        return self._model.get_vocab(with_added_tokens=True)
+
     @functools.cached_property
     def known(self) -> Bool[np.ndarray, "V"]:
         """Which ids have a token; some vocabularies have gaps."""

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -57,10 +57,36 @@ def fill(
         for path, x in shapes.items()
     }
     _log_casts(layout, shapes, source)
-    params = {}
+    params = read_parameters(layout, shapes, source, check_finite=check_finite)
+    return nnx.merge(graphdef, nnx.State(unflatten_dict(params)))
+
+
+def read_parameters(
+    layout: Layout,
+    shapes: Params,
+    source: Source,
+    wanted: Collection[Path] | None = None,
+    *,
+    check_finite: bool = True,
+) -> dict[Path, jax.Array]:
+    """The parameters on their devices, one after the other.
+
+    shapes: with dtypes and shardings, for all tensors of the layout. wanted: None = all parameters.
+    Raises InputError where NaN or infinity is found and refused.
+    """
+    params: dict[Path, jax.Array] = {}
     for tensors in _groups(layout):
         params |= _read(tensors, shapes, source, check_finite)
-    return nnx.merge(graphdef, nnx.State(unflatten_dict(params)))
+    return params if wanted is None else {path: x for path, x in params.items() if path in wanted}
+
+
+def parameter_dtypes(layout: Layout, shapes: Params, source: Source) -> dict[Path, Any]:
+    """The dtype of each parameter, which is that of its weights, with float32 for float16.
+
+    Raises InputError where the weights do not fit these shapes.
+    """
+    _check(layout, shapes, source)
+    return _dtypes(layout, source, None)
 
 
 def main_dtype(source: Source) -> str:

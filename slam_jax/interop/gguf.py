@@ -8,7 +8,7 @@ import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +21,7 @@ from slam_jax.interop.gguf_tokenizer import (
     read_tokenizer_config,
     read_tokenizer_json,
 )
+from slam_jax.interop.weights import Stored
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
@@ -46,14 +47,6 @@ _PLAIN: dict[int, tuple[str, Any]] = {
     1: ("F16", np.float16),
     30: ("BF16", ml_dtypes.bfloat16),
 }
-
-
-class Stored(NamedTuple):
-    """A stored tensor. dtype: F32, F16 or BF16; F32 for what is quantised in the file."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
 
 
 class GGUF:

@@ -1,9 +1,10 @@
-"""Reads and writes published weights: a folder with config.json and *.safetensors.
+"""Reads and writes published weights: a folder with config.json and *.safetensors, or a GGUF file.
 
 Only JSON and arrays are read. Nothing in the folder is executed.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 from flax.traverse_util import flatten_dict
@@ -23,9 +24,11 @@ from slam_jax.errors import InputError, writing
 from slam_jax.interop.filling import fill, main_dtype
 from slam_jax.interop.formats import make_layout, read_config, skipped_layers, write_config
 from slam_jax.interop.fp8 import dequantise, read_quantization
+from slam_jax.interop.gguf import GGUF
 from slam_jax.interop.tensors import Layout, Params
 from slam_jax.interop.weights import (
     Source,
+    Weights,
     find_folder,
     find_weights,
     read_json,
@@ -37,8 +40,46 @@ from slam_jax.language_models import make_model
 _INDEX = "model.safetensors.index.json"
 
 
+class Published(NamedTuple):
+    """A published model whose weights were not read yet.
+
+    config: ours. source: of its weights. layout_of: from the shapes of its parameters to the
+    tensors behind them.
+    """
+
+    config: Any
+    source: Source
+    layout_of: Callable[[Params], Layout]
+
+
+def open_pretrained(path: str | Path) -> Published:
+    """The language model in a folder of the hub or in a GGUF file; only headers are read.
+
+    Raises InputError and ConfigError as `load_pretrained` does.
+    """
+    if str(path).endswith(".gguf"):
+        source: Source = GGUF(path)
+        data, fp8 = source.config, None
+    else:
+        folder = find_folder(path)
+        data, fp8 = read_quantization(read_json(folder / "config.json"))
+        source = find_weights(folder)
+    kind, config = read_config(data)
+    if isinstance(source, Weights):
+        source = source.without(skipped_layers(data, kind, config))
+    if fp8 is not None:
+        source = dequantise(source, *fp8)
+    if config.tie_embeddings:
+        source = without_head(source)
+    config = dataclasses.replace(config, param_dtype=main_dtype(source))
+    fused = any(key.endswith("experts.gate_up_proj") for key in source.stored)
+    require_as_many(source, config, "num_layers", *(() if fused else ("num_experts",)))
+    layout_of = functools.partial(make_layout, kind, config, fused=fused)
+    return Published(config, source, layout_of)
+
+
 def load_pretrained(
-    folder: str | Path,
+    path: str | Path,
     *,
     dtype: str = "float32",
     param_dtype: str | None = None,
@@ -46,12 +87,13 @@ def load_pretrained(
     mesh: Mesh | None = None,
     check_finite: bool = True,
 ) -> tuple[Any, Any]:
-    """The model in a folder downloaded from the hub, and its configuration.
+    """The model in a folder downloaded from the hub or in a GGUF file, and its configuration.
 
     model_type may be each of `slam_jax.interop.formats.FORMATS`. Experts may be one tensor each, or
     one tensor for all experts of a layer. Weights of eight bits with a scale for each block, as
-    DeepSeek-V3 has them, become bfloat16. One parameter is read after the other and sent to the
-    device, so the host holds only that one, such as the stacked experts of one layer.
+    DeepSeek-V3 has them, become bfloat16; quantised ones of GGUF files float32. One parameter is
+    read after the other and sent to the device, so the host holds only that one, such as the
+    stacked experts of one layer.
 
     Args:
       dtype: of the computation. param_dtype: of the parameters, None = that of each stored tensor,
@@ -65,22 +107,13 @@ def load_pretrained(
       InputError, ConfigError: names what in the folder is missing, left over, of another shape or
         not understood; nothing is loaded then.
     """
-    folder = find_folder(folder)
-    data, fp8 = read_quantization(read_json(folder / "config.json"))
-    kind, config = read_config(data)
-    weights: Source = find_weights(folder).without(skipped_layers(data, kind, config))
-    if fp8 is not None:
-        weights = dequantise(weights, *fp8)
-    if config.tie_embeddings:
-        weights = without_head(weights)
-    options: Any = dict(dtype=dtype, scan_layers=scan_layers)
-    config = dataclasses.replace(config, param_dtype=param_dtype or main_dtype(weights), **options)
-    fused = any(key.endswith("experts.gate_up_proj") for key in weights.stored)
-    require_as_many(weights, config, "num_layers", *(() if fused else ("num_experts",)))
+    found = open_pretrained(path)
+    own: Any = dict(param_dtype=param_dtype or found.config.param_dtype)
+    config = dataclasses.replace(found.config, dtype=dtype, scan_layers=scan_layers, **own)
     model = fill(
         lambda: make_model(config, rngs=nnx.Rngs(0)),
-        lambda shapes: make_layout(kind, config, shapes, fused=fused),
-        weights,
+        found.layout_of,
+        found.source,
         param_dtype=param_dtype,
         mesh=mesh,
         check_finite=check_finite,

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from slam_jax.interop.filling import fill, main_dtype
 from slam_jax.interop.preprocessing import PREPROCESSING, write_preprocessing
-from slam_jax.interop.pretrained import write_folder
+from slam_jax.interop.pretrained import Published, write_folder
 from slam_jax.interop.vision_formats import (
     VISION_FORMATS,
     read_vision_config,
@@ -62,21 +62,31 @@ def load_vision(
     Raises:
       InputError, ConfigError: as `load_pretrained`.
     """
-    folder = find_folder(folder)
-    options: Any = dict(dtype=dtype, scan_layers=scan_layers)
-    config = read_vision_config(read_json(folder / "config.json"))
-    prefix, weights = _of_tower(find_weights(folder), VISION_FORMATS[config.model_type].name)
-    config = dataclasses.replace(config, param_dtype=param_dtype or main_dtype(weights), **options)
-    require_as_many(weights, config, "num_layers")
+    found = open_vision(folder)
+    own: Any = dict(param_dtype=param_dtype or found.config.param_dtype)
+    config = dataclasses.replace(found.config, dtype=dtype, scan_layers=scan_layers, **own)
     tower = fill(
         lambda: VisionTower(config, rngs=nnx.Rngs(0)),
-        lambda shapes: vision_layout(config, shapes, prefix),
-        weights,
+        found.layout_of,
+        found.source,
         param_dtype=param_dtype,
         mesh=mesh,
         check_finite=check_finite,
     )
     return tower, config
+
+
+def open_vision(folder: str | Path) -> Published:
+    """The vision tower in a folder of the hub; only headers are read.
+
+    Raises InputError and ConfigError as `load_vision` does.
+    """
+    folder = find_folder(folder)
+    config = read_vision_config(read_json(folder / "config.json"))
+    prefix, weights = _of_tower(find_weights(folder), VISION_FORMATS[config.model_type].name)
+    config = dataclasses.replace(config, param_dtype=main_dtype(weights))
+    require_as_many(weights, config, "num_layers")
+    return Published(config, weights, lambda shapes: vision_layout(config, shapes, prefix))
 
 
 def save_vision(

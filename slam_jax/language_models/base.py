@@ -152,11 +152,15 @@ class Cache:
     length: Int[Array, "*B"]
 
 
+Before = Callable[[int, Float[Array, "*B T D"]], Float[Array, "*B T D"]]
+"""From the index of a block and its input to what it gets instead."""
+
+
 class HeadedModel(nnx.Module):
     """A language model whose full forward pass is `logits(hidden(tokens).states)`.
 
     A subclass gives `_hidden`, `_prefill` and `_decode_step`, which get checked tokens, and
-    `init_cache`. Its cache has `length`, the tokens in each row; `_room` says how many fit.
+    `init_cache`. Its cache has `length`, the tokens in each row; `room` says how many fit.
     """
 
     config: Any
@@ -237,7 +241,7 @@ class HeadedModel(nnx.Module):
         num_tokens, mask, stored = tokens.shape[-1], None, 0
         if append:
             rows = cache.length.reshape(tokens.shape[:-1])
-            check_appended(lengths, rows, num_tokens, self._room(cache))
+            check_appended(lengths, rows, num_tokens, self.room(cache))
             stored = 0 if isinstance(rows, Tracer) else np.asarray(rows)
         else:
             check_prompts(lengths, cache.length, num_tokens)
@@ -272,7 +276,7 @@ class HeadedModel(nnx.Module):
     def _decode_step(self, tokens, cache) -> tuple[Any, Any]:
         raise NotImplementedError
 
-    def _room(self, cache: Any) -> int | None:
+    def room(self, cache: Any) -> int | None:
         """The most tokens that a row of the cache may have, None = any number."""
         return None
 
@@ -315,12 +319,43 @@ class Transformer(HeadedModel):
         table = nnx.Embed(*rows, embedding_init=embedding_init, **kw) if learned_positions else None
         self.positions: Any = table
 
-    def _hidden(self, tokens, mask, segment_ids, key) -> Hidden:
+    def states(self, tokens: Int[Array, "*B T"], before: Before) -> Hidden:
+        """The hidden states before the head, for a model that adds something between the blocks.
+
+        before: comes before each block. All tokens are real, or right pads, whose states differ.
+        """
+        return self._hidden(tokens, None, None, None, before)
+
+    def prefill_states(
+        self,
+        tokens: Int[Array, "*B T"],
+        cache: Cache,
+        before: Before,
+        *,
+        lengths: Int[Array, "*B"] | None = None,
+        append: bool = False,
+    ) -> tuple[Float[Array, "*B T D"], Cache]:
+        """`prefill` without its checks, and with hidden states instead of logits; see `states`."""
+        mask = None if lengths is None else prefix_mask(lengths, tokens.shape[-1])
+        return self._prefill_states(tokens, cache, lengths, mask, append, before)
+
+    def decode_states(
+        self, tokens: Int[Array, "*B 1"], cache: Cache, before: Before | None
+    ) -> tuple[Float[Array, "*B 1 D"], Cache]:
+        """`decode_step` without its checks, and with hidden states; see `states`."""
+        forward = ForwardPass(
+            lambda mixer, x, cache: mixer.decode_step(x, cache), cache.length[..., None]
+        )
+        h, blocks, _ = self._run(tokens, forward, cache.blocks, None, unroll=True, before=before)
+        return h, Cache(blocks, cache.length + 1)
+
+    def _hidden(self, tokens, mask, segment_ids, key, before: Before | None = None) -> Hidden:
         layout = causal_layout(tokens.shape[-1], mask, segment_ids)
         forward = ForwardPass(
             lambda mixer, x, _: (mixer(x, layout), None), layout.positions, mask, key is not None
         )
-        h, _, routings = self._run(tokens, forward, (None,) * len(self.blocks), key)
+        caches = (None,) * len(self.blocks)
+        h, _, routings = self._run(tokens, forward, caches, key, before=before)
         return Hidden(h, self.balance(routings, mask))
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> Cache:
@@ -329,6 +364,12 @@ class Transformer(HeadedModel):
         return Cache(blocks, jnp.zeros(batch_shape, jnp.int32))
 
     def _prefill(self, tokens, cache: Cache, lengths, mask, append) -> tuple[jax.Array, Cache]:
+        h, cache = self._prefill_states(tokens, cache, lengths, mask, append)
+        return self.logits(h), cache
+
+    def _prefill_states(
+        self, tokens, cache: Cache, lengths, mask, append, before: Before | None = None
+    ) -> tuple[jax.Array, Cache]:
         num_tokens = tokens.shape[-1]
         length = jnp.full_like(cache.length, num_tokens) if lengths is None else lengths
         positions = jnp.arange(num_tokens)
@@ -339,10 +380,11 @@ class Transformer(HeadedModel):
             read = mixer.append if append else mixer.prefill
             return read(x, cache, lengths)
 
-        h, blocks, _ = self._run(tokens, ForwardPass(mix, positions, mask), cache.blocks, None)
-        return self.logits(h), Cache(blocks, length)
+        forward = ForwardPass(mix, positions, mask)
+        h, blocks, _ = self._run(tokens, forward, cache.blocks, None, before=before)
+        return h, Cache(blocks, length)
 
-    def _room(self, cache: Cache) -> int | None:
+    def room(self, cache: Cache) -> int | None:
         """As of the layer whose cache is the first to be full.
 
         A cache that is no larger for a larger `max_length` is a ring, or a state, and never full.
@@ -359,11 +401,8 @@ class Transformer(HeadedModel):
         return min((capacity for capacity, other in pairs if other > capacity), default=None)
 
     def _decode_step(self, tokens, cache: Cache) -> tuple[jax.Array, Cache]:
-        forward = ForwardPass(
-            lambda mixer, x, cache: mixer.decode_step(x, cache), cache.length[..., None]
-        )
-        h, blocks, _ = self._run(tokens[..., None], forward, cache.blocks, None, unroll=True)
-        return self.logits(h)[..., 0, :], Cache(blocks, cache.length + 1)
+        h, cache = self.decode_states(tokens[..., None], cache, None)
+        return self.logits(h)[..., 0, :], cache
 
     def embed(
         self,
@@ -390,7 +429,16 @@ class Transformer(HeadedModel):
             return 0.0
         return self.config.balance_loss * load_balancing_loss(routings, mask)
 
-    def _run(self, tokens, forward: ForwardPass, caches, key, *, unroll: bool = False):
+    def _run(
+        self,
+        tokens,
+        forward: ForwardPass,
+        caches,
+        key,
+        *,
+        unroll: bool = False,
+        before: Before | None = None,
+    ):
         """Embedding, all blocks and the norm: hidden states, new caches and all routings."""
         *block_keys, key = split(key, len(self.blocks) + 1)
         positions = jax.lax.broadcast_to_rank(forward.positions, tokens.ndim)
@@ -401,6 +449,12 @@ class Transformer(HeadedModel):
             return h, outputs
 
         given, policy = list(zip(caches, block_keys, strict=True)), self.config.remat
-        h, outputs = run_layers(call, self.blocks, h, given, policy=policy, unroll=unroll)
+        if before is None:
+            h, outputs = run_layers(call, self.blocks, h, given, policy=policy, unroll=unroll)
+        else:
+            outputs = []
+            for i, (block, own) in enumerate(zip(self.blocks, given, strict=True)):
+                h, found = run_layers(call, [block], before(i, h), [own], policy=policy)
+                outputs += found
         new_caches, routings = zip(*outputs, strict=True)
         return self.norm(h), new_caches, [routing for each in routings for routing in each]

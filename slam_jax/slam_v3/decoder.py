@@ -168,6 +168,10 @@ class Decoder(nnx.Module):
         then they follow the tokens that it stores."""
         return self._cached(lambda layer, *x: layer.prefill(*x, memory, lengths, append), h, cache)
 
+    def stored(self, cache: DecoderCache) -> Int[Array, "B Q"]:
+        """The tokens that each row of the cache stores."""
+        return cache[0].length
+
     def room(self, cache: DecoderCache) -> int | None:
         """The most tokens that a row of the cache may have, None = any number."""
         window, capacity = kinds(self.layers)[0].attention.window, cache[0].capacity

@@ -86,11 +86,19 @@ class LanguageModelDecoder(nnx.Module):
         """
         found: list[Any] = []
         read = self._reading(memory, found if with_weights else None)
-        hidden = self.language_model.hidden_before(tokens, before=read)
+        hidden = self.language_model.states(tokens, read)
         return hidden.states, jnp.stack(found, axis=1) if with_weights else None
 
     def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> Any:
         return self.language_model.init_cache(batch_shape, max_length)
+
+    def stored(self, cache: Any) -> Int[Array, "B Q"]:
+        """The tokens that each row of the cache stores."""
+        return cache.length
+
+    def room(self, cache: Any) -> int | None:
+        """The most tokens that a row of the cache may have, None = any number."""
+        return self.language_model.room(cache)
 
     def prefill(
         self,
@@ -102,14 +110,14 @@ class LanguageModelDecoder(nnx.Module):
     ) -> tuple[Float[Array, "B Q T L"], Any]:
         before = self._reading(memory)
         return self.language_model.prefill_states(
-            tokens, cache, lengths=lengths, append=append, before=before
+            tokens, cache, before, lengths=lengths, append=append
         )
 
     def decode_step(
         self, tokens: Int[Array, "B Q 1"], cache: Any, memory: Memory
     ) -> tuple[Float[Array, "B Q 1 L"], Any]:
         before = self._reading(memory, absorbed=True)
-        return self.language_model.decode_states(tokens, cache, before=before)
+        return self.language_model.decode_states(tokens, cache, before)
 
     def _reading(
         self, memory: Memory, found: list[Any] | None = None, *, absorbed: bool = False

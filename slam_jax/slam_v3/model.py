@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from slam_jax.array_typing import AnyArray
 from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import DropoutKey, dropout, split
-from slam_jax.layers.kv_cache import check_appended
+from slam_jax.layers.kv_cache import check_appended, check_prompts
 from slam_jax.layers.linear import Linear, project_to_float32
 from slam_jax.layers.masks import prefix_mask, without_unknown_pads
 from slam_jax.layers.precision import precise
@@ -21,6 +21,7 @@ from slam_jax.slam_v3.alignment import AlignmentHead
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryCompressor
 from slam_jax.slam_v3.fusion import Fusion
+from slam_jax.slam_v3.language_decoder import LanguageModelDecoder
 from slam_jax.slam_v3.processes import JointBlock, ParallelProcesses
 from slam_jax.slam_v3.streams import Inputs, Stream, Streams, check_inputs
 
@@ -52,21 +53,19 @@ class SlamV3(nnx.Module):
         kw = dict(**config.dtypes, rngs=rngs)
         self.config = config
         # One table for text that is read and tokens that are written: the "red" of a question
-        # matches the "red" of a scene. The head has its own parameters.
-        self.embedding = nnx.Embed(
-            config.vocab_size,
-            config.embed_dim,
-            embedding_init=nnx.initializers.normal(0.02),
-            **kw,
-        )
+        # matches the "red" of a scene. The head has its own parameters. A language model as the
+        # decoder has both.
+        own, normal = config.language_model is None, nnx.initializers.normal(0.02)
+        sizes = (config.vocab_size, config.embed_dim)
+        self.embedding = nnx.Embed(*sizes, embedding_init=normal, **kw) if own else None
         self.streams = Streams(config, rngs=rngs)
         # Checkpoints know the joint block as level_one and the compressor as memory_bank.
         self.level_one = JointBlock(config, rngs=rngs)
         self.processes = ParallelProcesses(config, rngs=rngs)
         self.fusion = Fusion(config, rngs=rngs)
         self.memory_bank = MemoryCompressor(config, rngs=rngs)
-        self.decoder = Decoder(config, rngs=rngs)
-        self.head = Linear(config.embed_dim, config.vocab_size, **kw)
+        self.decoder: Any = (Decoder if own else LanguageModelDecoder)(config, rngs=rngs)
+        self.head = Linear(*sizes[::-1], **kw) if own else None
         self.alignment = AlignmentHead(config, rngs=rngs)
 
     @precise
@@ -120,6 +119,8 @@ class SlamV3(nnx.Module):
     @precise
     def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head: logits (float32 or wider) of hidden states."""
+        if self.head is None:
+            return self.decoder.logits(states)
         return project_to_float32(states, self.head.kernel[...])
 
     @precise
@@ -171,9 +172,12 @@ class SlamV3(nnx.Module):
             lengths = lengths.reshape(_rows(lengths.shape))
         if append:
             room = self.decoder.room(cache)
-            check_appended(lengths, cache[0].length, tokens.shape[-1], room)
+            check_appended(lengths, self.decoder.stored(cache), tokens.shape[-1], room)
+        elif self.head is None:
+            check_prompts(lengths, self.decoder.stored(cache), tokens.shape[-1])
         tokens = without_unknown_pads(tokens, real, self.config.vocab_size)
-        h, cache = self.decoder.prefill(self._embed(tokens), cache, memory, lengths, append)
+        given = self._decoder_input(tokens)
+        h, cache = self.decoder.prefill(given, cache, memory, lengths, append)
         return self.logits(h).reshape(*tokens.shape, self.config.vocab_size), cache
 
     @precise
@@ -184,7 +188,8 @@ class SlamV3(nnx.Module):
 
         Raises InputError where a row of the cache is full; under `jax.jit` see `LatentCache`.
         """
-        h, cache = self.decoder.decode_step(self._embed(tokens[..., None]), cache, memory)
+        given = self._decoder_input(tokens[..., None])
+        h, cache = self.decoder.decode_step(given, cache, memory)
         return self.logits(h).reshape(*tokens.shape, self.config.vocab_size), cache
 
     def _encode(self, inputs: Inputs, key: DropoutKey, with_weights: bool = False):
@@ -205,7 +210,7 @@ class SlamV3(nnx.Module):
         text = inputs.text
         if text is not None:
             text = without_unknown_pads(text, inputs.text_mask, self.config.vocab_size)
-            text = self.embedding(text)
+            text = self._embed(text)
         streams, rate = self.streams(inputs, text), self.config.dropout
         keys = split(key, 3)[: len(streams)]  # there are at most three streams
         return [
@@ -215,13 +220,17 @@ class SlamV3(nnx.Module):
 
     def _decode(self, tokens, memory: Memory, key: DropoutKey, with_weights: bool = False):
         """The states [B, *Q, T, D], and the weights of the memory attention if asked for."""
-        h = self._embed(tokens)
+        h = self._decoder_input(tokens)
         h, weights = self.decoder(h, memory, key=key, with_weights=with_weights)
-        return h.reshape(*tokens.shape, self.config.embed_dim), weights
+        return h.reshape(*tokens.shape, h.shape[-1]), weights
 
-    def _embed(self, tokens: Int[AnyArray, "B *Q T"]) -> Float[Array, "B Q T D"]:
+    def _decoder_input(self, tokens: Int[AnyArray, "B *Q T"]) -> jax.Array:
+        """Embedded tokens [B, Q, T, D] for our own decoder; a language model reads tokens."""
         rows = jnp.asarray(tokens).reshape(*_rows(tokens.shape[:-1]), tokens.shape[-1])
-        return self.embedding(rows)
+        return rows if self.head is None else self._embed(rows)
+
+    def _embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T L"]:
+        return self.decoder.embed(tokens) if self.embedding is None else self.embedding(tokens)
 
 
 def _rows(batch_shape: tuple[int, ...]) -> tuple[int, int]:

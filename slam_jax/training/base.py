@@ -1,7 +1,7 @@
 """Base weights: files with frozen parameters, which checkpoints name and do not store.
 
 A checkpoint has a `BaseRecord` of each base: where its files are and their sha256. When it is
-opened, `locate` finds the files and checks them, and `bases_of` says how to read them.
+opened, `locate` finds the files and checks them. `slam_jax.training.pretrained` reads them.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 
 from slam_jax.errors import InputError, first_line, shorten
-from slam_jax.slam_v3 import SlamV3Config
 from slam_jax.training.state import TrainState
 from slam_jax.training.trainable import Tree, merge, names_in, partition
 
@@ -69,18 +68,6 @@ class Base(NamedTuple):
 
 
 Bases = Sequence[Base]
-
-
-def bases_of(
-    model: SlamV3Config, known: Mapping[str, BaseRecord] | None = None
-) -> tuple[Base, ...]:
-    """The bases of a model.
-
-    known: the verified records of a checkpoint by name; only these bases are wanted then, and their
-    files need not be hashed again. None = a new run, whose config says where the files are.
-    """
-    del model, known
-    return ()
 
 
 def sha256_of(folder: str | Path, names: Sequence[str]) -> dict[str, str]:

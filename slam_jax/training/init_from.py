@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slam_jax.data import Tokenizer
+from slam_jax.data import AnyTokenizer
 from slam_jax.errors import ConfigError, UserError, write_whole
 from slam_jax.runtime import distributed
 from slam_jax.trained.folder import WEIGHTS, find_folder
@@ -34,7 +34,7 @@ def begin_from(
     workdir: Path,
     moved: Sequence[str | Path],
     state: TrainState,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     provided: Collection[str] = (),
 ) -> tuple[TrainState, str]:
     """The state of a new run with the weights of `source`, and a report in one line.

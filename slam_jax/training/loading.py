@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from slam_jax.data import AnyTokenizer, AuxFormat, Tokenizer
+from slam_jax.data import AnyTokenizer, AuxFormat, tokenizer_from_json
 from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.trained.folder import Trained, find_folder, read_folder, read_weights
-from slam_jax.training.base import bases_of, load_bases, locate, provided_by
+from slam_jax.training.base import load_bases, locate, provided_by
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints, Step
 from slam_jax.training.checkpoint.trees import by_name, from_names
 from slam_jax.training.experiment import Experiment
+from slam_jax.training.pretrained import bases_of
 from slam_jax.training.sharding import with_shardings
 from slam_jax.training.state import merge_model, split_model
 from slam_jax.training.trainable import merge, split_of
@@ -50,7 +51,7 @@ def load(workdir: str | Path, step: Step = None, base: Sequence[str | Path] = ()
       OutOfMemory: the model does not fit.
     """
     folder, saved = find_folder(workdir), read_saved(workdir, step)
-    tokenizer = Tokenizer.from_json(saved.tokenizer)
+    tokenizer = tokenizer_from_json(saved.tokenizer)
     aux_format = None if saved.aux is None else AuxFormat.from_json(saved.aux)
     experiment = Experiment.from_config(saved.config)
     sizes = experiment.with_vocabulary(tokenizer.vocab_size)

@@ -30,6 +30,7 @@ from slam_jax.training.flops import forward_flops
 from slam_jax.training.mesh import make_mesh, name_of
 from slam_jax.training.metrics import MetricsWriter
 from slam_jax.training.optimizer import make_schedule
+from slam_jax.training.pretrained import with_groups
 from slam_jax.training.profiling import Profile, Profiler
 from slam_jax.training.progress import Progress
 from slam_jax.training.resume import open_run
@@ -102,7 +103,11 @@ def train(
         profiler = Profiler(profile if is_first else None, first, workdir, progress)
         tools = checkpoints, writer, progress, stop or Stop(), mesh, stack.enter_context(profiler)
         trainer = Trainer(
-            experiment, config, opened.graphdef, opened.dataset, *tools, bases=opened.bases
+            opened.experiment,
+            with_groups(config, opened.experiment.model),
+            *(opened.graphdef, opened.dataset),
+            *tools,
+            bases=opened.bases,
         )
         with explain_out_of_memory("a step", _SMALLER_STEPS):
             return trainer.run(state, pending)

@@ -9,12 +9,13 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from slam_jax.data import Dataset, Tokenizer, prepare
+from slam_jax.data import Dataset, prepare, tokenizer_from_json
 from slam_jax.runtime.memory import explain_out_of_memory
-from slam_jax.training.base import Bases, bases_of, load_bases, locate, provided_by, without_bases
+from slam_jax.training.base import Bases, load_bases, locate, provided_by, without_bases
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.experiment import Experiment
 from slam_jax.training.init_from import begin_from
+from slam_jax.training.pretrained import bases_of, found_at, with_pretrained
 from slam_jax.training.start import initial_state, state_shapes
 from slam_jax.training.state import TrainState
 from slam_jax.training.trainable import merge
@@ -24,7 +25,7 @@ MAY_CHANGE = (
     *("data.bucket_lengths", "data.workers"),
     *("loss.chunk_tokens", "model.remat", "model.scan_layers"),
     *("run.keep_every", "run.log_every", "run.save_every", "run.tensorboard"),
-    "run.init_from",
+    *("run.init_from", "model.decoder.pretrained", "model.image.pretrained"),
 )
 """Fields that may change between two starts of a run, as those of `mesh` may: where its data is,
 how batches are padded and made, how it saves memory and compiles, what it writes, and what its
@@ -34,10 +35,12 @@ first step began with. What is computed from an undamaged record is the same."""
 class OpenedRun(NamedTuple):
     """What the training loop begins with.
 
+    experiment: with the fields that are read from folders of published parts.
     pending_evaluation: the last step was saved without its evaluation, which is still to be done.
     notes: messages for the user, one line each. bases: those of the model.
     """
 
+    experiment: Experiment
     graphdef: nnx.GraphDef
     state: TrainState
     dataset: Dataset
@@ -64,6 +67,14 @@ def open_run(
     """
     notes: list[str] = []
     latest = checkpoints.recover(notes.append)
+    records = {}
+    if latest is None:
+        model = with_pretrained(experiment.model)
+    else:
+        records = locate(checkpoints.read_bases(latest), moved)
+        old = Experiment.from_config(checkpoints.read_config(latest))
+        model = found_at(with_pretrained(experiment.model, old.model), records)
+    experiment = dataclasses.replace(experiment, model=model)
     if latest is not None:
         _require_same_config(experiment, checkpoints, latest)
     dataset = _open_dataset(experiment, checkpoints, latest)
@@ -77,12 +88,12 @@ def open_run(
                 source = experiment.run.init_from, checkpoints.workdir, moved
                 state, report = begin_from(*source, state, dataset.tokenizer, provided_by(bases))
                 notes.append(report)
-            return OpenedRun(graphdef, state, dataset, False, notes, bases)
-        bases = bases_of(experiment.model, locate(checkpoints.read_bases(latest), moved))
+            return OpenedRun(experiment, graphdef, state, dataset, False, notes, bases)
+        bases = bases_of(experiment.model, records)
         graphdef, like = state_shapes(experiment, vocab_size, mesh, bases)
         state = restore_state(checkpoints, latest, like, bases)
     pending = experiment.run.evaluates(latest) and not checkpoints.read_metrics(latest)
-    return OpenedRun(graphdef, state, dataset, pending, notes, bases)
+    return OpenedRun(experiment, graphdef, state, dataset, pending, notes, bases)
 
 
 def restore_state(
@@ -104,7 +115,7 @@ def _open_dataset(experiment: Experiment, checkpoints: Checkpoints, latest: int 
     if latest is None:
         return dataset
     advice = "the data set has changed; restore the old one, or use another workdir"
-    tokenizer = Tokenizer.from_json(checkpoints.read_tokenizer(latest))
+    tokenizer = tokenizer_from_json(checkpoints.read_tokenizer(latest))
     if dataset.corpus_is_whole and tokenizer.sha256 != dataset.tokenizer.sha256:
         raise CheckpointError(
             f"{checkpoints.workdir} holds a run with a tokenizer of sha256 "
