@@ -29,10 +29,16 @@ PROCESS_EXAMPLES = flags.DEFINE_integer(
 def main(arguments: list[str]) -> None:
     # Imported here because importing JAX takes seconds, in which Ctrl-C may be pressed.
     from slam_jax.evaluation import print_metrics
+    from slam_jax.interop.pretrained import is_published
     from slam_jax.reporting.checkpoint import evaluate_checkpoint
     from slam_jax.reporting.report import write_evaluation
     from slam_jax.trained.folder import find_folder
 
+    if is_published(WORKDIR.value):
+        raise InputError(
+            f"--workdir={WORKDIR.value} is a language model; eval.py tests what a run has trained, so "
+            "give it the workdir of a run"
+        )
     if OUT.value is None and not Path(WORKDIR.value).exists() and find_folder(WORKDIR.value):
         raise InputError(f"--workdir={WORKDIR.value} is part of the package; give --out, too")
     evaluation = evaluate_checkpoint(

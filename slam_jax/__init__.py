@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from slam_jax.generation import Request, Sampling, encode, generate, score, stream
     from slam_jax.layers import LatentCache, MultiHeadLatentAttention
     from slam_jax.slam_v3 import ImageConfig, Inputs, Memory, SlamV3, SlamV3Config
+    from slam_jax.trained.saving import save_pretrained
     from slam_jax.training import CheckpointError, load, train
 
 # Imported on first use, so that importing one layer does not import data sets and checkpoints.
@@ -27,6 +28,7 @@ _PACKAGES = {
     "generation": ("Request", "Sampling", "encode", "generate", "score", "stream"),
     "layers": ("LatentCache", "MultiHeadLatentAttention"),
     "slam_v3": ("ImageConfig", "Inputs", "Memory", "SlamV3", "SlamV3Config"),
+    "trained.saving": ("save_pretrained",),
     "training": ("CheckpointError", "load", "train"),
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "encode",
     "generate",
     "load",
+    "save_pretrained",
     "score",
     "stream",
     "train",

@@ -1,10 +1,11 @@
 """Disturbs runs at random (kills, stops, full disks, damaged files) and compares their results.
 
-    python tests/soak.py --minutes=60 --seed=0
+    python tests/soak.py --minutes=60 --seed=0 [--freeze decoder/layers/0 level_one]
 
 It ends when each kind of trial was done as often as TARGETS says, or when the time is up and each
 was done once. It prints a table and exits with 1 if a trial failed. The trials use a run of 24
-steps (configs/small_run.py) in processes of their own, started by train.py.
+steps (configs/small_run.py) in processes of their own, started by train.py. With --freeze these
+parameters are frozen in it.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,15 @@ import test_fuzz
 from slam_jax.data import prepare, training_batches
 from slam_jax.runtime.signals import INTACT, SAVED, SIGNALS
 from slam_jax.slam_v3 import Inputs
-from slam_jax.training import CheckpointError, Checkpoints, Experiment, loop, read_config, train
+from slam_jax.training import (
+    CheckpointError,
+    Checkpoints,
+    Experiment,
+    loop,
+    override,
+    read_config,
+    train,
+)
 from slam_jax.training.checkpoint.trees import by_name
 from slam_jax.training.metrics import read_metrics
 from slam_jax.training.start import initial_state, jit_step
@@ -76,7 +85,7 @@ def same(a: Any, b: Any) -> bool:
 class Soak:
     """What the trials share: a folder, a finished reference run, and the run to disturb."""
 
-    def __init__(self, folder: Path, seed: int):
+    def __init__(self, folder: Path, seed: int, freeze: Sequence[str] = ()):
         self.folder = folder
         self.random = random.Random(seed)
         self.seed = seed
@@ -88,7 +97,10 @@ class Soak:
             "SLAM_JAX_CACHE_DIR": str(folder / "xla"),
         }
         os.environ.update(self.environment)
-        self.config = read_config(CONFIG)
+        self.train = ["train.py", f"--config={CONFIG}"]
+        if freeze:
+            self.train.append(f"--config.optimizer.freeze={tuple(freeze)}")
+        self.config = override(read_config(CONFIG), self.train[2:])
         self.reference = folder / "reference"
         self.states: dict[int, Any] = {}
         self.best = None
@@ -147,7 +159,7 @@ class Soak:
             cache = self.folder / "cold"
             shutil.rmtree(cache, ignore_errors=True)
             environment["SLAM_JAX_CACHE_DIR"] = str(cache)
-        arguments = ["train.py", f"--config={CONFIG}", f"--workdir={workdir}"]
+        arguments = [*self.train, f"--workdir={workdir}"]
         with (self.folder / "out").open("wb") as out, (self.folder / "err").open("wb") as err:
             return subprocess.Popen(
                 [sys.executable, *arguments],
@@ -359,7 +371,7 @@ class Soak:
         # From the smallest file that a run writes to the largest.
         limit = int(2 ** self.random.uniform(0, 20))
 
-        done = self.starved(limit, "train.py", f"--config={CONFIG}", f"--workdir={workdir}")
+        done = self.starved(limit, *self.train, f"--workdir={workdir}")
         self.compare_checkpoints(workdir)
         if done.returncode == 0:
             what = "everything fitted"
@@ -383,7 +395,7 @@ class Soak:
         results.write_text("before")
         data = self.folder / "no data"
         evaluation = ["eval.py", f"--workdir={self.reference}", "--step=latest"]
-        training = ["train.py", f"--config={CONFIG}", f"--workdir={self.folder / 'none'}"]
+        training = [*self.train, f"--workdir={self.folder / 'none'}"]
         for name, arguments, path in (
             ("evaluation", evaluation, results.parent),
             ("data set", [*training, f"--config.data.data_dir={data}"], data),
@@ -420,10 +432,12 @@ TARGETS: dict[str, int] = {
 }
 
 
-def soak(minutes: float, seed: int, only: list[str], folder: Path) -> tuple[str, list[str]]:
+def soak(
+    minutes: float, seed: int, only: list[str], folder: Path, freeze: Sequence[str] = ()
+) -> tuple[str, list[str]]:
     """The table and the failures."""
     targets = {name: n for name, n in TARGETS.items() if not only or name in only}
-    trials = Soak(folder, seed)
+    trials = Soak(folder, seed, freeze)
     trials.prepare()
     end = time.monotonic() + 60 * minutes
     done: Counter[str] = Counter()
@@ -464,13 +478,14 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="*", default=[], choices=TARGETS, help="some kinds of trial"
     )
+    parser.add_argument("--freeze", nargs="*", default=[], help="patterns of `optimizer.freeze`")
     given = parser.parse_args()
     for number in SIGNALS:  # in the background or under nohup some are ignored, also by children
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        table, failures = soak(given.minutes, given.seed, given.only, Path(folder))
+        table, failures = soak(given.minutes, given.seed, given.only, Path(folder), given.freeze)
     print(table)
     print(f"{(time.monotonic() - start) / 60:.1f} minutes, seed {given.seed}", *given.only)
     sys.exit(bool(failures))

@@ -17,10 +17,10 @@ from slam_jax.layers.masks import prefix_mask
 from slam_jax.slam_v3.decoder import Memory
 from tests.test_language_models import build as build_tiny
 
-# Rows of 19 tokens in chunks of 7, of which each row gets some, in the middle and at first also
-# none. The last token is that of a decoding step.
+# Rows in chunks of 7, of which each row gets some tokens, at first and at last also none. Some end
+# in the window of 8 tokens of slam_v3_text in which they began. A decoding step reads one more.
 LENGTH, CHUNK, WINDOW = 20, 7, 3
-PARTS = np.array([[[3, 7, 6], [0, 7, 7]], [[5, 0, 4], [7, 5, 7]]])  # [2, 2, chunks]
+PARTS = np.array([[[3, 7, 6], [0, 7, 7]], [[7, 3, 2], [7, 5, 0]]])  # [2, 2, chunks]
 TEXT = np.random.default_rng(0).integers(0, 61, (2, 2, LENGTH), np.int32)
 TOTAL = PARTS.sum(axis=-1)
 

@@ -1,5 +1,6 @@
 """Base weights: found by their record, checked by sha256, part of a run and of no checkpoint."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from helpers import assert_same
 from safetensors.numpy import load_file
 
 from slam_jax.errors import InputError
-from slam_jax.slam_v3 import SlamV3, SlamV3Config
+from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 from slam_jax.training import (
     CheckpointError,
     Checkpoints,
@@ -297,7 +298,8 @@ def test_a_run_goes_back_past_bad_batches_with_its_frozen_parameters(
         made = batches(*args, start_step=start_step, **more)
         for step, (view, batch) in enumerate(made, start_step + 1):
             if step == 3:
-                batch.inputs.aux[...] = np.nan
+                aux = np.full_like(batch.inputs.aux, np.nan)
+                batch = dataclasses.replace(batch, inputs=Inputs(aux=aux))
             yield view, batch
 
     monkeypatch.setattr(loop, "training_batches", broken)

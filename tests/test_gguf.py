@@ -260,6 +260,10 @@ LIES: dict[str, tuple[bytes, str]] = {
         header([value("key", 9, struct.pack("<IQ", 8, HUGE))]),
         "there are 4,611.* key, too many",
     ),
+    "more texts than there is room for": (
+        header([value("key", 9, struct.pack("<IQ", 8, 1_000))], data=512),
+        "there are 1,000 key, too many",
+    ),
     "an array of arrays": (
         header([value("key", 9, struct.pack("<IQIQ", 9, 1, 9, 1))], data=64),
         "key has arrays in an array",

@@ -38,15 +38,15 @@ def byte_level(pre: str | None, **changes: Any) -> dict[str, Any]:
     return metadata | changes
 
 
-TEXT = "I'm 1234 DON'T\r\n \n  x²! HTTPServer/\n"
+TEXT = "I'm 1234 DON'T\r\n \n  x²! HTTPServer/\nfooBar;\n/"
 PARTS = {
-    "gpt-2": "I 'm ␣1234 ␣DON ' T \r\n␣\n␣ ␣x ² ! ␣HTTPServer / \n",
-    "smollm": "I 'm ␣ 1 2 3 4 ␣DON ' T \r\n␣\n␣ ␣x ² ! ␣HTTPServer / \n",
-    "llama-bpe": "I 'm ␣ 123 4 ␣DON 'T \r\n␣\n ␣ ␣x ² ! ␣HTTPServer /\n",
-    "qwen2": "I 'm ␣ 1 2 3 4 ␣DON 'T \r\n␣\n ␣ ␣x ² ! ␣HTTPServer /\n",
-    "deepseek-r1-qwen": "I 'm ␣ 1 2 3 4 ␣DON 'T \r\n␣\n ␣ ␣x ² ! ␣HTTPServer /\n",
-    "tekken": "I 'm ␣ 1 2 3 4 ␣DON 'T \r\n␣\n ␣ ␣x ² ! ␣HTTPServer /\n",
-    "default": "I ' m ␣ 123 4 ␣DON ' T \r\n␣\n␣ ␣x ² ! ␣HTTPServer / \n",
+    "gpt-2": "I 'm ␣1234 ␣DON ' T \r\n␣\n␣ ␣x ² ! ␣HTTPServer / \n fooBar ; \n /",
+    "smollm": "I 'm ␣ 1 2 3 4 ␣DON ' T \r\n␣\n␣ ␣x ² ! ␣HTTPServer / \n fooBar ; \n /",
+    "llama-bpe": "I 'm ␣ 123 4 ␣DON 'T \r\n␣\n ␣ ␣x ² ! ␣HTTPServer /\n fooBar ;\n /",
+    "qwen2": "I 'm ␣ 1 2 3 4 ␣DON 'T \r\n␣\n ␣ ␣x ² ! ␣HTTPServer /\n fooBar ;\n /",
+    "deepseek-r1-qwen": "I 'm ␣ 1 2 3 4 ␣DON 'T \r\n␣\n ␣ ␣x ² ! ␣HTTPServer /\n fooBar ;\n /",
+    "tekken": "I 'm ␣ 1 2 3 4 ␣DON 'T \r\n␣\n ␣ ␣x ² ! ␣HTTPServer /\n foo Bar ;\n/",
+    "default": "I ' m ␣ 123 4 ␣DON ' T \r\n␣\n␣ ␣x ² ! ␣HTTPServer / \n fooBar ; \n /",
 }
 
 
@@ -63,6 +63,12 @@ def test_a_vocabulary_of_words_keeps_them_whole(tmp_path):
     for pre, expected in (("llama-bpe", ["hello"]), ("gpt-2", ["he", "l", "l", "o"])):
         encoding = made(tmp_path, byte_level(pre)).encode("hello", add_special_tokens=False)
         assert encoding.tokens == expected
+
+
+def test_letters_of_several_characters_are_composed_where_the_publisher_does(tmp_path):
+    for pre, expected in (("qwen2", "\u00e9"), ("smollm", "e\u0301")):
+        tokenizer = made(tmp_path, byte_level(pre))
+        assert tokenizer.decode(tokenizer.encode("e\u0301").ids) == expected
 
 
 def test_special_tokens_are_found_in_a_text_and_not_made_of_it(tmp_path):
@@ -179,6 +185,17 @@ def test_pieces_are_merged_by_their_scores(tmp_path):
     assert ids[0] == 1 and not {1, 3 + 10} & {*ids[1:]}  # neither is made of text
 
 
+def test_letters_without_bytes_are_unknown_and_ids_have_defaults(tmp_path):
+    """A file that names no special tokens has those of SentencePiece."""
+    metadata = {"model": "llama", "tokens": ["<unk>", "<s>", "</s>", "\u2581", "a"]}
+    metadata |= {"scores": [0.0, 0.0, 0.0, -1.0, -2.0], "token_type": [2, 3, 3, 1, 1]}
+    found = source(tmp_path, metadata)
+    tokenizer = tokenizers.Tokenizer.from_str(str(found.tokenizer_json))
+    assert tokenizer.encode("aqqa").ids == [1, 3, 4, 0, 4]
+    assert found.generation_config == {"bos_token_id": 1, "eos_token_id": 2}
+    assert found.tokenizer_config["add_bos_token"] is True
+
+
 def test_the_space_before_a_text_can_be_left_out(tmp_path):
     metadata = pieces(np.random.default_rng(6))
     with_space, without = (
@@ -244,6 +261,6 @@ def test_a_real_tokenizer_gives_the_ids_of_transformers():
     tokenizer = tokenizers.Tokenizer.from_str(str(read_gguf(path).tokenizer_json))
     texts = [text for text, _ in json.loads(TOKENS.read_text())]
     plain = [text for text in texts if not any(letter.isnumeric() for letter in text)]
-    assert len(plain) > 30
+    assert len(plain) > 20
     for text in plain:
         assert tokenizer.encode(text).ids == theirs(text)["input_ids"], text

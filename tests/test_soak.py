@@ -9,23 +9,30 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kinds",
+    ("kinds", "freeze"),
     [
-        {"kill": "kill", "flip": "bit flip", "cut": "cut or deleted"},
-        {
-            "stop": "stop",
-            "nan": "NaN",
-            "full_disk": "disk full",
-            "full_disk_elsewhere": "disk full",
-            "fuzz": "fuzzed",
-        },
+        ({"kill": "kill", "flip": "bit flip", "cut": "cut or deleted"}, []),
+        (
+            {
+                "stop": "stop",
+                "nan": "NaN",
+                "full_disk": "disk full",
+                "full_disk_elsewhere": "disk full",
+                "fuzz": "fuzzed",
+            },
+            [],
+        ),
+        (
+            {"kill": "kill", "stop": "stop", "nan": "NaN", "flip": "bit flip"},
+            ["--freeze", "decoder/layers/*/mlp", "level_one"],
+        ),
     ],
-    ids=["kills and damage", "the rest"],
+    ids=["kills and damage", "the rest", "frozen parameters"],
 )
-def test_a_run_comes_out_of_every_trial_as_if_undisturbed(kinds):
+def test_a_run_comes_out_of_every_trial_as_if_undisturbed(kinds, freeze):
     soak = Path(__file__).with_name("soak.py")
     done = subprocess.run(
-        [sys.executable, soak, "--minutes=0", "--seed=3", "--only", *kinds],
+        [sys.executable, soak, "--minutes=0", "--seed=3", "--only", *kinds, *freeze],
         capture_output=True,
         text=True,
         timeout=1_200,

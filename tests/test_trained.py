@@ -107,15 +107,19 @@ def reshape(path: Path) -> None:
 
 DAMAGE = {
     "no tokenizer": (TOKENIZER, Path.unlink, "tokenizer.json: No such file"),
-    "no JSON": (ABOUT, lambda path: path.write_text("{"), "model.json: not JSON"),
+    "no JSON": (ABOUT, lambda path: path.write_text("{"), "config.json: not JSON"),
     "a list": (ABOUT, lambda path: path.write_text("[]"), "expected an object with config"),
-    "a word": (ABOUT, lambda path: change(path, step="one"), "model.json: step is 'one'"),
-    "no weights": (WEIGHTS, Path.unlink, "model.safetensors: .*expected a file of weights"),
-    "cut": (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:999]), "expected a file"),
-    "renamed": (WEIGHTS, rename, "has an unknown 'more'; it fits another"),
+    "a word": (ABOUT, lambda path: change(path, step="one"), "config.json: step is 'one'"),
+    "no weights": (WEIGHTS, Path.unlink, r"no \*.safetensors; expected the weights"),
+    "cut": (
+        WEIGHTS,
+        lambda path: path.write_bytes(path.read_bytes()[:999]),
+        "expected a safetensors file",
+    ),
+    "renamed": (WEIGHTS, rename, "have an unknown 'more'; they fit another"),
     "reshaped": (WEIGHTS, reshape, r"head/kernel is F32 \[.*\]; expected \["),
     "another tokenizer": (TOKENIZER, lambda path: path.write_text("{}"), "tokenizer"),
-    "deep": (ABOUT, lambda path: path.write_text("[" * 99_999), "model.json: not JSON"),
+    "deep": (ABOUT, lambda path: path.write_text("[" * 99_999), "config.json: not JSON"),
 }
 
 

@@ -373,7 +373,7 @@ def test_a_pipe_a_device_or_a_directory_in_place_of_a_file_is_refused_at_once(fo
         for make in (os.mkfifo, os.mkdir, lambda p: os.symlink("/dev/zero", p)):
             path.unlink()
             make(path)
-            refused(folder, rf"{name}.* (not|expected) a file")
+            refused(folder, rf"{name}(: expected a file$|: '.*' is not a file|.* is not a file of)")
             path.rmdir() if path.is_dir() else path.unlink()
             path.write_bytes(content)
         path.unlink()
@@ -450,6 +450,22 @@ def test_an_empty_file_of_weights_and_shapes_without_numbers_are_misfits(folder)
     tensors = {key: entry([0, 2**60], 0, 0) for key in load_file(GOLDENS / "mistral" / WEIGHTS)}
     (folder / WEIGHTS).write_bytes(header(tensors))
     refused(folder, r"is \[0, 1152921504606846976\]; config.json makes it \[")
+
+
+@pytest.mark.parametrize("name", ["llama", "jamba", "deepseek_v3", "mixtral", "hunyuan_large"])
+def test_huge_sizes_in_a_configuration_take_no_memory(tmp_path, name):
+    folder = copy(name, tmp_path)
+    data = json.loads((folder / "config.json").read_text())
+    keep = {"num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts"}
+    keep |= {"num_nextn_predict_layers", "n_group", "topk_group", "moe_topk", "cla_share_factor"}
+    sizes = [k for k, v in data.items() if type(v) is int and v > 3 and k not in keep]
+    assert "hidden_size" in sizes and len(sizes) > 4
+    edit(folder, **dict.fromkeys(sizes, 2**20))
+    refused(folder, r"config.json makes it \[|expected|weights do not fit")
+    message = r"is .*; config.json makes it \["
+    for key in ("hidden_size", "vocab_size", "intermediate_size"):
+        edit(folder, **{**data, key: 2**20})
+        refused(folder, message)
 
 
 def test_further_files_are_written_beside_the_weights(folder, tmp_path):

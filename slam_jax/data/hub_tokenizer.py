@@ -36,7 +36,8 @@ class HubTokenizer:
     of a text. adds_bos: whether a prompt begins with it; None = as the JSON says.
     eos_id: the end of an answer that is given; one of end_ids, None without any. pad_id: fills
     shorter rows; any token will do. chat_template: a Jinja template. special_tokens: texts by name,
-    such as "bos_token", for the template.
+    such as "bos_token", for the template. generation: the other fields of
+    generation_config.json.
 
     Raises:
       InputError: the JSON is not that of a tokenizer, or an id is not in its vocabulary.
@@ -50,6 +51,7 @@ class HubTokenizer:
     pad_id: int = 0
     chat_template: str | None = dataclasses.field(default=None, repr=False)
     special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "end_ids", tuple(map(int, self.end_ids)))
@@ -163,7 +165,8 @@ class HubTokenizer:
     def to_json(self) -> str:
         """All of it as one text; see `from_json`."""
         fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        return json.dumps({_MARK: 1, **fields, "special_tokens": dict(self.special_tokens)})
+        fields |= {name: dict(fields[name]) for name in ("special_tokens", "generation")}
+        return json.dumps({_MARK: 1, **fields})
 
     @classmethod
     def from_json(cls, text: str) -> "HubTokenizer":
@@ -175,6 +178,27 @@ class HubTokenizer:
             return cls(**data)
         except TypeError as error:
             raise InputError(f"tokenizer: {first_line(error)}") from None
+
+    def to_files(self) -> dict[str, str]:
+        """The files of the hub that `load` reads, by name."""
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= self.special_tokens
+        if self.adds_bos is not None:
+            config["add_bos_token"] = self.adds_bos
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        ends = self.end_ids[0] if len(self.end_ids) == 1 else list(self.end_ids)
+        ids = {"bos_token_id": self.bos_id, "eos_token_id": ends or None}
+        generation = {**self.generation, **{k: v for k, v in ids.items() if v is not None}}
+        texts = {CONFIG: config, GENERATION: {**generation, "pad_token_id": self.pad_id}}
+        return {FILE: self.json, **{k: json.dumps(v, indent=2) + "\n" for k, v in texts.items()}}
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "HubTokenizer":
+        """Our own tokenizer in the form of the hub."""
+        names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+        ids: Any = dict(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+        return cls(tokenizer.json, tokenizer.end_ids, adds_bos=True, special_tokens=names, **ids)
 
     @classmethod
     def is_json(cls, text: str) -> bool:
@@ -194,7 +218,10 @@ class HubTokenizer:
         template = beside / TEMPLATE
         if template.exists():
             given[CONFIG] = given[CONFIG] | {"chat_template": read_limited(template, 1 << 20)}
-        return cls.from_files(text, given[CONFIG], {**given["config.json"], **given[GENERATION]})
+        ids = {key: given["config.json"].get(key) for key in _IDS}
+        found = cls.from_files(text, given[CONFIG], {**ids, **given[GENERATION]})
+        others = {k: v for k, v in given[GENERATION].items() if k not in _IDS}
+        return dataclasses.replace(found, generation=others)
 
     @classmethod
     def from_files(
@@ -292,6 +319,7 @@ class HubTokenizer:
         )
 
 
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
 
 

@@ -1,5 +1,8 @@
 """Answers from a shell: python -m slam_jax.generation --workdir=DIR --image=FILE --prompt="..."
 
+--model is another name of --workdir. A published language model may be a folder or a GGUF file:
+python -m slam_jax.generation --model=FILE.gguf --prompt="..." asks it through its chat template.
+
 --text and --aux, with or without --image, are further inputs; --aux is a file of numbers: JSON
 (rows, or numbers by name) or CSV (rows, with or without a line of names). The answer is printed as
 it is generated; an answer that was cut says so on stderr. With --num_samples above 1 each answer is
@@ -21,14 +24,21 @@ from slam_jax.runtime import cli
 flags.DEFINE_string(
     "workdir",
     None,
-    "The workdir of a training run, or a folder with its model, or quickstart.",
+    "A workdir of a training run, a folder with a model, a GGUF file, or quickstart.",
     required=True,
 )
+flags.DEFINE_alias("model", "workdir")
 flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
 flags.DEFINE_multi_string(
     "base", [], "Where base weights are now that a checkpoint names; repeatable."
 )
 flags.DEFINE_string("prompt", "", "The text that the answer continues.")
+flags.DEFINE_string("system", None, "The system message of a conversation.")
+flags.DEFINE_boolean(
+    "chat",
+    None,
+    "Ask through the chat template of the model; by default where it has one. --nochat: as it is.",
+)
 flags.DEFINE_string("text", None, "A text to answer from.")
 flags.DEFINE_string("image", None, "A picture to answer from.")
 flags.DEFINE_string("aux", None, "A .json or .csv file with numbers to answer from.")
@@ -51,7 +61,7 @@ flags.DEFINE_multi_string("stop", [], "The answer ends before this text; repeata
 def main(arguments: list[str]) -> None:
     # Imported here because importing JAX takes seconds, in which Ctrl-C must already work.
     from slam_jax.data.numbers import read_numbers
-    from slam_jax.generation import Request, Sampling, generate, score, stream
+    from slam_jax.generation import ModelAndTokenizer, Request, Sampling, generate, score, stream
     from slam_jax.runtime.compile_cache import enable_compile_cache
     from slam_jax.training import load
 
@@ -61,8 +71,16 @@ def main(arguments: list[str]) -> None:
     given: Any = flags.FLAGS
     sampling = Sampling(**{each.name: given[each.name].value for each in fields(Sampling)})
     aux = None if given.aux is None else read_numbers(given.aux)
-    request = Request(given.prompt, given.text, given.image, aux, given.seed)
     loaded = load(given.workdir, given.step, given.base)
+    prompt, messages = given.prompt, None
+    # A SLAM v3 was trained on prompts as they are, whatever its language model was.
+    own = isinstance(loaded, ModelAndTokenizer) and loaded.tokenizer.chat_template is not None
+    if given.chat or (given.chat is None and own):
+        system = [] if given.system is None else [{"role": "system", "content": given.system}]
+        prompt, messages = "", [*system, {"role": "user", "content": prompt}]
+    elif given.system is not None:
+        raise InputError("--system: this model has no chat template, or --nochat was given")
+    request = Request(prompt, given.text, given.image, aux, given.seed, messages)
     if given.choices is not None:
         _print_scores(score(loaded, request, given.choices), given.json)
         return

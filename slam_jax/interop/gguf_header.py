@@ -71,7 +71,7 @@ def library() -> ModuleType:
 
 def shown(name: str) -> str:
     """A name from a file, safe to print."""
-    return shorten(name if name.isprintable() else repr(name), 120)
+    return shorten(name if name and name.isprintable() else repr(name), 120)
 
 
 @functools.cache

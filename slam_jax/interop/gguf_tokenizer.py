@@ -16,6 +16,8 @@ from slam_jax.interop.gguf_header import Header, shown
 
 # `tokenizer.ggml.token_type`.
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
+# Of SentencePiece, where a file names no others.
+_SENTENCE_PIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 _LONGEST_PIECE = 512  # letters; SentencePiece makes pieces of at most 16
 
 _SPACES = r"\s+(?!\S)|\s+"
@@ -90,6 +92,8 @@ class _Tokens:
         """The id of a special token, None where the file names none."""
         key = f"{name}_token_id"
         found = self.get(key)
+        if found is None and self.kind == "llama":
+            found = _SENTENCE_PIECE_IDS.get(name)
         if found is not None and not (is_whole(found) and 0 <= found < len(self.texts)):
             raise self.wrong(key, f"an id below {len(self.texts):,}")
         return found
@@ -223,10 +227,8 @@ def _sentence_piece(tokens: _Tokens) -> dict[str, Any]:
     ]
     if begins:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    unknown = tokens.text("unknown")
-    if unknown is None and _UNKNOWN in tokens.types:
-        unknown = tokens.texts[int(np.argmax(tokens.types == _UNKNOWN))]
-    model = {"ignore_merges": False, "byte_fallback": True, "fuse_unk": True, "unk_token": unknown}
+    model: dict[str, Any] = {"ignore_merges": False, "byte_fallback": True, "fuse_unk": True}
+    model["unk_token"] = tokens.text("unknown")
     return {
         "normalizer": {"type": "Sequence", "normalizers": steps},
         "pre_tokenizer": None,
@@ -243,6 +245,7 @@ def _piece_merges(tokens: _Tokens) -> Sequence[tuple[str, str]]:
         raise tokens.wrong("scores", f"a number for each of the {len(tokens.texts):,} tokens")
     if not np.isfinite(scores).all():
         raise tokens.wrong("scores", "finite numbers")
+    ranks = -scores.astype(np.float64)
     merges = []
     for i in np.flatnonzero(tokens.types == _NORMAL):
         piece = tokens.texts[i]
@@ -252,7 +255,7 @@ def _piece_merges(tokens: _Tokens) -> Sequence[tuple[str, str]]:
             left, right = piece[:cut], piece[cut:]
             pair = tokens.ids.get(left), tokens.ids.get(right)
             if None not in pair:
-                merges.append(((-scores[i], -len(left), *pair), left, right))
+                merges.append(((ranks[i], -len(left), *pair), left, right))
     return [(left, right) for _, left, right in sorted(merges)]
 
 

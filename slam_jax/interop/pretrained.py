@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
@@ -36,6 +37,9 @@ from slam_jax.interop.weights import (
     without_head,
 )
 from slam_jax.language_models import make_model
+
+OWN_TYPE = "slam_v3"
+"""The model_type of a SLAM v3 in a config.json."""
 
 _INDEX = "model.safetensors.index.json"
 
@@ -121,10 +125,26 @@ def load_pretrained(
     return model, config
 
 
+def is_published(path: str | Path) -> bool:
+    """Whether a path is that of a GGUF file, or of a folder with the config.json of a model that is
+    not SLAM v3."""
+    if str(path).endswith(".gguf"):
+        return True
+    config = Path(path) / "config.json"
+    data = read_json(config) if config.is_file() else None
+    return isinstance(data, Mapping) and data.get("model_type") != OWN_TYPE
+
+
 def save_pretrained(
-    model: Any, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000
+    model: Any,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    files: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Writes a model as its publisher would: config.json and one or several *.safetensors.
+
+    files: the content of further files by name, such as those of its tokenizer.
 
     Settings of training that the publisher's configuration has no field for (losses, capacities)
     and the dtype of the computation are not written.
@@ -140,6 +160,7 @@ def save_pretrained(
         lambda params: make_layout(kind, model.config, params),
         {"config.json": data},
         max_shard_bytes=max_shard_bytes,
+        files=files,
     )
 
 
@@ -181,23 +202,39 @@ def write_folder(
 
 
 def _write(layout: Layout, params: Params, folder: Path, max_shard_bytes: int) -> None:
+    sizes = {
+        key: math.prod(tensor.shape(params)) * params[tensor.paths[0]].dtype.itemsize
+        for key, tensor in layout.items()
+    }
+    write_shards(sizes, lambda key: layout[key].publish(params), folder, max_shard_bytes)
+
+
+def write_shards(
+    sizes: Mapping[str, int],
+    tensor_of: Callable[[str], np.ndarray],
+    folder: Path,
+    max_shard_bytes: int,
+) -> None:
+    """Writes tensors as model.safetensors, or as several files with an index.
+
+    sizes: bytes of each. tensor_of: must return contiguous arrays; those of one file are in memory
+    at a time.
+    """
     shards: list[list[str]] = [[]]
-    size = total = 0
-    for key, tensor in layout.items():
-        num_bytes = math.prod(tensor.shape(params)) * params[tensor.paths[0]].dtype.itemsize
+    size = 0
+    for key, num_bytes in sizes.items():
         if shards[-1] and size + num_bytes > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(key)
-        size, total = size + num_bytes, total + num_bytes
+        size += num_bytes
     weight_map = {}
     for i, keys in enumerate(shards):
         part = f"-{i + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         name = f"model{part}.safetensors"
         weight_map |= dict.fromkeys(keys, name)
-        # `publish` returns contiguous arrays: safetensors writes the memory of an array as it is.
-        tensors = {key: layout[key].publish(params) for key in keys}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        save_file({key: tensor_of(key) for key in keys}, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors lets the owner alone read it
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -190,6 +190,8 @@ def read_json(path: Path, largest: int = _LARGEST_CONFIG) -> Any:
         with open(path, "rb") as file:  # no more than `size`: some files of Linux have no end
             text = file.read(size).decode("utf-8-sig")  # some begin with a byte-order mark
         return json.loads(text)
+    except InputError:
+        raise
     except OSError as error:
         reason = first_line(error)
         raise InputError(f"{path}: {reason}; expected the folder of a published model") from None
@@ -199,7 +201,7 @@ def read_json(path: Path, largest: int = _LARGEST_CONFIG) -> Any:
 
 def shown(key: str) -> str:
     """A key from a file, safe to print."""
-    return shorten(key if key.isprintable() else repr(key), 120)
+    return shorten(key if key and key.isprintable() else repr(key), 120)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -260,9 +262,9 @@ def _read_header(file: Path) -> dict[str, tuple[Stored, int]]:
         # The library checks that the tensors are as long as they say, and cover the file.
         with safe_open(file, framework="numpy"):
             tensors = json.loads(header)
+    except InputError:
+        raise
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{file}: {first_line(error)}; expected a safetensors file") from None
     tensors.pop("__metadata__", None)
     return {

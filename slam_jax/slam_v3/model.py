@@ -19,7 +19,7 @@ from slam_jax.layers.precision import precise
 from slam_jax.protocol import Hidden, Output
 from slam_jax.slam_v3.alignment import AlignmentHead
 from slam_jax.slam_v3.config import SlamV3Config
-from slam_jax.slam_v3.decoder import Decoder, DecoderCache, Memory, MemoryCompressor
+from slam_jax.slam_v3.decoder import Decoder, Memory, MemoryCompressor
 from slam_jax.slam_v3.fusion import Fusion
 from slam_jax.slam_v3.language_decoder import LanguageModelDecoder
 from slam_jax.slam_v3.processes import JointBlock, ParallelProcesses
@@ -144,20 +144,21 @@ class SlamV3(nnx.Module):
         """A unit vector for retrieval; give one input alone (see `AlignmentHead`)."""
         return self.alignment(self.encode(inputs, key=key))
 
-    def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> DecoderCache:
-        """An empty cache for rows of `batch_shape` (B, *Q) and at most `max_length` tokens each."""
+    def init_cache(self, batch_shape: tuple[int, ...], max_length: int) -> Any:
+        """An empty cache for rows of `batch_shape` (B, *Q) and at most `max_length` tokens each: a
+        `DecoderCache`, or that of the language model which is the decoder."""
         return self.decoder.init_cache(_rows(batch_shape), max_length)
 
     @precise
     def prefill(
         self,
         tokens: Int[AnyArray, "B *Q T"],
-        cache: DecoderCache,
+        cache: Any,
         memory: Memory,
         *,
         lengths: Int[AnyArray, "B *Q"] | None = None,
         append: bool = False,
-    ) -> tuple[Float[Array, "B *Q T V"], DecoderCache]:
+    ) -> tuple[Float[Array, "B *Q T V"], Any]:
         """`decode`, and this empty cache filled; `lengths`: the number of real tokens of each row.
 
         append: a static bool; the tokens follow those that the cache stores. Logits and cache are
@@ -182,8 +183,8 @@ class SlamV3(nnx.Module):
 
     @precise
     def decode_step(
-        self, tokens: Int[AnyArray, "B *Q"], cache: DecoderCache, memory: Memory
-    ) -> tuple[Float[Array, "B *Q V"], DecoderCache]:
+        self, tokens: Int[AnyArray, "B *Q"], cache: Any, memory: Memory
+    ) -> tuple[Float[Array, "B *Q V"], Any]:
         """The logits after one more token per row, computed on the latents (absorbed form).
 
         Raises InputError where a row of the cache is full; under `jax.jit` see `LatentCache`.

@@ -13,12 +13,19 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 
+from slam_jax.data.hub_tokenizer import CONFIG, HubTokenizer, tokenizer_from_json
 from slam_jax.errors import InputError, first_line, require, shorten, writing
+from slam_jax.interop.pretrained import OWN_TYPE, is_published, write_shards
+from slam_jax.interop.weights import find_weights
+from slam_jax.runtime.files import read_limited
+from slam_jax.version import __version__
 
-WEIGHTS, ABOUT, TOKENIZER, CARD = "model.safetensors", "model.json", "tokenizer.json", "README.md"
+WEIGHTS, ABOUT, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
+_OLD_ABOUT = "model.json"
+"""Where versions up to 0.21 wrote what is now in config.json."""
+
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHIPPED = ("quickstart",)
 """Models that come with the package, made by the configs of these names."""
@@ -48,7 +55,10 @@ def find_folder(model: str | Path) -> Path | None:
     path = Path(model)
     if str(model) in SHIPPED and not path.exists():
         return Path(__file__).with_name(str(model))
-    return path if (path / ABOUT).is_file() else None
+    if (path / _OLD_ABOUT).is_file():
+        return path
+    config = path / ABOUT
+    return path if config.is_file() and not is_published(path) else None
 
 
 def write_folder(
@@ -57,39 +67,49 @@ def write_folder(
     weights: Mapping[str, Any],
     card: str,
     *,
-    dtype: str = "float16",
+    dtype: str | None = "float16",
+    max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a model as a new folder.
 
-    weights: arrays by name. card: the text of its README.md. dtype: of the stored weights.
+    weights: arrays by name. card: the text of its README.md. dtype: of the stored weights, None =
+    that of each array.
 
     Raises:
       InputError: the folder is not empty, or a weight is too large for the dtype.
       WriteError: the folder cannot be written; nothing is left behind.
     """
     folder = Path(folder)
-    require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+    known = dtype is None or dtype in DTYPES
+    require(known, "dtype", dtype, f"None or one of {', '.join(DTYPES)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: it is not empty; give a new or an empty folder")
-    arrays = {}
-    for name, value in weights.items():
-        value = np.asarray(value)
+    kinds = {name: jnp.dtype(dtype or x.dtype) for name, x in weights.items()}
+    sizes = {name: kinds[name].itemsize * x.size for name, x in weights.items()}
+
+    def stored(name: str) -> np.ndarray:
         with np.errstate(over="ignore"):
             # `order`: safetensors writes the memory of an array as it is.
-            arrays[name] = np.asarray(value.astype(jnp.dtype(dtype)), order="C")
-        if not np.isfinite(arrays[name]).all():
+            array = np.asarray(np.asarray(weights[name]).astype(kinds[name]), order="C")
+        if not np.isfinite(array).all():
             raise InputError(f"{name} has weights that {dtype} cannot hold; take another dtype")
-    about = {name: getattr(trained, name) for name in _FIELDS}
+        return array
+
+    about = {"model_type": OWN_TYPE, "slam_jax_version": __version__}
+    about |= {name: getattr(trained, name) for name in _FIELDS}
+    tokenizer = tokenizer_from_json(trained.tokenizer)
+    texts = {TOKENIZER: trained.tokenizer}
+    if isinstance(tokenizer, HubTokenizer):
+        texts = tokenizer.to_files()
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            save_file(arrays, temporary / WEIGHTS)
+            write_shards(sizes, stored, temporary, max_shard_bytes)
             (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-            (temporary / TOKENIZER).write_text(trained.tokenizer, encoding="utf-8")
-            (temporary / CARD).write_text(card, encoding="utf-8")
+            for name, text in {**texts, CARD: card}.items():
+                (temporary / name).write_text(text, encoding="utf-8")
             temporary.chmod(0o755)
-            (temporary / WEIGHTS).chmod(0o644)  # safetensors lets the owner alone read it
             os.replace(temporary, folder)
         except SafetensorError as error:
             raise OSError(str(error)) from error
@@ -99,19 +119,25 @@ def write_folder(
 
 def read_folder(folder: Path) -> Trained:
     """All of a folder but the weights. Raises InputError where it is damaged."""
-    text = _read_text(folder / ABOUT)
+    path = folder / (_OLD_ABOUT if (folder / _OLD_ABOUT).is_file() else ABOUT)
     try:
-        about = json.loads(text)
+        about = json.loads(read_limited(path, _MOST_BYTES))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{folder / ABOUT}: not JSON ({first_line(error)})") from None
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not JSON ({first_line(error)})") from None
     if not isinstance(about, Mapping):
-        raise InputError(f"{folder / ABOUT}: expected an object with {', '.join(_FIELDS)}")
+        raise InputError(f"{path}: expected an object with {', '.join(_FIELDS)}")
     for name, kind in _FIELDS.items():
         value = about.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise InputError(f"{folder / ABOUT}: {name} is {shorten(repr(value), 60)}")
+            raise InputError(f"{path}: {name} is {shorten(repr(value), 60)}")
     fields = {name: about[name] for name in _FIELDS}
-    return Trained(**fields, tokenizer=_read_text(folder / TOKENIZER))
+    if (folder / CONFIG).exists():
+        tokenizer = HubTokenizer.load(folder).to_json()
+    else:
+        tokenizer = read_limited(folder / TOKENIZER, _MOST_BYTES)
+    return Trained(**fields, tokenizer=tokenizer)
 
 
 def read_weights(folder: Path, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -119,34 +145,16 @@ def read_weights(folder: Path, shapes: Mapping[str, Any]) -> dict[str, np.ndarra
 
     Raises InputError, naming what is missing, left over or of another shape.
     """
-    path = folder / WEIGHTS
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            names = set(tensors.keys())
-            if names != shapes.keys():
-                one = min(names ^ shapes.keys())
-                what = "has no" if one in shapes else "has an unknown"
-                raise InputError(f"{path} {what} {shorten(repr(one), 120)}; it fits another model")
-            for name, leaf in shapes.items():
-                part = tensors.get_slice(name)
-                found, dtype = tuple(part.get_shape()), part.get_dtype()
-                if found != leaf.shape or dtype not in DTYPES.values():
-                    expected = f"{list(leaf.shape)} in one of {', '.join(DTYPES)}"
-                    raise InputError(
-                        f"{path}: {name} is {dtype} {list(found)}; expected {expected}"
-                    )
-            return {n: tensors.get_tensor(n).astype(x.dtype) for n, x in shapes.items()}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: {first_line(error)}; expected a file of weights") from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        size = path.stat().st_size
-        if size > _MOST_BYTES:
-            raise InputError(f"{path}: {size:,} bytes; expected at most {_MOST_BYTES:,}")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: {first_line(error)}; copy the whole folder again") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not UTF-8 ({first_line(error)})") from None
+    source = find_weights(folder)
+    if source.stored.keys() != shapes.keys():
+        one = min(source.stored.keys() ^ shapes.keys())
+        what = "have no" if one in shapes else "have an unknown"
+        raise InputError(
+            f"{folder}: its weights {what} {shorten(repr(one), 120)}; they fit another model"
+        )
+    for name, leaf in shapes.items():
+        file, found, dtype = source.stored[name]
+        if found != leaf.shape or dtype not in DTYPES.values():
+            expected = f"{list(leaf.shape)} in one of {', '.join(DTYPES)}"
+            raise InputError(f"{file}: {name} is {dtype} {list(found)}; expected {expected}")
+    return {name: source.read(name).astype(x.dtype) for name, x in shapes.items()}

@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from slam_jax.errors import InputError, first_line, shorten
 from slam_jax.training.state import TrainState
@@ -54,7 +55,8 @@ class Base(NamedTuple):
     arrays: shape and stored dtype of each by its name below `record.prefix`, such as
     "layers/0/mlp/up/kernel" (names of single layers). load: takes a nested dict of some of these,
     as shapes with a dtype and a sharding below the prefix, in which layers may be stacked; returns
-    the same structure with arrays. They are cast and placed here unless they fit already.
+    the same structure with arrays of JAX or NumPy. They are cast and placed here unless they fit
+    already; the run deletes those of JAX.
     """
 
     record: BaseRecord
@@ -184,4 +186,7 @@ def load_bases(bases: Bases, like: Tree | None) -> Tree:
 def _placed(x: Any, like: Any) -> jax.Array:
     if x.shape != like.shape:
         raise InputError(f"base weights of shape {list(x.shape)}; expected {list(like.shape)}")
-    return jax.device_put(x if x.dtype == like.dtype else x.astype(like.dtype), like.sharding)
+    if isinstance(x, jax.Array):
+        return jax.device_put(x.astype(like.dtype), like.sharding)
+    # A step deletes its state, which must not be the memory of others.
+    return jax.device_put(np.asarray(x, like.dtype), like.sharding, may_alias=False)

@@ -1,6 +1,7 @@
 """Starts a run with the weights of another run, or of a folder, where they fit."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -109,7 +110,8 @@ def _fit(name: str, x: Any, given: Any, rows: tuple[list[int], list[int]] | None
 def _replaced(params: Any, new: Mapping[str, np.ndarray]) -> Any:
     """Parameters with other values for those named, in the same structure and shardings."""
     values = from_names({**by_name(params), **new}, params)
-    return jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), values, params)
+    place = functools.partial(jax.device_put, may_alias=False)  # a step deletes its state
+    return jax.tree.map(lambda x, old: place(x, old.sharding), values, params)
 
 
 def _report(

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from slam_jax.data import AnyTokenizer, AuxFormat, tokenizer_from_json
+from slam_jax.data import AnyTokenizer, AuxFormat, load_tokenizer, tokenizer_from_json
+from slam_jax.generation.requests import ModelAndTokenizer
+from slam_jax.interop.pretrained import is_published, load_pretrained
 from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.trained.folder import Trained, find_folder, read_folder, read_weights
@@ -19,6 +21,8 @@ from slam_jax.training.pretrained import bases_of
 from slam_jax.training.sharding import with_shardings
 from slam_jax.training.state import merge_model, split_model
 from slam_jax.training.trainable import merge, split_of
+
+_USUAL_ANSWER = 512  # tokens of an answer of a language model, unless it ends before
 
 
 class Loaded(NamedTuple):
@@ -37,11 +41,13 @@ class Loaded(NamedTuple):
     max_new_tokens: int = 32
 
 
-def load(workdir: str | Path, step: Step = None, base: Sequence[str | Path] = ()) -> Loaded:
-    """The model of a checkpoint, with averaged parameters where the run averaged them.
+def load(workdir: str | Path, step: Step = None, base: Sequence[str | Path] = ()) -> Any:
+    """A model and its tokenizer, ready for `slam_jax.generate`.
 
-    workdir: of a run; or a folder that `python -m slam_jax.trained` wrote; or "quickstart", a model
-    that comes with the package. step: a number, "latest", "best", or None for the best; a folder
+    workdir: of a run, which gives a `Loaded` with averaged parameters where the run averaged them;
+    or a folder that `save_pretrained` wrote; or "quickstart", a model that comes with the package;
+    or a published language model, the folder or the GGUF file, which gives a `ModelAndTokenizer`.
+    step: a number, "latest", "best", or None for the best; a folder
     has one step. base: folders in which to look first for base weights that the checkpoint names.
     Only arrays and JSON are read; nothing is executed.
 
@@ -50,6 +56,8 @@ def load(workdir: str | Path, step: Step = None, base: Sequence[str | Path] = ()
       InputError: the folder is damaged, or base weights are missing or were changed.
       OutOfMemory: the model does not fit.
     """
+    if is_published(workdir):
+        return _load_published(workdir)
     folder, saved = find_folder(workdir), read_saved(workdir, step)
     tokenizer = tokenizer_from_json(saved.tokenizer)
     aux_format = None if saved.aux is None else AuxFormat.from_json(saved.aux)
@@ -72,6 +80,14 @@ def load(workdir: str | Path, step: Step = None, base: Sequence[str | Path] = ()
         saved.step,
         max(32, saved.max_new_tokens),
     )
+
+
+def _load_published(path: str | Path) -> ModelAndTokenizer:
+    """A language model as its publisher made it, with its tokenizer."""
+    with explain_out_of_memory("the model", "load it on a larger machine"):
+        model, config = load_pretrained(path)
+    most = min(_USUAL_ANSWER, max(1, config.context_length // 2))
+    return ModelAndTokenizer(model, load_tokenizer(path), max_new_tokens=most)
 
 
 def _restore(

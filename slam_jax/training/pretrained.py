@@ -65,6 +65,8 @@ def found_at(model: SlamV3Config, records: Mapping[str, BaseRecord]) -> SlamV3Co
     """The configuration with the places where the files of a checkpoint's bases are now."""
     for name, record in records.items():
         group = name.split(".")[1]
+        if getattr(model, group).pretrained is None:
+            continue
         own = dataclasses.replace(getattr(model, group), pretrained=str(_path_of(record)))
         model = dataclasses.replace(model, **{group: own})
     return model
