@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
 
     if is_published(WORKDIR.value):
         raise InputError(
-            f"--workdir={WORKDIR.value} is a language model; eval.py tests what a run has trained, so "
+            f"--workdir={WORKDIR.value} is a language model; eval.py tests what a run has trained; "
             "give it the workdir of a run"
         )
     if OUT.value is None and not Path(WORKDIR.value).exists() and find_folder(WORKDIR.value):

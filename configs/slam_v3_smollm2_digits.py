@@ -36,10 +36,14 @@ def get_config() -> Any:
     config.model.image.patch_size = 1
     config.model.image.stage_widths = (32, 64)
     config.data.name = "digits/words"
-    config.data.batch_size = 16
+    config.data.batch_size = 32
     config.data.stages = ((0, {"image": 1.0}),)
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.momentum = 0.9
     config.optimizer.warmup_steps = 20
-    config.run.num_steps = 600
+    config.optimizer.ema_decay = 0.99
+    config.run.num_steps = 800
     config.run.evaluate_every = 200
+    config.run.save_every = 100
     return config

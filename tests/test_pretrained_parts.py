@@ -234,12 +234,8 @@ def test_a_published_model_is_loaded_asked_and_written_again(language_model, tmp
         [*command, "--prompt=the cat"], capture_output=True, text=True, timeout=300
     )
     assert (done.returncode, done.stdout) == (0, f"{answer.text}\n"), done.stderr
-    done = subprocess.run(
-        [sys.executable, ROOT / "eval.py", f"--workdir={language_model}"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, ROOT / "eval.py", f"--workdir={language_model}"]
+    done = subprocess.run(command, **settings)
     assert done.returncode == 2 and "is a language model" in done.stderr
 
 

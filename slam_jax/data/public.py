@@ -17,9 +17,9 @@ _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def digit_texts(words: bool = False) -> tuple[Texts, ...]:
-    """The texts of each digit: its number, or with `words` its word as the answer to a question."""
+    """The texts of each digit: its number, or with `words` its word."""
     if words:
-        return tuple(Texts("", "Which digit is it? It is the digit", f" {word}") for word in _WORDS)
+        return tuple(Texts("", "The digit is", f" {word}") for word in _WORDS)
     return tuple(Texts("", "digit", str(digit)) for digit in range(10))
 
 

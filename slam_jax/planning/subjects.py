@@ -19,11 +19,13 @@ from slam_jax.language_models.flops import training_flops
 from slam_jax.language_models.registry import make_config, make_model
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.slam_v3.flops import num_memory
+from slam_jax.training.base import provided_by
 from slam_jax.training.experiment import Experiment, as_json, build, require_even_batch
 from slam_jax.training.flops import forward_flops, input_sizes, is_aligned
 from slam_jax.training.losses import language_model_loss, num_answer_tokens, slam_v3_loss
 from slam_jax.training.mesh import MeshConfig
 from slam_jax.training.optimizer import OptimizerConfig
+from slam_jax.training.pretrained import bases_of, with_pretrained
 from slam_jax.training.start import abstract_state, jit_train_step
 from slam_jax.training.state import TrainState, TrainStep
 
@@ -72,6 +74,7 @@ class Subject:
     flops: with four forward passes where `remat` is "layers", else three.
     stream_bytes: the whole batch's activations between layers: encoder tokens, all layers.
     num_processes: what the axis `process` may divide. view: of the batch, where there are views.
+    provided: shapes and dtypes of the parameters of published parts, by name.
     """
 
     config: Any
@@ -87,6 +90,7 @@ class Subject:
     stream_bytes: tuple[int, int]
     num_processes: int = 1
     view: str | None = None
+    provided: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def with_layers(self, layers: Mapping[str, int]) -> "Subject":
         """The same with other numbers of layers, by the names of `depths`; `flops` and
@@ -108,7 +112,8 @@ class Subject:
     @functools.cached_property
     def state(self) -> tuple[nnx.GraphDef, TrainState]:
         """The structure of the model, and the shapes of the training state."""
-        return abstract_state(functools.partial(self.make, self.config), self.optimizer, _NUM_STEPS)
+        make = functools.partial(self.make, self.config)
+        return abstract_state(make, self.optimizer, _NUM_STEPS, provided=self.provided)
 
     def step(self, graphdef: nnx.GraphDef, state: TrainState) -> TrainStep:
         """The jitted training step for a state with these shardings."""
@@ -131,11 +136,15 @@ def slam_v3_run(
     layers, decoder_layers = model.num_process_layers, model.num_decoder_layers
     passes = rows * (4 if model.remat == "layers" else 3)
     counts = {"num_process_layers": layers, "num_decoder_layers": decoder_layers}
+    width = model.embed_dim
+    if model.language_model is not None:
+        del counts["num_decoder_layers"]
+        decoder_layers, width = model.language_model.num_layers, model.language_model.embed_dim
     if model.image.encoder == "vit":
         counts["image.num_layers"] = model.image.num_layers
     token = rows * model.embed_dim * jnp.dtype(model.dtype).itemsize
     encoded = token * num_memory(dataclasses.replace(model, num_memory_tokens=0), **sizes)
-    decoded = token * prompts * (length - 1) * decoder_layers
+    decoded = token // model.embed_dim * width * prompts * (length - 1) * decoder_layers
     return Subject(
         config=model,
         make=SlamV3,
@@ -150,6 +159,7 @@ def slam_v3_run(
         stream_bytes=(encoded, encoded * (2 + model.num_processes * layers) + decoded),
         num_processes=model.num_processes,
         view=view,
+        provided=provided_by(bases_of(experiment.model, hashed=False)),
     )
 
 
@@ -224,6 +234,7 @@ def subject_of(config: ConfigDict | Mapping[str, Any]) -> Subject:
     if "language_model" in values:
         return build(LanguageRun, values).subject()
     experiment, runs = Experiment.from_config(values), []
+    experiment = dataclasses.replace(experiment, model=with_pretrained(experiment.model))
     dataset = prepare(experiment.data, model=experiment.model)
     for view in experiment.data.views:
         stages = ((0, {view: 1.0}),)

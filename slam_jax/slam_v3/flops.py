@@ -21,6 +21,8 @@ def encode_flops(
     streams = [size for size in (text, image, aux) if size]
     tokens = sum(streams)
     total += flops.linear(aux, config.aux_dim, dim) + _block(config, tokens)
+    if config.language_model is not None:
+        total += flops.linear(text, config.language_model.embed_dim, dim)
     total += 2 * text * config.text_kernel_size * dim
     if text and text < tokens and not config.rotate_all_streams:
         total += flops.scores(text, tokens, dim, 0)  # rotated and plain scores side by side
@@ -61,6 +63,8 @@ def decode_flops(config: SlamV3Config, *, prompts: int, length: int, memory: int
 
     prompts: of the example. length: tokens of each prompt. memory: tokens, see `num_memory`.
     """
+    if config.language_model is not None:
+        return _language_model(config, prompts, length, memory)
     dim, heads, widths = config.embed_dim, config.num_heads, config.latent_widths
     rows = prompts * length
     key_dim, value_dim = heads * widths["qk_nope_head_dim"], heads * widths["v_head_dim"]
@@ -76,6 +80,29 @@ def decode_flops(config: SlamV3Config, *, prompts: int, length: int, memory: int
     return config.num_decoder_layers * layer + flops.linear(rows, dim, config.vocab_size)
 
 
+def _language_model(config: SlamV3Config, prompts: int, length: int, memory: int) -> int:
+    """A language model as the decoder, with attention to the memory before some of its blocks."""
+    given, rows = config.language_model, prompts * length
+    dim = given.embed_dim
+    reader = 2 * flops.linear(rows, dim, dim) + flops.scores(rows, memory, dim, dim)
+    reader += 2 * flops.linear(memory, config.memory_dim, dim)
+    count = -(-given.num_layers // config.decoder.memory_every)
+    body = prompts * given.body_flops(length)
+    return body + count * reader + flops.linear(rows, dim, given.vocab_size)
+
+
+def _tower(config: SlamV3Config, height: int, width: int) -> tuple[int, int]:
+    """Image tokens of a published vision tower, and the operations that make them."""
+    tower = config.tower
+    rows, columns = config.image.grid(height, width)
+    num_tokens, dim = rows * columns, tower.embed_dim
+    seen = num_tokens + tower.num_prefix_tokens
+    mlp = (3 if tower.swiglu else 2) * flops.linear(seen, dim, tower.hidden_dim)
+    layer = flops.attention(seen, dim, tower.num_heads) + mlp
+    total = flops.linear(num_tokens, 3 * tower.patch_size**2, dim) + tower.num_layers * layer
+    return num_tokens, total + flops.linear(num_tokens, dim, config.embed_dim)
+
+
 def _block(config: SlamV3Config, num_tokens: int) -> int:
     """The joint block, or one layer of the "vit": attention and a gated MLP."""
     attention = flops.attention(num_tokens, config.embed_dim, config.num_heads)
@@ -87,6 +114,8 @@ def _image(config: SlamV3Config, pixels: tuple[int, int] | None) -> tuple[int, i
     if pixels is None:
         return 0, 0
     image, dim, (height, width) = config.image, config.embed_dim, pixels
+    if image.encoder == "pretrained":
+        return _tower(config, height, width)
     patch = image.patch_size
     if image.encoder == "vit":
         num_tokens = (height // patch) * (width // patch)

@@ -81,12 +81,13 @@ def with_groups(config: dict[str, Any], model: SlamV3Config) -> dict[str, Any]:
 
 
 def bases_of(
-    model: SlamV3Config, known: Mapping[str, BaseRecord] | None = None
+    model: SlamV3Config, known: Mapping[str, BaseRecord] | None = None, *, hashed: bool = True
 ) -> tuple[Base, ...]:
     """The published parts of a model.
 
     known: the verified records of a checkpoint by name; only these are wanted then, and their files
-    are not hashed again. None = a new run, whose configuration says where they are.
+    are not hashed again. None = a new run, whose configuration says where they are. hashed: False =
+    without the sha256 of their files, for shapes alone.
 
     Raises InputError where files are missing, or do not fit the configuration.
     """
@@ -103,7 +104,7 @@ def bases_of(
             continue
         if path is None:
             raise ConfigError(f"{name} is None; expected where the weights of this model are")
-        bases.append(_base(name, path, config, open_part(path), make, record))
+        bases.append(_base(name, path, config, open_part(path), make, record, hashed))
     return tuple(bases)
 
 
@@ -114,13 +115,14 @@ def _base(
     published: Published,
     make: Callable[..., nnx.Module],
     record: BaseRecord | None,
+    hashed: bool,
 ) -> Base:
-    """The base of one part. record: known already, None = its files are hashed now."""
+    """The base of one part. record: known already, None = its files are hashed now, if at all."""
     if record is None:
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         names = {x.file.name for x in published.source.stored.values()}
         names |= {x for x in _BESIDE if Path(path, x).is_file()}
-        files = sha256_of(folder, sorted(names))
+        files = sha256_of(folder, sorted(names)) if hashed else {}
         record = BaseRecord(name, str(folder.resolve()), files, _PREFIXES[name])
     shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))))
     flat: Any = flatten_dict(shapes)
