@@ -1,4 +1,4 @@
-"""SLAM v3 on published parts: SmolLM2-135M writes, SigLIP-B/16 sees, and what is between them learns.
+"""SLAM v3 on published parts: SmolLM2-135M writes, SigLIP-B/16 sees, what is between them learns.
 
 Command:   hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir=parts/smollm2
            hf download google/siglip-base-patch16-224 --local-dir=parts/siglip

@@ -14,22 +14,27 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from typing import Any
 from urllib.parse import urlsplit
 
 import gradio as gr
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from test_hub_tokenizer import TEMPLATE, byte_level
 
 import slam_jax
-from slam_jax.data import AuxFormat
+from slam_jax.data import AuxFormat, HubTokenizer
+from slam_jax.demo import chat
 from slam_jax.demo.app import add_row, ask_model, make_app, read_aux
 from slam_jax.demo.examples import PROMPTS, SCENES, show, trained_views
-from slam_jax.generation import Request, Sampling, generate, stream
+from slam_jax.generation import ModelAndTokenizer, Request, Sampling, generate, stream
+from slam_jax.language_models import make_config, make_model
 from slam_jax.reporting.attention import attention_html
 
 NOTHING = "nothing to answer from: give at least one of text, image and aux"
@@ -394,3 +399,30 @@ def test_gradio_sends_no_analytics_and_offers_no_public_api(loaded):
     app = build(loaded)
     assert app.analytics_enabled is False
     assert not any(fn.api_visibility == "public" for fn in app.fns.values())
+
+
+def test_a_language_model_is_asked_in_a_conversation():
+    """Earlier messages are part of the request, and what is wrong is said in the answer."""
+    tokenizer = HubTokenizer(byte_level(bos=False).to_str(), (1,), chat_template=TEMPLATE)
+    config = make_config("standard", "tiny", vocab_size=tokenizer.vocab_size)
+    loaded = ModelAndTokenizer(make_model(config, rngs=nnx.Rngs(0)), tokenizer, max_new_tokens=4)
+    before = [
+        {"role": "user", "content": [{"type": "text", "text": "the cat"}], "metadata": None},
+        {"role": "assistant", "content": "sat"},
+    ]
+    turns = [
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "sat"},
+        {"role": "user", "content": "the dog"},
+    ]
+    [expected] = generate(loaded, [Request(messages=turns)], Sampling(4))
+    cut = f"{expected.text} [cut: raise max tokens, under Sampling]"
+    assert list(chat.answer(loaded, "the dog", before, 4, 0))[-1] == cut
+    [*_, refused] = chat.answer(loaded, "<|end|>", [], 4, 0)
+    assert refused == " [message 0 holds '<|end|>', which the template adds itself]"
+    plain = ModelAndTokenizer(loaded.model, HubTokenizer(tokenizer.json), max_new_tokens=4)
+    [expected] = generate(plain, [Request("the")], Sampling(4))
+    assert list(chat.answer(plain, "the", before, 4, 0))[-1].startswith(expected.text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Gradio's own
+        assert chat.make_chat(loaded).title == "slam_jax"

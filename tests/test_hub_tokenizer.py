@@ -291,3 +291,35 @@ def test_a_conversation_is_answered_like_its_text(model, tokenizer):
             ModelAndTokenizer(make_model(small, rngs=nnx.Rngs(0)), own),
             [Request(messages=QUESTION)],
         )
+
+
+def damage(rng: np.random.Generator, text: str) -> str:
+    """The text with some characters cut, doubled or replaced."""
+    start = int(rng.integers(len(text)))
+    length = int(rng.integers(1, 40))
+    kinds = (
+        "",
+        text[start : start + length] * 2,
+        str(rng.choice(["null", "-1", "[[", "1e999", "\0"])),
+    )
+    return text[:start] + kinds[rng.integers(3)] + text[start + length :]
+
+
+@pytest.mark.parametrize(
+    "cases", [100, pytest.param(2_000, marks=pytest.mark.slow)], ids=["fast", "slow"]
+)
+def test_damaged_folders_are_read_or_refused_in_one_line(folder, tmp_path, cases):
+    rng, refused = np.random.default_rng(0), 0
+    files = {file.name: file.read_text() for file in folder.iterdir()}
+    for _ in range(cases):
+        name = str(rng.choice(sorted(files)))
+        for other, text in files.items():
+            (tmp_path / other).write_text(damage(rng, text) if other == name else text)
+        try:
+            found = HubTokenizer.load(tmp_path)
+            found.decode(found.encode_prompt("the cat"))
+            found.token_bytes  # noqa: B018
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert cases // 4 < refused < cases

@@ -418,7 +418,9 @@ def test_a_run_goes_back_past_bad_batches_and_on(config, tmp_path, monkeypatch, 
     break_steps(monkeypatch, {2, 5, 6})
     restored = []
     restore = Checkpoints.restore
-    monkeypatch.setattr(Checkpoints, "restore", lambda *a: (restored.append(a[1]), restore(*a))[1])
+    monkeypatch.setattr(
+        Checkpoints, "restore", lambda *a, **more: (restored.append(a[1]), restore(*a, **more))[1]
+    )
     state = train(config, tmp_path / "run")
     assert restored == [3]
     assert (state.step, state.skipped, state.bad_steps) == (9, 3, 0)

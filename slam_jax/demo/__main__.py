@@ -8,6 +8,7 @@ import importlib.util
 import os
 import signal
 import tempfile
+from typing import Any
 
 from absl import flags
 
@@ -18,7 +19,7 @@ from slam_jax.runtime.signals import SIGNALS
 WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "The workdir of a training run, or a folder with its model, or quickstart.",
+    "A workdir of a training run, a folder with a model, a GGUF file, or quickstart.",
     required=True,
 )
 STEP = flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
@@ -54,8 +55,11 @@ def main(arguments: list[str]) -> None:
         os.environ |= dict(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
         os.environ["GRADIO_TEMP_DIR"] = files
         from slam_jax.demo.app import make_app
+        from slam_jax.demo.chat import make_chat
+        from slam_jax.generation import ModelAndTokenizer
 
-        app = make_app(loaded)
+        make: Any = make_chat if isinstance(loaded, ModelAndTokenizer) else make_app
+        app = make(loaded)
         print(f"http://{HOST}:{listener.getsockname()[1]} (Ctrl-C stops it)", flush=True)
         serve(app, listener)
 

@@ -71,7 +71,7 @@ def evaluate(
     baseline_answer: adds the share of questions that this answer gets right (`baseline`). seed: of
     the bootstrap.
     """
-    ids = dict(eos_id=tokenizer.end_ids, pad_id=tokenizer.pad_id)
+    ids = dict(eos_id=tokenizer.end_ids, pad_id=tokenizer.pad_id, known=tokenizer.known)
     answers, retrieval = [], {}
     for view, batches in batches_by_view.items():
         scene, embeddings = 0, []
@@ -103,8 +103,10 @@ def most_frequent_answer(answers: Iterable[str]) -> str | None:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "eos_id", "pad_id"))
-def _generate(graphdef, params, batch, *, max_new_tokens, eos_id, pad_id):
+def _generate(graphdef, params, batch, *, max_new_tokens, eos_id, pad_id, known):
     model = nnx.merge(graphdef, params)
+    if known is not None:  # the model may have more rows than the tokenizer has tokens
+        known = jnp.pad(known, (0, model.config.vocab_size - len(known)))
     # The tokens contain the answers: mask everything after the prompt.
     in_prompt = prefix_mask(batch.prompt_length, batch.tokens.shape[-1])
     return greedy_decode(
@@ -115,6 +117,7 @@ def _generate(graphdef, params, batch, *, max_new_tokens, eos_id, pad_id):
         max_new_tokens=max_new_tokens,
         eos_id=eos_id,
         pad_id=pad_id,
+        allowed=known,
     )
 
 
