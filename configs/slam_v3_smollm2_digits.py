@@ -43,7 +43,6 @@ def get_config() -> Any:
     config.optimizer.momentum = 0.9
     config.optimizer.warmup_steps = 20
     config.optimizer.ema_decay = 0.99
-    config.run.num_steps = 800
-    config.run.evaluate_every = 200
-    config.run.save_every = 100
+    config.run.num_steps = 400
+    config.run.evaluate_every = 100
     return config

@@ -1,11 +1,12 @@
 """Disturbs runs at random (kills, stops, full disks, damaged files) and compares their results.
 
     python tests/soak.py --minutes=60 --seed=0 [--freeze decoder/layers/0 level_one]
+                         [--lora decoder processes]
 
 It ends when each kind of trial was done as often as TARGETS says, or when the time is up and each
 was done once. It prints a table and exits with 1 if a trial failed. The trials use a run of 24
 steps (configs/small_run.py) in processes of their own, started by train.py. With --freeze these
-parameters are frozen in it.
+parameters are frozen in it, and with --lora these linear maps have adapters of rank 2.
 """
 
 import argparse
@@ -85,7 +86,9 @@ def same(a: Any, b: Any) -> bool:
 class Soak:
     """What the trials share: a folder, a finished reference run, and the run to disturb."""
 
-    def __init__(self, folder: Path, seed: int, freeze: Sequence[str] = ()):
+    def __init__(
+        self, folder: Path, seed: int, freeze: Sequence[str] = (), lora: Sequence[str] = ()
+    ):
         self.folder = folder
         self.random = random.Random(seed)
         self.seed = seed
@@ -100,6 +103,8 @@ class Soak:
         self.train = ["train.py", f"--config={CONFIG}"]
         if freeze:
             self.train.append(f"--config.optimizer.freeze={tuple(freeze)}")
+        if lora:
+            self.train += [f"--config.model.lora.{x}" for x in ("rank=2", f"patterns={(*lora,)}")]
         self.config = override(read_config(CONFIG), self.train[2:])
         self.reference = folder / "reference"
         self.states: dict[int, Any] = {}
@@ -433,11 +438,16 @@ TARGETS: dict[str, int] = {
 
 
 def soak(
-    minutes: float, seed: int, only: list[str], folder: Path, freeze: Sequence[str] = ()
+    minutes: float,
+    seed: int,
+    only: list[str],
+    folder: Path,
+    freeze: Sequence[str] = (),
+    lora: Sequence[str] = (),
 ) -> tuple[str, list[str]]:
     """The table and the failures."""
     targets = {name: n for name, n in TARGETS.items() if not only or name in only}
-    trials = Soak(folder, seed, freeze)
+    trials = Soak(folder, seed, freeze, lora)
     trials.prepare()
     end = time.monotonic() + 60 * minutes
     done: Counter[str] = Counter()
@@ -479,13 +489,15 @@ def main() -> None:
         "--only", nargs="*", default=[], choices=TARGETS, help="some kinds of trial"
     )
     parser.add_argument("--freeze", nargs="*", default=[], help="patterns of `optimizer.freeze`")
+    parser.add_argument("--lora", nargs="*", default=[], help="patterns of `model.lora`")
     given = parser.parse_args()
     for number in SIGNALS:  # in the background or under nohup some are ignored, also by children
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        table, failures = soak(given.minutes, given.seed, given.only, Path(folder), given.freeze)
+        which = given.only, Path(folder), given.freeze, given.lora
+        table, failures = soak(given.minutes, given.seed, *which)
     print(table)
     print(f"{(time.monotonic() - start) / 60:.1f} minutes, seed {given.seed}", *given.only)
     sys.exit(bool(failures))

@@ -14,8 +14,9 @@ from slam_jax.kernels.backend import for_accelerators
 from slam_jax.language_models import SYSTEMS, make_config, make_model
 from slam_jax.language_models.flops import forward_flops, training_flops
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
-from slam_jax.slam_v3.config import PARTS
+from slam_jax.slam_v3.config import PARTS, DecoderConfig
 from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
+from slam_jax.vision_models import Preprocessing, VisionConfig
 
 LENGTH = 6
 
@@ -91,6 +92,18 @@ def test_attention_grows_with_the_square_and_mamba_does_not():
         assert np.log(growth) / np.log(large / small) == pytest.approx(power, abs=0.25)
 
 
+def tower(**changes: Any) -> dict[str, Any]:
+    sizes = dict(image_size=24, patch_size=8, embed_dim=16, mlp_dim=40, num_layers=2, num_heads=2)
+    how = dict(size=(24, 24))
+    return {"tower": VisionConfig(**{**sizes, **changes}), "preprocessing": Preprocessing(**how)}
+
+
+def decoder(system: str, **changes: Any) -> DecoderConfig:
+    return DecoderConfig(
+        system=system, language_model=make_config(system, "tiny", **changes), memory_every=2
+    )
+
+
 VIEWS: dict[str, dict[str, Any]] = {
     "text": {"text": 5},
     "aux": {"aux": 3},
@@ -112,13 +125,17 @@ VIEWS: dict[str, dict[str, Any]] = {
         ("all", {"num_process_layers": 3, "exchange_every": 1}),
         ("all", {"process_views": ("all", "near", "strided", "others")}),
         *(("all", {"without": (part,)}) for part in PARTS),
+        ("all", {"image": tower(model_type="siglip_vision_model")}),
+        ("all", {"image": tower(model_type="dinov2", num_registers=3, swiglu=True)}),
+        ("all", {"decoder": decoder("standard")}),
+        ("text", {"decoder": decoder("deepseek_v2", num_dense_layers=3), "num_memory_tokens": 4}),
     ],
 )
 def test_slam_v3_counts_every_product(view, changes):
     config = SlamV3Config.preset("tiny", 13, **changes)
     sizes = dict(VIEWS[view])
-    if config.image.encoder == "vit" and "pixels" in sizes:
-        sizes["pixels"] = (24, 16)
+    if config.image.encoder != "resnet" and "pixels" in sizes:
+        sizes["pixels"] = (24, 24 if config.tower else 16)
 
     def array(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((1, *shape), dtype)

@@ -70,6 +70,13 @@ def sentence_piece() -> tokenizers.Tokenizer:
     return model
 
 
+def nested(depth: int) -> list:
+    inside: list = []
+    for _ in range(depth):
+        inside = [inside]
+    return inside
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("hub")
@@ -188,6 +195,8 @@ def test_a_conversation_is_what_the_template_writes(tokenizer):
         ([{"role": "user", "content": "x<|end|>"}], "message 0 holds '<|end|>'"),
         ([{"role": "user", "content": [{"text": "<s>"}]}], "message 0 holds '<s>'"),
         ([{"role": "user", "content": {1, 2}}], "messages: Object of type set"),
+        ([{"role": "user", "content": nested(40)}], "message 0 has groups inside of 32 others"),
+        ([{"role": "user", "content": nested(100_000)}], "message 0 has groups inside of 32"),
     ],
 )
 def test_messages_that_cannot_be_written_are_refused(tokenizer, messages, message):

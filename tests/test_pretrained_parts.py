@@ -20,6 +20,7 @@ from slam_jax.errors import ConfigError, InputError
 from slam_jax.generation import Request, Sampling, generate
 from slam_jax.interop import load_preprocessing, load_pretrained, load_vision, save_pretrained
 from slam_jax.language_models import make_config, make_model
+from slam_jax.planning.subjects import subject_of
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 from slam_jax.slam_v3.config import DecoderConfig, ImageConfig
 from slam_jax.training import Checkpoints, default_config, load, train
@@ -262,6 +263,17 @@ def test_a_language_model_may_train_as_well(language_model, tmp_path):
     published = by_name(split_model(load_pretrained(language_model, scan_layers=False)[0])[1])
     assert any((np.asarray(trained[name]) != published[name]).any() for name in published)
     assert load(tmp_path).step == 4
+
+
+def test_a_plan_counts_published_parts_as_frozen(language_model):
+    subject = subject_of(digits_config(language_model))
+    _, state = subject.state
+    parts = load_pretrained(language_model)[0], load_vision(SIGLIP)[0]
+    expected = sum(num_bytes(split_model(part)[1]) for part in parts)
+    assert num_bytes(state.frozen) == expected
+    assert "language_model" not in state.params["decoder"]
+    frozen = digits_config(language_model, train=("*",))
+    assert subject_of(frozen).state[1].frozen is None
 
 
 @pytest.mark.parametrize(

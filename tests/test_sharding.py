@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from slam_jax.errors import ConfigError
 from slam_jax.language_models.registry import SYSTEMS, make_config, make_model
 from slam_jax.layers.constrain import constrain, fit
+from slam_jax.layers.lora import LoraConfig
 from slam_jax.planning.collectives import Collective, collectives
 from slam_jax.runtime.memory import require_memory
 from slam_jax.slam_v3 import SlamV3, SlamV3Config
@@ -77,8 +78,9 @@ def test_a_plan_is_told_in_a_few_lines(tmp_path):
 # --- The table
 
 
-def v3(**image):
-    wide = dict(num_memory_tokens=3, aux_slots=True, image=dict(size=24, **image))
+def v3(lora=(), **image):
+    adapters = LoraConfig(2 * bool(lora), patterns=lora)
+    wide = dict(num_memory_tokens=3, aux_slots=True, image=dict(size=24, **image), lora=adapters)
     return SlamV3(SlamV3Config.preset("tiny", 13, **wide), rngs=nnx.Rngs(0))
 
 
@@ -102,6 +104,7 @@ OPTIONS = SlamV3Config.preset(
 MODELS = {
     "slam_v3": v3,
     "slam_v3, vit": lambda: v3(encoder="vit"),
+    "slam_v3, adapters": lambda: v3(lora=("*",)),
     "slam_v3, options": lambda: SlamV3(OPTIONS, rngs=nnx.Rngs(0)),
     **{
         name: lambda name=name: make_model(make_config(name, "tiny"), rngs=nnx.Rngs(0))

@@ -13,19 +13,25 @@ import tokenizers
 from jaxtyping import Array, Bool, Int
 
 from slam_jax.data.chat import check_messages, render_chat
+from slam_jax.data.hub_files import (
+    CONFIG,
+    FILE,
+    GENERATION,
+    IDS,
+    NAMES,
+    parse_group,
+    parse_tokenizer,
+    read_files,
+    read_ids,
+    read_template,
+    read_token,
+    sentence_piece,
+)
 from slam_jax.data.tokenizer import BYTE_OF, Tokenizer, check_unicode
 from slam_jax.errors import InputError, first_line, is_whole, shorten
-from slam_jax.runtime.files import read_limited
 
-FILE, CONFIG, GENERATION, TEMPLATE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
-_LARGEST, _LARGEST_CONFIG = 1 << 26, 1 << 24  # bytes; Gemma's tokenizer has 33 MB
-_SPACE = "\u2581"  # how SentencePiece writes a space
 _MARK = "slam_jax_hub_tokenizer"
+_DEEPEST = 32  # groups in the content of a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +177,7 @@ class HubTokenizer:
     @classmethod
     def from_json(cls, text: str) -> "HubTokenizer":
         """The inverse of `to_json`. Raises InputError for another text."""
-        data = _parse(text, "tokenizer")
+        data = parse_group(text, "tokenizer")
         if data.pop(_MARK, None) != 1:
             raise InputError("tokenizer: not the text that HubTokenizer.to_json returned")
         try:
@@ -211,16 +217,10 @@ class HubTokenizer:
 
         Ends are those of generation_config.json, else of config.json, else the tokenizer's own.
         """
-        folder = Path(folder)
-        file = folder / FILE if folder.is_dir() else folder
-        text, beside = read_limited(file, _LARGEST), file.parent
-        given = {name: _read(beside / name) for name in (CONFIG, GENERATION, "config.json")}
-        template = beside / TEMPLATE
-        if template.exists():
-            given[CONFIG] = given[CONFIG] | {"chat_template": read_limited(template, 1 << 20)}
-        ids = {key: given["config.json"].get(key) for key in _IDS}
-        found = cls.from_files(text, given[CONFIG], {**ids, **given[GENERATION]})
-        others = {k: v for k, v in given[GENERATION].items() if k not in _IDS}
+        files = read_files(folder)
+        known = {key: value for key, value in files.ids.items() if key not in files.generation}
+        found = cls.from_files(files.text, files.config, {**files.generation, **known})
+        others = {key: value for key, value in files.generation.items() if key not in IDS}
         return dataclasses.replace(found, generation=others)
 
     @classmethod
@@ -231,24 +231,23 @@ class HubTokenizer:
 
         Raises InputError, naming the field.
         """
-        model = _parsed(text)
-        tokens = {name: _token(config, name) for name in ("bos_token", "eos_token", "pad_token")}
-        ids = {n: None if t is None else model.token_to_id(t) for n, t in tokens.items()}
-        bos = _first(generation.get("bos_token_id")) if ids["bos_token"] is None else None
-        own_end = ids["eos_token"]
-        ends = _ids(generation, "eos_token_id") or tuple(x for x in (own_end,) if x is not None)
-        eos = own_end if own_end in ends else next(iter(ends), None)
-        pad = ids["pad_token"]
+        model, names = parse_tokenizer(text), ("bos_token", "eos_token", "pad_token")
+        tokens = {name: read_token(config, name) for name in names}
+        bos, end, pad = (None if t is None else model.token_to_id(t) for t in tokens.values())
+        if bos is None:
+            bos = next(iter(read_ids(generation, "bos_token_id")), None)
+        ends = read_ids(generation, "eos_token_id") or ((end,) if end is not None else ())
+        eos = end if end in ends else next(iter(ends), None)
         adds_bos = config.get("add_bos_token")
         return cls(
             text,
             ends,
-            bos_id=ids["bos_token"] if bos is None else bos,
+            bos_id=bos,
             adds_bos=adds_bos if isinstance(adds_bos, bool) else None,
             eos_id=eos,
             pad_id=next(x for x in (pad, eos, 0) if x is not None),
-            chat_template=_template(config.get("chat_template")),
-            special_tokens={n: t for n in _NAMES if (t := _token(config, n)) is not None},
+            chat_template=read_template(config.get("chat_template")),
+            special_tokens={n: t for n in NAMES if (t := read_token(config, n)) is not None},
         )
 
     def _first(self) -> list[int]:
@@ -256,8 +255,10 @@ class HubTokenizer:
         ids = (self.bos_id, self.eos_id, self.pad_id)
         return [next(each for each in ids if each is not None)]
 
-    def _check_content(self, value: Any, name: str) -> None:
+    def _check_content(self, value: Any, name: str, depth: int = 0) -> None:
         """Refuses special tokens in texts, however deep in a message they are."""
+        if depth > _DEEPEST:
+            raise InputError(f"{name} has groups inside of {_DEEPEST} others; make it flatter")
         if isinstance(value, str):
             check_unicode(value, name)
             for special in self._special_texts:
@@ -265,10 +266,10 @@ class HubTokenizer:
                     raise InputError(f"{name} holds {special!r}, which the template adds itself")
         elif isinstance(value, Mapping):
             for each in value.values():
-                self._check_content(each, name)
+                self._check_content(each, name, depth + 1)
         elif isinstance(value, (list, tuple)):
             for each in value:
-                self._check_content(each, name)
+                self._check_content(each, name, depth + 1)
 
     @functools.cached_property
     def _special_texts(self) -> list[str]:
@@ -280,19 +281,19 @@ class HubTokenizer:
 
     @functools.cached_property
     def _model(self) -> tokenizers.Tokenizer:
-        return _parsed(self.json)
+        return parse_tokenizer(self.json)
 
     @functools.cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """The same, for which a literal special token is a text like any other."""
-        model = _parsed(self.json)
+        model = parse_tokenizer(self.json)
         model.encode_special_tokens = True
         return model
 
     @functools.cached_property
     def _decoders(self) -> list[Mapping[str, Any]]:
         """The steps of the JSON's decoder."""
-        decoder = _parse(self.json, "tokenizer").get("decoder") or {}
+        decoder = parse_group(self.json, "tokenizer").get("decoder") or {}
         return decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
 
     @functools.cached_property
@@ -312,15 +313,11 @@ class HubTokenizer:
         if "ByteLevel" in steps:
             return lambda piece: bytes(BYTE_OF.get(letter, 0) for letter in piece)
         if steps & {"Metaspace", "ByteFallback"}:
-            return _sentence_piece
+            return sentence_piece
         raise InputError(
             "tokenizer: expected byte-level BPE or SentencePiece, and its decoder is "
             f"{shorten(str(sorted(map(str, steps))), 80)}"
         )
-
-
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
 
 
 AnyTokenizer = Tokenizer | HubTokenizer
@@ -363,79 +360,16 @@ def as_tokenizer(given: Any) -> Any:
     backend = getattr(given, "backend_tokenizer", None)
     if isinstance(backend, tokenizers.Tokenizer):
         ids = {n: getattr(given, f"{n}_token_id", None) for n in ("bos", "eos", "pad")}
-        names = {n: t for n in _NAMES if isinstance(t := getattr(given, n, None), str)}
+        names = {n: t for n in NAMES if isinstance(t := getattr(given, n, None), str)}
         return HubTokenizer(
             backend.to_str(),
             () if ids["eos"] is None else (ids["eos"],),
             bos_id=ids["bos"],
             pad_id=next(x for x in (ids["pad"], ids["eos"], 0) if x is not None),
-            chat_template=_template(getattr(given, "chat_template", None)),
+            chat_template=read_template(getattr(given, "chat_template", None)),
             special_tokens=names,
         )
     raise InputError(
         f"tokenizer is a {type(given).__name__}; expected a tokenizer, a folder of the hub, or its "
         "tokenizer.json"
     )
-
-
-def _parsed(text: str) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_str(text)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises the bare type, and its panics are no errors
-        raise InputError(f"tokenizer: not a tokenizer.json ({shorten(str(error), 120)})") from None
-
-
-def _parse(text: str, name: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}: not JSON ({first_line(error)})") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{name}: expected a group of fields")
-    return data
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file; none without the file."""
-    return _parse(read_limited(path, _LARGEST_CONFIG), str(path)) if path.exists() else {}
-
-
-def _token(config: Mapping[str, Any], name: str) -> str | None:
-    """The text of a special token, which may be a group with a field `content`."""
-    value = config.get(name)
-    value = value.get("content") if isinstance(value, Mapping) else value
-    return value if isinstance(value, str) and value else None
-
-
-def _template(value: Any) -> str | None:
-    """The chat template; of several by name, the default one."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        value = {x.get("name"): x.get("template") for x in value if isinstance(x, Mapping)}
-    if isinstance(value, Mapping):
-        value = value.get("default")
-    return value if isinstance(value, str) else None
-
-
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and value else value
-
-
-def _ids(data: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    """One id or several. Raises InputError for anything else."""
-    value = data.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(map(is_whole, ids)):
-        raise InputError(f"{key} is {shorten(repr(value), 60)}; expected a token id, or a list")
-    return tuple(dict.fromkeys(ids))
-
-
-def _sentence_piece(piece: str) -> bytes:
-    """A space is written as U+2581, and a single byte as <0x41>."""
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        try:
-            return bytes([int(piece[3:5], 16)])
-        except ValueError:
-            pass
-    return piece.replace(_SPACE, " ").encode()

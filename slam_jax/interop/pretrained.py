@@ -37,6 +37,7 @@ from slam_jax.interop.weights import (
     without_head,
 )
 from slam_jax.language_models import make_model
+from slam_jax.layers.lora import merge_lora
 
 OWN_TYPE = "slam_v3"
 """The model_type of a SLAM v3 in a config.json."""
@@ -147,7 +148,7 @@ def save_pretrained(
     files: the content of further files by name, such as those of its tokenizer.
 
     Settings of training that the publisher's configuration has no field for (losses, capacities)
-    and the dtype of the computation are not written.
+    and the dtype of the computation are not written. Adapters are merged into their kernels.
 
     Raises:
       InputError: the model was never published in this form, or the folder is not empty.
@@ -174,6 +175,7 @@ def write_folder(
     files: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Writes the parameters of a model as *.safetensors, and other files; see `save_pretrained`.
+    Adapters are merged.
 
     layout_of: from its parameters. texts: what each JSON file has, by its name. files: the content
     of further files, by their names.
@@ -181,7 +183,7 @@ def write_folder(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: it is not empty; give a new or an empty folder")
-    params: Any = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    params: Any = flatten_dict(nnx.to_pure_dict(nnx.state(merge_lora(model), nnx.Param)))
     layout = layout_of(params)
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

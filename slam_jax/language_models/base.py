@@ -216,7 +216,7 @@ class HeadedModel(nnx.Module):
         """The head: logits (float32 or wider) of hidden states."""
         if self.head is None:
             return project_to_float32(states, self.embedding.embedding[...].T)
-        return project_to_float32(states, self.head.kernel[...])
+        return project_to_float32(states, self.head.weight)
 
     @precise
     def prefill(

@@ -98,7 +98,7 @@ class Latents(nnx.Module):
 
     def _bank(self, c_kv, k_rope, visible, absorbed):
         """A function of the queries that returns what they read from the latents."""
-        k_up, v_up = (up.kernel[...].astype(self.dtype) for up in (self.k_up, self.v_up))
+        k_up, v_up = (up.weight.astype(self.dtype) for up in (self.k_up, self.v_up))
         bank: Any = dict(latents=c_kv, w_uk=k_up, w_uv=v_up, k_rope=k_rope)
         return functools.partial(latent_attend, **bank, mask=visible, absorbed=absorbed)
 

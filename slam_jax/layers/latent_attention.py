@@ -279,7 +279,7 @@ class MultiHeadLatentAttention(nnx.Module):
         return self.q_nope(latent), q_rope, self.kv_norm(self.kv_down(x)), k_rope
 
     def _attend(self, q, q_rope, c_kv, k_rope, mask, absorbed):
-        k_up, v_up = (up.kernel[...].astype(self.dtype) for up in (self.k_up, self.v_up))
+        k_up, v_up = (up.weight.astype(self.dtype) for up in (self.k_up, self.v_up))
         kw: Any = dict(q_rope=q_rope, k_rope=k_rope, mask=mask, score_scale=self.rope.score_scale)
         return self.out(latent_attend(q, c_kv, k_up, v_up, **kw, absorbed=absorbed))
 
@@ -328,7 +328,7 @@ class LatentCrossAttention(nnx.Module):
         absorbed: bool = False,
     ) -> Float[Array, "*B T D"]:
         """What the tokens of x read from the latents; 0 for a row whose latents are all masked."""
-        k_up, v_up = (up.kernel[...].astype(self.dtype) for up in (self.k_up, self.v_up))
+        k_up, v_up = (up.weight.astype(self.dtype) for up in (self.k_up, self.v_up))
         return self.out(latent_attend(self.q(x), latents, k_up, v_up, mask=mask, absorbed=absorbed))
 
     def weights(
@@ -338,5 +338,5 @@ class LatentCrossAttention(nnx.Module):
         mask: Bool[Array, "*#B #T S"] | None = None,
     ) -> Float[Array, "*B N T S"]:
         """The attention weights of the same call."""
-        k_up = self.k_up.kernel[...].astype(self.dtype)
+        k_up = self.k_up.weight.astype(self.dtype)
         return latent_attention_weights(self.q(x), latents, k_up, mask=mask, absorbed=False)

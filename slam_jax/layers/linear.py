@@ -19,10 +19,16 @@ LECUN_NORMAL = jax.nn.initializers.lecun_normal()
 def project(
     x: Float[Array, "..."], kernel: Float[Array, "..."], in_axes: int = 1
 ) -> Float[Array, "..."]:
-    """Contracts the last `in_axes` axes of x with the first `in_axes` axes of the kernel."""
+    """Contracts the last `in_axes` axes of x with the first `in_axes` axes of the kernel.
+
+    The result has the name that `slam_jax.layers.remat` stores.
+    """
+    return checkpoint_name(_contract(x, kernel, in_axes), LINEAR)
+
+
+def _contract(x: jax.Array, kernel: jax.Array, in_axes: int) -> jax.Array:
     contracted = tuple(range(x.ndim - in_axes, x.ndim)), tuple(range(in_axes))
-    y = jax.lax.dot_general(x, kernel, (contracted, ((), ())))
-    return checkpoint_name(y, LINEAR)
+    return jax.lax.dot_general(x, kernel, (contracted, ((), ())))
 
 
 def project_to_float32(
@@ -42,7 +48,16 @@ class Linear(nnx.Module):
     Attention uses tuples: `Linear(D, (N, H))` gives heads, `Linear((N, H), D)` takes them back.
     The kernel has the shape (*in_features, *out_features). It is initialised by `kernel_init` as a
     matrix of the same number of inputs and outputs, times `init_scale`.
+
+    `slam_jax.layers.lora.add_lora` gives it an adapter: y = x W + lora_scale (x A) B (+ b) with
+    `lora_a` A of shape (*in_features, r) and `lora_b` B of shape (r, *out_features). The leading
+    axes of a stack of maps come before these.
     """
+
+    # Of the class, so that maps without an adapter have no more attributes than before.
+    lora_a: nnx.Param | None = None
+    lora_b: nnx.Param | None = None
+    lora_scale: float = 1.0
 
     def __init__(
         self,
@@ -60,14 +75,34 @@ class Linear(nnx.Module):
             (shape,) if isinstance(shape, int) else tuple(shape)
             for shape in (in_features, out_features)
         )
-        self.in_axes, self.dtype = len(inputs), dtype
+        self.in_axes, self.out_axes, self.dtype = len(inputs), len(outputs), dtype
         fan_in, fan_out = math.prod(inputs), math.prod(outputs)
         kernel = init_scale * kernel_init(rngs.params(), (fan_in, fan_out), param_dtype)
         self.kernel = nnx.Param(kernel.reshape(*inputs, *outputs))
         self.bias = nnx.Param(jnp.zeros(outputs, param_dtype)) if use_bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        y = project(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.in_axes)
+        x = x.astype(self.dtype)
+        y = project(x, self.kernel[...].astype(self.dtype), self.in_axes)
+        if self.lora_a is not None and self.lora_b is not None:
+            low = project(x, self.lora_a[...].astype(self.dtype), self.in_axes)
+            # Not stored for the gradient: it is as large as y, and recomputed from few numbers.
+            y = y + self.lora_scale * _contract(low, self.lora_b[...].astype(self.dtype), 1)
         if self.bias is None:
             return y
         return y + jax.lax.broadcast_to_rank(self.bias[...].astype(self.dtype), y.ndim)
+
+    @property
+    def weight(self) -> Float[Array, "..."]:
+        """The kernel with its adapter, W + lora_scale A B, also of a stack of maps.
+
+        Without an adapter it is the kernel. Otherwise it has the wider dtype of the two.
+        """
+        kernel = self.kernel[...]
+        if self.lora_a is None or self.lora_b is None:
+            return kernel
+        a, b = self.lora_a[...], self.lora_b[...]
+        stack = kernel.shape[: kernel.ndim - self.in_axes - self.out_axes]
+        a, b = a.reshape(*stack, -1, a.shape[-1]), b.reshape(*stack, a.shape[-1], -1)
+        product = jnp.matmul(a, b, precision="highest")
+        return kernel + self.lora_scale * product.reshape(kernel.shape)

@@ -132,7 +132,7 @@ def extrapolated(
 ) -> tuple[Step, Sequence[Mapping[str, int]]]:
     """The step of the whole subject, and the numbers of layers that `measure` was called with."""
     deep = {name: depth for name, depth in subject.depths.items() if depth.repeats > 2}
-    if names_layers(subject.optimizer):  # then a further layer need not add as much as the last
+    if names_layers(subject.patterns):  # then a further layer need not add as much as the last
         deep = {}
     base = {name: depth.layers(1) for name, depth in deep.items()}
     first, measured = measure(subject.with_layers(base)), [base]

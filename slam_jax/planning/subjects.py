@@ -17,6 +17,7 @@ from slam_jax.errors import require_count
 from slam_jax.kernels.backend import for_accelerators
 from slam_jax.language_models.flops import training_flops
 from slam_jax.language_models.registry import make_config, make_model
+from slam_jax.layers.lora import LoraConfig
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.slam_v3.flops import num_memory
 from slam_jax.training.base import provided_by
@@ -91,6 +92,12 @@ class Subject:
     num_processes: int = 1
     view: str | None = None
     provided: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """All patterns of parameter paths."""
+        lora = getattr(self.config, "lora", LoraConfig()).patterns
+        return (*self.optimizer.train, *self.optimizer.freeze, *lora)
 
     def with_layers(self, layers: Mapping[str, int]) -> "Subject":
         """The same with other numbers of layers, by the names of `depths`; `flops` and

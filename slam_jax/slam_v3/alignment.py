@@ -29,7 +29,7 @@ class AlignmentHead(nnx.Module):
         mask = jnp.ones(c_mem.shape[:2], bool) if memory.mask is None else memory.mask
         present = mask[..., None].astype(upcast(c_mem.dtype))
         mean = jnp.sum(c_mem * present, axis=1) / jnp.maximum(jnp.sum(present, axis=1), 1.0)
-        e = project_to_float32(mean.astype(c_mem.dtype), self.project.kernel[...])
+        e = project_to_float32(mean.astype(c_mem.dtype), self.project.weight)
         # Cut before the root, which has no gradient at 0: a row that shows nothing.
         return e / jnp.sqrt(jnp.maximum(jnp.sum(e * e, axis=-1, keepdims=True), 1e-12))
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slam_jax.errors import require, require_count
+from slam_jax.layers.lora import LoraConfig
 from slam_jax.model_config import ModelConfig, from_fields
 
 ENCODERS = ("resnet", "vit", "pretrained")
@@ -160,6 +161,7 @@ class SlamV3Config(ModelConfig):
     aux_slots: True = the row of an auxiliary vector has its own meaning.
     image: the image stream. decoder: a published language model as the decoder. It sets the
       vocabulary and the rotary positions of the decoder, whose other fields are then not used.
+    lora: low-rank adapters of linear maps, by default none.
     alignment_dim: width of the retrieval embedding.
     dropout: rate on what each sublayer adds and on the embeddings.
     without: some of PARTS, for ablations: the model is built without them and their parameters.
@@ -209,6 +211,7 @@ class SlamV3Config(ModelConfig):
     max_aux: int = 16
     image: ImageConfig = ImageConfig()
     decoder: DecoderConfig = dataclasses.field(default=DecoderConfig(), kw_only=True)
+    lora: LoraConfig = dataclasses.field(default=LoraConfig(), kw_only=True)
     context_length: int = 1_024
     alignment_dim: int = 64
     dropout: float = 0.0

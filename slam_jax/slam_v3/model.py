@@ -14,6 +14,7 @@ from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import DropoutKey, dropout, split
 from slam_jax.layers.kv_cache import check_appended, check_prompts
 from slam_jax.layers.linear import Linear, project_to_float32
+from slam_jax.layers.lora import add_lora
 from slam_jax.layers.masks import prefix_mask, without_unknown_pads
 from slam_jax.layers.precision import precise
 from slam_jax.protocol import Hidden, Output
@@ -67,6 +68,8 @@ class SlamV3(nnx.Module):
         self.decoder: Any = (Decoder if own else LanguageModelDecoder)(config, rngs=rngs)
         self.head = Linear(*sizes[::-1], **kw) if own else None
         self.alignment = AlignmentHead(config, rngs=rngs)
+        if config.lora.rank:  # last, so that all other parameters start as they do without
+            add_lora(self, config.lora.rank, config.lora.alpha, config.lora.patterns, rngs)
 
     @precise
     def encode(self, inputs: Inputs, *, key: DropoutKey = None) -> Memory:
@@ -121,7 +124,7 @@ class SlamV3(nnx.Module):
         """The head: logits (float32 or wider) of hidden states."""
         if self.head is None:
             return self.decoder.logits(states)
-        return project_to_float32(states, self.head.kernel[...])
+        return project_to_float32(states, self.head.weight)
 
     @precise
     def run_processes(

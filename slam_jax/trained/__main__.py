@@ -31,12 +31,14 @@ def main(arguments: list[str]) -> None:
     # Imported here because importing JAX takes seconds, in which Ctrl-C must already work.
     from slam_jax.trained.card import make_card
     from slam_jax.trained.folder import write_folder
+    from slam_jax.trained.saving import merged
     from slam_jax.training import load, split_model
     from slam_jax.training.checkpoint.trees import by_name
     from slam_jax.training.loading import read_saved
 
     saved = read_saved(WORKDIR.value, STEP.value)
-    loaded = load(WORKDIR.value, STEP.value, BASE.value)
+    loaded = merged(load(WORKDIR.value, STEP.value, BASE.value))
+    saved = saved._replace(config=loaded.config)
     card = make_card(loaded, WORKDIR.value, COMMAND.value, COMMIT.value, DTYPE.value)
     _, params = split_model(loaded.model)
     write_folder(OUTPUT.value, saved, by_name(params), card, dtype=DTYPE.value)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 
-from slam_jax.data.hub_tokenizer import CONFIG, HubTokenizer, tokenizer_from_json
+from slam_jax.data.hub_files import CONFIG
+from slam_jax.data.hub_tokenizer import HubTokenizer, tokenizer_from_json
 from slam_jax.errors import InputError, first_line, require, shorten, writing
 from slam_jax.interop.pretrained import OWN_TYPE, is_published, write_shards
 from slam_jax.interop.weights import find_weights

@@ -1,5 +1,6 @@
 """Writes trained and published models as folders to share."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ from slam_jax.data.hub_tokenizer import HubTokenizer
 from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.generation import ModelAndTokenizer
 from slam_jax.interop import pretrained
+from slam_jax.layers.lora import LoraConfig, merge_lora
 from slam_jax.trained.card import make_card
 from slam_jax.trained.folder import CARD, Trained, write_folder
 from slam_jax.training.checkpoint.trees import by_name
+from slam_jax.training.experiment import as_json
 from slam_jax.training.loading import Loaded
 from slam_jax.training.state import split_model
 
@@ -21,7 +24,7 @@ def save_pretrained(
 
     A language model is written in the form of its publisher, which other libraries read as well.
     A SLAM v3 has config.json, weights under our names, a tokenizer and a model card; published
-    parts inside it are written too, so that nothing else is needed.
+    parts inside it are written too, so that nothing else is needed. Adapters of LoRA are merged.
 
     Args:
       loaded: what `slam_jax.load` returned; a `ModelAndTokenizer`; or a language model alone, which
@@ -34,7 +37,7 @@ def save_pretrained(
       WriteError: the folder cannot be written; nothing is left behind.
     """
     if isinstance(loaded, Loaded):
-        aux = loaded.aux_format
+        loaded, aux = merged(loaded), loaded.aux_format
         about = Trained(
             config=loaded.config,
             step=loaded.step,
@@ -53,6 +56,15 @@ def save_pretrained(
         hub = HubTokenizer.of(tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
         files = {**hub.to_files(), CARD: _card(model)}
     pretrained.save_pretrained(model, folder, max_shard_bytes=max_shard_bytes, files=files)
+
+
+def merged(loaded: Loaded) -> Loaded:
+    """The same model with its adapters merged, and without them in its configuration."""
+    if not loaded.model.config.lora.rank:
+        return loaded
+    off = as_json(dataclasses.asdict(LoraConfig()))
+    config = {**loaded.config, "model": {**loaded.config["model"], "lora": off}}
+    return loaded._replace(model=merge_lora(loaded.model), config=config)
 
 
 def _card(model: Any) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from slam_jax.data import AnyTokenizer
 from slam_jax.errors import ConfigError, UserError, write_whole
+from slam_jax.layers.lora import is_adapter, merge_lora
 from slam_jax.runtime import distributed
 from slam_jax.trained.folder import WEIGHTS, find_folder
 from slam_jax.training.checkpoint import Checkpoints
@@ -41,8 +42,9 @@ def begin_from(
     """The state of a new run with the weights of `source`, and a report in one line.
 
     Arrays of the same name and shape are copied, with the dtype of `state`. Of arrays with a row
-    for each token, the rows of the same token are copied. All others keep their initial values. The
-    whole report is written to `workdir/init_from.json`.
+    for each token, the rows of the same token are copied. All others keep their initial values.
+    Adapters of the source are merged, unless the new run has all of them. The whole report is
+    written to `workdir/init_from.json`.
 
     source: of `RunConfig.init_from`. moved: folders with its base weights. tokenizer: of the new
     run. provided: names of frozen parameters that keep the values of their base.
@@ -53,9 +55,11 @@ def begin_from(
         loaded = load(source, base=moved)
     except UserError as error:
         raise ConfigError(f"run.init_from is {source!r}: {error}") from error
-    given = by_name(split_model(loaded.model)[1])
-    rows = _rows(loaded.tokenizer.ids_by_token, tokenizer.ids_by_token)
     own = by_name(state.params) | by_name(state.frozen or {})
+    given = by_name(split_model(loaded.model)[1])
+    if any(is_adapter(name) and name not in own for name in given):
+        given = by_name(split_model(merge_lora(loaded.model))[1])
+    rows = _rows(loaded.tokenizer.ids_by_token, tokenizer.ids_by_token)
     fits = {x: _fit(x, own[x], given.get(x), rows) for x in own if x not in provided}
     new = {name: fit.value for name, fit in fits.items() if fit.value is not None}
     if not new:

@@ -76,7 +76,7 @@ class OptimizerConfig:
 def decay_mask(params: Any) -> Any:
     """True where weight decay applies: for the kernels of linear maps and convolutions.
 
-    Norm scales, biases, embeddings and learned queries do not decay.
+    Norm scales, biases, embeddings, learned queries and adapters do not decay.
     """
 
     return jax.tree.map_with_path(lambda path, _: _names(path)[-1] == "kernel", params)

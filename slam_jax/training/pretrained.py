@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from slam_jax.data.hub_tokenizer import CONFIG, FILE, GENERATION, TEMPLATE
+from slam_jax.data.hub_files import CONFIG, FILE, GENERATION, TEMPLATE
 from slam_jax.errors import ConfigError, require
 from slam_jax.interop.filling import parameter_dtypes, read_parameters
 from slam_jax.interop.preprocessing import PREPROCESSING, load_preprocessing

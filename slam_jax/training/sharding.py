@@ -54,6 +54,9 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (r"positions", (None, "fsdp")),
     # Biases of heads and hidden units.
     (r"(query|key|value|gate|up)/bias", ("tensor",)),
+    # Adapters: inputs by their rank, and their rank by outputs.
+    (r"lora_a", ("fsdp",)),
+    (r"lora_b", (..., "fsdp")),
     # Small parameters.
     (r"(router/scores|weights)/kernel", WHOLE),
     (r"\w*norm\w*(/\d+)?/(scale|bias)", WHOLE),

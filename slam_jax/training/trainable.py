@@ -4,15 +4,14 @@ Trees are nested dicts of arrays. Names are slash paths of single layers, such a
 `decoder/layers/0/mlp/up/kernel`, also where the layers are stacked.
 """
 
-import difflib
-import fnmatch
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from slam_jax.errors import ConfigError, InputError, shorten
+from slam_jax.errors import ConfigError, InputError
 from slam_jax.layers.stacked import names_of
+from slam_jax.patterns import matching
 from slam_jax.training.optimizer import OptimizerConfig
 
 Tree = dict[Any, Any]
@@ -52,8 +51,8 @@ def split_of(shapes: Tree, config: OptimizerConfig, provided: Mapping[str, Any] 
         raise InputError(f"a base has the parameter {min(unknown)!r}, which the model does not")
     frozen = set(provided)
     if config.train:
-        frozen = names - _matching(names, config.train, "optimizer.train")
-    frozen |= _matching(names, config.freeze, "optimizer.freeze")
+        frozen = names - matching(names, config.train, "optimizer.train")
+    frozen |= matching(names, config.freeze, "optimizer.freeze")
     if frozen >= names:
         raise ConfigError("optimizer.train and optimizer.freeze leave no parameter that trains")
     new: Tree = {}
@@ -109,9 +108,9 @@ def merge(params: Any, others: Any) -> Any:
     return merged
 
 
-def names_layers(config: OptimizerConfig) -> bool:
+def names_layers(patterns: Iterable[str]) -> bool:
     """Whether the patterns may treat some layers unlike others."""
-    return any({*"?[0123456789"} & {*pattern} for pattern in (*config.train, *config.freeze))
+    return any({*"?[0123456789"} & {*pattern} for pattern in patterns)
 
 
 def names_in(params: Tree | None) -> set[str]:
@@ -132,33 +131,3 @@ def _entries(params: Tree, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[A
             yield from _entries(dict(value), (*keys, key))
         else:
             yield (*keys, key), value
-
-
-def _matching(names: Collection[str], patterns: Sequence[str], field: str) -> set[str]:
-    """The names that one of the patterns matches, or that are below a path that it matches."""
-    found: set[str] = set()
-    for pattern in patterns:
-        own = {
-            x
-            for x in names
-            if any(fnmatch.fnmatchcase(x, each) for each in (pattern, f"{pattern}/*"))
-        }
-        if not own:
-            raise ConfigError(
-                f"{field} has the pattern {shorten(repr(pattern), 120)}, which matches no "
-                f"parameter; {_near(names, pattern)}"
-            )
-        found |= own
-    return found
-
-
-def _near(names: Collection[str], pattern: str) -> str:
-    """What the writer of the pattern may have meant."""
-    wanted = pattern.rstrip("/*")
-    known = {name.rsplit("/", i)[0] for name in names for i in range(name.count("/") + 1)}
-    # "image/*" means "streams/image"; a whole path would be too different to be similar.
-    ends = sorted(path for path in known if path.endswith(f"/{wanted}"))
-    near = ends or difflib.get_close_matches(wanted, sorted(known), n=3)
-    if near:
-        return f"did you mean {' or '.join(map(repr, near[:3]))}?"
-    return f"paths begin with {', '.join(sorted({name.split('/')[0] for name in names}))}"
