@@ -61,7 +61,7 @@ def expected(prompt, offset, max_new_tokens):
 
 
 def decode(model, memory, prompts, lengths, max_new_tokens):
-    settings = {"max_new_tokens": max_new_tokens, "eos_id": EOS, "pad_id": PAD}
+    settings: Any = {"max_new_tokens": max_new_tokens, "eos_id": EOS, "pad_id": PAD}
     return jax.jit(partial(greedy_decode, model, **settings))(memory, prompts, lengths).tokens
 
 
@@ -128,7 +128,7 @@ def test_slam_v3_decodes_the_same_with_its_cache_as_with_a_full_forward_pass_per
     @jax.jit
     def cached(params):
         model = nnx.merge(graphdef, params)
-        settings = {"max_new_tokens": new_tokens, "eos_id": EOS, "pad_id": PAD}
+        settings: Any = {"max_new_tokens": new_tokens, "eos_id": EOS, "pad_id": PAD}
         return greedy_decode(model, model.encode(inputs), prompts, lengths, **settings).tokens
 
     @jax.jit
@@ -166,7 +166,7 @@ def test_a_bucket_of_shapes_is_compiled_once():
     for rows, length, new in ((3, 4, 5), (4, 9, 3), (3, 16, 16)):
         prompts, lengths = rng.integers(2, 61, (rows, length), np.int32), np.full(rows, length)
         lengths[0] -= 1
-        settings = {"max_new_tokens": new, "eos_id": -1, "pad_id": 0}
+        settings: Any = {"max_new_tokens": new, "eos_id": -1, "pad_id": 0}
         found = greedy_decode(model, None, prompts, lengths, **settings)
         assert found.tokens.shape == found.logprobs.shape == (rows, new)
     assert compiled._cache_size() == before + 1
@@ -183,7 +183,9 @@ def test_a_bucket_of_shapes_is_compiled_once():
     np.testing.assert_array_equal(cut, np.where(kept, found.tokens, 0))
     limit = np.full(3, 99)
     keys, rules = jnp.broadcast_to(jax.random.key(0), (3,)), Sampling().rules
-    state = start_decoding(model, None, prompts, lengths, keys, rules, Ends(-1, 0), limit, 16)
+    state = start_decoding(
+        model, None, prompts, lengths, keys, rules, Ends(np.array([-1]), 0), limit, 16
+    )
     assert state.limit.tolist() == [16] * 3
 
 

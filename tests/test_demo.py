@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -344,11 +343,11 @@ def test_a_row_is_added_at_the_end():
     assert add_row({"headers": ["x", "y"], "data": [[1, 2]]}) == [[1, 2], [None, None]]
 
 
-def build(loaded):
+def build(loaded, make=make_app):
     """The app; in a loop, for outside of one gradio makes some that it does not close."""
 
     async def build():
-        return make_app(loaded)
+        return make(loaded)
 
     return asyncio.run(build())
 
@@ -423,6 +422,4 @@ def test_a_language_model_is_asked_in_a_conversation():
     plain = ModelAndTokenizer(loaded.model, HubTokenizer(tokenizer.json), max_new_tokens=4)
     [expected] = generate(plain, [Request("the")], Sampling(4))
     assert list(chat.answer(plain, "the", before, 4, 0))[-1].startswith(expected.text)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Gradio's own
-        assert chat.make_chat(loaded).title == "slam_jax"
+    assert build(loaded, chat.make_chat).title == "slam_jax"

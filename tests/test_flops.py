@@ -93,9 +93,13 @@ def test_attention_grows_with_the_square_and_mamba_does_not():
 
 
 def tower(**changes: Any) -> dict[str, Any]:
-    sizes = dict(image_size=24, patch_size=8, embed_dim=16, mlp_dim=40, num_layers=2, num_heads=2)
-    how = dict(size=(24, 24))
-    return {"tower": VisionConfig(**{**sizes, **changes}), "preprocessing": Preprocessing(**how)}
+    sizes: dict[str, Any] = dict(
+        image_size=24, patch_size=8, embed_dim=16, mlp_dim=40, num_layers=2, num_heads=2
+    )
+    return {
+        "tower": VisionConfig(**{**sizes, **changes}),
+        "preprocessing": Preprocessing(size=(24, 24)),
+    }
 
 
 def decoder(system: str, **changes: Any) -> DecoderConfig:

@@ -1,6 +1,7 @@
 """Tokenizers of published models: ids, ends, chat templates that nobody checked."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def byte_level(*, bos: bool) -> tokenizers.Tokenizer:
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    settings = dict(vocab_size=300, special_tokens=SPECIALS, show_progress=False)
+    settings: Any = dict(vocab_size=300, special_tokens=SPECIALS, show_progress=False)
     trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **settings)
     model.train_from_iterator(TEXTS, trainer)
     if bos:
@@ -236,7 +237,7 @@ def test_a_template_that_never_ends_is_stopped():
 
 def test_every_end_token_ends_an_answer(model):
     prompts, lengths = jnp.array([[5, 6, 7, 8]]), jnp.array([4])
-    settings = dict(max_new_tokens=8, pad_id=0)
+    settings: Any = dict(max_new_tokens=8, pad_id=0)
     free = greedy_decode(model, None, prompts, lengths, eos_id=None, **settings).tokens[0].tolist()
     assert len(set(free[:4])) > 2
     first = free[2]

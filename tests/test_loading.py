@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 MIB = 2**20
 
 
+@pytest.mark.slow
 def test_several_devices_hold_what_one_does():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     file = Path(__file__).with_name("eight_devices_loading.py")

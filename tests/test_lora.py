@@ -156,7 +156,8 @@ def test_every_adapter_has_a_gradient(build, make_inputs):
     assert all(x.any() for name, x in later.items() if is_adapter(name))
 
 
-@pytest.mark.parametrize("remat", ["maps", pytest.param("layers", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["maps", "layers"])
 def test_stacked_layers_compute_the_same_when_rematerialised(make_inputs, remat):
     vit = ImageConfig("vit", size=6, patch_size=3, num_layers=2)
     depths: Any = dict(num_process_layers=2, num_decoder_layers=2, image=vit, lora=ALL)
@@ -187,7 +188,7 @@ def test_stacked_layers_compute_the_same_when_rematerialised(make_inputs, remat)
     assert_close(merged[0], expected[0])
 
 
-SLOW = {name: pytest.mark.slow for name in SYSTEMS if name not in ("slam_v5", "deepseek_v2")}
+SLOW = {name: pytest.mark.slow for name in SYSTEMS if name != "slam_v5"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=SLOW.get(x, ())) for x in SYSTEMS])

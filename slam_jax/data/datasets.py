@@ -198,7 +198,8 @@ def _read_digits(
     config: DataConfig, model: SlamV3Config, tokenizer: AnyTokenizer | None, _: Any
 ) -> Dataset:
     variant = config.name.partition("/")[2]
-    require(variant in ("", "words"), "data.name", config.name, "digits, digits/words or mnist")
+    if variant not in ("", "words"):
+        raise ConfigError(f"data.name is {config.name!r}; use one of digits, digits/words")
     texts = digit_texts(words=variant == "words")
     rows = read_mnist(config) if config.name == "mnist" else read_digits(words=variant == "words")
     tokenizer = tokenizer or _tokenizer_of(_flat(texts), config, model)

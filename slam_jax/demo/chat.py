@@ -16,7 +16,7 @@ def make_chat(loaded: ModelAndTokenizer) -> gr.Blocks:
     count = sum(leaf.size for leaf in jax.tree.leaves(loaded.model))
     template = loaded.tokenizer.chat_template is not None
     about = "Ask it." if template else "It has no chat template: it continues what you write."
-    numbers = [
+    numbers: list[Any] = [
         gr.Number(loaded.max_new_tokens, label="max tokens", elem_id="max_new_tokens"),
         gr.Number(0, label="temperature", step=0.1, elem_id="temperature"),
     ]

@@ -29,7 +29,6 @@ from slam_jax.interop.gguf import GGUF
 from slam_jax.interop.tensors import Layout, Params
 from slam_jax.interop.weights import (
     Source,
-    Weights,
     find_folder,
     find_weights,
     read_json,
@@ -63,15 +62,14 @@ def open_pretrained(path: str | Path) -> Published:
     Raises InputError and ConfigError as `load_pretrained` does.
     """
     if str(path).endswith(".gguf"):
-        source: Source = GGUF(path)
-        data, fp8 = source.config, None
+        file, fp8 = GGUF(path), None
+        kind, config = read_config(file.config)
+        source: Source = file
     else:
         folder = find_folder(path)
         data, fp8 = read_quantization(read_json(folder / "config.json"))
-        source = find_weights(folder)
-    kind, config = read_config(data)
-    if isinstance(source, Weights):
-        source = source.without(skipped_layers(data, kind, config))
+        kind, config = read_config(data)
+        source = find_weights(folder).without(skipped_layers(data, kind, config))
     if fp8 is not None:
         source = dequantise(source, *fp8)
     if config.tie_embeddings:

@@ -76,8 +76,8 @@ class ImageConfig:
 
         object.__setattr__(self, "encoder", "pretrained")
         for field, kind in (("tower", VisionConfig), ("preprocessing", Preprocessing)):
-            if isinstance(value := getattr(self, field), Mapping):
-                object.__setattr__(self, field, from_fields(kind, value))
+            if (value := getattr(self, field)) is not None:
+                object.__setattr__(self, field, _as_config(kind, value, f"image.{field}"))
         if self.pretrained_size is not None:
             require_count("image.pretrained_size", self.pretrained_size, most=1 << 14)
         if self.tower is not None and self.layer is not None:
@@ -98,6 +98,14 @@ class ImageConfig:
         return -(-height // self.total_stride), -(-width // self.total_stride)
 
 
+def _as_config(kind: type, value: Any, field: str) -> Any:
+    """A configuration of this class, which may be given as the fields that JSON has."""
+    if isinstance(value, Mapping):
+        return from_fields(kind, value)
+    require(isinstance(value, kind), field, value, f"the fields of a {kind.__name__}")
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """A published language model as the decoder. By default the decoder is SLAM v3's own.
@@ -115,12 +123,13 @@ class DecoderConfig:
 
     def __post_init__(self):
         require_count("decoder.memory_every", self.memory_every, most=512)
-        if isinstance(self.language_model, Mapping):
+        if self.language_model is not None:
             from slam_jax.language_models import SYSTEMS  # they import this module
 
             known = f"one of {', '.join(SYSTEMS)}"
             require(self.system in SYSTEMS, "decoder.system", self.system, known)
-            config = from_fields(SYSTEMS[self.system or ""].config, self.language_model)
+            kind: Any = SYSTEMS[self.system or ""].config
+            config = _as_config(kind, self.language_model, "decoder.language_model")
             object.__setattr__(self, "language_model", config)
 
 

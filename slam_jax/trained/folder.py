@@ -97,6 +97,7 @@ def write_folder(
         return array
 
     about = {"model_type": OWN_TYPE, "slam_jax_version": __version__}
+    trained = trained._replace(config=_without_paths(trained.config))
     about |= {name: getattr(trained, name) for name in _FIELDS}
     tokenizer = tokenizer_from_json(trained.tokenizer)
     texts = {TOKENIZER: trained.tokenizer}
@@ -116,6 +117,15 @@ def write_folder(
             raise OSError(str(error)) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run without the folders of published parts, whose weights are here."""
+    model = dict(config["model"])
+    for group in ("decoder", "image"):
+        if model.get(group, {}).get("pretrained") is not None:
+            model[group] = {**model[group], "pretrained": None}
+    return {**config, "model": model}
 
 
 def read_folder(folder: Path) -> Trained:
