@@ -4,8 +4,8 @@ Command:   hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir=parts/smo
            hf download google/siglip-base-patch16-224 --local-dir=parts/siglip
            python train.py --config=configs/slam_v3_pretrained.py --config.data.path=DIR \
                --workdir=runs/pretrained
-Hardware:  an accelerator of 16 GB or more.
-Duration and score: it has not been trained. Weights of about 0.9 GB are downloaded.
+Hardware:  one accelerator.
+Duration and score: it has not been trained.
 
 `DIR` holds a table of questions, answers and pictures, as for configs/slam_v3_folder.py. These two
 parts are the pair that small open vision-language models use. Other folders will do:

@@ -12,7 +12,7 @@ def matching(
 ) -> set[str]:
     """The names that one of the patterns matches, or that are below a path that it matches.
 
-    `*` stands for any text, slashes too. field: that has the patterns. kind: what the names are of.
+    `*` matches any text, with slashes. field: that has the patterns. kind: what the names are of.
 
     Raises ConfigError for a pattern that matches nothing, with similar paths.
     """

@@ -154,7 +154,7 @@ def test_no_gradient_of_a_frozen_parameter_is_computed(parts):
     graphdef, state = toy_state(config, jnp.float32)
     step = jit_train_step(graphdef, state, toy_loss, config, 10, lambda part: 1.0)
     gradients: Any = compile_step(step, state, BATCH)[0]
-    # Of the gradients and the five parts of the loss.
+    # The gradients and the five parts of the loss.
     assert gradients.memory_analysis().output_size_in_bytes < 4 * (7 + 3 + 3 * 2 + 2 + 5) + 128
     text = gradients.as_text()
     moved = "parameter|copy|transpose|bitcast|get-tuple-element"

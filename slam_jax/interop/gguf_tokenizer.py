@@ -16,7 +16,7 @@ from slam_jax.interop.gguf_header import Header, shown
 
 # `tokenizer.ggml.token_type`.
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
-# Of SentencePiece, where a file names no others.
+# SentencePiece has these ids, where a file names no others.
 _SENTENCE_PIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 _LONGEST_PIECE = 512  # letters; SentencePiece makes pieces of at most 16
 

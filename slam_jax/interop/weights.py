@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from slam_jax.errors import InputError, first_line, shorten
+from slam_jax.runtime.files import read_limited
 
 _INDEX = "model.safetensors.index.json"
 # In bytes. Of DeepSeek-V3, which has 91,000 tensors, the index has 9 MB.
@@ -182,19 +183,11 @@ def find_weights(folder: Path) -> Weights:
 def read_json(path: Path, largest: int = _LARGEST_CONFIG) -> Any:
     """What a JSON file has. Raises InputError for none, or one of more than `largest` bytes."""
     try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path}: expected a file")
-        size = path.stat().st_size
-        if size > largest:
-            raise InputError(f"{path}: {size:,} bytes; expected at most {largest:,}")
-        with open(path, "rb") as file:  # no more than `size`: some files of Linux have no end
-            text = file.read(size).decode("utf-8-sig")  # some begin with a byte-order mark
-        return json.loads(text)
-    except InputError:
-        raise
-    except OSError as error:
-        reason = first_line(error)
-        raise InputError(f"{path}: {reason}; expected the folder of a published model") from None
+        return json.loads(read_limited(path, largest))
+    except InputError as error:
+        if path.exists():
+            raise
+        raise InputError(f"{error}; expected the folder of a published model") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({first_line(error)})") from None
 

@@ -54,7 +54,7 @@ class Linear(nnx.Module):
     axes of a stack of maps come before these.
     """
 
-    # Of the class, so that maps without an adapter have no more attributes than before.
+    # Class attributes, so that maps without an adapter have no further ones of their own.
     lora_a: nnx.Param | None = None
     lora_b: nnx.Param | None = None
     lora_scale: float = 1.0

@@ -19,7 +19,8 @@ def read_limited(path: str | Path, most_bytes: int) -> str:
             raise InputError(f"{path}: expected a file")
         if found.st_size > most_bytes:
             raise InputError(f"{path}: {found.st_size:,} bytes; expected at most {most_bytes:,}")
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:  # no more: some files of Linux have no end, and no size
+            return file.read(found.st_size).decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: {first_line(error)}") from None
     except UnicodeDecodeError as error:

@@ -78,12 +78,7 @@ def train(
         profile.check(run.num_steps)
     with contextlib.ExitStack() as stack:
         is_first = distributed.is_first_process()
-        if is_first:
-            stack.enter_context(lock_workdir(workdir))
-        checkpoints = stack.enter_context(Checkpoints(workdir, keep_every=run.keep_every))
-        stack.enter_context(use_mesh(mesh))
-        stack.enter_context(experiment.model.precision())
-        stack.enter_context(distributed.explain_lost_peers())
+        checkpoints = _enter(stack, experiment, workdir, mesh)
         opened = open_run(experiment, checkpoints, mesh, base)
         state, pending = opened.state, opened.pending_evaluation
         first, writer = int(state.step), None
@@ -102,15 +97,25 @@ def train(
         progress.log(_describe_start(state, mesh, workdir))
         profiler = Profiler(profile if is_first else None, first, workdir, progress)
         tools = checkpoints, writer, progress, stop or Stop(), mesh, stack.enter_context(profiler)
-        trainer = Trainer(
-            opened.experiment,
-            with_groups(config, opened.experiment.model),
-            *(opened.graphdef, opened.dataset),
-            *tools,
-            bases=opened.bases,
-        )
+        config = with_groups(config, opened.experiment.model)
+        parts = opened.experiment, config, opened.graphdef, opened.dataset
+        trainer = Trainer(*parts, *tools, bases=opened.bases)
         with explain_out_of_memory("a step", _SMALLER_STEPS):
             return trainer.run(state, pending)
+
+
+def _enter(
+    stack: contextlib.ExitStack, experiment: Experiment, workdir: str | Path, mesh: Mesh | None
+) -> Checkpoints:
+    """Locks the workdir, and enters what the whole run is in; returns the checkpoints."""
+    if distributed.is_first_process():
+        stack.enter_context(lock_workdir(workdir))
+    keep_every = experiment.run.keep_every
+    checkpoints = stack.enter_context(Checkpoints(workdir, keep_every=keep_every))
+    stack.enter_context(use_mesh(mesh))
+    stack.enter_context(experiment.model.precision())
+    stack.enter_context(distributed.explain_lost_peers())
+    return checkpoints
 
 
 def _describe_start(state: TrainState, mesh: Mesh | None, workdir: str | Path) -> str:

@@ -34,8 +34,8 @@ class OptimizerConfig:
     accumulate_steps: a batch is split into this many parts, one after the other, and their
     gradients are averaged by answer tokens. The result is the gradient of the whole batch, except
     for the alignment loss, which compares the pairs within a part.
-    train, freeze: patterns of parameter paths, such as "decoder/layers/0/*" or "*/bias". `*` stands
-    for any text, slashes too; a pattern also matches everything below the path it names. Those that
+    train, freeze: patterns of parameter paths, such as "decoder/layers/0/*" or "*/bias". `*` is
+    any text, with slashes; a pattern also matches everything below the path it names. Those that
     `train` matches train, without those that `freeze` matches. train=() = all but those that are
     loaded as base weights. The others have neither gradient, moments, average nor weight decay.
     """
