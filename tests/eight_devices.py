@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bases import write_language_model
 from flax import nnx
 from helpers import assert_same
 from jax.sharding import PartitionSpec
@@ -643,3 +645,48 @@ def test_a_run_resumes_on_other_devices(run_config, tmp_path, monkeypatch, capsy
     assert load(tmp_path / "moved", "latest").step == 6
     assert len(losses("moved")) == 6
     np.testing.assert_allclose(losses("moved"), losses("alone"), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_on_published_parts_is_that_of_one_device(run_config, tmp_path):
+    """A frozen language model with adapters, which resumes on other devices, and a run that begins
+    with its weights."""
+    write_language_model(tmp_path / "lm")
+    changes: dict[str, Any] = {
+        "data.batch_size": 8,
+        "run.num_steps": 4,
+        "run.evaluate_every": 2,
+        "run.evaluate_batches": 1,
+        "run.save_every": None,
+        "model.decoder.pretrained": str(tmp_path / "lm"),
+        "model.lora.rank": 2,
+        "model.lora.patterns": ("decoder/language_model/blocks/*/attention/query", "processes"),
+    }
+    config = override(run_config, [f"--config.{name}={value}" for name, value in changes.items()])
+
+    def on(workdir: str, *given: str, **sizes: int) -> Any:
+        axes = [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
+        return train(override(config, [*axes, *given]), tmp_path / workdir)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda *given: None)
+        alone = on("alone")
+        begun = on("begun_alone", f"--config.run.init_from={tmp_path / 'alone'}")
+    on("moved", data=1, fsdp=2, process=2, tensor=2)
+    shutil.rmtree(tmp_path / "moved" / "checkpoints" / "4")
+    moved = on("moved", data=2, process=4)
+    again = on("begun", f"--config.run.init_from={tmp_path / 'alone'}", fsdp=4, process=2)
+    for states, workdirs in (
+        ((moved, alone), ("moved", "alone")),
+        ((again, begun), ("begun", "begun_alone")),
+    ):
+        assert_same(jax.device_get(states[0].frozen), jax.device_get(states[1].frozen))
+        losses = [
+            [r["total"] for r in read_metrics(tmp_path / name) if r["split"] == "train"]
+            for name in workdirs
+        ]
+        assert len(losses[0]) == 4
+        np.testing.assert_allclose(*losses, rtol=1e-4)
+    saved = by_name(Checkpoints(tmp_path / "moved").read_shapes(4))
+    assert not any("lora" not in name for name in saved if "params/decoder/language_model" in name)
+    assert not any(name.startswith("frozen/decoder/language_model") for name in saved)

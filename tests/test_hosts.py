@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bases import write_language_model
 
 from slam_jax.errors import UserError
 from slam_jax.runtime import distributed
@@ -111,6 +112,32 @@ def test_two_processes_are_the_run_of_one(changes, alone, tmp_path):
     assert Checkpoints(tmp_path).steps() == [3, 6, 9]
     scores, whole = (Checkpoints(path).read_metrics(9) for path in (tmp_path, alone))
     assert scores == pytest.approx(whole, abs=0.05) and scores.keys() == whole.keys()
+
+
+@pytest.mark.slow
+def test_two_processes_on_published_parts_are_the_run_of_one(changes, tmp_path):
+    """Each process reads its part of a frozen language model, and of the weights to begin with."""
+    write_language_model(tmp_path / "lm")
+    changes = {
+        **changes,
+        "run.num_steps": 3,
+        "run.evaluate_every": 3,
+        "run.evaluate_batches": 1,
+        "mesh.data": 1,
+        "mesh.fsdp": -1,
+        "model.decoder.pretrained": tmp_path / "lm",
+        "model.lora.rank": 2,
+        "model.lora.patterns": '("decoder/language_model/blocks/*/mlp",)',
+    }
+    run(1, tmp_path / "alone", {**changes, "mesh.data": -1, "mesh.fsdp": 1})
+    run(2, tmp_path / "both", changes)
+    begin = {"run.init_from": tmp_path / "alone"}
+    run(1, tmp_path / "next_alone", {**changes, **begin, "mesh.data": -1, "mesh.fsdp": 1})
+    run(2, tmp_path / "next", {**changes, **begin})
+    for ours, theirs in (("both", "alone"), ("next", "next_alone")):
+        found = losses(tmp_path / ours)
+        assert [step for step, _ in found] == [1, 2, 3]
+        np.testing.assert_allclose(found, losses(tmp_path / theirs), rtol=1e-5)
 
 
 @pytest.mark.slow

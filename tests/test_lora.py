@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bases import write_language_model
 from flax import nnx
 from helpers import assert_same
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file
-from test_hub_tokenizer import TEMPLATE, byte_level
 
 import slam_jax
 from slam_jax import interop
@@ -347,12 +347,7 @@ PATTERNS = ("decoder/language_model/blocks/*/attention/query", "decoder/*/mlp", 
 def language_model(tmp_path_factory):
     """A folder of the hub with a tiny model and its tokenizer."""
     folder = tmp_path_factory.mktemp("lora") / "lm"
-    tokenizer = byte_level(bos=False)
-    config = make_config("standard", "tiny", vocab_size=tokenizer.get_vocab_size())
-    interop.save_pretrained(make_model(config, rngs=nnx.Rngs(3)), folder)
-    (folder / "tokenizer.json").write_text(tokenizer.to_str())
-    fields = {"bos_token": "<s>", "eos_token": "<|end|>", "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    write_language_model(folder)
     return folder
 
 

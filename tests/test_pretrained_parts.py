@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bases import write_language_model
 from flax import nnx
 from PIL import Image
-from test_hub_tokenizer import QUESTION, TEMPLATE, byte_level
+from test_hub_tokenizer import QUESTION, TEMPLATE
 
 import slam_jax
 from slam_jax.errors import ConfigError, InputError
 from slam_jax.generation import Request, Sampling, generate
-from slam_jax.interop import load_preprocessing, load_pretrained, load_vision, save_pretrained
-from slam_jax.language_models import make_config, make_model
+from slam_jax.interop import load_preprocessing, load_pretrained, load_vision
+from slam_jax.language_models import make_config
 from slam_jax.planning.subjects import subject_of
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 from slam_jax.slam_v3.config import DecoderConfig, ImageConfig
@@ -130,12 +131,7 @@ def test_the_image_stream_is_what_the_publisher_computes():
 def language_model(tmp_path_factory):
     """A folder of the hub with a tiny model and its tokenizer."""
     folder = tmp_path_factory.mktemp("parts") / "lm"
-    tokenizer = byte_level(bos=False)
-    config = make_config("standard", "tiny", vocab_size=tokenizer.get_vocab_size() + 4)
-    save_pretrained(make_model(config, rngs=nnx.Rngs(3)), folder)
-    (folder / "tokenizer.json").write_text(tokenizer.to_str())
-    fields = {"bos_token": "<s>", "eos_token": "<|end|>", "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    write_language_model(folder, 4)
     return folder
 
 

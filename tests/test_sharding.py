@@ -20,6 +20,7 @@ from slam_jax.layers.lora import LoraConfig
 from slam_jax.planning.collectives import Collective, collectives
 from slam_jax.runtime.memory import require_memory
 from slam_jax.slam_v3 import SlamV3, SlamV3Config
+from slam_jax.slam_v3.config import DecoderConfig, ImageConfig
 from slam_jax.training import default_config, override, split_model
 from slam_jax.training.checkpoint.trees import by_name
 from slam_jax.training.experiment import Experiment, as_json
@@ -89,6 +90,16 @@ def tower(kind, **changes):
     return VisionTower(VisionConfig(model_type=kind, **{**sizes, **changes}), rngs=nnx.Rngs(0))
 
 
+def on_published_parts(system):
+    """SLAM v3 with a language model as the decoder and a vision tower."""
+    sizes: Any = dict(image_size=32, patch_size=8, embed_dim=48, mlp_dim=96, num_layers=2)
+    kind = VisionConfig(model_type="siglip_vision_model", num_heads=4, **sizes)
+    image = ImageConfig(size=32, pretrained="folder", tower=kind)
+    decoder = DecoderConfig("folder", 2, system, make_config(system, "tiny"))
+    config = SlamV3Config.preset("tiny", 13, image=image, decoder=decoder)
+    return SlamV3(config, rngs=nnx.Rngs(0))
+
+
 OPTIONS = SlamV3Config.preset(
     "tiny",
     13,
@@ -106,6 +117,10 @@ MODELS = {
     "slam_v3, vit": lambda: v3(encoder="vit"),
     "slam_v3, adapters": lambda: v3(lora=("*",)),
     "slam_v3, options": lambda: SlamV3(OPTIONS, rngs=nnx.Rngs(0)),
+    **{
+        f"slam_v3, {name}": lambda name=name: on_published_parts(name)
+        for name in ("standard", "deepseek_v2", "jamba")
+    },
     **{
         name: lambda name=name: make_model(make_config(name, "tiny"), rngs=nnx.Rngs(0))
         for name in SYSTEMS

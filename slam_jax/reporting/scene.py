@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     if arguments:
         raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
     given = flags.FLAGS
-    loaded = load(given.workdir, given.step)
+    loaded = load(given.workdir, given.step, given.base)
     path = Path(given.output)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +70,9 @@ if __name__ == "__main__":
     # Defined here, as other commands have flags of the same names.
     flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
     flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
+    flags.DEFINE_multi_string(
+        "base", [], "Where base weights are now that a checkpoint names; repeatable."
+    )
     flags.DEFINE_string("output", "scene.png", "Path of the picture, a PNG.")
     flags.DEFINE_string("prompt", "shape closest to red", "The question.")
     flags.DEFINE_integer("scene", 0, "The number of the test scene.", 0, 199)

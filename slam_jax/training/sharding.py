@@ -48,8 +48,9 @@ RULES: tuple[tuple[str, Axes], ...] = (
     # Mamba: channels I, by states or the rank of dt.
     (r"(a_log|skip|conv_bias|(b|c|dt_down)/kernel|dt_up/bias)", ("tensor",)),
     (r"(conv_filter|dt_up/kernel)", (None, "tensor")),
-    # Projections of images and vectors, and to the retrieval embedding: the last dimension is D.
-    (r"(stem|conv1|conv2|shortcut|project|aux)/kernel", (..., "fsdp")),
+    # Projections of images, vectors and the embeddings of a published language model, and to the
+    # retrieval embedding: the last dimension is D.
+    (r"(stem|conv1|conv2|shortcut|project|aux|streams/text)/kernel", (..., "fsdp")),
     # Learned positions (S, D) of vision towers.
     (r"positions", (None, "fsdp")),
     # Biases of heads and hidden units.
@@ -62,6 +63,7 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (r"\w*norm\w*(/\d+)?/(scale|bias)", WHOLE),
     (r"(stem|project|aux|alignment|out|down)/bias", WHOLE),
     (r"(log_temperature|choice_bias|type|slot|instruction|queries|text_convolution/filter)", WHOLE),
+    (r"readers/\d+/gate", WHOLE),
     (r"(class_token|registers|(attention|mlp)_scale)", WHOLE),
 )
 
