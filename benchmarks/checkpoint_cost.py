@@ -21,6 +21,7 @@ from slam_jax.runtime.compile_cache import enable_compile_cache
 from slam_jax.training import Checkpoints, Experiment, make_optimizer, make_train_step, slam_v3_loss
 from slam_jax.training.checkpoint.trees import num_bytes
 from slam_jax.training.experiment import as_json
+from slam_jax.training.slam_v3_task import SlamV3Task
 from slam_jax.training.start import initial_state
 
 ROUNDS, SEGMENT_S = 5, 60
@@ -33,7 +34,7 @@ def main() -> None:
     config.data.stages = ((0, {"image": 1.0}),)
     experiment = Experiment.from_config(config)
     dataset = prepare(experiment.data)
-    graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
+    graphdef, state = initial_state(SlamV3Task(experiment), dataset.tokenizer.vocab_size)
     step_fn = jax.jit(
         make_train_step(
             graphdef,

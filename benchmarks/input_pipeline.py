@@ -45,12 +45,13 @@ def steps(count: int, data_dir: str, quick: bool) -> Any:
     import jax
 
     from slam_jax.runtime.compile_cache import enable_compile_cache
+    from slam_jax.training.slam_v3_task import SlamV3Task
     from slam_jax.training.start import initial_state, jit_step
 
     enable_compile_cache()
     experiment, dataset, made = _prepared(data_dir, quick)
-    graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
-    step = jit_step(experiment, graphdef, state)
+    graphdef, state = initial_state(SlamV3Task(experiment), dataset.tokenizer.vocab_size)
+    step = jit_step(SlamV3Task(experiment), graphdef, state)
     kept = [next(made)[1] for _ in range(count)]
 
     def call():

@@ -19,7 +19,8 @@ import numpy as np
 
 from slam_jax.planning.plans import plan_step
 from slam_jax.planning.subjects import subject_of
-from slam_jax.training import Experiment, override, read_config
+from slam_jax.training import override, read_config
+from slam_jax.training.kinds import task_of
 from slam_jax.training.mesh import make_mesh
 from slam_jax.training.sharding import place, use_mesh
 from slam_jax.training.start import compile_step, initial_state, jit_step, temporary_bytes
@@ -29,14 +30,14 @@ CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
 
 def main() -> None:
     config = override(read_config(CONFIG), ["--config.model.dtype=float32"])
-    subject, experiment = subject_of(config), Experiment.from_config(config)
+    subject, task = subject_of(config), task_of(config)
     mesh = make_mesh(subject.mesh, subject.num_processes)
     planned = plan_step(subject, mesh)
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), subject.batch)
     with use_mesh(mesh):
-        graphdef, state = initial_state(experiment, subject.config.vocab_size, mesh)
-        batch = place(batch, mesh, experiment.data.batch_size)
-        step = jit_step(experiment, graphdef, state)
+        graphdef, state = initial_state(task, subject.config.vocab_size, mesh)
+        batch = place(batch, mesh, task.experiment.data.batch_size)
+        step = jit_step(task, graphdef, state)
         taken = temporary_bytes(*compile_step(step, state, batch))
         state, _ = step(state, batch)
     rows = {

@@ -30,6 +30,7 @@ from slam_jax.language_models import make_config, make_model
 from slam_jax.runtime import cli
 from slam_jax.runtime.compile_cache import enable_compile_cache
 from slam_jax.training import Experiment, read_config, split_model
+from slam_jax.training.slam_v3_task import SlamV3Task
 from slam_jax.training.start import compile_step, initial_state, jit_step
 
 CONFIG = Path(__file__).parents[1] / "configs" / "slam_v3_quickstart.py"
@@ -68,8 +69,8 @@ def language_model(system: str, preset: str = "seed", length: int = LENGTH) -> N
 def quickstart() -> None:
     experiment = Experiment.from_config(read_config(CONFIG))
     dataset = prepare(experiment.data, model=experiment.model)
-    graphdef, state = initial_state(experiment, dataset.tokenizer.vocab_size)
-    step = jit_step(experiment, graphdef, state)
+    graphdef, state = initial_state(SlamV3Task(experiment), dataset.tokenizer.vocab_size)
+    step = jit_step(SlamV3Task(experiment), graphdef, state)
     whole = jax.jit(step, donate_argnums=0)  # one executable: its operations have different names
     ends = [*(start for start, _ in experiment.data.stages[1:]), experiment.run.num_steps]
     total, compile_seconds, executables = 0.0, 0.0, {}

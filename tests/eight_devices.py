@@ -42,6 +42,7 @@ from slam_jax.training import (
     override,
     read_config,
     slam_v3_loss,
+    slam_v3_task,
     split_model,
     train,
 )
@@ -50,6 +51,7 @@ from slam_jax.training.experiment import as_json
 from slam_jax.training.mesh import MeshConfig, make_mesh
 from slam_jax.training.metrics import read_metrics
 from slam_jax.training.sharding import place, shardings_of, use_mesh
+from slam_jax.training.slam_v3_task import SlamV3Task
 from slam_jax.training.start import compile_step, initial_state, jit_step
 
 VOCAB = 16
@@ -335,7 +337,7 @@ def experiment_of(sizes: dict[str, int], **changes: Any) -> Experiment:
 
 @functools.cache
 def start_alone(**changes: Any) -> tuple[Any, Any]:
-    return initial_state(experiment_of({}, **changes), VOCAB)
+    return initial_state(SlamV3Task(experiment_of({}, **changes)), VOCAB)
 
 
 def first_state() -> Any:
@@ -358,8 +360,8 @@ def on_four_processes() -> tuple[Any, Any]:
     """The first state of a run whose processes are on four devices, and its jitted step."""
     mesh, experiment = mesh_of(process=4), experiment_of({})
     with use_mesh(mesh):
-        graphdef, state = initial_state(experiment, VOCAB, mesh)
-        return state, jit_step(experiment, graphdef, state)
+        graphdef, state = initial_state(SlamV3Task(experiment), VOCAB, mesh)
+        return state, jit_step(SlamV3Task(experiment), graphdef, state)
 
 
 def test_a_state_starts_as_on_one_device_and_is_restored_onto_others(tmp_path):
@@ -388,8 +390,8 @@ def steps(
         if experiment.mesh.process == 4 and experiment.mesh.data == 1:
             state, step_fn = on_four_processes()
         else:
-            graphdef, state = start or initial_state(experiment, VOCAB, mesh)
-            step_fn = jit_step(experiment, graphdef, state)
+            graphdef, state = start or initial_state(SlamV3Task(experiment), VOCAB, mesh)
+            step_fn = jit_step(SlamV3Task(experiment), graphdef, state)
         state = jax.tree.map(jnp.copy, state)  # a step donates it
         losses = []
         for _ in range(count):
@@ -620,7 +622,7 @@ def test_a_run_resumes_on_other_devices(run_config, tmp_path, monkeypatch, capsy
     with monkeypatch.context() as patch:
         patch.setattr(loop, "make_mesh", lambda *given: None)
         train(run_config, tmp_path / "alone")
-    validate = loop.validate
+    validate = slam_v3_task.validate
 
     def killed_at_the_second(experiment, graphdef, state, *more):
         if int(state.step) == 6:
@@ -628,7 +630,7 @@ def test_a_run_resumes_on_other_devices(run_config, tmp_path, monkeypatch, capsy
         return validate(experiment, graphdef, state, *more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "validate", killed_at_the_second)
+        patch.setattr(slam_v3_task, "validate", killed_at_the_second)
         train(on(process=4), tmp_path / "moved")
     assert Checkpoints(tmp_path / "moved").steps() == [3]
     state = train(on(process=1, fsdp=2, tensor=2), tmp_path / "moved")

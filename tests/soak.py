@@ -37,13 +37,14 @@ from slam_jax.training import (
     CheckpointError,
     Checkpoints,
     Experiment,
-    loop,
     override,
     read_config,
+    slam_v3_task,
     train,
 )
 from slam_jax.training.checkpoint.trees import by_name
 from slam_jax.training.metrics import read_metrics
+from slam_jax.training.slam_v3_task import SlamV3Task
 from slam_jax.training.start import initial_state, jit_step
 
 ROOT = Path(__file__).parents[1]
@@ -329,7 +330,7 @@ class Soak:
     def nan(self) -> None:
         """With a NaN in the batch of one step, the run ends as if it had skipped that batch."""
         bad = self.random.randrange(1, 25)
-        made = loop.training_batches
+        made = slam_v3_task.training_batches
 
         def poisoned(*args: Any, start_step: int = 0, **more: Any) -> Iterator[Any]:
             batches = made(*args, start_step=start_step, **more)
@@ -340,12 +341,12 @@ class Soak:
                     batch = dataclasses.replace(batch, inputs=Inputs(aux=aux))
                 yield view, batch
 
-        loop.training_batches = poisoned  # pyright: ignore[reportAttributeAccessIssue]
+        slam_v3_task.training_batches = poisoned  # pyright: ignore[reportAttributeAccessIssue]
         workdir = self.folder / "nan"
         try:
             state = train(self.config, workdir)
         finally:
-            loop.training_batches = made
+            slam_v3_task.training_batches = made
             shutil.rmtree(workdir, ignore_errors=True)
         check(same(state, self.skipping(bad)), f"NaN at step {bad}: another state")
         self.outcomes["NaN"]["as if skipped"] += 1
@@ -354,8 +355,8 @@ class Soak:
         """The final state of a run that skips the batch of step `bad`, from a separate loop."""
         experiment = Experiment.from_config(self.config)
         data = prepare(experiment.data)
-        graphdef, state = initial_state(experiment, data.tokenizer.vocab_size)
-        step_fn = jit_step(experiment, graphdef, state)
+        graphdef, state = initial_state(SlamV3Task(experiment), data.tokenizer.vocab_size)
+        step_fn = jit_step(SlamV3Task(experiment), graphdef, state)
         batches = training_batches(data.train, data.tokenizer, experiment.data)
         for step in range(1, experiment.run.num_steps + 1):
             _, batch = next(batches)

@@ -28,6 +28,7 @@ from slam_jax.training import (
     override,
     read_config,
     resume,
+    slam_v3_task,
     split_model,
     train,
 )
@@ -35,6 +36,7 @@ from slam_jax.training.base import Base, BaseRecord, locate, records_of, without
 from slam_jax.training.checkpoint.trees import by_name, num_bytes
 from slam_jax.training.experiment import as_json
 from slam_jax.training.metrics import read_metrics
+from slam_jax.training.slam_v3_task import SlamV3Task
 from slam_jax.training.start import state_shapes
 from slam_jax.training.trainable import names_in, split_of
 
@@ -56,7 +58,7 @@ def with_base(base_folder):
         return (base_in(base_folder, known),) if known is None or known else ()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resume, "bases_of", bases_of)
+        patch.setattr(slam_v3_task, "bases_of", bases_of)
         patch.setattr(loading, "bases_of", bases_of)
         yield
 
@@ -140,7 +142,7 @@ def test_a_checkpoint_has_no_more_than_what_trains_and_its_optimizer_state(base_
     rest = by_name(split_of(shapes, experiment.optimizer).of(shapes)[1])
     given = BaseRecord(NAME, str(base_folder), {}, ())
     bases = [Base(given, rest, lambda like: like)]
-    state = filled(state_shapes(experiment, 300, bases=bases)[1])
+    state = filled(state_shapes(SlamV3Task(experiment), 300, bases=bases)[1])
     assert records_of(bases, state.frozen)[0]["path"] == str(base_folder)
     with Checkpoints(tmp_path) as checkpoints:
         stored = without_bases(state, bases)
@@ -227,7 +229,7 @@ def test_a_resumed_run_with_frozen_parameters_is_the_unbroken_one(
     config, finished, tmp_path, monkeypatch
 ):
     workdir, _, state = finished
-    validate = loop.validate
+    validate = slam_v3_task.validate
 
     def fails_at_the_second(experiment, graphdef, state, *more):
         if int(state.step) == 4:
@@ -235,7 +237,7 @@ def test_a_resumed_run_with_frozen_parameters_is_the_unbroken_one(
         return validate(experiment, graphdef, state, *more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "validate", fails_at_the_second)
+        patch.setattr(slam_v3_task, "validate", fails_at_the_second)
         train(config, tmp_path)
     assert Checkpoints(tmp_path).steps() == [2]
     assert_same(train(config, tmp_path), state)
@@ -292,7 +294,7 @@ def test_a_run_goes_back_past_bad_batches_with_its_frozen_parameters(
     config, finished, tmp_path, monkeypatch
 ):
     config = override(config, ["--config.run.max_bad_steps=1", "--config.run.evaluate_every=1"])
-    batches = loop.training_batches
+    batches = slam_v3_task.training_batches
 
     def broken(*args, start_step=0, **more):
         made = batches(*args, start_step=start_step, **more)
@@ -302,7 +304,7 @@ def test_a_run_goes_back_past_bad_batches_with_its_frozen_parameters(
                 batch = dataclasses.replace(batch, inputs=Inputs(aux=aux))
             yield view, batch
 
-    monkeypatch.setattr(loop, "training_batches", broken)
+    monkeypatch.setattr(slam_v3_task, "training_batches", broken)
     state = train(config, tmp_path)
     assert (state.step, state.skipped) == (4, 1)
     assert_same(state.frozen, finished[1].frozen)

@@ -18,6 +18,7 @@ from slam_jax.training.checkpoint.trees import by_name
 from slam_jax.training.experiment import as_json
 from slam_jax.training.init_from import REPORT, begin_from
 from slam_jax.training.resume import open_run
+from slam_jax.training.slam_v3_task import SlamV3Task
 from slam_jax.training.start import state_shapes
 
 TEXTS = ["red circle at twelve", "blue square at forty", "how many circles are red"]
@@ -44,7 +45,7 @@ def make_state(config: dict[str, Any], vocab_size: int, seed: int) -> Any:
 
 @functools.cache
 def shapes_of(config: str, vocab_size: int) -> Any:
-    return state_shapes(Experiment.from_config(json.loads(config)), vocab_size)[1]
+    return state_shapes(SlamV3Task(Experiment.from_config(json.loads(config))), vocab_size)[1]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -207,7 +208,7 @@ def test_only_a_new_run_reads_its_source(source, tokenizer, tmp_path, monkeypatc
     )
     workdir = tmp_path / "run"
     with Checkpoints(workdir) as checkpoints:
-        opened = open_run(experiment, checkpoints, None)
+        opened = open_run(SlamV3Task(experiment), checkpoints, None)
         [note] = opened.notes
         assert note.startswith(f"began with {copy}, step 3: ") and (workdir / REPORT).is_file()
         np.testing.assert_array_equal(
@@ -218,6 +219,6 @@ def test_only_a_new_run_reads_its_source(source, tokenizer, tmp_path, monkeypatc
     shutil.rmtree(copy)
     for source_now in (str(copy), None, "elsewhere"):
         config["run"]["init_from"] = source_now
-        again = open_run(Experiment.from_config(config), Checkpoints(workdir), None)
+        again = open_run(SlamV3Task(Experiment.from_config(config)), Checkpoints(workdir), None)
         assert again.notes == []
         jax.tree.map(np.testing.assert_array_equal, again.state.params, opened.state.params)

@@ -37,12 +37,14 @@ from slam_jax.training import (
     override,
     read_config,
     resume,
+    slam_v3_task,
     split_model,
     train,
 )
 from slam_jax.training.losses import LossParts
 from slam_jax.training.metrics import read_metrics
 from slam_jax.training.optimizer import make_schedule
+from slam_jax.training.slam_v3_task import SlamV3Task
 from slam_jax.training.start import state_shapes
 from slam_jax.training.state import StepMetrics
 
@@ -74,12 +76,13 @@ def compiled_once():
     def remember(function):
         results = {}
 
-        def remembered(experiment, *rest):
+        def remembered(task, *rest):
+            experiment = task.experiment
             parts = experiment.seed, experiment.model, experiment.optimizer, experiment.loss
             sizes = [jax.tree.map(jnp.shape, x) if hasattr(x, "params") else x for x in rest]
             key = repr((parts, experiment.run.num_steps, experiment.run.prng_impl, sizes[-2:]))
             if key not in results:
-                results[key] = function(experiment, *rest)
+                results[key] = function(task, *rest)
             return results[key]
 
         return remembered
@@ -144,7 +147,7 @@ def test_the_loaded_model_is_the_one_that_was_trained(config, finished):
 
 def test_a_finished_run_returns_its_state_at_once(config, finished, monkeypatch):
     workdir, state = finished
-    monkeypatch.setattr(loop, "validate", None)
+    monkeypatch.setattr(slam_v3_task, "validate", None)
     monkeypatch.setattr(resume, "initial_state", None)  # only the restored state needs memory
     before = numbers(workdir)
     # Such as the advice of a run that ended over damaged pictures.
@@ -170,7 +173,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(config, finished, tmp_pat
     workdir, state = finished
     # The machine itself repeats: else the comparison below would say nothing.
     assert_same(train(config, tmp_path / "again"), state)
-    validate = loop.validate
+    validate = slam_v3_task.validate
 
     def fails_at_the_second(experiment, graphdef, state, *more):
         if int(state.step) == 4:
@@ -179,7 +182,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(config, finished, tmp_pat
 
     broken = tmp_path / "broken"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "validate", fails_at_the_second)
+        patch.setattr(slam_v3_task, "validate", fails_at_the_second)
         train(config, broken)
     assert Checkpoints(broken).steps() == [2]
     assert_same(train(config, broken), state)
@@ -203,7 +206,7 @@ def ask_at(monkeypatch, module, name, count):
 def test_dropout_draws_by_the_chosen_generator(config):
     for impl, dtype in (("threefry2x32", "key<fry>"), ("rbg", "key<rbg>")):
         chosen = override(config, [f"--config.run.prng_impl={impl}"])
-        _, state = state_shapes(Experiment.from_config(chosen), 300)
+        _, state = state_shapes(SlamV3Task(Experiment.from_config(chosen)), 300)
         assert str(state.key.dtype) == dtype
     with pytest.raises(ConfigError, match="run.prng_impl"):
         Experiment.from_config(override(config, ["--config.run.prng_impl=mine"]))
@@ -230,12 +233,12 @@ def test_a_run_with_other_random_numbers_resumes_bit_for_bit(config, finished, t
 @pytest.mark.parametrize(
     ("module", "name", "count", "step"),
     [
-        (loop, "training_batches", 3, 3),
+        (slam_v3_task, "training_batches", 3, 3),
         # An evaluation would follow.
-        pytest.param(loop, "training_batches", 4, 4, marks=pytest.mark.slow),
+        pytest.param(slam_v3_task, "training_batches", 4, 4, marks=pytest.mark.slow),
         # In the middle of the second evaluation.
-        pytest.param(loop, "evaluation_batches", 3, 4, marks=pytest.mark.slow),
-        (loop, "evaluation_batches", 5, 6),  # and of the last
+        pytest.param(slam_v3_task, "evaluation_batches", 3, 4, marks=pytest.mark.slow),
+        (slam_v3_task, "evaluation_batches", 5, 6),  # and of the last
     ],
 )
 def test_a_run_that_is_asked_to_stop_saves_and_resumes(
@@ -252,7 +255,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_resumes(
     if step == 6:
         # It is asked to stop again, in the middle of the evaluation that is still to be done.
         with monkeypatch.context() as patch:
-            stop = ask_at(patch, loop, "evaluation_batches", 1)
+            stop = ask_at(patch, slam_v3_task, "evaluation_batches", 1)
             with pytest.raises(Stopped, match="step 6 is saved"):
                 train(config, tmp_path, stop)
         # Then the evaluation is written, and the run is killed before its checkpoint is.
@@ -278,7 +281,7 @@ def test_an_evaluation_that_fails_or_is_cut_short_loses_no_step(
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", full)
+        patch.setattr(slam_v3_task, "evaluate", full)
         with pytest.raises(OutOfMemory, match="an evaluation does not fit into memory; resume"):
             train(config, tmp_path)
     assert Checkpoints(tmp_path).steps() == [2] and Checkpoints(tmp_path).read_metrics(2) == {}
@@ -306,32 +309,32 @@ def test_an_evaluation_takes_its_batches_in_parts(config, finished, monkeypatch)
         taken.append([(len(batch.batch.tokens), len(batch.examples)) for batch in batches])
         return SimpleNamespace(metrics={"views": {"aux": {"relational": {"accuracy": 0.5}}}})
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(slam_v3_task, "evaluate", evaluate)
     dataset = prepare(Experiment.from_config(config).data)
     for parts in (1, 2):
         experiment = Experiment.from_config(
             override(config, [f"--config.optimizer.accumulate_steps={parts}"])
         )
-        graphdef, _ = state_shapes(experiment, dataset.tokenizer.vocab_size)
-        loop.validate(experiment, graphdef, finished[1], dataset, lambda: False)
+        graphdef, _ = state_shapes(SlamV3Task(experiment), dataset.tokenizer.vocab_size)
+        slam_v3_task.validate(experiment, graphdef, finished[1], dataset, lambda: False)
     assert taken == [[(4, 4)] * 2, [(2, 2)] * 4]
 
 
 def test_a_tokenizer_of_other_data_is_refused(config, finished, monkeypatch):
     workdir, _ = finished
-    prepare = resume.prepare
+    prepare = slam_v3_task.prepare
 
     def changed(data, tokenizer=None, *, whole=True, **more):
         made = prepare(data, tokenizer, **more)
         tokenizer = tokenizer or Tokenizer.train(["other words"], 280)
         return dataclasses.replace(made, tokenizer=tokenizer, corpus_is_whole=whole)
 
-    monkeypatch.setattr(resume, "prepare", changed)
+    monkeypatch.setattr(slam_v3_task, "prepare", changed)
     message = r"a tokenizer of sha256 \w{12}, and the data now gives \w{12}: the data set has"
     with pytest.raises(CheckpointError, match=message):
         train(config, workdir)
     # Where records are damaged, the words are other ones and the data is the same.
-    monkeypatch.setattr(resume, "prepare", functools.partial(changed, whole=False))
+    monkeypatch.setattr(slam_v3_task, "prepare", functools.partial(changed, whole=False))
     assert train(config, workdir).step == 6
 
 
@@ -353,14 +356,14 @@ def test_a_step_that_does_not_fit_says_what_to_lower(config, tmp_path, monkeypat
     def full(*args, **more):
         raise error
 
-    monkeypatch.setattr(loop, "training_batches", full)
+    monkeypatch.setattr(slam_v3_task, "training_batches", full)
     with pytest.raises(raised, match=r"lower data\.batch_size|INTERNAL"):
         train(config, tmp_path)
 
 
 def break_steps(monkeypatch, steps):
     """The batches of these steps hold a NaN."""
-    batches = loop.training_batches
+    batches = slam_v3_task.training_batches
 
     def broken(*args, start_step=0, **kwargs):
         made = batches(*args, start_step=start_step, **kwargs)
@@ -370,7 +373,7 @@ def break_steps(monkeypatch, steps):
                 batch = dataclasses.replace(batch, inputs=Inputs(aux=aux))
             yield view, batch
 
-    monkeypatch.setattr(loop, "training_batches", broken)
+    monkeypatch.setattr(slam_v3_task, "training_batches", broken)
 
 
 @pytest.mark.parametrize("text", ["", "5", "5:", "0:2", "2:0", "-1:2", "1:2:3", "a:b", "1.5:2"])
@@ -393,15 +396,16 @@ def test_rates_are_of_the_whole_batch(config):
     nothing: Any = None
     dataset: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=50))
     experiment = Experiment.from_config(config)
+    task = SlamV3Task(experiment)
     trainer = loop.Trainer(
-        *(experiment, config, nothing, dataset, nothing, None, progress, Stop(), None, nothing)
+        *(task, config, nothing, dataset, nothing, None, progress, Stop(), None, nothing)
     )
     half = np.full((2, 5), 6, np.int32)
     inputs = Inputs(aux=np.zeros((2, 3, 10), np.float32))
     batch = Batch(inputs, np.zeros((2, 5, 8), np.int32), half - 2, half)
     zero: Any = np.zeros((), np.int32)
     metrics = StepMetrics(LossParts(*[zero] * 5), zero, zero, zero)
-    trainer._report(3, "aux", batch, trainer._training_flops(batch), metrics)
+    trainer._report(3, "aux", batch, task.flops(50, batch), metrics)
     [rates] = shown
     assert (rates["examples"], rates["tokens"]) == (4, 4 * 5 * 6)
     model = experiment.with_vocabulary(50)
@@ -434,11 +438,11 @@ def test_a_run_goes_back_past_bad_batches_and_on(config, tmp_path, monkeypatch, 
     made = np.array([0, 1, 1, 2, 3, 3, 2, 3, 4])
     np.testing.assert_allclose(rates, schedule(made), rtol=1e-6)
     # What a killed run that is started again does, too.
-    validate = loop.validate
+    validate = slam_v3_task.validate
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "validate", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(slam_v3_task, "validate", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         train(config, tmp_path / "broken")
-    assert loop.validate is validate
+    assert slam_v3_task.validate is validate
     assert Checkpoints(tmp_path / "broken").steps() == [3, 6]
     assert_same(train(config, tmp_path / "broken"), state)
     assert numbers(tmp_path / "broken") == numbers(tmp_path / "run")

@@ -27,6 +27,7 @@ from slam_jax.training.experiment import Experiment, as_json
 from slam_jax.training.mesh import MeshConfig, make_mesh, more_fsdp, resolve
 from slam_jax.training.optimizer import OPTIMIZERS
 from slam_jax.training.sharding import RULES, matching_rules, place
+from slam_jax.training.slam_v3_task import SlamV3Task
 from slam_jax.training.start import state_shapes
 from slam_jax.vision_models import VisionConfig, VisionTower
 
@@ -172,7 +173,9 @@ def test_every_rule_is_of_some_parameter_and_names_no_more_than_its_dimensions(s
 def test_the_state_of_every_optimizer_has_its_place(name):
     config: Any = default_config("tiny")
     config.optimizer.name = name
-    _, state = state_shapes(Experiment.from_config(config), 13, jax.make_mesh((1,), ("fsdp",)))
+    _, state = state_shapes(
+        SlamV3Task(Experiment.from_config(config)), 13, jax.make_mesh((1,), ("fsdp",))
+    )
     assert all(x.sharding.mesh.size == 1 for x in jax.tree.leaves(state))
 
 

@@ -25,6 +25,7 @@ from slam_jax.training import (
 )
 from slam_jax.training.checkpoint.trees import by_name, from_names
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
+from slam_jax.training.slam_v3_task import SlamV3Task
 from slam_jax.training.start import initial_state, state_shapes
 
 VOCAB = 13
@@ -186,12 +187,12 @@ def experiment(scan: bool) -> Experiment:
 
 @functools.cache
 def state_of(scan: bool) -> Any:
-    return initial_state(experiment(scan), VOCAB)[1]
+    return initial_state(SlamV3Task(experiment(scan)), VOCAB)[1]
 
 
 @functools.cache
 def shapes_of(scan: bool) -> Any:
-    return state_shapes(experiment(scan), VOCAB)[1]
+    return state_shapes(SlamV3Task(experiment(scan)), VOCAB)[1]
 
 
 def test_a_run_starts_alike_with_and_without_stacks():

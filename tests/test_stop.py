@@ -127,8 +127,8 @@ import os, signal, sys
 import jax
 jax.distributed.initialize("localhost:" + sys.argv[3], num_processes=1, process_id=0)
 from slam_jax.runtime.signals import Stop, Stopped
-from slam_jax.training import loop, override, read_config, train
-made = loop.training_batches
+from slam_jax.training import override, read_config, slam_v3_task, train
+made = slam_v3_task.training_batches
 
 def notified(*args, **more):
     for at, batch in enumerate(made(*args, **more), 1):
@@ -136,7 +136,7 @@ def notified(*args, **more):
             os.kill(os.getpid(), signal.SIGTERM)  # what JAX takes as the cluster's notice
         yield batch
 
-loop.training_batches = notified
+slam_v3_task.training_batches = notified
 config = override(read_config(sys.argv[1]), ["--config.run.num_steps=2000"])
 stop = Stop()
 try:

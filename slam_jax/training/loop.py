@@ -3,20 +3,17 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from slam_jax.data import Batch, Dataset, EvaluationBatch, evaluation_batches, training_batches
 from slam_jax.errors import UserError
-from slam_jax.evaluation import evaluate
 from slam_jax.runtime import distributed
 from slam_jax.runtime.compile_cache import enable_compile_cache
 from slam_jax.runtime.devices import peak_flops
@@ -25,18 +22,18 @@ from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.runtime.signals import Stop, Stopped
 from slam_jax.training.base import Bases, records_of, without_bases
 from slam_jax.training.checkpoint import Checkpoints
-from slam_jax.training.experiment import Experiment, as_json
-from slam_jax.training.flops import forward_flops
+from slam_jax.training.experiment import as_json
+from slam_jax.training.kinds import task_of
 from slam_jax.training.mesh import make_mesh, name_of
 from slam_jax.training.metrics import MetricsWriter
 from slam_jax.training.optimizer import make_schedule
-from slam_jax.training.pretrained import with_groups
 from slam_jax.training.profiling import Profile, Profiler
 from slam_jax.training.progress import Progress
 from slam_jax.training.resume import open_run
 from slam_jax.training.sharding import local_rows, place, use_mesh
 from slam_jax.training.start import compile_step, jit_step
 from slam_jax.training.state import StepMetrics, TrainState
+from slam_jax.training.task import Task
 
 
 class TrainingDiverged(UserError):
@@ -71,15 +68,15 @@ def train(
     """
     enable_compile_cache()
     config = as_json(config)
-    experiment = Experiment.from_config(config)
-    run, mesh = experiment.run, make_mesh(experiment.mesh, experiment.model.num_processes)
-    experiment.check(mesh)
+    task = task_of(config)
+    run, mesh = task.experiment.run, make_mesh(task.experiment.mesh, task.num_processes)
+    task.check(mesh)
     if profile is not None:
         profile.check(run.num_steps)
     with contextlib.ExitStack() as stack:
         is_first = distributed.is_first_process()
-        checkpoints = _enter(stack, experiment, workdir, mesh)
-        opened = open_run(experiment, checkpoints, mesh, base)
+        checkpoints = _enter(stack, task, workdir, mesh)
+        opened = open_run(task, checkpoints, mesh, base)
         state, pending = opened.state, opened.pending_evaluation
         first, writer = int(state.step), None
         if is_first:
@@ -97,23 +94,22 @@ def train(
         progress.log(_describe_start(state, mesh, workdir))
         profiler = Profiler(profile if is_first else None, first, workdir, progress)
         tools = checkpoints, writer, progress, stop or Stop(), mesh, stack.enter_context(profiler)
-        config = with_groups(config, opened.experiment.model)
-        parts = opened.experiment, config, opened.graphdef, opened.dataset
+        parts = opened.task, opened.task.stored(config), opened.graphdef, opened.dataset
         trainer = Trainer(*parts, *tools, bases=opened.bases)
         with explain_out_of_memory("a step", _SMALLER_STEPS):
             return trainer.run(state, pending)
 
 
 def _enter(
-    stack: contextlib.ExitStack, experiment: Experiment, workdir: str | Path, mesh: Mesh | None
+    stack: contextlib.ExitStack, task: Task, workdir: str | Path, mesh: Mesh | None
 ) -> Checkpoints:
     """Locks the workdir, and enters what the whole run is in; returns the checkpoints."""
     if distributed.is_first_process():
         stack.enter_context(lock_workdir(workdir))
-    keep_every = experiment.run.keep_every
+    keep_every = task.experiment.run.keep_every
     checkpoints = stack.enter_context(Checkpoints(workdir, keep_every=keep_every))
     stack.enter_context(use_mesh(mesh))
-    stack.enter_context(experiment.model.precision())
+    stack.enter_context(task.precision())
     stack.enter_context(distributed.explain_lost_peers())
     return checkpoints
 
@@ -143,10 +139,10 @@ _SMALLER_EVALUATIONS = (
 class Trainer:
     """The loop of one run and what it uses."""
 
-    experiment: Experiment
+    task: Task
     config: dict[str, Any]
     graphdef: nnx.GraphDef
-    dataset: Dataset
+    dataset: Any
     checkpoints: Checkpoints
     writer: MetricsWriter | None
     progress: Progress
@@ -158,11 +154,9 @@ class Trainer:
 
     def run(self, state: TrainState, pending_evaluation: bool) -> TrainState:
         """Takes all remaining steps; `pending_evaluation`: and evaluates the given state before."""
-        first, data, dataset = int(state.step), self.experiment.data, self.dataset
-        rows = local_rows(data.batch_size, self.mesh)
-        batches: Any = training_batches(
-            dataset.train, dataset.tokenizer, data, start_step=first, rows=rows
-        )
+        first = int(state.step)
+        rows = local_rows(self.task.experiment.data.batch_size, self.mesh)
+        batches: Any = self.task.batches(self.dataset, first, rows)
         with contextlib.closing(batches):
             if pending_evaluation:
                 self._save(first, state, self._evaluate(first, state))
@@ -171,12 +165,12 @@ class Trainer:
                     raise Stopped(f"step {first:,} is saved; the same command resumes from there")
             return self._take_steps(state, batches)
 
-    def _take_steps(self, state: TrainState, batches: Iterator[tuple[str, Batch]]) -> TrainState:
-        run, first = self.experiment.run, int(state.step)
-        step_fn = jit_step(self.experiment, self.graphdef, state)
+    def _take_steps(self, state: TrainState, batches: Iterator[tuple[str, Any]]) -> TrainState:
+        run, first = self.task.experiment.run, int(state.step)
+        step_fn = jit_step(self.task, self.graphdef, state)
         flops: dict[Any, int] = {}  # by the form of a batch, for which a step is compiled
-        batch_size = self.experiment.data.batch_size
-        unreported: list[tuple[int, str, Batch, int, StepMetrics]] = []
+        batch_size = self.task.experiment.data.batch_size
+        unreported: list[tuple[int, str, Any, int, StepMetrics]] = []
         for step in range(first + 1, run.num_steps + 1):
             self.checkpoints.poll()
             view, batch = next(batches)
@@ -184,7 +178,7 @@ class Trainer:
             leaves, structure = jax.tree.flatten(placed)
             form = structure, *((x.shape, x.dtype) for x in leaves)
             if form not in flops:
-                flops[form] = self._training_flops(batch)
+                flops[form] = self.task.flops(self.dataset.tokenizer.vocab_size, batch)
                 jax.block_until_ready(state)  # the time of the last step is none of compiling
                 with self.progress.compiling(view):
                     compile_step(step_fn, state, placed)
@@ -193,7 +187,7 @@ class Trainer:
                 state, metrics = step_fn(state, placed)
             self.profiler.after(step, state)
             self.stop.expect_save()
-            result: tuple[int, str, Batch, int, StepMetrics]
+            result: tuple[int, str, Any, int, StepMetrics]
             result = step, view, batch, flops[form], metrics
             stops = self._should_stop()
             saves = stops or run.evaluates(step) or run.saves(step)
@@ -224,25 +218,18 @@ class Trainer:
             self.stop.request()
         return self.stop.requested
 
-    def _training_flops(self, batch: Batch) -> int:
-        """Operations of a step, by the convention of `forward_flops`."""
-        model = self.experiment.with_vocabulary(self.dataset.tokenizer.vocab_size)
-        forward = forward_flops(model, self.experiment.loss, batch)
-        return 3 * self.experiment.data.batch_size * forward
-
-    def _report(self, step: int, view: str, batch: Batch, flops: int, metrics: StepMetrics) -> int:
+    def _report(self, step: int, view: str, batch: Any, flops: int, metrics: StepMetrics) -> int:
         """Shows and writes a step; returns how many steps in a row were skipped up to it."""
         values = jax.device_get(metrics)
-        # A process of several has a part of the rows; those of the others are about as long.
-        examples = self.experiment.data.batch_size
-        tokens = round(np.sum(batch.length) * examples / len(batch.tokens))
-        loss, seen = float(values.loss.total), dict(examples=examples, tokens=tokens, flops=flops)
+        experiment, tokens = self.task.experiment, self.task.num_tokens(batch)
+        seen = dict(examples=experiment.data.batch_size, tokens=tokens, flops=flops)
+        loss = float(values.loss.total)
         self.progress.update(step, loss=loss, **seen, view=view)
         if values.bad_steps:
             skipped = f"step {step:,} ({view}): loss or gradient is not finite, step skipped"
             self.progress.log(skipped)
-        if self.writer and step % self.experiment.run.log_every == 0:
-            schedule = make_schedule(self.experiment.optimizer, self.experiment.run.num_steps)
+        if self.writer and step % experiment.run.log_every == 0:
+            schedule = make_schedule(experiment.optimizer, experiment.run.num_steps)
             rate = schedule(values.updates)
             self.writer.write(step, "speed", self.progress.speed())
             more = {"grad_norm": values.grad_norm, "learning_rate": rate, "view": view}
@@ -254,11 +241,11 @@ class Trainer:
 
         Where the evaluation fails, the step is saved without it.
         """
-        run = self.experiment, self.graphdef, state, self.dataset
+        run = self.graphdef, state, self.dataset
         explained = explain_out_of_memory("an evaluation", _SMALLER_EVALUATIONS)
         try:
             with self.progress.paused(), explained:
-                scores = validate(*run, self._should_stop)
+                scores = self.task.validate(*run, self._should_stop)
         except Stopped:
             return None
         except Exception:
@@ -268,25 +255,18 @@ class Trainer:
             raise
         if self.writer:
             self.writer.write(step, "validation", scores)
-        shown = [f"{name} {100 * x:.1f}" for name, x in scores.items() if name != "accuracy"]
-        accuracy = f"validation {100 * scores['accuracy']:.1f} %"
-        self.progress.log(" · ".join([f"step {step:,}", accuracy, *shown]))
+        self.progress.log(f"step {step:,} · {self.task.describe(scores)}")
         return scores
 
     def _save(self, step: int, state: TrainState, scores: Mapping[str, float] | None) -> None:
         if self.writer:
             self.writer.sync()
-        dataset, aux = self.dataset, self.dataset.aux_format
-        splits = (dataset.train, dataset.validation)
-        longest_answer = max(split.answer_length(dataset.tokenizer) for split in splits)
         with self.progress.paused():
             self.checkpoints.save(
                 step,
                 without_bases(state, self.bases),
                 config=self.config,
-                tokenizer=dataset.tokenizer.to_json(),
-                aux=None if aux is None else aux.to_json(),
-                generation={"max_new_tokens": longest_answer + 1},
+                **self.task.beside(self.dataset)._asdict(),
                 bases=records_of(self.bases, state.frozen) or None,
                 metrics=scores or {},
             )
@@ -301,7 +281,7 @@ class Trainer:
         self.checkpoints.wait()
         last = self.checkpoints.recover(self.progress.log, until=step - bad_steps)
         text = f"step {step:,}: loss or gradient has not been finite for {bad_steps} steps"
-        if last is None or bad_steps > self.experiment.run.max_bad_steps:
+        if last is None or bad_steps > self.task.experiment.run.max_bad_steps:
             tried = "" if last is None else f", also not from the checkpoint of step {last:,}"
             raise TrainingDiverged(
                 f"{text}{tried}; lower optimizer.learning_rate or set optimizer.clip_norm in a new "
@@ -315,45 +295,3 @@ class Trainer:
             changed = {name: getattr(state, name) for name in ("params", "opt_state", "ema")}
             restored = self.checkpoints.restore(last, changed, partial=True)
         return dataclasses.replace(state, **restored)
-
-
-def validate(
-    experiment: Experiment,
-    graphdef: nnx.GraphDef,
-    state: TrainState,
-    dataset: Dataset,
-    should_stop: Callable[[], bool],
-) -> dict[str, float]:
-    """The accuracy of generated answers: "view/kind", and as "accuracy" their mean, by which the
-    best checkpoint is chosen.
-
-    should_stop: called before each batch; where it returns True, `Stopped` is raised.
-    """
-    run, data, parts = experiment.run, experiment.data, experiment.optimizer.accumulate_steps
-    size, count = data.batch_size // parts, run.evaluate_batches and run.evaluate_batches * parts
-
-    def batches(view: str) -> Iterator[EvaluationBatch]:
-        all_batches = evaluation_batches(
-            dataset.validation, dataset.tokenizer, view, size, seed=data.seed
-        )
-        for batch in itertools.islice(all_batches, count):
-            if should_stop():
-                raise Stopped
-            yield batch
-
-    views = run.evaluate_views or data.views
-    results = evaluate(
-        graphdef,
-        nnx.State(state.best_params),
-        {view: batches(view) for view in views},
-        dataset.tokenizer,
-        step=int(state.step),
-        max_new_tokens=dataset.validation.answer_length(dataset.tokenizer) + 1,
-    )
-    scores = {
-        f"{view}/{kind}": results.metrics["views"][view][kind]["accuracy"]
-        for view in views
-        for kind in results.metrics["views"].get(view, ())
-        if not kind.startswith("needs_both")
-    }
-    return {"accuracy": float(np.mean(list(scores.values()))), **scores}

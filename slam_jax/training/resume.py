@@ -3,21 +3,20 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from slam_jax.data import Dataset, prepare, tokenizer_from_json
 from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.training.base import Bases, load_bases, locate, provided_by, without_bases
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
-from slam_jax.training.experiment import Experiment
 from slam_jax.training.init_from import begin_from
-from slam_jax.training.pretrained import bases_of, found_at, with_pretrained
+from slam_jax.training.kinds import task_of
 from slam_jax.training.start import initial_state, state_shapes
 from slam_jax.training.state import TrainState
+from slam_jax.training.task import Task
 from slam_jax.training.trainable import merge
 
 MAY_CHANGE = (
@@ -35,22 +34,22 @@ first step began with. What is computed from an undamaged record is the same."""
 class OpenedRun(NamedTuple):
     """What the training loop begins with.
 
-    experiment: with the fields that are read from folders of published parts.
+    task: with the fields that are read from folders of published parts.
     pending_evaluation: the last step was saved without its evaluation, which is still to be done.
     notes: messages for the user, one line each. bases: those of the model.
     """
 
-    experiment: Experiment
+    task: Task
     graphdef: nnx.GraphDef
     state: TrainState
-    dataset: Dataset
+    dataset: Any
     pending_evaluation: bool
     notes: list[str]
     bases: Bases = ()
 
 
 def open_run(
-    experiment: Experiment,
+    task: Task,
     checkpoints: Checkpoints,
     mesh: Mesh | None,
     moved: Sequence[str | Path] = (),
@@ -67,33 +66,30 @@ def open_run(
     """
     notes: list[str] = []
     latest = checkpoints.recover(notes.append)
-    records = {}
-    if latest is None:
-        model = with_pretrained(experiment.model)
-    else:
-        records = locate(checkpoints.read_bases(latest), moved)
-        old = Experiment.from_config(checkpoints.read_config(latest))
-        model = found_at(with_pretrained(experiment.model, old.model), records)
-    experiment = dataclasses.replace(experiment, model=model)
+    old, records = None, {}
     if latest is not None:
-        _require_same_config(experiment, checkpoints, latest)
-    dataset = _open_dataset(experiment, checkpoints, latest)
-    experiment.check(mesh, dataset)
+        records = locate(checkpoints.read_bases(latest), moved)
+        old = task_of(checkpoints.read_config(latest))
+    task = task.opened(old, records)
+    if old is not None:
+        _require_same_config(task, old, checkpoints)
+    dataset = task.open_dataset(checkpoints, latest)
+    task.check(mesh, dataset)
     vocab_size = dataset.tokenizer.vocab_size
     with explain_out_of_memory("the training state", "choose smaller sizes or a larger machine"):
         if latest is None:
-            bases = bases_of(experiment.model)
-            graphdef, state = initial_state(experiment, vocab_size, mesh, bases)
-            if experiment.run.init_from is not None:
-                source = experiment.run.init_from, checkpoints.workdir, moved
+            bases = task.bases()
+            graphdef, state = initial_state(task, vocab_size, mesh, bases)
+            if task.init_from is not None:
+                source = task.init_from, checkpoints.workdir, moved
                 state, report = begin_from(*source, state, dataset.tokenizer, provided_by(bases))
                 notes.append(report)
-            return OpenedRun(experiment, graphdef, state, dataset, False, notes, bases)
-        bases = bases_of(experiment.model, records)
-        graphdef, like = state_shapes(experiment, vocab_size, mesh, bases)
+            return OpenedRun(task, graphdef, state, dataset, False, notes, bases)
+        bases = task.bases(records)
+        graphdef, like = state_shapes(task, vocab_size, mesh, bases)
         state = restore_state(checkpoints, latest, like, bases)
-    pending = experiment.run.evaluates(latest) and not checkpoints.read_metrics(latest)
-    return OpenedRun(experiment, graphdef, state, dataset, pending, notes, bases)
+    pending = task.experiment.run.evaluates(latest) and not checkpoints.read_metrics(latest)
+    return OpenedRun(task, graphdef, state, dataset, pending, notes, bases)
 
 
 def restore_state(
@@ -108,40 +104,15 @@ def restore_state(
     return dataclasses.replace(state, frozen=frozen)
 
 
-def _open_dataset(experiment: Experiment, checkpoints: Checkpoints, latest: int | None) -> Dataset:
-    """The data set. Of a resumed run it must give the tokenizer and the format of numbers that the
-    checkpoint has, or token ids and standardised numbers would change their meaning."""
-    dataset = prepare(experiment.data, model=experiment.model)
-    if latest is None:
-        return dataset
-    advice = "the data set has changed; restore the old one, or use another workdir"
-    tokenizer = tokenizer_from_json(checkpoints.read_tokenizer(latest))
-    if dataset.corpus_is_whole and tokenizer.sha256 != dataset.tokenizer.sha256:
-        raise CheckpointError(
-            f"{checkpoints.workdir} holds a run with a tokenizer of sha256 "
-            f"{tokenizer.sha256[:12]}, and the data now gives {dataset.tokenizer.sha256[:12]}: "
-            f"{advice}"
-        )
-    saved, format_now = checkpoints.read_aux(latest), dataset.aux_format
-    if saved is not None and (format_now is None or saved != format_now.to_json()):
-        raise CheckpointError(
-            f"{checkpoints.workdir} holds a run with other columns of numbers, or other numbers in "
-            f"them: {advice}"
-        )
-    if dataset.tokenizer != tokenizer:  # damaged records were missing from the text it learned
-        dataset = prepare(experiment.data, tokenizer, model=experiment.model)
-    return dataset
-
-
-def _require_same_config(experiment: Experiment, checkpoints: Checkpoints, latest: int) -> None:
+def _require_same_config(task: Task, old: Task, checkpoints: Checkpoints) -> None:
     """Raises CheckpointError where a field differs that may not change."""
     # The defaults of fields that an old configuration lacks are filled in.
-    old = Experiment.from_config(checkpoints.read_config(latest))
-    saved, ours = (flatten_dict(dataclasses.asdict(each), sep=".") for each in (old, experiment))
+    both = old.experiment, task.experiment
+    saved, ours = (flatten_dict(dataclasses.asdict(each), sep=".") for each in both)
     for name, value in ours.items():
         may_change = name in MAY_CHANGE or name.startswith("mesh.")
         # It says how a folder's table is read, and nothing about other data sets.
-        may_change |= name == "data.table_version" and experiment.data.name != "folder"
+        may_change |= name == "data.table_version" and task.experiment.data.name != "folder"
         if saved[name] != value and not may_change:
             raise CheckpointError(
                 f"{checkpoints.workdir} holds a run with {name}={saved[name]!r} and this one has "

@@ -12,19 +12,17 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from slam_jax.runtime.memory import require_memory
-from slam_jax.slam_v3 import SlamV3
 from slam_jax.training.base import Bases, load_bases, provided_by, without_bases
-from slam_jax.training.experiment import Experiment
-from slam_jax.training.losses import num_answer_tokens, slam_v3_loss
 from slam_jax.training.mesh import more_fsdp
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
 from slam_jax.training.sharding import bytes_per_device, shardings_of, with_shardings
 from slam_jax.training.state import TrainState, TrainStep, init_state, make_train_step, split_model
+from slam_jax.training.task import Task
 from slam_jax.training.trainable import merge, names_in, partition, split_of
 
 
 def initial_state(
-    experiment: Experiment, vocab_size: int, mesh: Mesh | None = None, bases: Bases = ()
+    task: Task, vocab_size: int, mesh: Mesh | None = None, bases: Bases = ()
 ) -> tuple[nnx.GraphDef, TrainState]:
     """The structure of the model and the state before the first step, sharded over the mesh.
 
@@ -32,15 +30,15 @@ def initial_state(
 
     Raises ConfigError, before anything is allocated, where it does not fit into memory.
     """
-    graphdef, like = state_shapes(experiment, vocab_size, mesh, bases)
+    graphdef, like = state_shapes(task, vocab_size, mesh, bases)
     provided = provided_by(bases)
     # One jitted function: a hundred single initialisers would take longer, and so no device ever
     # holds more than its shard. A restored state has the same shardings.
     own = without_bases(like, bases)
     shardings = jax.tree.map(lambda x: x.sharding, own)
-    seed, impl = experiment.seed, experiment.run.prng_impl
+    seed, impl = task.experiment.seed, task.experiment.run.prng_impl
     names = names_in(like.params), names_in(own.frozen)
-    make = functools.partial(_first_state, *_model_of(experiment, vocab_size), *names, seed, impl)
+    make = functools.partial(_first_state, *_model_of(task, vocab_size), *names, seed, impl)
     state = jax.jit(make, out_shardings=shardings)()
     if not provided:
         return graphdef, state
@@ -53,13 +51,13 @@ def initial_state(
 
 
 def state_shapes(
-    experiment: Experiment, vocab_size: int, mesh: Mesh | None = None, bases: Bases = ()
+    task: Task, vocab_size: int, mesh: Mesh | None = None, bases: Bases = ()
 ) -> tuple[nnx.GraphDef, TrainState]:
     """`initial_state` with shapes, dtypes and shardings instead of arrays; allocates nothing.
 
     Raises ConfigError where such a state does not fit into memory, and as `split_of` does.
     """
-    parts = _model_of(experiment, vocab_size)
+    parts, experiment = _model_of(task, vocab_size), task.experiment
     graphdef, shapes = abstract_state(*parts, experiment.run.prng_impl, provided_by(bases))
     like = with_shardings(shapes, mesh, zero=experiment.mesh.zero)
     num_devices = 1 if mesh is None else mesh.size
@@ -68,12 +66,11 @@ def state_shapes(
     return graphdef, like
 
 
-def jit_step(experiment: Experiment, graphdef: nnx.GraphDef, state: TrainState) -> TrainStep:
+def jit_step(task: Task, graphdef: nnx.GraphDef, state: TrainState) -> TrainStep:
     """The jitted training step of a run; see `jit_train_step`."""
-    loss = functools.partial(slam_v3_loss, config=experiment.loss)
-    optimizer, num_steps = experiment.optimizer, experiment.run.num_steps
-    arguments = graphdef, state, loss, optimizer, num_steps, num_answer_tokens
-    return jit_train_step(*arguments, zero=experiment.mesh.zero)
+    optimizer, num_steps = task.experiment.optimizer, task.experiment.run.num_steps
+    arguments = graphdef, state, task.loss, optimizer, num_steps, task.weight_of
+    return jit_train_step(*arguments, zero=task.experiment.mesh.zero)
 
 
 def abstract_state(
@@ -142,9 +139,8 @@ def temporary_bytes(gradients: Compiled, update: Compiled) -> int:
     return peak + first.output_size_in_bytes
 
 
-def _model_of(experiment: Experiment, vocab_size: int) -> tuple[Any, OptimizerConfig, int]:
-    make_model = functools.partial(SlamV3, experiment.with_vocabulary(vocab_size))
-    return make_model, experiment.optimizer, experiment.run.num_steps
+def _model_of(task: Task, vocab_size: int) -> tuple[Any, OptimizerConfig, int]:
+    return task.model(vocab_size), task.experiment.optimizer, task.experiment.run.num_steps
 
 
 def _first_state(
