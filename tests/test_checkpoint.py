@@ -109,6 +109,18 @@ def test_latest_best_and_every_kth_are_kept(tmp_path):
     assert checkpoints.resolve("latest") == checkpoints.resolve("9") == 9
 
 
+def test_the_newest_configuration_says_which_score_is_best(tmp_path):
+    scores = [(0.5, 2.0), (0.9, 3.0), (0.6, 1.5), (0.6, 1.5)]
+    for metric, expected in (("accuracy", 2), ("loss/image", 4), ("none", None)):
+        with Checkpoints(tmp_path / metric.replace("/", "-"), keep_every=1) as checkpoints:
+            for step, (accuracy, loss) in enumerate(scores, 1):
+                config = {"run": {"best_metric": metric if step == 4 else "other"}}
+                given = {"accuracy": accuracy, "loss/image": loss}
+                save(checkpoints, step, config=config, **given)
+        assert checkpoints.best() == expected
+        assert checkpoints.resolve() == (expected or 4)
+
+
 def test_a_saved_step_is_left_as_it_is(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert save(checkpoints, 2, config={"first": True})

@@ -66,6 +66,14 @@ class Reader(nnx.Module):
     def decode_step(self, tokens, cache, memory):
         return jax.nn.one_hot(jnp.full_like(tokens, EOS), VOCAB), cache
 
+    def decode_hidden(self, tokens, memory):
+        """Each token, and what the model knows."""
+        return jnp.stack([tokens, jnp.broadcast_to(memory[..., None], tokens.shape)], -1)
+
+    def logits(self, states):
+        token, memory = states[..., 0], states[..., 1]
+        return jax.nn.one_hot(token, VOCAB) * memory[..., None] / 10
+
     def embed(self, inputs):
         given = inputs.text if inputs.image is None else inputs.image[:, 0, 0]
         return given / jnp.linalg.norm(given.astype(jnp.float32), axis=-1, keepdims=True)
@@ -111,6 +119,18 @@ def test_accuracy_counts_the_answers_that_are_equal_as_text_and_forgets_padding_
     relational = [a for a in results.answers if a.kind == "relational"]
     expected = [(0, "4 ", True), (1, "5 ", False), (2, "6 ", False)]
     assert [(a.scene, a.predicted, a.correct) for a in relational] == expected
+
+
+def test_the_loss_is_the_mean_over_the_tokens_of_expected_answers():
+    known = np.array([[1, 2], [3, 4], [9, 9]])  # the last scene is padding
+    given = {"aux": [batch(known, [scene()] * 2)], "text": [batch(known[:1], [scene()])]}
+    # Never is the next token the one before it, which alone has a logit: known / 10.
+    nats = np.log(np.exp(known / 10) + VOCAB - 1)
+    losses = run(Reader(), given).losses
+    assert losses == {
+        "aux": pytest.approx(nats[:2].mean(), rel=1e-5),
+        "text": pytest.approx(nats[0].mean(), rel=1e-5),
+    }
 
 
 def test_the_baseline_is_the_score_of_always_giving_the_most_frequent_answer():
@@ -326,3 +346,5 @@ def test_likelihood_agrees_with_what_is_generated(small_run):
     np.testing.assert_allclose(found.nats[right], -logprobs[right], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.confidence[right], np.exp(logprobs[right]), rtol=1e-3)
     assert (found.nats >= -np.log(found.confidence) - 1e-4).all()
+    tokens = sum(each.batch.answer_mask[: each.valid].sum() for each in batches)
+    assert results.losses == {"aux": pytest.approx(found.nats.sum() / tokens, rel=1e-4)}

@@ -3,12 +3,15 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from slam_jax.data import AnyTokenizer, EvaluationBatch
 from slam_jax.evaluation.metrics import bootstrap_interval, retrieval_metrics
@@ -40,10 +43,14 @@ class Answer(NamedTuple):
 
 
 class Results(NamedTuple):
-    """`metrics` as in metrics.json, and every answer behind them."""
+    """`metrics` as in metrics.json, and every answer behind them.
+
+    losses: for each view the mean cross-entropy of the tokens of the expected answers, in nats.
+    """
 
     metrics: dict[str, Any]
     answers: list[Answer]
+    losses: Mapping[str, float] = MappingProxyType({})
 
 
 def evaluate(
@@ -72,15 +79,16 @@ def evaluate(
     the bootstrap.
     """
     ids = dict(eos_id=tokenizer.end_ids, pad_id=tokenizer.pad_id, known=tokenizer.known)
-    answers, retrieval = [], {}
+    answers, losses, retrieval = [], {}, {}
     for view, batches in batches_by_view.items():
-        scene, embeddings = 0, []
+        scene, embeddings, nats = 0, [], np.zeros(2)
         for batch, examples, valid in batches:
             new = _generate(graphdef, params, batch, max_new_tokens=max_new_tokens, **ids)
             if view == RETRIEVAL_VIEW and batch.paired:
                 pair = _embed(graphdef, params, batch.inputs)
                 embeddings.append(to_host(pair)[:, :valid])
-            new = to_host(new)
+            new, sums = to_host(new)
+            nats += np.sum(sums[:, :valid], axis=(1, 2))
             rows = zip(examples, new.tokens.tolist(), new.logprobs.sum(-1).tolist(), strict=False)
             for example, tokens, logprobs in rows:
                 predicted = map(tokenizer.decode, tokens)  # up to <eos>
@@ -88,12 +96,14 @@ def evaluate(
                 for row in zip(*questions, predicted, logprobs, strict=True):
                     answers.append(Answer(view, scene, *row))
                 scene += 1
+        if nats[1]:
+            losses[view] = float(nats[0] / nats[1])
         if embeddings:
             retrieval = retrieval_metrics(*np.concatenate(embeddings, axis=1))
     metrics = {"step": step, "views": _summaries(answers, seed, baseline_answer)}
     metrics |= {"retrieval": retrieval} if retrieval else {}
     metrics |= {} if baseline_answer is None else {"baseline_answer": baseline_answer}
-    return Results(metrics, answers)
+    return Results(metrics, answers, losses)
 
 
 def most_frequent_answer(answers: Iterable[str]) -> str | None:
@@ -109,9 +119,10 @@ def _generate(graphdef, params, batch, *, max_new_tokens, eos_id, pad_id, known)
         known = jnp.pad(known, (0, model.config.vocab_size - len(known)))
     # The tokens contain the answers: mask everything after the prompt.
     in_prompt = prefix_mask(batch.prompt_length, batch.tokens.shape[-1])
-    return greedy_decode(
+    memory = model.encode(batch.inputs)
+    new = greedy_decode(
         model,
-        model.encode(batch.inputs),
+        memory,
         jnp.where(in_prompt, batch.tokens, pad_id),
         batch.prompt_length,
         max_new_tokens=max_new_tokens,
@@ -119,6 +130,22 @@ def _generate(graphdef, params, batch, *, max_new_tokens, eos_id, pad_id, known)
         pad_id=pad_id,
         allowed=known,
     )
+    return new, _answer_nats(model, batch, memory)
+
+
+def _answer_nats(model: Any, batch: Any, memory: Any) -> Float[Array, "2 B Q"]:
+    """The negative log-probability of each expected answer, and the number of its tokens."""
+    states, targets = model.decode_hidden(batch.tokens[..., :-1], memory), batch.tokens[..., 1:]
+
+    def nats_at(position: Any) -> jax.Array:
+        state, target = position
+        return optax.softmax_cross_entropy_with_integer_labels(model.logits(state), target)
+
+    # One position at a time, as logits of a large vocabulary would not fit for all.
+    along = jnp.moveaxis(states, -2, 0), jnp.moveaxis(targets, -1, 0)
+    nats = jnp.moveaxis(jax.lax.map(nats_at, along), 0, -1)
+    mask = batch.answer_mask
+    return jnp.stack([jnp.where(mask, nats, 0.0).sum(-1), mask.sum(-1).astype(nats.dtype)])
 
 
 @partial(jax.jit, static_argnames="graphdef")

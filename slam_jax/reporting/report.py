@@ -23,6 +23,7 @@ from slam_jax.reporting.checkpoint import Evaluation, ShownExample
 from slam_jax.reporting.plots import plot_calibration, plot_curves, plot_intervals
 from slam_jax.reporting.processes.measure import knock_outs
 from slam_jax.reporting.rendering import render_template
+from slam_jax.training.checkpoint import is_loss
 from slam_jax.version import __version__
 
 _VIEWS_WITH_ATTENTION = 6
@@ -121,7 +122,7 @@ def _facts(evaluation: Evaluation, num_questions: int) -> dict[str, str]:
 
 
 def _plot_training(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Training loss by view, averaged over stretches of steps, and validation accuracy."""
+    """Training loss by view, averaged over stretches of steps; validation accuracy and loss."""
     train = [r for r in records if r["split"] == "train" and r.get("cross_entropy") is not None]
     validation = [r for r in records if r["split"] == "validation"]
     plots = {}
@@ -137,13 +138,24 @@ def _plot_training(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         }
         plots["loss"] = plot_curves(curves, "cross-entropy, nats", log=True)
     if validation:
-        known = ("step", "split", "accuracy")
-        curves = {}
-        for name in [name for name in validation[-1] if name not in known] or ["accuracy"]:
-            shown = [r for r in validation if r.get(name) is not None]
-            curves[name] = ([r["step"] for r in shown], [100 * r[name] for r in shown])
-        plots["validation"] = plot_curves(curves, "% right")
+        names = [name for name in validation[-1] if name not in ("step", "split", "accuracy")]
+        right = [name for name in names if not is_loss(name)] or ["accuracy"]
+        plots["validation"] = plot_curves(_curves(validation, right, 100.0), "% right")
+        if losses := [name for name in names if name.startswith("loss/")]:
+            curves = _curves(validation, losses)
+            plots["validation_loss"] = plot_curves(curves, "nats per token", log=True)
     return plots
+
+
+def _curves(
+    records: Sequence[Mapping[str, Any]], names: Sequence[str], factor: float = 1.0
+) -> dict[str, Any]:
+    """Steps and values of each name, where it has one."""
+    shown = {name: [r for r in records if r.get(name) is not None] for name in names}
+    return {
+        name.removeprefix("loss/"): ([r["step"] for r in rows], [factor * r[name] for r in rows])
+        for name, rows in shown.items()
+    }
 
 
 def _aux_table(example: Example, loaded: Any) -> tuple[Sequence[str], list[list[str]]]:

@@ -89,6 +89,13 @@ class SlamV3(nnx.Module):
         """
         return self.logits(self._decode(tokens, memory, key)[0])
 
+    @precise
+    def decode_hidden(
+        self, tokens: Int[AnyArray, "B *Q T"], memory: Memory
+    ) -> Float[Array, "B *Q T D"]:
+        """`decode` without the head: `logits` takes these states, or a part of them."""
+        return self._decode(tokens, memory, None)[0]
+
     def __call__(
         self,
         tokens: Int[AnyArray, "B *Q T"],

@@ -34,6 +34,9 @@ class RunConfig:
     evaluate_views: the views to evaluate, of `TRAINING_VIEWS`; () = those that the run trains on.
     evaluate_batches: batches per view, None = the whole split. They are split into
     `optimizer.accumulate_steps` parts, as training batches are.
+    best_metric: the score that chooses the best checkpoint, by its name among those that an
+    evaluation prints: "accuracy"; "loss", of which the lowest is best; or one of a view, such as
+    "loss/image" or "image/relational". Of equal ones the later is best.
     save_every: steps between checkpoints besides those of evaluations, None = no others.
     keep_every: checkpoints at multiples of it are kept for good; None = only the last two and the
     best are kept.
@@ -52,6 +55,7 @@ class RunConfig:
     evaluate_every: int = 500
     evaluate_views: tuple[str, ...] = ()
     evaluate_batches: int | None = None
+    best_metric: str = "accuracy"
     save_every: int | None = None
     keep_every: int | None = None
     max_bad_steps: int = 20

@@ -22,6 +22,7 @@ from slam_jax.training.checkpoint import Checkpoints
 from slam_jax.training.checkpoint.manifest import NAME as MANIFEST
 from slam_jax.training.checkpoint.trees import by_name, from_names
 from slam_jax.training.loading import Loaded, load
+from slam_jax.training.sharding import on_one_device
 from slam_jax.training.state import TrainState, split_model
 
 REPORT = "init_from.json"
@@ -51,14 +52,8 @@ def begin_from(
 
     Raises ConfigError where `source` cannot be loaded or nothing matches.
     """
-    try:
-        loaded = load(source, base=moved)
-    except UserError as error:
-        raise ConfigError(f"run.init_from is {source!r}: {error}") from error
     own = by_name(state.params) | by_name(state.frozen or {})
-    given = by_name(split_model(loaded.model)[1])
-    if any(is_adapter(name) and name not in own for name in given):
-        given = by_name(split_model(merge_lora(loaded.model))[1])
+    loaded, given = _read(source, moved, own)
     rows = _rows(loaded.tokenizer.ids_by_token, tokenizer.ids_by_token)
     fits = {x: _fit(x, own[x], given.get(x), rows) for x in own if x not in provided}
     new = {name: fit.value for name, fit in fits.items() if fit.value is not None}
@@ -75,6 +70,21 @@ def begin_from(
     ema = state.ema and jax.tree.map(jnp.copy, params)
     state = dataclasses.replace(state, params=params, ema=ema, frozen=frozen)
     return state, report["summary"]
+
+
+def _read(
+    source: str, moved: Sequence[str | Path], own: Collection[str]
+) -> tuple[Loaded, dict[str, Any]]:
+    """The source and its parameters; adapters are merged, unless `own` has all of them."""
+    with on_one_device():
+        try:
+            loaded = load(source, base=moved)
+        except UserError as error:
+            raise ConfigError(f"run.init_from is {source!r}: {error}") from error
+        given = by_name(split_model(loaded.model)[1])
+        if any(is_adapter(name) and name not in own for name in given):
+            given = by_name(split_model(merge_lora(loaded.model))[1])
+    return loaded, given
 
 
 class _Fit(NamedTuple):
@@ -104,7 +114,7 @@ def _fit(name: str, x: Any, given: Any, rows: tuple[list[int], list[int]] | None
     value = np.asarray(given).astype(x.dtype)
     if rows is not None and axis is not None:
         here, there = ((*[slice(None)] * axis, ids) for ids in rows)
-        value, all_rows = np.array(x), value
+        value, all_rows = np.array(distributed.to_host(x)), value
         value[here] = all_rows[there]
     if given.dtype == x.dtype:
         return _Fit(value)

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from slam_jax.errors import UserError
+from slam_jax.errors import UserError, check_names
 from slam_jax.runtime import distributed
 from slam_jax.runtime.compile_cache import enable_compile_cache
 from slam_jax.runtime.devices import peak_flops
@@ -204,6 +204,7 @@ class Trainer:
                 stops = scores is None
             if saves:
                 self._save(step, state, scores)
+            self._check_best_metric(scores)
             if stops:
                 self.checkpoints.wait()
                 raise Stopped(f"step {step:,} is saved; the same command resumes from there")
@@ -257,6 +258,13 @@ class Trainer:
             self.writer.write(step, "validation", scores)
         self.progress.log(f"step {step:,} · {self.task.describe(scores)}")
         return scores
+
+    def _check_best_metric(self, scores: Mapping[str, float] | None) -> None:
+        """Raises ConfigError where an evaluation has no such score; the step is saved by then."""
+        if scores is None:
+            return
+        chosen = [self.task.experiment.run.best_metric]
+        check_names(chosen, list(scores), "run.best_metric: an evaluation", "score")
 
     def _save(self, step: int, state: TrainState, scores: Mapping[str, float] | None) -> None:
         if self.writer:

@@ -23,7 +23,7 @@ MAY_CHANGE = (
     *("data.data_dir", "data.path", "data.max_damaged_records"),
     *("data.bucket_lengths", "data.workers"),
     *("loss.chunk_tokens", "model.remat", "model.scan_layers"),
-    *("run.keep_every", "run.log_every", "run.save_every", "run.tensorboard"),
+    *("run.keep_every", "run.log_every", "run.save_every", "run.tensorboard", "run.best_metric"),
     *("run.init_from", "model.decoder.pretrained", "model.image.pretrained"),
 )
 """Fields that may change between two starts of a run, as those of `mesh` may: where its data is,

@@ -11,6 +11,7 @@ from types import EllipsisType
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
@@ -161,3 +162,9 @@ def _of_rows(batch_size: int, mesh: Mesh) -> NamedSharding:
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     """A context in which `layers.constrain` applies to this mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def on_one_device() -> contextlib.AbstractContextManager[Any]:
+    """A context in which new arrays are on the first device of this process alone, also inside of
+    `use_mesh`."""
+    return jax.set_mesh(Mesh(np.array(jax.local_devices()[:1]), ("data",)))

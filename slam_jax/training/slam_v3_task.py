@@ -24,7 +24,7 @@ from slam_jax.evaluation import evaluate
 from slam_jax.runtime.signals import Stopped
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.training.base import BaseRecord, Bases
-from slam_jax.training.checkpoint import CheckpointError, Checkpoints
+from slam_jax.training.checkpoint import CheckpointError, Checkpoints, is_loss
 from slam_jax.training.experiment import Experiment
 from slam_jax.training.flops import forward_flops
 from slam_jax.training.losses import LossParts, num_answer_tokens, slam_v3_loss
@@ -133,8 +133,9 @@ class SlamV3Task:
         return validate(self.experiment, graphdef, state, dataset, should_stop)
 
     def describe(self, scores: Mapping[str, float]) -> str:
-        shown = [f"{name} {100 * x:.1f}" for name, x in scores.items() if name != "accuracy"]
-        return " · ".join([f"validation {100 * scores['accuracy']:.1f} %", *shown])
+        whole = [f"validation {100 * scores['accuracy']:.1f} %", f"loss {scores['loss']:.3f}"]
+        own = [name for name in scores if name != "accuracy" and not is_loss(name)]
+        return " · ".join([*whole, *(f"{name} {100 * scores[name]:.1f}" for name in own)])
 
 
 def validate(
@@ -144,8 +145,11 @@ def validate(
     dataset: Dataset,
     should_stop: Callable[[], bool],
 ) -> dict[str, float]:
-    """The accuracy of generated answers: "view/kind", and as "accuracy" their mean, by which the
-    best checkpoint is chosen.
+    """The scores on the validation split.
+
+    The accuracy of generated answers is "view/kind", and "accuracy" the mean of these. The mean
+    cross-entropy of the tokens of the expected answers, in nats, is "loss/view", and "loss" the
+    mean of these.
 
     should_stop: called before each batch; where it returns True, `Stopped` is raised.
     """
@@ -176,4 +180,6 @@ def validate(
         for kind in results.metrics["views"].get(view, ())
         if not kind.startswith("needs_both")
     }
-    return {"accuracy": float(np.mean(list(scores.values()))), **scores}
+    losses = {f"loss/{view}": loss for view, loss in results.losses.items()}
+    means = (float(np.mean(list(each.values()))) for each in (scores, losses))
+    return {**dict(zip(("accuracy", "loss"), means, strict=True)), **scores, **losses}

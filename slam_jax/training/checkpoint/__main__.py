@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 
 from slam_jax.errors import UserError
 from slam_jax.runtime import cli
-from slam_jax.training.checkpoint import CheckpointError, Checkpoints
+from slam_jax.training.checkpoint import CheckpointError, Checkpoints, is_loss
 from slam_jax.training.checkpoint.trees import by_name, describe
 
 _MAX_LINES = 20  # differing arrays to list
@@ -29,19 +29,22 @@ _MAX_LINES = 20  # differing arrays to list
 def list_steps(workdir: str) -> int:
     checkpoints = Checkpoints(workdir)
     checkpoints.resolve("latest")
-    best = checkpoints.best()
-    print(f"{'step':>10}  {'written':16}  {'MiB':>8}  {'accuracy':>8}")
+    best, metric = checkpoints.best(), checkpoints.best_metric()
+    width = max(8, len(metric))
+    print(f"{'step':>10}  {'written':16}  {'MiB':>8}  {metric:>{width}}")
     for step in checkpoints.steps():
         folder = checkpoints.directory / str(step)
         written = datetime.datetime.fromtimestamp(folder.stat().st_mtime)
         size = sum(path.lstat().st_size for path in folder.rglob("*")) / 2**20
         try:
-            accuracy = checkpoints.read_metrics(step).get("accuracy")
-            shown = "-" if accuracy is None else f"{100 * accuracy:.1f}%"
+            score = checkpoints.read_metrics(step).get(metric)
+            shown = "-" if score is None else f"{100 * score:.1f}%"
+            if score is not None and is_loss(metric):
+                shown = f"{score:.4f}"
         except CheckpointError:
             shown = "damaged"
         mark = "  best" if step == best else ""
-        print(f"{step:10,}  {written:%Y-%m-%d %H:%M}  {size:8,.1f}  {shown:>8}{mark}")
+        print(f"{step:10,}  {written:%Y-%m-%d %H:%M}  {size:8,.1f}  {shown:>{width}}{mark}")
     return 0
 
 

@@ -30,9 +30,15 @@ from slam_jax.training.checkpoint import manifest, trees
 
 _MAX_JSON_BYTES = 64 << 20  # files are read whole
 _OPTIONAL = ("aux", "generation", "bases")
-_SCORE = "accuracy"  # the metric that chooses the best checkpoint; higher is better
+_SCORE = "accuracy"  # the metric that chooses the best checkpoint where the configuration has none
+_LOSSES = ("loss", "perplexity", "bits_per_byte")
 
 Step = int | str | None
+
+
+def is_loss(metric: str) -> bool:
+    """Whether lower values of a metric are better, such as of "loss" and "loss/image"."""
+    return metric.partition("/")[0] in _LOSSES
 
 
 class CheckpointError(UserError):
@@ -162,8 +168,21 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
     def best(self) -> int | None:
-        """The step with the highest accuracy, the later of equal ones; None where none has one."""
+        """The step with the best score, the later of equal ones; None where none has one.
+
+        The score is the metric `run.best_metric` of the newest configuration, "accuracy" where it
+        has none.
+        """
         return next(iter(self._by_score()), None)
+
+    def best_metric(self) -> str:
+        """The name of the metric that chooses the best step."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(CheckpointError):
+                run = _read_json(self.directory / str(step), "config", dict).get("run")
+                chosen = run.get("best_metric") if isinstance(run, dict) else None
+                return chosen if isinstance(chosen, str) else _SCORE
+        return _SCORE
 
     def resolve(self, step: Step = None) -> int:
         """The step that a number, "latest", "best" or None (best, else latest) refers to.
@@ -187,7 +206,7 @@ class Checkpoints:
                     path = self.directory / str(number)
                     logging.getLogger("slam_jax").warning("skipped %s: %s", path, damage)
                 return found
-            reason = f"no checkpoint has the metric {_SCORE!r}"
+            reason = f"no checkpoint has the metric {self.best_metric()!r}"
         elif str(step).isdecimal():
             if int(step) in steps:
                 return int(step)
@@ -340,13 +359,13 @@ class Checkpoints:
 
     def _by_score(self) -> list[int]:
         """The steps that have a score, best first; of equal ones the later first."""
-        scores = {}
+        scores, metric = {}, self.best_metric()
         for step in self.steps():
             # A damaged file does not count here; reading that step raises.
             with contextlib.suppress(CheckpointError):
-                score = _read_json(self.directory / str(step), "metrics", dict).get(_SCORE)
+                score = _read_json(self.directory / str(step), "metrics", dict).get(metric)
                 if isinstance(score, (int, float)):
-                    scores[step] = score
+                    scores[step] = -score if is_loss(metric) else score
         return sorted(scores, key=lambda step: (scores[step], step), reverse=True)
 
     def _path(self, step: Step) -> Path:
