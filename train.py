@@ -1,6 +1,7 @@
 """Trains: python train.py --config=configs/NAME.py --workdir=DIR [--config.field=value]
 
-The same command resumes the run. SIGTERM, SIGINT (Ctrl-C) and SIGHUP end it early. Exit code 75
+The same command resumes the run; with --change it may have more steps, another learning rate, batch
+size or evaluation, or other data. SIGTERM, SIGINT (Ctrl-C) and SIGHUP end it early. Exit code 75
 means that the last step is saved, 76 that the run will resume from an earlier checkpoint.
 
 On several hosts, start each process with --coordinator=HOST:PORT --num_processes=N --process_id=I,
@@ -31,6 +32,11 @@ PROFILE = flags.DEFINE_string(
 )
 BASE = flags.DEFINE_multi_string(
     "base", [], "Where base weights are now that a checkpoint names; repeatable."
+)
+CHANGE = flags.DEFINE_bool(
+    "change",
+    False,
+    "Resume with more steps, another learning rate, batch size or evaluation, or other data.",
 )
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -68,7 +74,7 @@ def main(arguments: list[str]) -> None:
     if several:
         distributed.connect(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     config = override(read_config(CONFIG.value), arguments)
-    train(config, WORKDIR.value, stop, profile, BASE.value)
+    train(config, WORKDIR.value, stop, profile, BASE.value, change=CHANGE.value)
 
 
 if __name__ == "__main__":

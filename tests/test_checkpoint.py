@@ -115,7 +115,7 @@ def test_the_newest_configuration_says_which_score_is_best(tmp_path):
         with Checkpoints(tmp_path / metric.replace("/", "-"), keep_every=1) as checkpoints:
             for step, (accuracy, loss) in enumerate(scores, 1):
                 config = {"run": {"best_metric": metric if step == 4 else "other"}}
-                given = {"accuracy": accuracy, "loss/image": loss}
+                given: Any = {"accuracy": accuracy, "loss/image": loss}
                 save(checkpoints, step, config=config, **given)
         assert checkpoints.best() == expected
         assert checkpoints.resolve() == (expected or 4)

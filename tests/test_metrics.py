@@ -13,6 +13,7 @@ from rich.console import Console
 from slam_jax.errors import WriteError
 from slam_jax.runtime import devices
 from slam_jax.runtime.devices import peak_flops
+from slam_jax.training import metrics, tracking
 from slam_jax.training import progress as progress_module
 from slam_jax.training.metrics import MetricsWriter, read_metrics
 from slam_jax.training.progress import Progress
@@ -79,7 +80,7 @@ def test_a_resumed_run_writes_the_same_file_as_an_unbroken_one(tmp_path, torn):
 
 def test_tensorboard_gets_every_record(tmp_path):
     pytest.importorskip("tensorboardX")
-    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+    with MetricsWriter(tmp_path, trackers=["tensorboard"]) as writer:
         writer.write(1, "train", {"loss": 0.5})
         writer.write(1, "validation", {"accuracy": 0.25})
     (events,) = (tmp_path / "tensorboard").iterdir()
@@ -89,9 +90,80 @@ def test_tensorboard_gets_every_record(tmp_path):
 def test_tensorboard_without_its_package_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
     with pytest.raises(ValueError, match=r"tensorboardX.*slam_jax\[tracking\]") as error:
-        MetricsWriter(tmp_path / "run", tensorboard=True)
+        MetricsWriter(tmp_path / "run", trackers=["tensorboard"])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def track(name, workdir):
+    """A run of two processes, of which the second repeats a step."""
+    config = {"data": {"batch_size": 8}, "seed": 0}
+    for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        with MetricsWriter(workdir, first, trackers=[name], config=config) as writer:
+            for step in steps:
+                writer.write(step, "train", {"loss": 1 / step, "view": "image"})
+            writer.write(steps[-1], "validation", {"accuracy": 0.5, "odd": float("nan")})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader")
+def test_mlflow_has_one_run_with_every_number(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    client = pytest.importorskip("mlflow.tracking").MlflowClient
+    track("mlflow", tmp_path)
+    client = client(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    [experiment] = [e for e in client.search_experiments() if e.name == "slam_jax"]
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.data.params == {"data.batch_size": "8", "seed": "0"}
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(each.step, each.value) for each in history] == [
+        (step, 1 / step) for step in (1, 2, 3, 3, 4)
+    ]
+    assert run.data.metrics == {"train/loss": 0.25, "validation/accuracy": 0.5}
+
+
+def test_wandb_writes_one_run_without_a_network(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    track("wandb", tmp_path)
+    known = json.loads((tmp_path / "wandb.json").read_text())["id"]
+    runs = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert runs and {path.name.rpartition("-")[2] for path in runs} == {known}
+    assert b"train/loss" in b"".join(
+        path.read_bytes() for path in (tmp_path / "wandb").rglob("*.wandb")
+    )
+
+
+def test_a_tracker_that_fails_ends_and_the_file_goes_on(tmp_path, monkeypatch, caplog):
+    class Broken:
+        def __init__(self, *given):
+            pass
+
+        def log(self, step, numbers):
+            raise OSError("the server is gone")
+
+        def close(self):
+            pass
+
+    monkeypatch.setitem(tracking.TRACKERS, "wandb", Broken)
+    monkeypatch.setattr(metrics, "require_packages", lambda names: None)
+    with MetricsWriter(tmp_path, trackers=["wandb"]) as writer:
+        for step in (1, 2):
+            writer.write(step, "train", {"loss": 0.5})
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    assert caplog.text.count("Broken failed and ends: the server is gone") == 1
+
+
+def test_a_change_is_written_once(tmp_path):
+    for _ in range(2):  # killed before the next checkpoint
+        with MetricsWriter(tmp_path, 4) as writer:
+            writer.write_change(4, "run.num_steps 4 -> 8")
+            writer.write_change(4, "")
+    assert read_metrics(tmp_path) == [
+        {"step": 4, "split": "change", "text": "run.num_steps 4 -> 8"}
+    ]
 
 
 def run_progress(monkeypatch, console, **options):

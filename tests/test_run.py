@@ -169,6 +169,17 @@ MAY_CHANGE = {
 }
 
 
+def test_a_score_that_no_evaluation_has_is_named_once_the_step_is_saved(config, finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    other = override(config, ["--config.run.best_metric=aux/relationl"])
+    with pytest.raises(ConfigError, match="'aux/relationl'; did you mean 'aux/relational'?"):
+        train(other, workdir)
+    assert Checkpoints(workdir).steps() == [2, 4, 6]
+    other = override(config, ["--config.run.best_metric=loss/aux"])
+    assert_same(train(other, workdir), finished[1])
+
+
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(config, finished, tmp_path, monkeypatch):
     workdir, state = finished
     # The machine itself repeats: else the comparison below would say nothing.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,6 +53,15 @@ class Dataset:
     corpus_is_whole: bool = True
     table: Table | None = None
     notes: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What identifies the data: the number of rows by split, and the sha256 of a table."""
+        found: dict[str, Any] = {"rows": {name: len(getattr(self, name)) for name in SPLITS}}
+        if self.table is not None:
+            with self.table.path.open("rb") as file:
+                found["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found
 
 
 def prepare(

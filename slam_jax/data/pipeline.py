@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, UInt8
 from slam_jax.batch import Batch
 from slam_jax.data.config import DataConfig
 from slam_jax.data.hub_tokenizer import AnyTokenizer
+from slam_jax.data.order import UNCHANGED, Order
 from slam_jax.data.records import DamagedRecord, DataError, Rebuilt
 from slam_jax.errors import InputError
 from slam_jax.slam_v3.streams import Inputs
@@ -110,6 +111,7 @@ def training_batches(
     *,
     start_step: int = 0,
     rows: Sequence[int] | None = None,
+    order: Order = UNCHANGED,
 ) -> Iterator[tuple[str, Batch]]:
     """Endless (view, batch) from step `start_step` on, as numpy arrays, prefetched.
 
@@ -117,10 +119,11 @@ def training_batches(
     reshuffled every epoch. A damaged record is replaced by the next one that can be read, and that
     is not in a longer bucket. Close the iterator where `config.workers` is not 0.
 
-    rows: the rows of each global batch that this process needs; None = all.
+    rows: the rows of each global batch that this process needs; None = all. order: of a run that
+    was changed; `start_step` is not before its first step.
     """
     rows = range(config.batch_size) if rows is None else rows
-    batch_of = _BatchOfStep(source, tokenizer, config, rows)
+    batch_of = _BatchOfStep(source, tokenizer, config, rows, order)
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch_of)
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCHED_BATCHES)
     batches = steps.to_iter_dataset(options)
@@ -139,10 +142,16 @@ class _BatchOfStep(Rebuilt):
     """The (view, batch) of a step; see `training_batches`."""
 
     def __init__(
-        self, source: Source, tokenizer: AnyTokenizer, config: DataConfig, rows: Sequence[int]
+        self,
+        source: Source,
+        tokenizer: AnyTokenizer,
+        config: DataConfig,
+        rows: Sequence[int],
+        order: Order,
     ):
-        self._source, self._config, self._rows = source, config, rows
-        shuffled = grain.MapDataset.source(range(len(source))).seed(config.seed).shuffle()
+        self._source, self._config, self._rows, self._order = source, config, rows, order
+        seed = order.seed(config.seed)
+        shuffled = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
         self._indices: Any = shuffled.repeat()
         bucketed = config.bucket_lengths
         self._collate = {v: _Collate(source, tokenizer, v, bucketed) for v in config.views}
@@ -154,10 +163,11 @@ class _BatchOfStep(Rebuilt):
     def __call__(self, step: int) -> tuple[str, Batch]:
         size, view = self._config.batch_size, self._config.view(step)
         collate, longest = self._collate[view], None
-        examples = [self._examples[view][step * size + row] for row in self._rows]
+        first = self._order.start(step, size)
+        examples = [self._examples[view][first + row] for row in self._rows]
         if self._config.bucket_lengths and len(self._rows) < size:
             # All processes must pad alike, and each reads its own rows alone.
-            longest = collate.longest(self._indices[step * size + row] for row in range(size))
+            longest = collate.longest(self._indices[first + row] for row in range(size))
         return view, collate(examples, longest)
 
     def _render(self, view: str, index: int, rng: np.random.Generator) -> Example:

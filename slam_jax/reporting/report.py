@@ -141,8 +141,8 @@ def _plot_training(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         names = [name for name in validation[-1] if name not in ("step", "split", "accuracy")]
         right = [name for name in names if not is_loss(name)] or ["accuracy"]
         plots["validation"] = plot_curves(_curves(validation, right, 100.0), "% right")
-        if losses := [name for name in names if name.startswith("loss/")]:
-            curves = _curves(validation, losses)
+        if by_view := [name for name in names if name.startswith("loss/")]:
+            curves = _curves(validation, by_view)
             plots["validation_loss"] = plot_curves(curves, "nats per token", log=True)
     return plots
 

@@ -21,6 +21,7 @@ from slam_jax.slam_v3.config import PRESETS
 from slam_jax.training.losses import LossConfig
 from slam_jax.training.mesh import MeshConfig
 from slam_jax.training.optimizer import OptimizerConfig
+from slam_jax.training.tracking import TRACKERS
 
 _LARGEST = 1e300  # sums and products of numbers below it rarely overflow float64
 
@@ -42,7 +43,8 @@ class RunConfig:
     best are kept.
     max_bad_steps: steps whose loss or gradient is not finite are skipped. After this many in a row
     the run goes back to its last checkpoint before them; after twice as many it stops.
-    tensorboard: also write event files (extra `tracking`).
+    trackers: tools that get the metrics too, of "tensorboard", "wandb" and "mlflow"; see
+    `slam_jax.training.tracking`. tensorboard: True is the same as "tensorboard" among them.
     init_from: the weights that a new run begins with: the workdir of another run, of which its best
     checkpoint counts, or a folder that `python -m slam_jax.trained` wrote, or "quickstart"; None =
     random ones. A resumed run does not read it.
@@ -60,11 +62,14 @@ class RunConfig:
     keep_every: int | None = None
     max_bad_steps: int = 20
     tensorboard: bool = False
+    trackers: tuple[str, ...] = ()
     prng_impl: str = "threefry2x32"
     init_from: str | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "evaluate_views", tuple(self.evaluate_views))
+        for field in ("evaluate_views", "trackers"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        check_names(self.trackers, list(TRACKERS), "run.trackers", "tracker")
         # One half of a split scene has no score of its own, so it is not a training view.
         views = list(TRAINING_VIEWS)
         check_names(self.evaluate_views, views, "run.evaluate_views: training", "view")
@@ -75,6 +80,12 @@ class RunConfig:
             require(value is None or value >= 1, f"run.{field}", value, "None or at least 1")
         known = ("threefry2x32", "rbg")
         require(self.prng_impl in known, "run.prng_impl", self.prng_impl, f"one of {known}")
+
+    @property
+    def all_trackers(self) -> tuple[str, ...]:
+        """Those of both fields, each once."""
+        board = ("tensorboard",) if self.tensorboard else ()
+        return tuple(dict.fromkeys((*self.trackers, *board)))
 
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation and a checkpoint follow step `step`."""

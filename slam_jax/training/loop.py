@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -21,7 +21,8 @@ from slam_jax.runtime.lock import lock_workdir
 from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.runtime.signals import Stop, Stopped
 from slam_jax.training.base import Bases, records_of, without_bases
-from slam_jax.training.checkpoint import Checkpoints
+from slam_jax.training.changes import changed_at, order_of
+from slam_jax.training.checkpoint import Checkpoints, is_loss
 from slam_jax.training.experiment import as_json
 from slam_jax.training.kinds import task_of
 from slam_jax.training.mesh import make_mesh, name_of
@@ -29,11 +30,21 @@ from slam_jax.training.metrics import MetricsWriter
 from slam_jax.training.optimizer import make_schedule
 from slam_jax.training.profiling import Profile, Profiler
 from slam_jax.training.progress import Progress
-from slam_jax.training.resume import open_run
+from slam_jax.training.resume import OpenedRun, open_run
 from slam_jax.training.sharding import local_rows, place, use_mesh
 from slam_jax.training.start import compile_step, jit_step
 from slam_jax.training.state import StepMetrics, TrainState
 from slam_jax.training.task import Task
+
+
+class Calls(NamedTuple):
+    """Functions of the caller; see `train`."""
+
+    on_metrics: Callable[[int, Mapping[str, Any]], Any] | None = None
+    on_evaluation: Callable[[int, Mapping[str, float]], Any] | None = None
+
+
+NO_CALLS = Calls()
 
 
 class TrainingDiverged(UserError):
@@ -46,13 +57,21 @@ def train(
     stop: Stop | None = None,
     profile: Profile | None = None,
     base: Sequence[str | Path] = (),
+    *,
+    change: bool = False,
+    on_metrics: Callable[[int, Mapping[str, Any]], Any] | None = None,
+    on_evaluation: Callable[[int, Mapping[str, float]], Any] | None = None,
 ) -> TrainState:
     """Trains, or resumes from the checkpoints in `workdir`; returns the final state.
 
     config: nested mappings as of `default_config`; saved with every checkpoint. stop: asks the run
     to save and end early, as the cluster's preemption notice does under `jax.distributed`. profile:
     the steps of which the first process writes a trace to `workdir/profile`. base: folders in which
-    to look first for base weights that the checkpoints name.
+    to look first for base weights that the checkpoints name. change: a resumed run may have other
+    data, and other values of the fields `slam_jax.training.changes.ON_REQUEST`; its checkpoints
+    store what was changed at which step. on_metrics, on_evaluation: are called in the first process
+    with the step and what is written to the metrics file: of the step, every `run.log_every` steps,
+    and of each evaluation.
 
     Raises:
       ConfigError: a field cannot be built, or the run ends before the steps of the profile do.
@@ -68,7 +87,7 @@ def train(
     """
     enable_compile_cache()
     config = as_json(config)
-    task = task_of(config)
+    task, calls = task_of(config), Calls(on_metrics, on_evaluation)
     run, mesh = task.experiment.run, make_mesh(task.experiment.mesh, task.num_processes)
     task.check(mesh)
     if profile is not None:
@@ -76,13 +95,11 @@ def train(
     with contextlib.ExitStack() as stack:
         is_first = distributed.is_first_process()
         checkpoints = _enter(stack, task, workdir, mesh)
-        opened = open_run(task, checkpoints, mesh, base)
+        opened = open_run(task, checkpoints, mesh, base, change)
         state, pending = opened.state, opened.pending_evaluation
         first, writer = int(state.step), None
         if is_first:
-            board = run.tensorboard
-            writer = MetricsWriter(workdir, first, evaluated=not pending, tensorboard=board)
-            stack.enter_context(writer)
+            writer = stack.enter_context(_open_writer(opened, workdir, config))
         progress = stack.enter_context(
             Progress(run.num_steps, first_step=first, shown=is_first, peak_flops=peak_flops())
         )
@@ -95,9 +112,36 @@ def train(
         profiler = Profiler(profile if is_first else None, first, workdir, progress)
         tools = checkpoints, writer, progress, stop or Stop(), mesh, stack.enter_context(profiler)
         parts = opened.task, opened.task.stored(config), opened.graphdef, opened.dataset
-        trainer = Trainer(*parts, *tools, bases=opened.bases)
+        more: Any = dict(bases=opened.bases, history=opened.history, calls=calls)
         with explain_out_of_memory("a step", _SMALLER_STEPS):
-            return trainer.run(state, pending)
+            state = Trainer(*parts, *tools, **more).run(state, pending)
+        checkpoints.wait()
+        for line in _summary(checkpoints, progress, workdir):
+            progress.log(line)
+        return state
+
+
+def _open_writer(opened: OpenedRun, workdir: str | Path, config: dict[str, Any]) -> MetricsWriter:
+    run, first = opened.task.experiment.run, int(opened.state.step)
+    evaluated = not opened.pending_evaluation
+    writer = MetricsWriter(
+        workdir, first, evaluated=evaluated, trackers=run.all_trackers, config=config
+    )
+    writer.write_change(first, changed_at(opened.history, first))
+    return writer
+
+
+def _summary(checkpoints: Checkpoints, progress: Progress, workdir: str | Path) -> list[str]:
+    """What a run did, its best score, and where its results are."""
+    lines = [f"done: {progress.summary()}"]
+    best, metric = checkpoints.best(), checkpoints.best_metric()
+    if best is not None:
+        score = checkpoints.read_metrics(best)[metric]
+        shown = f"{score:.4f}" if is_loss(metric) else f"{100 * score:.1f} %"
+        lines.append(f"best: step {best:,}, {metric} {shown}")
+    steps = ", ".join(map(str, checkpoints.steps()))
+    lines.append(f"checkpoints {steps} and metrics.jsonl are in {workdir}")
+    return [*lines, f"next: python eval.py --workdir={workdir}"]
 
 
 def _enter(
@@ -151,12 +195,14 @@ class Trainer:
     profiler: Profiler
     sync_points: Iterator[int] = dataclasses.field(default_factory=lambda: itertools.count(1))
     bases: Bases = ()
+    history: Sequence[Mapping[str, Any]] = ()
+    calls: Calls = NO_CALLS
 
     def run(self, state: TrainState, pending_evaluation: bool) -> TrainState:
         """Takes all remaining steps; `pending_evaluation`: and evaluates the given state before."""
         first = int(state.step)
         rows = local_rows(self.task.experiment.data.batch_size, self.mesh)
-        batches: Any = self.task.batches(self.dataset, first, rows)
+        batches: Any = self.task.batches(self.dataset, first, rows, order_of(self.history))
         with contextlib.closing(batches):
             if pending_evaluation:
                 self._save(first, state, self._evaluate(first, state))
@@ -232,9 +278,13 @@ class Trainer:
         if self.writer and step % experiment.run.log_every == 0:
             schedule = make_schedule(experiment.optimizer, experiment.run.num_steps)
             rate = schedule(values.updates)
-            self.writer.write(step, "speed", self.progress.speed())
+            speed = self.progress.speed()
             more = {"grad_norm": values.grad_norm, "learning_rate": rate, "view": view}
-            self.writer.write(step, "train", values.loss._asdict() | more)
+            found = values.loss._asdict() | more
+            self.writer.write(step, "speed", speed)
+            self.writer.write(step, "train", found)
+            if self.calls.on_metrics is not None:
+                self.calls.on_metrics(step, {**found, **speed})
         return int(values.bad_steps)
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float] | None:
@@ -256,6 +306,8 @@ class Trainer:
             raise
         if self.writer:
             self.writer.write(step, "validation", scores)
+            if self.calls.on_evaluation is not None:
+                self.calls.on_evaluation(step, scores)
         self.progress.log(f"step {step:,} · {self.task.describe(scores)}")
         return scores
 
@@ -276,6 +328,7 @@ class Trainer:
                 config=self.config,
                 **self.task.beside(self.dataset)._asdict(),
                 bases=records_of(self.bases, state.frozen) or None,
+                history=list(self.history) or None,
                 metrics=scores or {},
             )
 

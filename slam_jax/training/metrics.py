@@ -1,14 +1,16 @@
-"""Metrics of a run: one JSON line per record in `WORKDIR/metrics.jsonl`, and TensorBoard files."""
+"""Metrics of a run: one JSON line per record in `WORKDIR/metrics.jsonl`, and trackers."""
 
 import contextlib
 import json
+import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slam_jax.errors import ConfigError, write_whole, writing
+from slam_jax.errors import first_line, write_whole, writing
+from slam_jax.training.tracking import Tracker, open_trackers, require_packages
 
 _FILE = "metrics.jsonl"
 
@@ -20,10 +22,11 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
     resume_step: step from which the run resumes. Records of later steps are removed, as they will
     be written again, and so is an unfinished last line of a killed run.
     evaluated: False removes the evaluation of that step, too, as it is still to be done.
-    tensorboard: also write event files to `WORKDIR/tensorboard`.
+    trackers: names of `slam_jax.training.tracking.TRACKERS`, which get all numbers as well. config:
+    of the run, for them.
 
-    Raises ConfigError where `tensorboard` is set and tensorboardX is not installed; and WriteError,
-    here and in `write`, where the file cannot be written.
+    Raises ConfigError where a tracker cannot start; and WriteError, here and in `write`, where the
+    file cannot be written. A tracker that fails later is logged and ends; the run goes on.
     """
 
     def __init__(
@@ -32,15 +35,21 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
         resume_step: int = 0,
         *,
         evaluated: bool = True,
-        tensorboard: bool = False,
+        trackers: Sequence[str] = (),
+        config: Mapping[str, Any] = {},
     ):
         workdir = Path(workdir)
         self._path = workdir / _FILE
-        self._board = _board(workdir / "tensorboard", resume_step) if tensorboard else None
+        require_packages(trackers)
         with writing(self._path):
             workdir.mkdir(parents=True, exist_ok=True)
             _drop_after(self._path, (resume_step, evaluated))
             self._file = self._path.open("a", encoding="utf-8")
+        try:
+            self._trackers = open_trackers(trackers, workdir, config, resume_step)
+        except BaseException:
+            self._file.close()
+            raise
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -48,8 +57,8 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Writes one record.
 
-        split: `train`, `validation` or `speed`. values: numbers or arrays of one element; NaN and
-        infinities become null, as JSON has neither. Texts are written to the file only.
+        split: `train`, `validation`, `speed` or `change`. values: numbers or arrays of one element;
+        NaN and infinities become null, as JSON has neither. Texts are written to the file only.
         """
         texts = {name: value for name, value in values.items() if isinstance(value, str)}
         numbers = {name: float(value) for name, value in values.items() if name not in texts}
@@ -58,9 +67,15 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
         with writing(self._path):
             self._file.write(line)
             self._file.flush()
-        if self._board is not None:
-            for name, number in numbers.items():
-                self._board.add_scalar(f"{split}/{name}", number, int(step))
+        named = {f"{split}/{name}": number for name, number in finite.items() if number is not None}
+        self._each_tracker(lambda tracker: tracker.log(int(step), named))
+
+    def write_change(self, step: int, text: str) -> None:
+        """Writes that the run was changed after this step, unless that was written before."""
+        known = [(step, "change", text)] if text else []
+        records = ((r["step"], r["split"], r.get("text")) for r in read_metrics(self._path.parent))
+        if known and known[0] not in records:
+            self.write(step, "change", {"text": text})
 
     def sync(self) -> None:
         """Flushes the file to disk, so that a power cut loses nothing."""
@@ -70,8 +85,16 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
     def close(self) -> None:
         with writing(self._path):
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._each_tracker(lambda tracker: tracker.close())
+
+    def _each_tracker(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:  # each has its own error types
+                self._trackers.remove(tracker)
+                name, reason = type(tracker).__name__, first_line(error)
+                logging.getLogger("slam_jax").warning("%s failed and ends: %s", name, reason)
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
@@ -99,14 +122,3 @@ def _drop_after(path: Path, last: tuple[int, bool]) -> None:
     )
     if path.exists() and kept.encode() != path.read_bytes():
         write_whole(path, kept)  # a kill in between loses no line
-
-
-def _board(folder: Path, resume_step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise ConfigError(
-            "TensorBoard needs tensorboardX, which is not installed: "
-            "`pip install 'slam_jax[tracking]'`, or turn it off in the configuration"
-        ) from None
-    return SummaryWriter(str(folder), purge_step=resume_step + 1)

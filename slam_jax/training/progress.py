@@ -59,7 +59,8 @@ class Progress:
             quiet=not shown,
         )
         self._recent: deque[_Point] = deque(maxlen=_WINDOW + 1)
-        self._recent.append(_Point(time.monotonic(), first_step))
+        self._start = _Point(time.monotonic(), first_step)
+        self._recent.append(self._start)
         # On a narrow terminal the status wraps; the other columns keep their width.
         width = len(f"step {total_steps}/{total_steps}")
         self._bar = Bar(
@@ -133,6 +134,13 @@ class Progress:
             found["mfu"] = spent.flops / spent.seconds / self._peak_flops
         memory = peak_memory()
         return found if memory is None else {**found, "peak_memory_bytes": float(memory)}
+
+    def summary(self) -> str:
+        """What was done since the start of this process: steps, time, examples and tokens."""
+        end = self._recent[-1]
+        took = _clock(time.monotonic() - self._start.seconds)
+        parts = [f"{end.steps - self._start.steps:,} steps in {took}"]
+        return ", ".join([*parts, f"{end.examples:,} examples", f"{end.tokens:,} tokens"])
 
     def _spent(self) -> _Point:
         """The differences over the last steps."""

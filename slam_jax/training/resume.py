@@ -1,16 +1,24 @@
 """Starts a run, or resumes it from the newest intact checkpoint of its workdir."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax import nnx
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.training.base import Bases, load_bases, locate, provided_by, without_bases
+from slam_jax.training.changes import (
+    DATA,
+    ON_REQUEST,
+    Changes,
+    changed_at,
+    check_steps,
+    differences,
+    extended,
+)
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.init_from import begin_from
 from slam_jax.training.kinds import task_of
@@ -19,24 +27,13 @@ from slam_jax.training.state import TrainState
 from slam_jax.training.task import Task
 from slam_jax.training.trainable import merge
 
-MAY_CHANGE = (
-    *("data.data_dir", "data.path", "data.max_damaged_records"),
-    *("data.bucket_lengths", "data.workers"),
-    *("loss.chunk_tokens", "model.remat", "model.scan_layers"),
-    *("run.keep_every", "run.log_every", "run.save_every", "run.tensorboard", "run.best_metric"),
-    *("run.init_from", "model.decoder.pretrained", "model.image.pretrained"),
-)
-"""Fields that may change between two starts of a run, as those of `mesh` may: where its data is,
-how batches are padded and made, how it saves memory and compiles, what it writes, and what its
-first step began with. What is computed from an undamaged record is the same."""
-
 
 class OpenedRun(NamedTuple):
     """What the training loop begins with.
 
     task: with the fields that are read from folders of published parts.
     pending_evaluation: the last step was saved without its evaluation, which is still to be done.
-    notes: messages for the user, one line each. bases: those of the model.
+    notes: messages for the user, one line each. bases: those of the model. history: of changes.
     """
 
     task: Task
@@ -46,6 +43,7 @@ class OpenedRun(NamedTuple):
     pending_evaluation: bool
     notes: list[str]
     bases: Bases = ()
+    history: Sequence[Mapping[str, Any]] = ()
 
 
 def open_run(
@@ -53,10 +51,12 @@ def open_run(
     checkpoints: Checkpoints,
     mesh: Mesh | None,
     moved: Sequence[str | Path] = (),
+    change: bool = False,
 ) -> OpenedRun:
     """The initial state of a run, or the newest one of its checkpoints, and the data set.
 
-    moved: folders in which to look for base weights; see `locate`.
+    moved: folders in which to look for base weights; see `locate`. change: the configuration and
+    the data may differ from those of the checkpoint, see `slam_jax.training.changes`.
 
     Raises:
       CheckpointError: the checkpoints belong to another configuration or to other data, or none
@@ -71,10 +71,17 @@ def open_run(
         records = locate(checkpoints.read_bases(latest), moved)
         old = task_of(checkpoints.read_config(latest))
     task = task.opened(old, records)
-    if old is not None:
-        _require_same_config(task, old, checkpoints)
-    dataset = task.open_dataset(checkpoints, latest)
+    changes = _changes(task, old, checkpoints, change)
+    dataset = task.open_dataset(checkpoints, latest, changed=change)
     task.check(mesh, dataset)
+    history: list[Any] = []
+    if latest is not None and old is not None:
+        changes |= _changed_data(task, dataset, checkpoints, latest, change)
+        history = checkpoints.read_history(latest)
+        if changes:
+            history = extended(history, changes, latest, old.experiment.data.batch_size)
+            notes.append(f"changed after step {latest:,}: {changed_at(history, latest)}")
+        check_steps(task.experiment.run.num_steps, latest)
     vocab_size = dataset.tokenizer.vocab_size
     with explain_out_of_memory("the training state", "choose smaller sizes or a larger machine"):
         if latest is None:
@@ -89,7 +96,7 @@ def open_run(
         graphdef, like = state_shapes(task, vocab_size, mesh, bases)
         state = restore_state(checkpoints, latest, like, bases)
     pending = task.experiment.run.evaluates(latest) and not checkpoints.read_metrics(latest)
-    return OpenedRun(task, graphdef, state, dataset, pending, notes, bases)
+    return OpenedRun(task, graphdef, state, dataset, pending, notes, bases, history)
 
 
 def restore_state(
@@ -104,17 +111,38 @@ def restore_state(
     return dataclasses.replace(state, frozen=frozen)
 
 
-def _require_same_config(task: Task, old: Task, checkpoints: Checkpoints) -> None:
-    """Raises CheckpointError where a field differs that may not change."""
-    # The defaults of fields that an old configuration lacks are filled in.
-    both = old.experiment, task.experiment
-    saved, ours = (flatten_dict(dataclasses.asdict(each), sep=".") for each in both)
-    for name, value in ours.items():
-        may_change = name in MAY_CHANGE or name.startswith("mesh.")
-        # It says how a folder's table is read, and nothing about other data sets.
-        may_change |= name == "data.table_version" and task.experiment.data.name != "folder"
-        if saved[name] != value and not may_change:
-            raise CheckpointError(
-                f"{checkpoints.workdir} holds a run with {name}={saved[name]!r} and this one has "
-                f"{name}={value!r}; use another workdir or the same configuration"
-            )
+def _changes(task: Task, old: Task | None, checkpoints: Checkpoints, change: bool) -> Changes:
+    """The fields that were changed. Raises CheckpointError for one that may not be."""
+    if old is None:
+        return {}
+    found = differences(old.experiment, task.experiment)
+    for name, (saved, value) in found.items():
+        if change and name in ON_REQUEST:
+            continue
+        advice = "use another workdir or the same configuration"
+        if name in ON_REQUEST:
+            advice += ", or resume with the new value by --change"
+        raise CheckpointError(
+            f"{checkpoints.workdir} holds a run with {name}={saved!r} and this one has "
+            f"{name}={value!r}; {advice}"
+        )
+    return found
+
+
+def _changed_data(
+    task: Task, dataset: Any, checkpoints: Checkpoints, latest: int, change: bool
+) -> Changes:
+    """Old and new sha256 of the data where they differ. Raises CheckpointError without `change`."""
+    saved, ours = checkpoints.read_data(latest), task.beside(dataset).data or {}
+    hashes = [each.get("sha256") for each in (saved, ours)]
+    if None in hashes or hashes[0] == hashes[1]:
+        return {}
+    if not change:
+        rows = (each.get("rows", {}).get("train", 0) for each in (saved, ours))
+        before, now = (f"{count:,} rows for training" for count in rows)
+        raise CheckpointError(
+            f"{checkpoints.workdir} holds a run on data with {before}, and they have changed: "
+            f"there are {now} now; restore the old ones, use another workdir, or resume with the "
+            "new data by --change"
+        )
+    return {DATA: hashes}

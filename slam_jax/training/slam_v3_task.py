@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from slam_jax.data import (
+    AuxFormat,
     Batch,
     Dataset,
     EvaluationBatch,
@@ -20,6 +21,7 @@ from slam_jax.data import (
     tokenizer_from_json,
     training_batches,
 )
+from slam_jax.data.order import Order
 from slam_jax.evaluation import evaluate
 from slam_jax.runtime.signals import Stopped
 from slam_jax.slam_v3 import SlamV3
@@ -64,15 +66,24 @@ class SlamV3Task:
     def bases(self, records: Mapping[str, BaseRecord] | None = None) -> Bases:
         return bases_of(self.experiment.model, records)
 
-    def open_dataset(self, checkpoints: Checkpoints, latest: int | None) -> Dataset:
+    def open_dataset(
+        self, checkpoints: Checkpoints, latest: int | None, changed: bool = False
+    ) -> Dataset:
         """Of a resumed run it must give the tokenizer and the format of numbers that the checkpoint
         has, or token ids and standardised numbers would change their meaning."""
         data, model = self.experiment.data, self.experiment.model
-        dataset = prepare(data, model=model)
         if latest is None:
-            return dataset
-        advice = "the data set has changed; restore the old one, or use another workdir"
+            return prepare(data, model=model)
         tokenizer = tokenizer_from_json(checkpoints.read_tokenizer(latest))
+        if changed:
+            saved = checkpoints.read_aux(latest)
+            aux_format = None if saved is None else AuxFormat.from_json(saved)
+            return prepare(data, tokenizer, aux_format=aux_format, model=model)
+        dataset = prepare(data, model=model)
+        advice = (
+            "the data set has changed; restore the old one, use another workdir, or resume with "
+            "the new data by --change"
+        )
         if dataset.corpus_is_whole and tokenizer.sha256 != dataset.tokenizer.sha256:
             raise CheckpointError(
                 f"{checkpoints.workdir} holds a run with a tokenizer of sha256 "
@@ -96,6 +107,7 @@ class SlamV3Task:
             tokenizer=dataset.tokenizer.to_json(),
             aux=None if aux is None else aux.to_json(),
             generation={"max_new_tokens": longest_answer + 1},
+            data=dataset.identity,
         )
 
     def model(self, vocab_size: int) -> Callable[..., SlamV3]:
@@ -108,10 +120,10 @@ class SlamV3Task:
         return num_answer_tokens(batch)
 
     def batches(
-        self, dataset: Dataset, start_step: int, rows: Sequence[int]
+        self, dataset: Dataset, start_step: int, rows: Sequence[int], order: Order
     ) -> Iterator[tuple[str, Batch]]:
         parts = dataset.train, dataset.tokenizer, self.experiment.data
-        return training_batches(*parts, start_step=start_step, rows=rows)
+        return training_batches(*parts, start_step=start_step, rows=rows, order=order)
 
     def num_tokens(self, batch: Batch) -> int:
         # A process of several has a part of the rows; those of the others are about as long.

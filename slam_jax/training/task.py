@@ -11,17 +11,22 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from flax import nnx
 from jax.sharding import Mesh
 
+from slam_jax.data.order import Order
 from slam_jax.training.base import BaseRecord, Bases
 from slam_jax.training.checkpoint import Checkpoints
 from slam_jax.training.state import TrainState
 
 
 class Beside(NamedTuple):
-    """What a checkpoint has beside the state; see `Checkpoints.save`."""
+    """What a checkpoint has beside the state; see `Checkpoints.save`.
+
+    data: what identifies the data: its "sha256", if it is known, and the number of rows by split.
+    """
 
     tokenizer: str
     aux: dict[str, Any] | None = None
     generation: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
 
 
 @runtime_checkable
@@ -38,9 +43,11 @@ class Task(Protocol):
     stored: a configuration as JSON, with those fields.
     bases: of the model. records: None = those of a new run.
     open_dataset: anything with a `tokenizer`; the other methods get it back. latest: the step to
-      resume from; raises CheckpointError where the data are not those of that checkpoint.
+      resume from; raises CheckpointError where the data are not those of that checkpoint. With
+      `changed` they may be others, for which its tokenizer and format of numbers are used.
     model: makes the model, called with `rngs`. loss, weight_of: see `make_train_step`.
-    batches: endless (view, batch) from a step on, with these rows of each batch. It has `close`.
+    batches: endless (view, batch) from a step on, with these rows of each batch, in this order. It
+      has `close`.
     num_tokens, flops: of a whole training step, given the batch of one host process.
     validate: scores by name, higher "accuracy" being better. should_stop: is called before each
       batch; where it returns True, `Stopped` is raised. describe: scores in one line.
@@ -58,13 +65,15 @@ class Task(Protocol):
     def opened(self, old: Any, records: Mapping[str, BaseRecord]) -> "Task": ...
     def stored(self, config: dict[str, Any]) -> dict[str, Any]: ...
     def bases(self, records: Mapping[str, BaseRecord] | None = None) -> Bases: ...
-    def open_dataset(self, checkpoints: Checkpoints, latest: int | None) -> Any: ...
+    def open_dataset(
+        self, checkpoints: Checkpoints, latest: int | None, changed: bool = False
+    ) -> Any: ...
     def beside(self, dataset: Any) -> Beside: ...
     def model(self, vocab_size: int) -> Callable[..., nnx.Module]: ...
     def loss(self, model: Any, batch: Any, *, key: Any = None) -> Any: ...
     def weight_of(self, batch: Any) -> Any: ...
     def batches(
-        self, dataset: Any, start_step: int, rows: Sequence[int]
+        self, dataset: Any, start_step: int, rows: Sequence[int], order: Order
     ) -> Iterator[tuple[str, Any]]: ...
     def num_tokens(self, batch: Any) -> int: ...
     def flops(self, vocab_size: int, batch: Any) -> int: ...

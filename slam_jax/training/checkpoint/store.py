@@ -1,9 +1,9 @@
 """Checkpoints of a run: one folder per step, written in the background and verified when read.
 
 `WORKDIR/checkpoints/STEP/` holds `arrays` (written by Orbax), `config.json`, `tokenizer.json`,
-`aux.json`, `generation.json`, `bases.json`, `metrics.json` and their `manifest.json`. The folder
-gets its final name by one rename after all files are on disk, so a step that is visible is
-complete. No file is unpickled or executed.
+`aux.json`, `generation.json`, `bases.json`, `data.json`, `history.json`, `metrics.json` and their
+`manifest.json`. The folder gets its final name by one rename after all files are on disk, so a step
+that is visible is complete. No file is unpickled or executed.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from slam_jax.runtime.signals import PeerLost
 from slam_jax.training.checkpoint import manifest, trees
 
 _MAX_JSON_BYTES = 64 << 20  # files are read whole
-_OPTIONAL = ("aux", "generation", "bases")
+_OPTIONAL = ("aux", "generation", "bases", "data", "history")
 _SCORE = "accuracy"  # the metric that chooses the best checkpoint where the configuration has none
 _LOSSES = ("loss", "perplexity", "bits_per_byte")
 
@@ -80,6 +80,8 @@ class Checkpoints:
         aux: dict | None = None,
         generation: dict | None = None,
         bases: list | None = None,
+        data: dict | None = None,
+        history: list | None = None,
         metrics: Mapping[str, Any],
     ) -> bool:
         """Starts to write a checkpoint, and returns once the arrays are copied off the device.
@@ -90,7 +92,8 @@ class Checkpoints:
         state: any pytree of arrays, typed PRNG keys included; it may be donated afterwards.
         tokenizer: its JSON text, stored unchanged. config; aux, the format of auxiliary vectors;
         generation, defaults of generating; bases, the files with the parameters that `state` lacks
-        (`slam_jax.training.base`): anything that JSON can hold.
+        (`slam_jax.training.base`); data, what identifies them; history, of changes
+        (`slam_jax.training.changes`): anything that JSON can hold.
         metrics: of this step, possibly none; values that are not finite are left out.
 
         Raises CheckpointError where the previous write failed, or this one could not start.
@@ -98,7 +101,7 @@ class Checkpoints:
         self.wait()
         finite = {name: float(x) for name, x in metrics.items() if math.isfinite(x)}
         items = {"config": config, "tokenizer": tokenizer, "aux": aux, "metrics": finite}
-        items |= {"generation": generation, "bases": bases}
+        items |= {"generation": generation, "bases": bases, "data": data, "history": history}
         if not distributed.run_on_first(lambda: self._begin(step, items)):
             return False
         folder = self._being_written(step)
@@ -278,6 +281,14 @@ class Checkpoints:
     def read_bases(self, step: Step) -> list:
         """The files with parameters that a step does not store; see `slam_jax.training.base`."""
         return _read_json(self._path(step), "bases", list) or []
+
+    def read_data(self, step: Step) -> dict:
+        """What identifies the data of a step; nothing for one of version 0.22 or older."""
+        return _read_json(self._path(step), "data", dict) or {}
+
+    def read_history(self, step: Step) -> list:
+        """What was changed up to a step; see `slam_jax.training.changes`."""
+        return _read_json(self._path(step), "history", list) or []
 
     def read_metrics(self, step: Step) -> dict[str, float]:
         """The metrics saved with a step."""
