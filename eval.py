@@ -2,6 +2,10 @@
 
 python eval.py --workdir=DIR [--step=N|best|latest] [--out=DIR] [--process_examples=N]
     [--config.data.field=value]
+
+For a language model, DIR is the workdir of its run; or a folder of the hub or a GGUF file, and
+--config.data.path=TEXTS says on what. It prints loss, bits per byte and perplexity, and for rows
+with answers how many are exact.
 """
 
 from pathlib import Path
@@ -12,7 +16,10 @@ from slam_jax.errors import InputError
 from slam_jax.runtime import cli
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The workdir of a training run, or a folder with its model.", required=True
+    "workdir",
+    None,
+    "The workdir of a training run, a folder with its model, or a published language model.",
+    required=True,
 )
 STEP = flags.DEFINE_string("step", "best", "The checkpoint: a step number, best or latest.")
 OUT = flags.DEFINE_string(
@@ -29,16 +36,21 @@ PROCESS_EXAMPLES = flags.DEFINE_integer(
 def main(arguments: list[str]) -> None:
     # Imported here because importing JAX takes seconds, in which Ctrl-C may be pressed.
     from slam_jax.evaluation import print_metrics
-    from slam_jax.interop.pretrained import is_published
     from slam_jax.reporting.checkpoint import evaluate_checkpoint
+    from slam_jax.reporting.language import (
+        evaluate_language,
+        is_language_model,
+        print_language_metrics,
+        write_language_metrics,
+    )
     from slam_jax.reporting.report import write_evaluation
     from slam_jax.trained.folder import find_folder
 
-    if is_published(WORKDIR.value):
-        raise InputError(
-            f"--workdir={WORKDIR.value} is a language model; eval.py tests what a run has trained; "
-            "give it the workdir of a run"
-        )
+    if is_language_model(WORKDIR.value, STEP.value):
+        scored = evaluate_language(WORKDIR.value, STEP.value, arguments, base=BASE.value)
+        print_language_metrics(scored.metrics)
+        print(f"\nmetrics: {write_language_metrics(scored, OUT.value)}")
+        return
     if OUT.value is None and not Path(WORKDIR.value).exists() and find_folder(WORKDIR.value):
         raise InputError(f"--workdir={WORKDIR.value} is part of the package; give --out, too")
     evaluation = evaluate_checkpoint(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from bases import write_language_model
 from flax import nnx
-from helpers import assert_same
+from helpers import assert_same, write_texts
 from jax.sharding import PartitionSpec
 
 from slam_jax.data import Batch
@@ -35,6 +35,7 @@ from slam_jax.training import (
     Experiment,
     LossConfig,
     default_config,
+    default_language_config,
     language_model_loss,
     load,
     loop,
@@ -612,6 +613,29 @@ def run_config(tmp_path):
     config = read_config(Path(__file__).parent / "configs" / "small_run.py")
     changes = {"data.data_dir": str(tmp_path / "data"), "run.num_steps": 6, "run.evaluate_every": 3}
     return override(config, [f"--config.{name}={value}" for name, value in changes.items()])
+
+
+def test_a_language_model_trains_alike_on_one_device_and_on_eight(tmp_path, monkeypatch):
+    config: Any = default_language_config()
+    config.language_model.preset, config.data.vocab_size = "tiny", 300
+    config.data.path = str(write_texts(tmp_path / "texts", 30))
+    config.data.length, config.data.batch_size = 16, 8
+    config.run.num_steps = config.run.evaluate_every = 3
+    config.run.log_every, config.mesh.fsdp = 1, 2
+    state = train(config, tmp_path / "eight")
+    assert held(state.params["head"]["kernel"]) == (16, 300)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda *given: None)
+        train(config, tmp_path / "alone")
+
+    def figures(name: str) -> list[Any]:
+        return [r.get("total", r.get("loss")) for r in read_metrics(tmp_path / name)]
+
+    alone, eight = (
+        np.array([x for x in figures(name) if x is not None]) for name in ("alone", "eight")
+    )
+    assert len(alone) == 4  # three steps and the validation
+    np.testing.assert_allclose(eight, alone, rtol=1e-4)
 
 
 @pytest.mark.slow

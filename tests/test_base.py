@@ -23,7 +23,6 @@ from slam_jax.training import (
     Experiment,
     default_config,
     load,
-    loading,
     loop,
     override,
     read_config,
@@ -59,7 +58,6 @@ def with_base(base_folder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slam_v3_task, "bases_of", bases_of)
-        patch.setattr(loading, "bases_of", bases_of)
         yield
 
 

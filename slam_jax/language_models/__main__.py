@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     from slam_jax.language_models.registry import SYSTEMS, make_config
 
     each = [(name, preset) for name, system in SYSTEMS.items() for preset in system.presets]
-    own, asked = ("seed", "tiny"), PRESET.value
+    own, asked = ("seed", "small", "tiny"), PRESET.value
     wanted = [p for p in each if p[1] == asked or (asked == "published" and p[1] not in own)]
     if not wanted:
         known = ", ".join(sorted({preset for _, preset in each}))

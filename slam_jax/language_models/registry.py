@@ -2,7 +2,8 @@
 
 `seed` is the size of the published comparison: width 512, 16 heads, MLPs of 2,048, a vocabulary of
 10,000, 6 layers (5 blocks in SLAM v4 to v6). The fields that the comparison does not state
-(experts, ranks, groups) are set near the proportions of the published models. `tiny` is for tests.
+(experts, ranks, groups) are set near the proportions of the published models. `small` is half as
+wide, for training on a laptop; `tiny` is for tests.
 The other presets are published models.
 """
 
@@ -40,6 +41,9 @@ _BFLOAT16 = dict(param_dtype="bfloat16", dtype="bfloat16")
 _SEED = dict(vocab_size=10_000, embed_dim=512, mlp_dim=2_048, num_heads=16)
 _SEED_LAYERS = dict(**_SEED, num_layers=6)
 _SEED_LATENT = dict(kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
+_SMALL = dict(vocab_size=2_048, embed_dim=256, mlp_dim=768, num_heads=8, context_length=1_024)
+_SMALL_LAYERS = dict(**_SMALL, num_layers=4)
+_SMALL_LATENT = dict(kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
 _TINY = dict(vocab_size=61, embed_dim=32, mlp_dim=48, num_heads=4, context_length=64)
 _TINY_LAYERS = dict(**_TINY, num_layers=3)
 _TINY_LATENT = dict(kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
@@ -61,13 +65,20 @@ def _yarn(mscale: float) -> Rope:
 
 
 SYSTEMS: Mapping[str, System] = {
-    "slam_v6": System("SLAM V6 Jamba killer", SlamV6Config, SlamV6, {"seed": _SEED, "tiny": _TINY}),
+    "slam_v6": System(
+        "SLAM V6 Jamba killer",
+        SlamV6Config,
+        SlamV6,
+        {"seed": _SEED, "small": _SMALL, "tiny": _TINY},
+    ),
     "jamba": System(
         "Jamba 1.5",
         JambaConfig,
         Jamba,
         {
             "seed": dict(**_SEED_LAYERS, num_kv_heads=4, num_experts=8),
+            "small": dict(**_SMALL_LAYERS, num_kv_heads=4, num_experts=4)
+            | dict(attention_period=4, attention_offset=2),
             "tiny": dict(**_TINY, num_layers=4, num_kv_heads=2, num_experts=4, state_dim=4)
             | dict(attention_period=4, attention_offset=2),
             "mini_1.5": dict(**_JAMBA, embed_dim=4_096, mlp_dim=14_336)
@@ -83,6 +94,8 @@ SYSTEMS: Mapping[str, System] = {
         {
             "seed": dict(**_SEED_LAYERS, **_SEED_LATENT, **_GROUPS)
             | dict(expert_dim=512, q_lora_rank=192, num_experts_per_token=2),
+            "small": dict(**_SMALL_LAYERS, **_SMALL_LATENT, **_GROUPS)
+            | dict(expert_dim=192, q_lora_rank=96, num_experts_per_token=2),
             "tiny": dict(**_TINY_LAYERS, **_TINY_LATENT, **_GROUPS)
             | dict(expert_dim=12, q_lora_rank=20, num_experts_per_token=3, routed_scale=2.0),
             "v2": dict(**_DEEPSEEK_V2, rope=_yarn(0.707)),
@@ -97,6 +110,7 @@ SYSTEMS: Mapping[str, System] = {
         HunyuanLarge,
         {
             "seed": dict(**_SEED_LAYERS, num_kv_heads=2, num_experts=8),
+            "small": dict(**_SMALL_LAYERS, num_kv_heads=2, num_experts=4),
             "tiny": dict(**_TINY_LAYERS, num_kv_heads=2, num_experts=4),
             "large": dict(vocab_size=128_512, embed_dim=6_400, mlp_dim=18_304, num_layers=64)
             | dict(num_heads=80, num_kv_heads=8, head_dim=80, rope=Rope(ntk_alpha=100_000.0))
@@ -104,38 +118,62 @@ SYSTEMS: Mapping[str, System] = {
         },
     ),
     "slam_v4_champion": System(
-        "SLAM V4 Champion", SlamV4ChampionConfig, SlamV4Champion, {"seed": _SEED, "tiny": _TINY}
+        "SLAM V4 Champion",
+        SlamV4ChampionConfig,
+        SlamV4Champion,
+        {"seed": _SEED, "small": _SMALL, "tiny": _TINY},
     ),
     "slam_v5": System(
         "SLAM V5",
         SlamV5Config,
         SlamV5,
-        {"seed": dict(**_SEED, **_SEED_LATENT), "tiny": dict(**_TINY, **_TINY_LATENT)},
+        {
+            "seed": dict(**_SEED, **_SEED_LATENT),
+            "small": dict(**_SMALL, **_SMALL_LATENT),
+            "tiny": dict(**_TINY, **_TINY_LATENT),
+        },
     ),
-    "slam_v4": System("SLAM V4", SlamV4Config, SlamV4, {"seed": _SEED, "tiny": _TINY}),
+    "slam_v4": System(
+        "SLAM V4", SlamV4Config, SlamV4, {"seed": _SEED, "small": _SMALL, "tiny": _TINY}
+    ),
     "standard": System(
         "Standard Transformer",
         StandardConfig,
         Standard,
-        {"seed": _SEED_LAYERS, "tiny": dict(**_TINY_LAYERS, num_kv_heads=2)},
+        {
+            "seed": _SEED_LAYERS,
+            "small": dict(**_SMALL_LAYERS, num_kv_heads=4),
+            "tiny": dict(**_TINY_LAYERS, num_kv_heads=2),
+        },
     ),
     "moe": System(
         "MoE Transformer",
         MoEConfig,
         MoE,
-        {"seed": _SEED_LAYERS, "tiny": dict(**_TINY_LAYERS, num_kv_heads=2, num_experts=4)},
+        {
+            "seed": _SEED_LAYERS,
+            "small": dict(**_SMALL_LAYERS, num_kv_heads=4, num_experts=4),
+            "tiny": dict(**_TINY_LAYERS, num_kv_heads=2, num_experts=4),
+        },
     ),
     "slam_v3_text": System(
         "SLAM V3, text alone",
         SlamV3TextConfig,
         SlamV3Text,
-        {"seed": _SEED, "tiny": dict(**_TINY, kv_lora_rank=12, text_window=8)},
+        {
+            "seed": _SEED,
+            "small": dict(**_SMALL, kv_lora_rank=64),
+            "tiny": dict(**_TINY, kv_lora_rank=12, text_window=8),
+        },
     ),
     "hunyuan_v1_moe": System(
         "Hunyuan A13B",
         HunyuanV1MoEConfig,
         HunyuanV1MoE,
-        {"tiny": dict(**_TINY_LAYERS, num_kv_heads=2, num_experts=4, num_experts_per_token=2)},
+        {
+            "small": dict(**_SMALL_LAYERS, num_kv_heads=4, num_experts=4, num_experts_per_token=2),
+            "tiny": dict(**_TINY_LAYERS, num_kv_heads=2, num_experts=4, num_experts_per_token=2),
+        },
     ),
 }
 

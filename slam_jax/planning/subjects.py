@@ -1,4 +1,4 @@
-"""What is planned: the training step of a SLAM v3 run, or of a language model."""
+"""What is planned: the training step of a run, of SLAM v3 or of a language model."""
 
 import dataclasses
 import functools
@@ -13,16 +13,26 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from slam_jax.data import Batch, prepare, training_batches
+from slam_jax.data.packing import TextBatch
 from slam_jax.errors import require_count
 from slam_jax.kernels.backend import for_accelerators
 from slam_jax.language_models.flops import training_flops
 from slam_jax.language_models.registry import make_config, make_model
+from slam_jax.language_models.slam_v3_text import SlamV3TextConfig
 from slam_jax.layers.lora import LoraConfig
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.slam_v3.flops import num_memory
 from slam_jax.training.base import provided_by
-from slam_jax.training.experiment import Experiment, as_json, build, require_even_batch
+from slam_jax.training.experiment import (
+    Experiment,
+    as_json,
+    build,
+    is_language,
+    require_even_batch,
+)
 from slam_jax.training.flops import forward_flops, input_sizes, is_aligned
+from slam_jax.training.language_experiment import LanguageExperiment
+from slam_jax.training.language_task import LanguageTask, make_adapted
 from slam_jax.training.losses import language_model_loss, num_answer_tokens, slam_v3_loss
 from slam_jax.training.mesh import MeshConfig
 from slam_jax.training.optimizer import OptimizerConfig
@@ -208,20 +218,53 @@ class LanguageRun:
             optimizer=self.optimizer,
             mesh=self.mesh,
             require_even=require_even,
-            depths=self._depths(config),
+            depths=_depths(self.language_model, config),
             flops=Flops(rows * flops),
             stream_bytes=(stream, stream * getattr(config, "num_layers", 1)),
         )
 
-    def _depths(self, config: Any) -> dict[str, Depth]:
-        """Empty where the layers follow no period."""
-        if self.language_model not in ("standard", "moe", "deepseek_v2", "jamba"):
-            return {}
-        first = config.num_dense_layers if self.language_model == "deepseek_v2" else 0
-        is_jamba = self.language_model == "jamba"
-        period = math.lcm(config.attention_period, config.expert_period) if is_jamba else 1
-        repeats, rest = divmod(config.num_layers - first, period)
-        return {} if rest else {"num_layers": Depth(first, period, repeats)}
+
+def language_run(task: LanguageTask) -> Subject:
+    """A run of `train` of a language model. A tokenizer that is yet to be trained counts as large
+    as `data.vocab_size` allows; no text is read."""
+    experiment = task.experiment
+    data, optimizer = experiment.data, experiment.optimizer
+    known = experiment.language_model.config.vocab_size
+    config = _for_accelerators(experiment.with_vocabulary(data.vocab_size if known == 1 else known))
+    packed = not isinstance(config, SlamV3TextConfig) and data.pack is not False
+    shape = data.batch_size, data.length + 1
+    ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
+    counted: Any = jax.ShapeDtypeStruct(shape, jnp.bool_)
+    flops = training_flops(config, data.length)
+    if config.remat == "layers":
+        flops += config.body_flops(data.length)
+    width = config.embed_dim * jnp.dtype(config.dtype).itemsize
+    stream = data.batch_size * data.length * width
+    return Subject(
+        config=config,
+        make=lambda config, rngs: make_adapted(config, experiment.lora, rngs=rngs),
+        loss=task.loss,
+        weight_of=task.weight_of,
+        batch=TextBatch(ids, ids, counted, packed),
+        optimizer=optimizer,
+        mesh=experiment.mesh,
+        require_even=experiment.check,
+        depths={} if experiment.lora.rank else _depths(experiment.language_model.name, config),
+        flops=Flops(data.batch_size * flops),
+        stream_bytes=(stream, stream * getattr(config, "num_layers", 1)),
+        provided=provided_by(task.bases(hashed=False)),
+    )
+
+
+def _depths(system: str | None, config: Any) -> dict[str, Depth]:
+    """Empty where the layers follow no period."""
+    if system not in ("standard", "moe", "deepseek_v2", "jamba"):
+        return {}
+    first = config.num_dense_layers if system == "deepseek_v2" else 0
+    is_jamba = system == "jamba"
+    period = math.lcm(config.attention_period, config.expert_period) if is_jamba else 1
+    repeats, rest = divmod(config.num_layers - first, period)
+    return {} if rest else {"num_layers": Depth(first, period, repeats)}
 
 
 def _for_accelerators(config: Any) -> Any:
@@ -231,13 +274,17 @@ def _for_accelerators(config: Any) -> Any:
 
 
 def subject_of(config: ConfigDict | Mapping[str, Any]) -> Subject:
-    """A `LanguageRun` for a configuration with the field `language_model`, else a `slam_v3_run`.
+    """A `LanguageRun` for a configuration with the field `language_model`, a `language_run` for one
+    with the group of that name, else a `slam_v3_run`.
 
     The data set of a run is built if necessary, since shapes of batches depend on it. Of the views
     that the run trains on the largest is planned: one that the alignment loss encodes twice comes
     first, then the one with the most encoder tokens.
     """
     values = as_json(config)
+    if is_language(values):
+        task = LanguageTask(LanguageExperiment.from_config(values))
+        return language_run(task.opened(None, {}))
     if "language_model" in values:
         return build(LanguageRun, values).subject()
     experiment, runs = Experiment.from_config(values), []

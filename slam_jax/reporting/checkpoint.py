@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from slam_jax.data import DataConfig, Dataset, EvaluationBatch, Example, evaluation_batches, prepare
 from slam_jax.data.views import with_halves
-from slam_jax.errors import ConfigError
+from slam_jax.errors import ConfigError, InputError
 from slam_jax.evaluation.answers import Answer, Results, evaluate, most_frequent_answer
 from slam_jax.reporting.processes.measure import measure_processes
 from slam_jax.runtime.compile_cache import enable_compile_cache
@@ -84,6 +84,8 @@ def open_checkpoint(
     """Loads a checkpoint and prepares its data; arguments and errors of `evaluate_checkpoint`."""
     enable_compile_cache()
     loaded = load(workdir, step, base)
+    if not isinstance(loaded, Loaded):
+        raise InputError(f"{workdir} is a language model; `python eval.py --workdir` scores it")
     config = override(loaded.config, overrides)
     for group in config:
         if group != "data" and config[group] != loaded.config[group]:

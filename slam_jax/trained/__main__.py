@@ -3,6 +3,7 @@
     python -m slam_jax.trained --workdir=DIR --output=NEW
 
 The folder has the weights (model.safetensors), the configuration, the tokenizer and a model card.
+That of a language model has the form of its publisher, with the dtype of its parameters.
 `slam_jax.load`, the demo page and `python -m slam_jax.generation --workdir` take it like a workdir.
 It has no optimizer state, so training cannot resume from it.
 """
@@ -29,15 +30,20 @@ def main(arguments: list[str]) -> None:
     if arguments:
         raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
     # Imported here because importing JAX takes seconds, in which Ctrl-C must already work.
+    from slam_jax.generation import ModelAndTokenizer
     from slam_jax.trained.card import make_card
     from slam_jax.trained.folder import write_folder
-    from slam_jax.trained.saving import merged
+    from slam_jax.trained.saving import merged, save_pretrained
     from slam_jax.training import load, split_model
     from slam_jax.training.checkpoint.trees import by_name
     from slam_jax.training.loading import read_saved
 
-    saved = read_saved(WORKDIR.value, STEP.value)
-    loaded = merged(load(WORKDIR.value, STEP.value, BASE.value))
+    loaded = load(WORKDIR.value, STEP.value, BASE.value)
+    if isinstance(loaded, ModelAndTokenizer):
+        save_pretrained(loaded, OUTPUT.value)
+        print(f"{OUTPUT.value}: a language model in the form of its publisher")
+        return
+    saved, loaded = read_saved(WORKDIR.value, STEP.value), merged(loaded)
     saved = saved._replace(config=loaded.config)
     card = make_card(loaded, WORKDIR.value, COMMAND.value, COMMIT.value, DTYPE.value)
     _, params = split_model(loaded.model)

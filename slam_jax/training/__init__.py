@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         override,
         read_config,
     )
+    from slam_jax.training.language_experiment import LanguageExperiment, default_language_config
     from slam_jax.training.loading import Loaded, load
     from slam_jax.training.loop import train
     from slam_jax.training.losses import LossConfig, language_model_loss, slam_v3_loss
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "checkpoint": ("CheckpointError", "Checkpoints"),
     "experiment": ("Experiment", "RunConfig", "default_config", "override", "read_config"),
+    "language_experiment": ("LanguageExperiment", "default_language_config"),
     "loading": ("Loaded", "load"),
     "loop": ("train",),
     "losses": ("LossConfig", "language_model_loss", "slam_v3_loss"),
@@ -41,6 +43,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "Experiment",
+    "LanguageExperiment",
     "Loaded",
     "LossConfig",
     "OptimizerConfig",
@@ -48,6 +51,7 @@ __all__ = [
     "RunConfig",
     "TrainState",
     "default_config",
+    "default_language_config",
     "init_state",
     "language_model_loss",
     "load",

@@ -17,6 +17,8 @@ ALWAYS = (
     *("data.data_dir", "data.path", "data.max_damaged_records"),
     *("data.bucket_lengths", "data.workers"),
     *("loss.chunk_tokens", "model.remat", "model.scan_layers"),
+    *("language_model.remat", "language_model.scan_layers"),
+    *("language_model.config.remat", "language_model.config.scan_layers"),
     *("run.keep_every", "run.log_every", "run.save_every", "run.tensorboard", "run.best_metric"),
     *("run.trackers", "run.init_from"),
     *("model.decoder.pretrained", "model.image.pretrained"),

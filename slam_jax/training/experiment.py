@@ -159,6 +159,11 @@ def require_even_batch(field: str, batch_size: int, parts: int, mesh: Mesh | Non
         require(batch_size % parts == 0, field, batch_size, even)
 
 
+def is_language(config: ConfigDict | Mapping[str, Any]) -> bool:
+    """Whether a configuration is that of a language model; else it is that of a SLAM v3."""
+    return isinstance(config.get("language_model"), (ConfigDict, Mapping))
+
+
 def default_config(preset: str = "small") -> ConfigDict:
     """All fields of a configuration; a file in configs/ starts from it and changes some.
 
@@ -263,7 +268,7 @@ def override(config: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, A
         if root != "config" or not names or not equals:
             raise ConfigError(f"argument {argument!r}; expected --config.field=value")
         group: Any = changed
-        kind: Any = Experiment
+        kind: Any = _experiment_type(changed)
         for i, name in enumerate(names):
             known = list(group) if isinstance(group, dict) else []
             check_names([name], known, ".".join(names[:i]) or "the config")
@@ -274,6 +279,14 @@ def override(config: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, A
         is_text = str in (kind, *typing.get_args(kind)) and not _fits(value, kind)
         group[names[-1]] = text if is_text else value
     return changed
+
+
+def _experiment_type(config: Mapping[str, Any]) -> type:
+    if is_language(config):
+        from slam_jax.training.language_experiment import LanguageExperiment  # it imports this one
+
+        return LanguageExperiment
+    return Experiment
 
 
 def _literal(text: str) -> Any:

@@ -21,7 +21,7 @@ from slam_jax.trained.folder import WEIGHTS, find_folder
 from slam_jax.training.checkpoint import Checkpoints
 from slam_jax.training.checkpoint.manifest import NAME as MANIFEST
 from slam_jax.training.checkpoint.trees import by_name, from_names
-from slam_jax.training.loading import Loaded, load
+from slam_jax.training.loading import Loaded, LoadedLanguageModel, load
 from slam_jax.training.sharding import on_one_device
 from slam_jax.training.state import TrainState, split_model
 
@@ -74,7 +74,7 @@ def begin_from(
 
 def _read(
     source: str, moved: Sequence[str | Path], own: Collection[str]
-) -> tuple[Loaded, dict[str, Any]]:
+) -> tuple[Loaded | LoadedLanguageModel, dict[str, Any]]:
     """The source and its parameters; adapters are merged, unless `own` has all of them."""
     with on_one_device():
         try:
@@ -129,7 +129,11 @@ def _replaced(params: Any, new: Mapping[str, np.ndarray]) -> Any:
 
 
 def _report(
-    source: str, loaded: Loaded, fits: Mapping[str, _Fit], unused: list[str], tokens: int | None
+    source: str,
+    loaded: Loaded | LoadedLanguageModel,
+    fits: Mapping[str, _Fit],
+    unused: list[str],
+    tokens: int | None,
 ) -> dict[str, Any]:
     """The content of `REPORT`. tokens: those in both vocabularies, None = the same vocabulary."""
     counts = Counter(fit.kind for fit in fits.values())

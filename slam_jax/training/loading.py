@@ -1,5 +1,6 @@
 """Loads a trained model: of a checkpoint, or from a folder that was made to be shared."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +17,11 @@ from slam_jax.trained.folder import Trained, find_folder, read_folder, read_weig
 from slam_jax.training.base import load_bases, locate, provided_by
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints, Step
 from slam_jax.training.checkpoint.trees import by_name, from_names
-from slam_jax.training.experiment import Experiment
-from slam_jax.training.pretrained import bases_of
+from slam_jax.training.experiment import Experiment, is_language
+from slam_jax.training.kinds import task_of
 from slam_jax.training.sharding import with_shardings
 from slam_jax.training.state import merge_model, split_model
+from slam_jax.training.task import Task
 from slam_jax.training.trainable import merge, split_of
 
 _USUAL_ANSWER = 512  # tokens of an answer of a language model, unless it ends before
@@ -41,12 +43,21 @@ class Loaded(NamedTuple):
     max_new_tokens: int = 32
 
 
+@dataclasses.dataclass(frozen=True)
+class LoadedLanguageModel(ModelAndTokenizer):
+    """The language model of a run. config: of the run as nested dicts. step: of its checkpoint."""
+
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    step: int = 0
+
+
 def load(workdir: str | Path, step: Step = None, base: Sequence[str | Path] = ()) -> Any:
     """A model and its tokenizer, ready for `slam_jax.generate`.
 
-    workdir: of a run, which gives a `Loaded` with averaged parameters where the run averaged them;
-    or a folder that `save_pretrained` wrote; or "quickstart", a model that comes with the package;
-    or a published language model, the folder or the GGUF file, which gives a `ModelAndTokenizer`.
+    workdir: of a run, which gives a `Loaded`, or for a language model a `ModelAndTokenizer`, with
+    averaged parameters where the run averaged them; or a folder that `save_pretrained` wrote; or
+    "quickstart", a model that comes with the package; or a published language model, the folder or
+    the GGUF file, which gives a `ModelAndTokenizer`.
     step: a number, "latest", "best", or None for the best; a folder
     has one step. base: folders in which to look first for base weights that the checkpoint names.
     Only arrays and JSON are read; nothing is executed.
@@ -60,6 +71,8 @@ def load(workdir: str | Path, step: Step = None, base: Sequence[str | Path] = ()
         return _load_published(workdir)
     folder, saved = find_folder(workdir), read_saved(workdir, step)
     tokenizer = tokenizer_from_json(saved.tokenizer)
+    if is_language(saved.config):
+        return _load_language(workdir, saved, tokenizer, base)
     aux_format = None if saved.aux is None else AuxFormat.from_json(saved.aux)
     experiment = Experiment.from_config(saved.config)
     sizes = experiment.with_vocabulary(tokenizer.vocab_size)
@@ -70,7 +83,7 @@ def load(workdir: str | Path, step: Step = None, base: Sequence[str | Path] = ()
             weights = read_weights(folder, by_name(like))
             params = from_names(weights, like)
         else:
-            params = _restore(Checkpoints(workdir), saved.step, experiment, like, base)
+            params = _restore(Checkpoints(workdir), saved.step, task_of(saved.config), like, base)
         params = jax.device_put(params)
     return Loaded(
         merge_model(graphdef, params),
@@ -90,18 +103,37 @@ def _load_published(path: str | Path) -> ModelAndTokenizer:
     return ModelAndTokenizer(model, load_tokenizer(path), max_new_tokens=most)
 
 
+def _load_language(
+    workdir: str | Path, saved: Trained, tokenizer: AnyTokenizer, base: Sequence[str | Path]
+) -> LoadedLanguageModel:
+    """The language model of a run, with its adapters."""
+    task = task_of(saved.config)
+    graphdef, like = split_model(
+        nnx.eval_shape(lambda: task.model(tokenizer.vocab_size)(rngs=nnx.Rngs(0)))
+    )
+    with explain_out_of_memory("the model", "load it on a larger machine"):
+        params = _restore(Checkpoints(workdir), saved.step, task, like, base)
+        model: Any = merge_model(graphdef, jax.device_put(params))
+    most = saved.max_new_tokens or min(_USUAL_ANSWER, max(1, model.config.context_length // 2))
+    more: Any = dict(config=saved.config, step=saved.step)
+    return LoadedLanguageModel(model, tokenizer, max_new_tokens=max(32, most), **more)
+
+
 def _restore(
     checkpoints: Checkpoints,
     step: int,
-    experiment: Experiment,
+    task: Task,
     shapes: Any,
     moved: Sequence[str | Path],
 ) -> Any:
     """All parameters of a checkpoint, of those that train their average where there is one."""
-    bases = bases_of(experiment.model, locate(checkpoints.read_bases(step), moved))
-    split = split_of(shapes, experiment.optimizer, provided_by(bases))
+    bases, optimizer = (
+        task.bases(locate(checkpoints.read_bases(step), moved)),
+        task.experiment.optimizer,
+    )
+    split = split_of(shapes, optimizer, provided_by(bases))
     trained, frozen = split.of(split.shapes)
-    part = "params" if experiment.optimizer.ema_decay is None else "ema"
+    part = "params" if optimizer.ema_decay is None else "ema"
     like = {part: trained}
     if stored := split.stored(frozen):
         like["frozen"] = stored

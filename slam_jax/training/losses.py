@@ -207,6 +207,7 @@ def language_model_loss(
     mask: Bool[AnyArray, "*B T_1"] | None = None,
     *,
     segment_ids: Int[AnyArray, "*B T_1"] | None = None,
+    counted: Bool[AnyArray, "*B T_1"] | None = None,
     key: PRNGKeyArray | None = None,
     chunk_tokens: int | None = None,
 ) -> LanguageLossParts:
@@ -214,7 +215,8 @@ def language_model_loss(
 
     mask: True = a real token, None = all are; of the shape of `tokens`. segment_ids: of rows of
     several texts, see `slam_jax.language_models.base.HeadedModel`; no token is predicted from
-    another text. chunk_tokens: see `LossConfig`; the model must then be a
+    another text. counted: the tokens whose prediction counts, such as those of an answer; None =
+    all. chunk_tokens: see `LossConfig`; the model must then be a
     `slam_jax.protocol.Headed`.
     """
     more: dict[str, Any] = {"key": key}
@@ -227,6 +229,9 @@ def language_model_loss(
         chex.assert_equal_shape([tokens, segment_ids])
         before, after = segment_ids[..., :-1], segment_ids[..., 1:]
         both, more["segment_ids"] = (before == after) & (before > 0), before
+    if counted is not None:
+        chex.assert_equal_shape([tokens, counted])
+        both &= counted[..., 1:]
     losses, aux_loss = _mean_losses(model, targets, both, chunk_tokens, *inputs, **more)
     aux_loss = jnp.asarray(aux_loss, losses.cross_entropy.dtype)
     total = losses.cross_entropy + aux_loss

@@ -67,7 +67,7 @@ def found_at(model: SlamV3Config, records: Mapping[str, BaseRecord]) -> SlamV3Co
         group = name.split(".")[1]
         if getattr(model, group).pretrained is None:
             continue
-        own = dataclasses.replace(getattr(model, group), pretrained=str(_path_of(record)))
+        own = dataclasses.replace(getattr(model, group), pretrained=str(path_of(record)))
         model = dataclasses.replace(model, **{group: own})
     return model
 
@@ -99,31 +99,37 @@ def bases_of(
     for name, (path, config, open_part, make) in parts.items():
         record = None if known is None else known.get(name)
         if record is not None:
-            path = _path_of(record)
+            path = path_of(record)
         if config is None or (known is not None and record is None):
             continue
         if path is None:
             raise ConfigError(f"{name} is None; expected where the weights of this model are")
-        bases.append(_base(name, path, config, open_part(path), make, record, hashed))
+        given = name, path, _PREFIXES[name], config, open_part(path), make, record
+        bases.append(base_of(*given, hashed=hashed))
     return tuple(bases)
 
 
-def _base(
+def base_of(
     name: str,
     path: str | Path,
+    prefix: tuple[str, ...],
     config: Any,
     published: Published,
     make: Callable[..., nnx.Module],
-    record: BaseRecord | None,
-    hashed: bool,
+    record: BaseRecord | None = None,
+    *,
+    hashed: bool = True,
 ) -> Base:
-    """The base of one part. record: known already, None = its files are hashed now, if at all."""
+    """The base of one published part, which `make(config, rngs=)` builds below `prefix`.
+
+    record: known already, None = its files are hashed now, if at all.
+    """
     if record is None:
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         names = {x.file.name for x in published.source.stored.values()}
         names |= {x for x in _BESIDE if Path(path, x).is_file()}
         files = sha256_of(folder, sorted(names)) if hashed else {}
-        record = BaseRecord(name, str(folder.resolve()), files, _PREFIXES[name])
+        record = BaseRecord(name, str(folder.resolve()), files, prefix)
     shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))))
     flat: Any = flatten_dict(shapes)
     layout = published.layout_of(flat)
@@ -147,7 +153,7 @@ def _system_of(config: Any) -> str:
     raise ConfigError(f"{DECODER}: a {type(config).__name__} cannot be the decoder")
 
 
-def _path_of(record: BaseRecord) -> Path:
+def path_of(record: BaseRecord) -> Path:
     """The folder, or the GGUF file in it."""
     [*files] = record.files
     alone = len(files) == 1 and files[0].endswith(".gguf")

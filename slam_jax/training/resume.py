@@ -22,6 +22,7 @@ from slam_jax.training.changes import (
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.init_from import begin_from
 from slam_jax.training.kinds import task_of
+from slam_jax.training.slam_v3_task import SlamV3Task
 from slam_jax.training.start import initial_state, state_shapes
 from slam_jax.training.state import TrainState
 from slam_jax.training.task import Task
@@ -70,6 +71,9 @@ def open_run(
     if latest is not None:
         records = locate(checkpoints.read_bases(latest), moved)
         old = task_of(checkpoints.read_config(latest))
+        if type(old) is not type(task):
+            kind = "language model" if isinstance(task, SlamV3Task) else "SLAM v3"
+            raise CheckpointError(f"{checkpoints.workdir} holds the run of a {kind}; use another")
     task = task.opened(old, records)
     changes = _changes(task, old, checkpoints, change)
     dataset = task.open_dataset(checkpoints, latest, changed=change)

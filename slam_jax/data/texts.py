@@ -1,0 +1,297 @@
+"""Texts for language models: documents, or prompts with their answers, by split.
+
+A folder of `.txt` and `.md` files gives a document a file; one such file alone gives a document a
+paragraph, which blank lines separate. A table (`.jsonl`, `.csv` or `.parquet`)
+gives a row a line: with a column `answer` a prompt and its answer, else with a column `text` a
+document. A column `split` may say train, validation or test.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from slam_jax.data.public import read_texts
+from slam_jax.data.records import DataError
+from slam_jax.data.tables import Record, find_table, read_records
+from slam_jax.data.tokenizer import SMALLEST_VOCABULARY, check_unicode
+from slam_jax.errors import ConfigError, InputError, first_line, require, require_count, shorten
+from slam_jax.runtime.files import read_limited
+
+SPLITS = ("train", "validation", "test")
+TFDS = "tfds/"
+_OWN = "own"
+_FILES = (".txt", ".md")
+_PARQUET = ".parquet"
+_MOST_BYTES = 1 << 30  # of all texts, which are in memory
+_SPLIT_NAMES = {
+    **{name: name for name in SPLITS},
+    **dict.fromkeys(("training",), "train"),
+    **dict.fromkeys(("val", "valid", "dev", "development"), "validation"),
+    **dict.fromkeys(("testing", "eval", "evaluation"), "test"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextColumns:
+    """The names of a table's columns."""
+
+    text: str = "text"
+    prompt: str = "prompt"
+    answer: str = "answer"
+    split: str = "split"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextDataConfig:
+    """The texts of a run of a language model.
+
+    name: "own" with `path`; or "tfds/NAME", a text set of TFDS, which is built if necessary.
+    path: a folder of texts, or a table, or a folder with one; see `slam_jax.data.texts`.
+    columns: the names of a table's columns.
+    held_out: the share of documents for validation, and again for testing, chosen by the hash of a
+      document (of a row: of its prompt). 0 = all texts train, and scores are about these.
+    evaluate: the split that eval.py scores: validation, test, or all.
+    batch_size: rows per step over all processes. length: T, the tokens that a row has at most, next
+      to its first one. Longer documents are cut; rows with prompts must fit.
+    pack: whether a row holds several texts, none of which sees another; None = where the model
+      can. Otherwise rows are padded to the longest.
+    chat: whether prompts are asked through the chat template of the tokenizer; None = where it has
+      one.
+    tokenizer: the folder or the file of a tokenizer; None = that of `run.init_from`, or without it
+      a new one, which learns at most `vocab_size` tokens from the training split.
+    seed: of the order of rows.
+    max_damaged_records: how many rows that cannot be used are skipped; one more ends the run.
+
+    Raises ConfigError, naming the field, for a value that cannot be used.
+    """
+
+    name: str = _OWN
+    path: str | None = None
+    columns: TextColumns = TextColumns()
+    held_out: float = 0.1
+    evaluate: str = "test"
+    batch_size: int = 16
+    length: int = 256
+    pack: bool | None = None
+    chat: bool | None = None
+    tokenizer: str | None = None
+    vocab_size: int = 2_048
+    seed: int = 0
+    max_damaged_records: int = 10
+
+    def __post_init__(self) -> None:
+        known = self.name == _OWN or self.name.startswith(TFDS)
+        require(known, "name", self.name, f"{_OWN!r} with data.path, or {TFDS!r} and a name")
+        require(0 <= self.held_out < 0.5, "held_out", self.held_out, "a share from 0 to below 0.5")
+        splits = ("validation", "test", "all")
+        require(self.evaluate in splits, "evaluate", self.evaluate, f"one of {splits}")
+        for field in ("batch_size", "length"):
+            require_count(field, getattr(self, field))
+        require_count("vocab_size", self.vocab_size, least=SMALLEST_VOCABULARY)
+        require_count("seed", self.seed, least=0, most=2**32 - 1)
+        require_count("max_damaged_records", self.max_damaged_records, least=0)
+
+
+class Text(NamedTuple):
+    """A document, whose prompt is None, or an answer with its prompt. where: for messages."""
+
+    text: str
+    prompt: str | None = None
+    where: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Texts by split. place: where they are. notes: what the user should know, one line each."""
+
+    splits: Mapping[str, Sequence[Text]]
+    place: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def have_answers(self) -> bool:
+        return any(each.prompt is not None for texts in self.splits.values() for each in texts)
+
+    @property
+    def all(self) -> list[Text]:
+        """Every text once."""
+        return [each for texts in self.splits.values() for each in texts]
+
+
+def read_own_texts(config: TextDataConfig) -> Texts:
+    """The texts of a configuration, read and split.
+
+    Raises:
+      ConfigError: no path is given.
+      DataError: the texts cannot be read, there are none, or too many rows cannot be used.
+    """
+    if config.name.startswith(TFDS):
+        place = config.name
+        found = [("", Text(text)) for text in read_texts(config.name.removeprefix(TFDS)) if text]
+    else:
+        if config.path is None:
+            raise ConfigError("data.path is not given; give it a folder of texts, or a table")
+        place = config.path
+        found = _read(Path(config.path), config)
+    if not found:
+        raise DataError(f"{place} has no texts; give documents, or rows with an answer")
+    if len({each.prompt is None for _, each in found}) > 1:
+        raise DataError(f"{place} has documents and rows with answers; give two runs one each")
+    splits, notes = _split(found, config.held_out)
+    return Texts(splits, place, tuple(notes))
+
+
+def _read(path: Path, config: TextDataConfig) -> list[tuple[str, Text]]:
+    """(the given split or "", text) of a folder, or of a table."""
+    tables: list[Path] = []
+    if not path.exists():
+        raise DataError(f"{path}: no such folder or file; give data.path texts, or a table")
+    if path.suffix.lower() in _FILES and path.is_file():
+        parts = re.split(r"\n\s*\n", _read_file(path, _MOST_BYTES))
+        return [("", Text(part.strip("\n"), where=str(path))) for part in parts if part.strip()]
+    if path.is_dir():
+        names = [each for each in sorted(path.iterdir()) if not each.name.startswith(".")]
+        tables = [each for each in names if each.suffix == _PARQUET]
+        if not tables and not any(each.suffix in (".jsonl", ".csv") for each in names):
+            return [("", each) for each in _read_files(path)]
+    elif path.suffix == _PARQUET:
+        tables = [path]
+    rows = _read_parquet(tables, config.columns) if tables else _read_table(path)
+    found, bad = [], []
+    for where, record in rows:
+        try:
+            if isinstance(record, str):
+                raise InputError(record)
+            found.append(_row(where, record, config.columns))
+        except InputError as error:
+            bad.append(f"{where}: {shorten(str(error), 300)}")
+    if bad and not found:
+        raise DataError(f"{bad[0]}; none of {len(bad):,} rows can be used")
+    if len(bad) > config.max_damaged_records:
+        more = f" (and {len(bad) - 1} more such)" if len(bad) > 1 else ""
+        raise DataError(
+            f"{bad[0]}{more}; repair it, or let data.max_damaged_records={len(bad)} be skipped"
+        )
+    return found
+
+
+def _read_files(folder: Path) -> Iterator[Text]:
+    """A document of each text file below a folder, in the order of their names."""
+    left = _MOST_BYTES
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or path.suffix.lower() not in _FILES or not path.is_file():
+            continue
+        text = _read_file(path, left)
+        left -= path.stat().st_size
+        if text.strip():
+            yield Text(text, where=str(path))
+
+
+def _read_file(path: Path, most_bytes: int) -> str:
+    try:
+        return read_limited(path, most_bytes)
+    except InputError as error:
+        raise DataError(f"{error}; save it as UTF-8, or remove it") from None
+
+
+def _read_table(path: Path) -> Iterator[tuple[str, Record | str]]:
+    table = find_table(path)
+    for line, record in read_records(table):
+        yield f"{table}, row {line}", record
+
+
+def _read_parquet(paths: Sequence[Path], columns: TextColumns) -> Iterator[tuple[str, Record]]:
+    """The rows of Parquet files, with the wanted columns alone."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DataError(
+            f"{paths[0]} needs pyarrow, which is not installed: `pip install 'slam_jax[parquet]'`"
+        ) from None
+    left = _MOST_BYTES
+    for path in paths:
+        try:
+            file = parquet.ParquetFile(path)
+            wanted = [x for x in dataclasses.astuple(columns) if x in file.schema_arrow.names]
+            row = 0
+            for batch in file.iter_batches(1_000, columns=wanted):
+                left -= batch.nbytes
+                if left < 0:
+                    raise DataError(f"{path} has more than {_MOST_BYTES:,} bytes of text; split it")
+                for record in batch.to_pylist():
+                    row += 1
+                    yield f"{path}, row {row}", record
+        except (ArrowException, OSError) as error:
+            raise DataError(f"{path} cannot be read as Parquet ({first_line(error)})") from None
+
+
+def _row(where: str, record: Record, columns: TextColumns) -> tuple[str, Text]:
+    """The split that a row names, "" = none, and its text."""
+    split = _text(record, columns.split).strip().lower()
+    if split and split not in _SPLIT_NAMES:
+        raise InputError(f"{columns.split}: {split!r} is none of {', '.join(SPLITS)}")
+    is_answer = columns.answer in record
+    text, prompt = _text(record, columns.answer if is_answer else columns.text), None
+    if is_answer:
+        text, prompt = text.strip(), _text(record, columns.prompt)
+    if not text.strip():
+        named = f"{columns.answer!r} or {columns.text!r}"
+        known = shorten(", ".join(map(repr, record)), 100)
+        raise InputError(f"no text in a column {named}; it has {known}")
+    return _SPLIT_NAMES.get(split, ""), Text(text, prompt, where)
+
+
+def _text(record: Record, name: str) -> str:
+    value = record.get(name)
+    if value is None or value != value:  # NaN: how data frames write a missing value
+        return ""
+    if isinstance(value, (bool, int, float)):
+        value = json.dumps(value)
+    if not isinstance(value, str):
+        raise InputError(f"{name}: a {type(value).__name__}; expected a text")
+    check_unicode(value, name)
+    return value
+
+
+def _split(
+    found: Sequence[tuple[str, Text]], held_out: float
+) -> tuple[dict[str, list[Text]], list[str]]:
+    """Texts by split. Equal documents, and rows of one prompt, are in one split."""
+    splits: dict[str, list[Text]] = {name: [] for name in SPLITS}
+    if not held_out:
+        splits["train"] = [each for _, each in found]
+        held = {name: [each for given, each in found if given == name] for name in SPLITS[1:]}
+        if any(held.values()):
+            splits = {**held, "train": [each for given, each in found if given in ("", "train")]}
+        empty = [name for name in SPLITS if not splits[name]]
+        note = ["nothing is held out (data.held_out=0): scores are about the training texts"]
+        shown = {name: splits[name] or splits["train"] for name in SPLITS}
+        return shown, note if len(empty) == 2 else []
+    key_of = [each.text if each.prompt is None else each.prompt for _, each in found]
+    named = {key: given for key, (given, _) in zip(key_of, found, strict=True) if given}
+    places = {key: _place(key) for key in dict.fromkeys(key_of) if key not in named}
+    ends = {"train": 1 - 2 * held_out, "validation": 1 - held_out, "test": 1.0}
+    chosen = {key: next(x for x in SPLITS if place < ends[x]) for key, place in places.items()}
+    lacking = set(SPLITS) - set(chosen.values()) - set(named.values())
+    if lacking and len(chosen) >= len(SPLITS):
+        first, *_, last_but_one, last = sorted(places, key=places.__getitem__)
+        chosen |= {first: "train", last_but_one: "validation", last: "test"}
+    for key, (_, each) in zip(key_of, found, strict=True):
+        splits[named.get(key) or chosen[key]].append(each)
+    if empty := [name for name in SPLITS if not splits[name]]:
+        raise DataError(
+            f"{len(found):,} texts, and none is for {empty[0]}; give at least three different "
+            "ones, or data.held_out=0 to train on all"
+        )
+    return splits, []
+
+
+def _place(key: str) -> float:
+    """A number in [0, 1) that depends on `key` alone."""
+    digest = hashlib.sha256(key.encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
