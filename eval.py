@@ -1,7 +1,7 @@
 """Evaluates a checkpoint:
 
 python eval.py --workdir=DIR [--step=N|best|latest] [--out=DIR] [--process_examples=N]
-    [--config.data.field=value]
+    [--metrics=a,b] [--config.data.field=value]
 
 For a language model, DIR is the workdir of its run; or a folder of the hub or a GGUF file, and
 --config.data.path=TEXTS says on what. It prints loss, bits per byte and perplexity, and for rows
@@ -23,13 +23,16 @@ WORKDIR = flags.DEFINE_string(
 )
 STEP = flags.DEFINE_string("step", "best", "The checkpoint: a step number, best or latest.")
 OUT = flags.DEFINE_string(
-    "out", None, "Folder for metrics.json and report.html; by default WORKDIR/eval."
+    "out", None, "Folder for metrics.json, answers.jsonl, report.html; by default WORKDIR/eval."
 )
 BASE = flags.DEFINE_multi_string(
     "base", [], "Where base weights are now that a checkpoint names; repeatable."
 )
 PROCESS_EXAMPLES = flags.DEFINE_integer(
     "process_examples", 50, "Test examples per view for what each process is worth; 0 = none.", 0
+)
+METRICS = flags.DEFINE_list(
+    "metrics", None, "Scores besides accuracy (docs/evaluation.md); by default those of the run."
 )
 
 
@@ -53,6 +56,8 @@ def main(arguments: list[str]) -> None:
         return
     if OUT.value is None and not Path(WORKDIR.value).exists() and find_folder(WORKDIR.value):
         raise InputError(f"--workdir={WORKDIR.value} is part of the package; give --out, too")
+    if METRICS.value is not None:
+        arguments = [*arguments, f"--config.run.metrics={METRICS.value!r}"]
     evaluation = evaluate_checkpoint(
         WORKDIR.value,
         STEP.value,

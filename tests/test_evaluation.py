@@ -220,6 +220,7 @@ def test_slam_v3_answers_a_scene_the_same_whatever_fills_its_batch():
         assert answers_to(even, scene) == answers_to(odd, scene)
     assert (len(even.answers), len(odd.answers)) == (80, 60)
     assert len({answer.predicted for answer in even.answers}) > 10
+    assert all(answer.references == (answer.expected,) for answer in even.answers)
     needed = sum(answer.needs_both for answer in even.answers)
     assert even.metrics["views"]["split_image_aux"]["needs_both_aux_only"]["n"] == needed > 0
 

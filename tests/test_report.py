@@ -17,7 +17,8 @@ from absl import flags
 from test_generation import make_loaded, picture, vectors
 
 from slam_jax.data import AuxFormat, Example
-from slam_jax.errors import WriteError
+from slam_jax.errors import ConfigError, WriteError
+from slam_jax.evaluation import read_answers
 from slam_jax.evaluation.answers import Answer, Results
 from slam_jax.evaluation.metrics import calibration
 from slam_jax.generation import Request
@@ -310,6 +311,35 @@ def test_the_score_of_the_most_frequent_answer_is_shown_beside_that_of_the_model
     assert "always answering &#34;yes&#34;" in page and "<b>83.3%</b>baseline" in page
 
 
+def test_a_page_shows_chosen_scores_and_figures_by_answer(workdir, tmp_path):
+    evil, tested = "<b>no</b>", "<u>yes"
+    table = write_table(tmp_path / "evil", [evil] * 6 + [tested] * 12)
+    chosen = ["--config.run.metrics=['anls', 'chrf']", f"--config.data.path={table}"]
+    evaluation = evaluate_checkpoint(workdir, None, chosen)
+    rows = evaluation.metrics["views"]["text_aux"].values()
+    assert all(row["scores"].keys() == {"anls", "chrf"} for row in rows)
+    page = render_report(evaluation)
+    assert "<td>ANLS</td>" in page and "By expected answer" in page
+    assert "training split: &#34;&lt;b&gt;no&lt;/b&gt;&#34; (50.0%)" in page
+    assert evil not in page and tested not in page and "<td>&lt;u&gt;yes</td>" in page
+    with pytest.raises(ConfigError, match="config.run is part of the checkpoint"):
+        evaluate_checkpoint(workdir, None, ["--config.run.num_steps=3"])
+
+
+def test_a_run_from_before_metrics_were_chosen_has_exact_match_alone(workdir):
+    trained = checkpoint.load(workdir)
+    del trained.config["run"]["metrics"]
+    evaluation = evaluate_checkpoint(workdir)
+    [[kind, row], *_] = evaluation.metrics["views"]["text_aux"].items()
+    assert row.keys() == {"accuracy", "low", "high", "n", "baseline"}
+    written = write_evaluation(evaluation)
+    assert len(read_answers(written / "answers.jsonl")) == 6
+    stored = json.loads((written / "metrics.json").read_text())
+    assert stored["data_config"]["path"] == evaluation.config["data"]["path"]
+    changed = evaluate_checkpoint(workdir, None, ["--config.run.metrics=('f1',)"])
+    assert changed.metrics["views"]["text_aux"][kind]["scores"].keys() == {"f1"}
+
+
 def test_an_evaluation_names_its_data_and_each_data_set_has_its_own_folder(workdir, folders):
     own, other, more = folders
     folders_written = []
@@ -361,11 +391,16 @@ def test_the_table_is_printed_even_if_no_file_can_be_written(
     monkeypatch.setattr(
         flags, "DEFINE_integer", lambda name, default, *_, **__: SimpleNamespace(value=default)
     )
+    monkeypatch.setattr(flags, "DEFINE_multi_string", lambda *_, **__: SimpleNamespace(value=[]))
+    monkeypatch.setattr(flags, "DEFINE_list", lambda *_, **__: SimpleNamespace(value=["f1"]))
     main = runpy.run_path(str(Path(__file__).parent.parent / "eval.py"))["main"]
     with pytest.raises(WriteError, match=r"nothing was written: .*; give another .*--out=DIR"):
         main([])
-    assert "$5 to $10" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "$5 to $10" in printed and "F1 of words" in printed and "expected answer" in printed
     main.__globals__["OUT"].value = str(tmp_path / "out")
     main([])
     assert f"report: {tmp_path}/out/report.html" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "report.html"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("metrics.json", "answers.jsonl", "report.html")
+    }

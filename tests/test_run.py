@@ -165,6 +165,7 @@ MAY_CHANGE = {
     "run.log_every": 3,
     "run.save_every": 4,
     "run.keep_every": None,
+    "run.metrics": "('exact_match', 'f1')",
     "mesh.data": 1,
 }
 

@@ -41,6 +41,8 @@ class Example(NamedTuple):
     needs_both: for each prompt, whether the answer needs both inputs of a split scene.
     numbers: the numbers that `aux` encodes, NaN = missing. None where the data set has no number
       columns or the view does not show them.
+    references: for each prompt, all of its right answers; () = `answers` are the only ones.
+    place: where the record was read, for people: "data.csv, row 7"; "" = not known.
     """
 
     text: str | None
@@ -51,6 +53,8 @@ class Example(NamedTuple):
     kinds: tuple[str, ...]
     needs_both: tuple[bool, ...]
     numbers: tuple[float, ...] | None = None
+    references: tuple[tuple[str, ...], ...] = ()
+    place: str = ""
 
     @property
     def shows_something(self) -> bool:

@@ -159,6 +159,8 @@ class Rows(Records):
             kinds=(record.kind,),
             needs_both=(False,),
             numbers=numbers,
+            references=(record.answers,),
+            place=record.where,
         )
 
     def _drop(self, record: Row, shown: Sequence[str], rng: np.random.Generator) -> set[str]:

@@ -114,6 +114,10 @@ class Scenes(Mapped):
         if self._questions is not None:
             asked = rng.permutation(len(_KINDS))[: self._questions].tolist()
         described = list(self._describe(objects[: len(COLOURS)], rng))
+        answers = (
+            *(record.answer_texts[i] for i in asked),
+            *(answer for _, answer in described),
+        )
         return Example(
             text=None if parts.text is None else describe(objects, order[parts.text]),
             image=None if parts.image is None else self._draw(objects, order[parts.image], rng),
@@ -122,10 +126,8 @@ class Scenes(Mapped):
                 *(record.prompt_texts[i] for i in asked),
                 *(prompt for prompt, _ in described),
             ),
-            answers=(
-                *(record.answer_texts[i] for i in asked),
-                *(answer for _, answer in described),
-            ),
+            answers=answers,
+            references=tuple((answer,) for answer in answers),
             kinds=(*(_KINDS[i] for i in asked), *("description" for _ in described)),
             needs_both=(*(both[i] for i in asked), *(False for _ in described)),
         )

@@ -1,7 +1,7 @@
 """Greedy answers of a model to evaluation questions, and the share of them that is right."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,7 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from slam_jax.data import AnyTokenizer, EvaluationBatch
-from slam_jax.evaluation.metrics import bootstrap_interval, retrieval_metrics
+from slam_jax.evaluation.answered import Answer, group_by_slice
+from slam_jax.evaluation.metrics import retrieval_metrics
+from slam_jax.evaluation.scores import EXACT_MATCH, score_answers
 from slam_jax.generation import greedy_decode
 from slam_jax.layers.masks import prefix_mask
 from slam_jax.runtime.distributed import to_host
@@ -24,28 +26,11 @@ RETRIEVAL_VIEW = "image_text"
 """The view whose text and image both show the whole scene, so that one can retrieve the other."""
 
 
-class Answer(NamedTuple):
-    """One question about example `scene` of a view, the model's answer to it (`predicted`), and the
-    log-probability of exactly that answer, in nats."""
-
-    view: str
-    scene: int
-    kind: str
-    needs_both: bool
-    prompt: str
-    expected: str
-    predicted: str
-    logprob: float
-
-    @property
-    def correct(self) -> bool:
-        return self.predicted.strip() == self.expected.strip()
-
-
 class Results(NamedTuple):
     """`metrics` as in metrics.json, and every answer behind them.
 
-    losses: for each view the mean cross-entropy of the tokens of the expected answers, in nats.
+    losses: for each view the mean cross-entropy of the tokens of the expected answers, in nats; in
+    the metrics as "loss".
     """
 
     metrics: dict[str, Any]
@@ -63,8 +48,10 @@ def evaluate(
     max_new_tokens: int = 8,
     baseline_answer: str | None = None,
     seed: int = 0,
+    metrics: Sequence[str] = (EXACT_MATCH,),
 ) -> Results:
-    """Answers all questions of all views by greedy decoding; an answer is right if its text is.
+    """Answers all questions of all views by greedy decoding; an answer is right if its text is one
+    of the references.
 
     One encode serves all questions of a scene. Batches of a view must have equal shapes: then each
     view is compiled once, also over several calls with the same `graphdef`.
@@ -76,7 +63,8 @@ def evaluate(
     graphdef, params: `nnx.split(model, nnx.Param)`. batches_by_view: of `evaluation_batches`. step:
     of `params`, copied into the metrics. max_new_tokens: longest answer, including its <eos>.
     baseline_answer: adds the share of questions that this answer gets right (`baseline`). seed: of
-    the bootstrap.
+    the bootstrap. metrics: of `slam_jax.evaluation.METRICS`; those besides "exact_match" become
+    `scores` of each entry.
     """
     ids = dict(eos_id=tokenizer.end_ids, pad_id=tokenizer.pad_id, known=tokenizer.known)
     answers, losses, retrieval = [], {}, {}
@@ -93,17 +81,19 @@ def evaluate(
             for example, tokens, logprobs in rows:
                 predicted = map(tokenizer.decode, tokens)  # up to <eos>
                 questions = (example.kinds, example.needs_both, example.prompts, example.answers)
-                for row in zip(*questions, predicted, logprobs, strict=True):
-                    answers.append(Answer(view, scene, *row))
+                known = example.references or [(answer,) for answer in example.answers]
+                for row in zip(*questions, predicted, logprobs, known, strict=True):
+                    answers.append(Answer(view, scene, *row, place=example.place))
                 scene += 1
         if nats[1]:
             losses[view] = float(nats[0] / nats[1])
         if embeddings:
             retrieval = retrieval_metrics(*np.concatenate(embeddings, axis=1))
-    metrics = {"step": step, "views": _summaries(answers, seed, baseline_answer)}
-    metrics |= {"retrieval": retrieval} if retrieval else {}
-    metrics |= {} if baseline_answer is None else {"baseline_answer": baseline_answer}
-    return Results(metrics, answers, losses)
+    found = {"step": step, "views": summarise(answers, seed, baseline_answer, metrics)}
+    found |= {"retrieval": retrieval} if retrieval else {}
+    found |= {"loss": losses} if losses else {}
+    found |= {} if baseline_answer is None else {"baseline_answer": baseline_answer}
+    return Results(found, answers, losses)
 
 
 def most_frequent_answer(answers: Iterable[str]) -> str | None:
@@ -156,23 +146,20 @@ def _embed(graphdef, params, inputs):
     return jnp.stack([model.embed(text), model.embed(image)])
 
 
-def _summaries(answers: Iterable[Answer], seed: int, baseline: str | None) -> dict[str, Any]:
-    """Accuracy, interval and count by view and kind of question."""
-    groups: dict[tuple[str, str], list[Answer]] = defaultdict(list)
-    for answer in answers:
-        view, _, only = answer.view.partition("_only_")
-        if not only:
-            groups[view, answer.kind].append(answer)
-        if answer.needs_both:
-            groups[view, f"needs_both_{only}_only" if only else "needs_both"].append(answer)
+def summarise(
+    answers: Iterable[Answer],
+    seed: int = 0,
+    baseline: str | None = None,
+    metrics: Sequence[str] = (EXACT_MATCH,),
+) -> dict[str, Any]:
+    """By view and kind of question: accuracy, interval and count, and `scores` of other metrics."""
+    others = [name for name in metrics if name != EXACT_MATCH]
     summaries: dict[str, dict[str, Any]] = defaultdict(dict)
-    for (view, entry), group in groups.items():
-        correct: dict[int, list[bool]] = defaultdict(list)
-        for answer in group:
-            correct[answer.scene].append(answer.correct)
-        mean, low, high = bootstrap_interval(correct.values(), seed=seed)
-        summaries[view][entry] = {"accuracy": mean, "low": low, "high": high, "n": len(group)}
-        if baseline is not None:
-            right = sum(answer._replace(predicted=baseline).correct for answer in group)
-            summaries[view][entry]["baseline"] = right / len(group)
+    for (view, entry), group in group_by_slice(answers).items():
+        scores = score_answers(group, (EXACT_MATCH, *others), baseline=baseline, seed=seed)
+        exact = scores[EXACT_MATCH]
+        row = {"accuracy": exact.score, "low": exact.low, "high": exact.high, "n": exact.n}
+        row |= {} if baseline is None else {"baseline": exact.baseline}
+        row |= {"scores": {name: scores[name]._asdict() for name in others}} if others else {}
+        summaries[view][entry] = row
     return dict(summaries)

@@ -1,11 +1,13 @@
 """Bootstrap intervals over scenes, calibration, and recall at k."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Float
+from jaxtyping import Float, Int
+
+_LARGEST_BLOCK = 1 << 24  # numbers of the draws that are in memory at a time
 
 
 class Interval(NamedTuple):
@@ -33,11 +35,40 @@ def bootstrap_interval(
         raise ValueError("no question to average over; give at least one scene that has one")
     right = np.array([np.sum(scene) for scene in scenes], np.float64)
     count = np.array([np.size(scene) for scene in scenes], np.float64)
-    draws = np.random.default_rng(seed).multinomial(
-        len(scenes), np.full(len(scenes), 1 / len(scenes)), size=resamples
-    )
-    low, high = np.quantile(draws @ right / (draws @ count), [0.025, 0.975])
+    sums = np.stack([right, count], axis=1)
+    [drawn] = resample_scenes([sums], seed=seed, resamples=resamples)
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
     return Interval(float(right.sum() / count.sum()), float(low), float(high))
+
+
+def resample_scenes(
+    sums: Sequence[Float[np.ndarray, "scenes _"]], *, seed: int, resamples: int = 2000
+) -> list[Float[np.ndarray, "resamples _"]]:
+    """Sums over as many scenes, drawn with replacement, for each of several arrays.
+
+    All arrays see the same draws, which depend on (seed, number of scenes) alone. So differences of
+    what is computed from two of the results are those of a paired bootstrap.
+    """
+    scenes = len(sums[0])
+    rng, chances = np.random.default_rng(seed), np.full(scenes, 1 / scenes)
+    found: list[list[np.ndarray]] = [[] for _ in sums]
+    block = max(1, _LARGEST_BLOCK // scenes)
+    for start in range(0, resamples, block):
+        draws = rng.multinomial(scenes, chances, size=min(block, resamples - start))
+        draws = draws.astype(np.float64)
+        for parts, array in zip(found, sums, strict=True):
+            parts.append(draws @ array)
+    return [np.concatenate(parts) for parts in found]
+
+
+def sum_by_scene(
+    values: Float[np.ndarray, "n K"], scenes: Int[np.ndarray, "n"]
+) -> Float[np.ndarray, "scenes K"]:
+    """Sums of the rows of each scene, in the order of the numbers of the scenes."""
+    known, index = np.unique(scenes, return_inverse=True)
+    sums = np.zeros((len(known), values.shape[1]))
+    np.add.at(sums, index, values)
+    return sums
 
 
 class Calibration(NamedTuple):

@@ -10,12 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from slam_jax.errors import shorten, write_whole
+from slam_jax.evaluation.scores import METRICS, show_score
 
 _LABELS = {"non_relational": "non-relational", "needs_both": "needs both"}
+_SHOWN_ANSWERS, _LONGEST_ANSWER = 10, 40
 
 
 def print_metrics(metrics: Mapping[str, Any], file: Any = None) -> None:
-    """Prints accuracies with 95% intervals by view and kind of question, then retrieval.
+    """Prints accuracies with 95% intervals by view and kind of question, then the other scores, the
+    accuracies by expected answer, and retrieval.
 
     file: a text file, standard output by default.
     """
@@ -32,6 +35,8 @@ def print_metrics(metrics: Mapping[str, Any], file: Any = None) -> None:
     print_table(console, f"step {metrics['step']:,}", columns, rows, num_left=2)
     if baseline:
         console.print(f"baseline: {explain_baseline(metrics)}")
+    _print_scores(console, metrics)
+    _print_answers(console, metrics)
     if retrieval := metrics.get("retrieval"):
         recalls = ("recall@1", "recall@5")
         rows = [
@@ -43,6 +48,66 @@ def print_metrics(metrics: Mapping[str, Any], file: Any = None) -> None:
         ]
         console.print()
         print_table(console, None, (f"retrieval among {retrieval['n']:,} scenes", *recalls), rows)
+
+
+def _print_scores(console: Console, metrics: Mapping[str, Any]) -> None:
+    rows = [
+        (view, entry_label(entry), METRICS[name].label, *show_cells(name, score))
+        for view, entries in metrics["views"].items()
+        for entry, row in entries.items()
+        for name, score in row.get("scores", {}).items()
+    ]
+    if rows:
+        console.print()
+        columns = ("view", "questions", "metric", "score", "95% interval", "n", "baseline")
+        print_table(console, None, columns, rows, num_left=3)
+
+
+def show_cells(name: str, score: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """A score of the metric `name`, its interval, count and baseline, as tables show them."""
+    low, high = (show_score(name, score[end]) for end in ("low", "high"))
+    interval = "-" if score["low"] is None else f"{low} to {high}"
+    value, baseline = (show_score(name, score[which]) for which in ("score", "baseline"))
+    return value, interval, f"{score['n']:,}", baseline
+
+
+def _print_answers(console: Console, metrics: Mapping[str, Any]) -> None:
+    pooled = metrics.get("answers", {}).get("pooled", {}).get("answers", [])
+    if not pooled or pooled[0]["n"] == 1:  # free text: no answer is expected twice
+        return
+    rows = [
+        (
+            shorten(" ".join(row["answer"].split()), _LONGEST_ANSWER),
+            percent(row["accuracy"]),
+            f"{percent(row['low'])} to {percent(row['high'])}",
+            f"{row['n']:,}",
+            shorten(show_confusions(row["instead"]), _LONGEST_ANSWER),
+        )
+        for row in pooled[:_SHOWN_ANSWERS]
+    ]
+    console.print()
+    columns = ("expected answer", "right", "95% interval", "n", "instead")
+    print_table(console, None, columns, rows)
+    if more := len(pooled) - len(rows):
+        console.print(f"and {more} more in metrics.json and the report")
+    for note in explain_untested(metrics):
+        console.print(note, soft_wrap=True)
+
+
+def show_confusions(confusions: Iterable[Mapping[str, Any]]) -> str:
+    """The wrong answers with their counts: "cat (3), a dog (1)"."""
+    return ", ".join(f"{' '.join(x['answer'].split())} ({x['n']:,})" for x in confusions)
+
+
+def explain_untested(metrics: Mapping[str, Any]) -> list[str]:
+    """A sentence about the answers of training that no test question expects; [] without any."""
+    untested = metrics.get("untested_answers")
+    if not untested:
+        return []
+    named = ", ".join(
+        f'"{shorten(x["answer"], _LONGEST_ANSWER)}" ({percent(x["share"])})' for x in untested
+    )
+    return [f"no test question expects these answers of the training split: {named}"]
 
 
 def make_console(file: Any = None, width: int = 100) -> Console:

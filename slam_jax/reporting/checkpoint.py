@@ -15,6 +15,8 @@ from slam_jax.data import DataConfig, Dataset, EvaluationBatch, Example, evaluat
 from slam_jax.data.views import with_halves
 from slam_jax.errors import ConfigError, InputError
 from slam_jax.evaluation.answers import Answer, Results, evaluate, most_frequent_answer
+from slam_jax.evaluation.by_answer import figures_by_answer, untested_answers
+from slam_jax.evaluation.scores import EXACT_MATCH, check_metrics
 from slam_jax.reporting.processes.measure import measure_processes
 from slam_jax.runtime.compile_cache import enable_compile_cache
 from slam_jax.training import Experiment, Loaded, load, override, split_model
@@ -80,19 +82,26 @@ def open_checkpoint(
     step: Step = None,
     overrides: Sequence[str] = (),
     base: Sequence[str | Path] = (),
+    data_config: Mapping[str, Any] | None = None,
 ) -> Opened:
     """Loads a checkpoint and prepares its data; arguments and errors of `evaluate_checkpoint`."""
     enable_compile_cache()
     loaded = load(workdir, step, base)
     if not isinstance(loaded, Loaded):
         raise InputError(f"{workdir} is a language model; `python eval.py --workdir` scores it")
-    config = override(loaded.config, overrides)
+    own = {**loaded.config, "run": {"metrics": [EXACT_MATCH], **loaded.config["run"]}}
+    given = own if data_config is None else {**own, "data": dict(data_config)}
+    config = override(given, overrides)
+    compared = {**config, "run": {**config["run"], "metrics": own["run"]["metrics"]}}
     for group in config:
-        if group != "data" and config[group] != loaded.config[group]:
+        if group != "data" and compared[group] != own[group]:
             raise ConfigError(
-                f"config.{group} is part of the checkpoint; an evaluation changes config.data alone"
+                f"config.{group} is part of the checkpoint; an evaluation changes config.data and "
+                "config.run.metrics alone"
             )
-    data = Experiment.from_config(config).data
+    experiment = Experiment.from_config(config)
+    data = experiment.data
+    check_metrics(experiment.run.metrics)
     dataset = prepare(
         data, loaded.tokenizer, aux_format=loaded.aux_format, model=loaded.model.config
     )
@@ -106,27 +115,31 @@ def evaluate_checkpoint(
     *,
     process_examples: int = 0,
     base: Sequence[str | Path] = (),
+    data_config: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Evaluates the views that the run was trained on, on the test split. Writes no file;
     `slam_jax.reporting.write_evaluation` does.
 
     step: a number, "best" or "latest"; None = best. overrides: `--config.data.field=value`
-    arguments that change where the data is and how it is read; everything else is the checkpoint's.
+    arguments that change where the data is and how it is read, and `--config.run.metrics=..`;
+    everything else is the checkpoint's.
     process_examples: test examples per view for `evaluate_processes`, 0 = without it. base: folders
-    in which to look first for base weights that the checkpoint names.
+    in which to look first for base weights that the checkpoint names. data_config: the group
+    `data` of another run, to use instead of the checkpoint's; the overrides change it.
 
     Raises:
       CheckpointError, ConfigError, DataError: something cannot be read or built, in one line.
+      InputError: a metric needs a package that is missing.
     """
     workdir = Path(workdir)
-    opened = open_checkpoint(workdir, step, overrides, base)
+    opened = open_checkpoint(workdir, step, overrides, base, data_config)
     loaded, config, data, dataset = opened
     started = time.monotonic()
     results, examples = _evaluate(opened)
     seconds, identity = time.monotonic() - started, _identify(data, dataset)
     own = Experiment.from_config(loaded.config).data
     return Evaluation(
-        metrics={**results.metrics, "data": identity},
+        metrics={**results.metrics, "data": identity, "data_config": config["data"]},
         answers=results.answers,
         loaded=loaded,
         config=config,
@@ -183,14 +196,19 @@ def _evaluate(opened: Opened) -> tuple[Results, dict[str, list[Example]]]:
     views = data.views
     if data.drop_inputs:  # training has shown all mixes of inputs
         views = (*views, *(view for view in dataset.test.views if view not in views))
+    training = list(dataset.train.answers())
+    baseline = most_frequent_answer(training)
     results = evaluate(
         *split_model(loaded.model),
         {view: opened.batches(view) for view in with_halves(views)},
         loaded.tokenizer,
         step=loaded.step,
         max_new_tokens=opened.max_new_tokens,
-        baseline_answer=most_frequent_answer(dataset.train.answers()),
+        baseline_answer=baseline,
+        metrics=Experiment.from_config(opened.config).run.metrics,
     )
+    results.metrics["answers"] = figures_by_answer(results.answers, baseline=baseline)
+    results.metrics["untested_answers"] = untested_answers(training, results.answers)
     examples = {
         view: (e for batch in opened.batches(view) for e in batch.examples) for view in views
     }

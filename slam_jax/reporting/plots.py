@@ -64,6 +64,23 @@ def plot_intervals(rows: Sequence[tuple[str, str, float, float, float]]) -> str:
 
 
 @matplotlib.rc_context(_STYLE)
+def plot_differences(rows: Sequence[tuple[str, str, float, float, float]]) -> str:
+    """Differences of shares with their intervals, one line for each (group, name, difference, low,
+    high); intervals that do not contain 0 are coloured."""
+    axes, labels = _axes(0.6 + 0.27 * len(rows)), []
+    for y, (group, name, difference, low, high) in enumerate(rows):
+        color = _SOFT if low <= 0 <= high else _SERIES[0 if difference > 0 else 1]
+        axes.plot([100 * low, 100 * high], [y, y], color=color, linewidth=2, alpha=0.6)
+        axes.plot(100 * difference, y, "o", color=color, markersize=5)
+        labels.append(_label(f"{group}, {name}"))
+    axes.axvline(0, color=_LINE, linewidth=1)
+    _label_rows(axes, labels)
+    axes.set(xlabel="B - A, percentage points", ylim=(len(rows) - 0.4, -0.6))
+    axes.grid(axis="x")
+    return _svg(axes.figure)
+
+
+@matplotlib.rc_context(_STYLE)
 def plot_calibration(
     confidence: Float[np.ndarray, "n"], accuracy: Float[np.ndarray, "n"], counts: Sequence[int]
 ) -> str:

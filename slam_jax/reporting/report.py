@@ -14,9 +14,17 @@ import numpy as np
 
 from slam_jax.data import Example
 from slam_jax.errors import WriteError, first_line, write_whole
-from slam_jax.evaluation.answers import Answer
+from slam_jax.evaluation.answered import ANSWERS, Answer, write_answers
 from slam_jax.evaluation.metrics import calibration
-from slam_jax.evaluation.table import entry_label, explain_baseline, write_metrics
+from slam_jax.evaluation.scores import METRICS
+from slam_jax.evaluation.table import (
+    entry_label,
+    explain_baseline,
+    explain_untested,
+    show_cells,
+    show_confusions,
+    write_metrics,
+)
 from slam_jax.generation import Request
 from slam_jax.reporting.attention import attention_html
 from slam_jax.reporting.checkpoint import Evaluation, ShownExample
@@ -31,7 +39,7 @@ _LOSS_POINTS = 200
 
 
 def write_evaluation(evaluation: Evaluation, out: str | Path | None = None) -> Path:
-    """Writes `metrics.json` and `report.html` and returns their folder.
+    """Writes `metrics.json`, `answers.jsonl` and `report.html` and returns their folder.
 
     out: the folder, by default `evaluation.folder`.
 
@@ -42,7 +50,9 @@ def write_evaluation(evaluation: Evaluation, out: str | Path | None = None) -> P
     written = "nothing was written"
     try:
         write_metrics(folder / "metrics.json", evaluation.metrics)
-        written = "metrics.json was written, the report was not"
+        written = "metrics.json was written, the answers and the report were not"
+        write_answers(folder / ANSWERS, evaluation.answers)
+        written = "metrics.json and answers.jsonl were written, the report was not"
         write_whole(folder / "report.html", render_report(evaluation))
     except WriteError as error:
         raise WriteError(
@@ -78,6 +88,14 @@ def render_report(evaluation: Evaluation) -> str:
         rows=rows,
         baseline=explain_baseline(metrics) if "baseline_answer" in metrics else "",
         notes=metrics["data"].get("notes", ()),
+        scores=[
+            (view, entry, METRICS[name].label, *show_cells(name, score))
+            for view, entry, row in rows
+            for name, score in row.get("scores", {}).items()
+        ],
+        by_answer=metrics.get("answers"),
+        untested=explain_untested(metrics),
+        show_confusions=show_confusions,
         baseline_accuracy=_baseline_accuracy(rows),
         retrieval=metrics.get("retrieval"),
         plots={

@@ -20,7 +20,7 @@ ALWAYS = (
     *("language_model.remat", "language_model.scan_layers"),
     *("language_model.config.remat", "language_model.config.scan_layers"),
     *("run.keep_every", "run.log_every", "run.save_every", "run.tensorboard", "run.best_metric"),
-    *("run.trackers", "run.init_from"),
+    *("run.trackers", "run.metrics", "run.init_from"),
     *("model.decoder.pretrained", "model.image.pretrained"),
 )
 """Fields that may change at any start of a run, as those of `mesh` may: where its data is, how

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from slam_jax.data import TRAINING_VIEWS, DataConfig, Dataset
 from slam_jax.errors import ConfigError, check_names, require, require_count
+from slam_jax.evaluation.scores import EXACT_MATCH, check_metrics
 from slam_jax.slam_v3 import SlamV3Config
 from slam_jax.slam_v3.config import PRESETS
 from slam_jax.training.losses import LossConfig
@@ -33,6 +34,8 @@ class RunConfig:
     num_steps: steps of the whole run. log_every: steps between two lines of the metrics file.
     evaluate_every: steps between evaluations on the validation split; a checkpoint follows each.
     evaluate_views: the views to evaluate, of `TRAINING_VIEWS`; () = those that the run trains on.
+    metrics: the scores of `eval.py`, of `slam_jax.evaluation.METRICS`; accuracy, which is
+    "exact_match", is always one of them.
     evaluate_batches: batches per view, None = the whole split. They are split into
     `optimizer.accumulate_steps` parts, as training batches are.
     best_metric: the score that chooses the best checkpoint, by its name among those that an
@@ -65,11 +68,13 @@ class RunConfig:
     trackers: tuple[str, ...] = ()
     prng_impl: str = "threefry2x32"
     init_from: str | None = None
+    metrics: tuple[str, ...] = (EXACT_MATCH,)
 
     def __post_init__(self):
-        for field in ("evaluate_views", "trackers"):
+        for field in ("evaluate_views", "trackers", "metrics"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         check_names(self.trackers, list(TRACKERS), "run.trackers", "tracker")
+        check_metrics(self.metrics, installed=False)
         # One half of a split scene has no score of its own, so it is not a training view.
         views = list(TRAINING_VIEWS)
         check_names(self.evaluate_views, views, "run.evaluate_views: training", "view")
