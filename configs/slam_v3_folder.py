@@ -5,7 +5,8 @@ Command:   python train.py --config=configs/slam_v3_folder.py --config.data.path
 Hardware:  2 CPU cores.
 Duration and score: depend on the data; 600 steps take minutes.
 
-`DIR` holds one `.jsonl` or `.csv` file. `slam_jax/data/folder.py` describes its columns, and
+`DIR` holds one `.jsonl` or `.csv` file, or data in another format that docs/data.md lists, with its
+arguments. `slam_jax/data/folder.py` describes the columns of a table, and
 `python -m slam_jax.data inspect --config=configs/slam_v3_folder.py --config.data.path=DIR` shows
 what was found. During training some inputs of a row are left out at random, so that the model can
 answer from any mix of them; the report has the score of each mix.

@@ -202,7 +202,9 @@ GOOD = [{"text": f"text {i}", "answer": "a", "n": i} for i in range(30)]
         ({"text": "x", "answer": "a", "n": "12 cm"}, "n: '12 cm' is no finite number"),
         ({"text": "x", "answer": "a", "n": 1e999}, "n: inf is no finite number"),
         ({"text": "x <eos>", "answer": "a"}, "text holds '<eos>', which is added by itself"),
-        ({"text": "x", "answer": ["a"]}, "answer: a list; expected a text"),
+        ({"text": "x", "answer": [["a"]]}, "answer: a list; expected a text"),
+        ({"text": "x", "answer": []}, "answer: it is empty; give every row one"),
+        ({"image": ["huge.png", 3], "answer": "a"}, "image: .*huge.png has 10,000 x 10,000 pix"),
         ({"text": "x", "answer": "a", "split": "odd"}, "split: 'odd' is none of train, validation"),
         ({"image": "no.png", "answer": "a"}, "image: .*no.png: no such file"),
         ({"image": "data.jsonl", "answer": "a"}, "image: .*data.jsonl is no picture of a known"),
@@ -261,8 +263,10 @@ def test_a_picture_that_is_broken_further_on_is_named_when_it_is_shown(tmp_path)
         (["{"], r"row 1: no JSON .*; no row can be used"),
         (
             json.dumps([{"text": "x", "answer": "a"}], indent=1).splitlines(),
-            "is one JSON array; wr",
+            "no row is for validation",
         ),
+        (["[", '{"text": "x", "answer": "a"},', '{"text"'], "the array in line 3 is no JSON"),
+        (["[", '{"text": "x", "answer": "a"}', '{"text": 1}]'], "line 3 is no JSON .*',' or ']'"),
         (["{", '{"text": "x", "answer": "a"}'], "row 1: no JSON .*; no row is for validation"),
     ],
 )
@@ -431,12 +435,13 @@ def test_hidden_files_are_ignored_and_several_tables_are_named(tmp_path):
     write(folder, GOOD, "test.jsonl")
     with pytest.raises(DataError, match=r"found data.jsonl, test.jsonl; .* column 'split'"):
         read_table(folder)
+    (tmp_path / "own.xls").write_text("t")
+    with pytest.raises(DataError, match=r"own.xls: data is read from .jsonl, .json, .csv"):
+        read_table(tmp_path / "own.xls")
+    (tmp_path / "own.xls").unlink()
     (tmp_path / "cats").mkdir()
     with pytest.raises(DataError, match=r"found none; the folder holds cats, own; write a table"):
         read_table(tmp_path)
-    (tmp_path / "data.tsv").write_text("text\tanswer\nt\ta")
-    with pytest.raises(DataError, match=r"data.tsv: tables are read from .jsonl and .csv; save it"):
-        read_table(tmp_path / "data.tsv")
 
 
 # --- The same picture in several rows

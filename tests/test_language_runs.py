@@ -178,18 +178,20 @@ def test_a_run_loads_as_a_language_model(finished, published, texts):
 
 def test_a_run_is_scored_on_its_test_split(finished, texts, capsys):
     workdir, _ = finished
-    found = evaluate_language(workdir, "latest")
+    # Rows of 41 tokens hold the ends of several texts.
+    found = evaluate_language(workdir, "latest", ["--config.data.length=40"])
     metrics = found.metrics
     assert (metrics["step"], metrics["split"]) == (20, "test")
     assert found.folder == workdir / "eval"
     loaded, scores = load(workdir, "latest"), metrics["scores"]
-    task: Any = task_of(loaded.config)
+    task: Any = task_of(override(loaded.config, ["--config.data.length=40"]))
     data = task.texts(loaded.tokenizer)
+    assert len(data.splits["test"].rows) < len(data.splits["test"].pieces)
     nats, tokens, size = 0.0, 0, 0
     for text in data.splits["test"].texts:  # each alone, by the model itself
         ids = text.ids[None]
-        for start in range(0, len(text.ids) - 1, 32):
-            piece = ids[:, start : start + 33]
+        for start in range(0, len(text.ids) - 1, 40):
+            piece = ids[:, start : start + 41]
             logs = jax.nn.log_softmax(loaded.model(piece[:, :-1]).logits)
             nats -= float(jnp.take_along_axis(logs, piece[:, 1:, None], -1).sum())
             tokens += piece.shape[1] - 1

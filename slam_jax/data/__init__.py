@@ -1,8 +1,9 @@
 """Data: tokenizer, data sets, batches."""
 
 from slam_jax.batch import Batch
-from slam_jax.data.config import DataConfig
-from slam_jax.data.datasets import Dataset, prepare
+from slam_jax.data.config import ColumnsConfig, DataConfig
+from slam_jax.data.datasets import Dataset, dataset_from_rows, prepare
+from slam_jax.data.describe import describe
 from slam_jax.data.hub_tokenizer import (
     AnyTokenizer,
     HubTokenizer,
@@ -18,6 +19,7 @@ from slam_jax.data.pipeline import (
     evaluation_batches,
     training_batches,
 )
+from slam_jax.data.rows import Row
 from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.data.views import HALF_VIEWS, TRAINING_VIEWS
 
@@ -27,14 +29,18 @@ __all__ = [
     "AnyTokenizer",
     "AuxFormat",
     "Batch",
+    "ColumnsConfig",
     "DataConfig",
     "Dataset",
     "EvaluationBatch",
     "Example",
     "HubTokenizer",
+    "Row",
     "Source",
     "Tokenizer",
     "as_tokenizer",
+    "dataset_from_rows",
+    "describe",
     "evaluation_batches",
     "load_tokenizer",
     "prepare",

@@ -48,9 +48,9 @@ def build_once(
 
 
 def open_splits(
-    config: DataConfig, name: str, splits: Sequence[str], *, images: bool = True
+    config: DataConfig, name: str, splits: Sequence[str], *, images: Sequence[str] = ("image",)
 ) -> list[Sequence[Any]]:
-    """Returns random access to the records of each split, `images` as undecoded bytes.
+    """Returns random access to the records of each split, the features `images` as undecoded bytes.
 
     Raises DataError if the data set cannot be read.
     """
@@ -59,18 +59,34 @@ def open_splits(
             name,
             split=list(splits),
             data_dir=config.directory,
-            decoders={"image": tfds.decode.SkipDecoding()} if images else None,
+            decoders={name: tfds.decode.SkipDecoding() for name in images} or None,
             download=False,
         )
     return sources
 
 
 def open_public(
-    config: DataConfig, name: str, splits: Sequence[str], *, images: bool = True
+    config: DataConfig, name: str, splits: Sequence[str], *, images: Sequence[str] = ("image",)
 ) -> list[Sequence[Any]]:
     """As `open_splits`, of a data set of TFDS, which downloads and builds it with TensorFlow.
 
     Raises DataError if the data set can neither be read nor built.
+    """
+    build_public(config, name)
+    # Given a version, TFDS only reads the files; its code for COCO would import TensorFlow.
+    return open_splits(config, f"{name}:*.*.*", splits, images=images)
+
+
+def read_info(config: DataConfig, name: str) -> Any:
+    """The description of a data set of TFDS that is there: its features and splits."""
+    with _reading(config):
+        return tfds.builder(f"{name}:*.*.*", data_dir=config.directory).info
+
+
+def build_public(config: DataConfig, name: str) -> None:
+    """Has TFDS download and build the data set with TensorFlow, unless it is there.
+
+    Raises DataError if it cannot be built, or is there in files that cannot be read by index.
     """
     folder = config.directory / name
     if not any(folder.glob("[0-9]*/dataset_info.json")):
@@ -88,8 +104,6 @@ def open_public(
             f"{folder} has no array_record files, and others cannot be read by index; "
             "have TFDS build it with file_format='array_record'"
         )
-    # Given a version, TFDS only reads the files; its code for COCO would import TensorFlow.
-    return open_splits(config, f"{name}:*.*.*", splits, images=images)
 
 
 @contextlib.contextmanager

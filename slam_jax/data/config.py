@@ -22,12 +22,46 @@ class Stage(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class ColumnsConfig:
+    """Names of columns of a folder's data, or features of a TFDS set.
+
+    prompt, answer, image, text, kind, split: the column that is read as it; None = the usual name
+    of the format. numbers: the columns of numbers that are inputs; None = all, without identifiers
+    in formats of the hub; () = none.
+    """
+
+    prompt: str | None = None
+    answer: str | None = None
+    image: str | None = None
+    text: str | None = None
+    kind: str | None = None
+    split: str | None = None
+    numbers: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.named.values() if name is not None]
+        require(len(set(given)) == len(given), "columns", given, "each column once")
+        if self.numbers is not None:
+            object.__setattr__(self, "numbers", tuple(self.numbers))
+
+    @property
+    def named(self) -> dict[str, str | None]:
+        """The names without those of numbers."""
+        fields = ("prompt", "answer", "image", "text", "kind", "split")
+        return {field: getattr(self, field) for field in fields}
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The data of a run.
 
     name: a data set of `slam_jax.data.prepare`, with its variant after a slash where it has some.
     data_dir: folder of built data sets; None = $SLAM_JAX_DATA_DIR or ~/.cache/slam_jax/tfds.
-    path: for the data set "folder", the folder with the table, or the table itself.
+    path: for the data set "folder", the folder with the data, or a file of it.
+    columns: the columns of a folder or features of a TFDS set that are read.
+    mixture: for the data set "folder", pairs (a path or the name of another data set, weight) in
+      place of `path`. Rows of training are drawn in proportion to the weights; validation and test
+      have all rows of each.
     batch_size: examples per step over all processes.
     seed: of shuffling, rendering and the choice of views.
     augment: training pictures are cropped at random by up to this share of each side; 0 = they
@@ -75,6 +109,8 @@ class DataConfig:
     vocab_size: int = 512
     table_version: int | None = None
     stages: Sequence[Any] = ((0, {"image": 1.0}),)
+    columns: ColumnsConfig = ColumnsConfig()
+    mixture: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         require_count("batch_size", self.batch_size)
@@ -95,6 +131,8 @@ class DataConfig:
         if starts[:1] != [0] or starts != sorted(set(starts)):
             raise ConfigError(f"stages begin at steps {starts}; they must begin at 0 and increase")
         object.__setattr__(self, "stages", stages)
+        parts = tuple(_part(i, part) for i, part in enumerate(self.mixture))
+        object.__setattr__(self, "mixture", parts)
 
     @property
     def directory(self) -> pathlib.Path:
@@ -126,6 +164,19 @@ class DataConfig:
         weights = np.array([rates[name] for name in names])
         rng = np.random.default_rng((self.seed, step))
         return names[rng.choice(len(names), p=weights / weights.sum())]
+
+
+def _part(i: int, part: Any) -> tuple[str, float]:
+    try:
+        place, weight = part
+        weight = float(weight)
+        if not isinstance(place, str) or not 0 < weight <= 1e9:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(
+            f'mixture[{i}] is {part!r}; it must be (path or name, weight), such as ("photos", 2.0)'
+        ) from None
+    return place, weight
 
 
 def _stage(i: int, stage: Any) -> Stage:

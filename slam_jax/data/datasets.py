@@ -5,8 +5,9 @@ import functools
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,16 +25,29 @@ from slam_jax.data.public import (
     read_mnist,
     with_fitting_answers,
 )
-from slam_jax.data.records import DataError, Records
-from slam_jax.data.rows import CORPUS_ROWS, Lengths, Rows, Texts, measure, texts_of
+from slam_jax.data.records import DataError, Joined, Mapped, Records
+from slam_jax.data.rows import (
+    CORPUS_ROWS,
+    Lengths,
+    Row,
+    Rows,
+    Texts,
+    TokenCounts,
+    measure,
+    texts_of,
+)
 from slam_jax.data.scenes import Scenes
 from slam_jax.data.sort_of_clevr import COLOURS, SHAPES, SIZE, SortOfClevr
+from slam_jax.data.tfds_sets import read_tfds
 from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.data.views import VIEWS
 from slam_jax.errors import ConfigError, check_names, require
 from slam_jax.slam_v3.config import SlamV3Config
 
 _PICTURES = ("image",)
+_VARIANTS = (SortOfClevr.name, "digits", "tfds")
+OWN = "own"
+"""`data.name` of a run on a data set that was given in Python."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +56,7 @@ class Dataset:
 
     corpus_is_whole: whether none of the records that a tokenizer is trained on is damaged, so that
     the same data give the same tokenizer. table: the table of a folder. notes: what the user should
-    know about the data, one line each.
+    know about the data, one line each. tables: those of all folders of a mixture.
     """
 
     train: Source
@@ -53,14 +67,17 @@ class Dataset:
     corpus_is_whole: bool = True
     table: Table | None = None
     notes: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What identifies the data: the number of rows by split, and the sha256 of a table."""
+        """What identifies the data: the number of rows by split, and the sha256 of tables."""
         found: dict[str, Any] = {"rows": {name: len(getattr(self, name)) for name in SPLITS}}
-        if self.table is not None:
-            with self.table.path.open("rb") as file:
-                found["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        hashes = [table.sha256() for table in self.tables]
+        if len(hashes) == 1:
+            found["sha256"] = hashes[0]
+        elif hashes:
+            found["sha256"] = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
         return found
 
 
@@ -74,9 +91,10 @@ def prepare(
     """The data set `config.name`, built in `config.directory` if it is not there yet.
 
     Args:
-      config: `sort_of_clevr`, or `sort_of_clevr/tiny` for trying out; `folder` with `config.path`,
-        for data of one's own; `digits`, or `digits/words` with words as answers; `mnist` and
-        `coco_captions`, which TFDS downloads, and builds with TensorFlow.
+      config: `sort_of_clevr`, or `sort_of_clevr/tiny` for trying out; `folder` with `config.path`
+        or `config.mixture`, for data of one's own; `digits`, or `digits/words` with words as
+        answers; `mnist`, `coco_captions` and any other set as `tfds/NAME`, which TFDS downloads,
+        and builds with TensorFlow.
       tokenizer, aux_format: those of a checkpoint; None makes them from the training split.
       model: what will read it: the size of images, the width of auxiliary vectors, the context.
 
@@ -85,8 +103,14 @@ def prepare(
       DataError: if it can neither be read nor built.
     """
     name, _, variant = config.name.partition("/")
+    if name == OWN:
+        raise ConfigError(
+            "data.name is 'own': the run had a data set that was given in Python; give it again as "
+            "dataset= of slam_jax.train or evaluate_checkpoint, or use one of "
+            f"{', '.join(_READERS)}"
+        )
     reader = _READERS.get(name)
-    if reader is None or (variant and name not in (SortOfClevr.name, "digits")):
+    if reader is None or (variant and name not in _VARIANTS):
         raise ConfigError(f"data.name is {config.name!r}; use one of {', '.join(_READERS)}")
     if name != SortOfClevr.name:
         only = f"only {SortOfClevr.name} has several questions an example"
@@ -140,19 +164,63 @@ def _read_folder(
     tokenizer: AnyTokenizer | None,
     aux_format: AuxFormat | None,
 ) -> Dataset:
+    if config.mixture:
+        require(config.path is None, "data.path", config.path, "None beside data.mixture")
+        return _read_mixture(config, model, tokenizer, aux_format)
     if config.path is None:
         raise ConfigError("data.path is not given; give it the folder with your table")
     names = aux_format.names if aux_format is not None and aux_format.has_columns else ()
-    table = read_table(
-        config.path,
-        version=config.table_version,
-        # Without a tokenizer there is no checkpoint, and the table says which columns there are.
-        columns=None if tokenizer is None else names,
-        context_length=model.context_length,
-    )
+    # Without a tokenizer there is no checkpoint, and the table says which columns there are.
+    table = _open_table(config.path, config, model, None if tokenizer is None else names, tokenizer)
     tokenizer = tokenizer or _tokenizer_of(_flat(texts_of(table.rows["train"])), config, model)
-    table = without_long_rows(table, tokenizer, model.context_length)
-    _check_table(table, config, model)
+    parts = [_fit_table(table, config, model, tokenizer)]
+    _check_numbers(table.columns, str(table.path), model)
+    return _join(parts, config, model, tokenizer, aux_format)
+
+
+def _open_table(
+    path: str,
+    config: DataConfig,
+    model: SlamV3Config,
+    columns: Sequence[str] | None,
+    tokenizer: AnyTokenizer | None,
+) -> Table:
+    return read_table(
+        path,
+        version=config.table_version,
+        columns=columns,
+        context_length=model.context_length,
+        names=config.columns,
+        # A checkpoint can be evaluated on rows for test alone.
+        required=SPLITS if tokenizer is None else ("test",),
+        cache=config.directory / "tar_indices",
+    )
+
+
+class _Part(NamedTuple):
+    """Rows of a data set by split, all of which fit into the model's context.
+
+    counts: the tokens of each row by split, or `lengths`: bounds of them. columns: those of
+    numbers. streams: the inputs that some row has. lacking: those that some row lacks.
+    """
+
+    name: str
+    rows: Mapping[str, Sequence[Any]]
+    streams: Sequence[str]
+    lacking: Sequence[str] = ()
+    columns: tuple[str, ...] = ()
+    counts: Mapping[str, TokenCounts] | None = None
+    lengths: Lengths | None = None
+    table: Table | None = None
+
+
+def _fit_table(
+    table: Table, config: DataConfig, model: SlamV3Config, tokenizer: AnyTokenizer
+) -> _Part:
+    """A table without the rows that cannot be used, of which there may not be too many."""
+    before = {split for split, rows in table.rows.items() if rows}
+    table, counts = without_long_rows(table, tokenizer, model.context_length)
+    _check_table(table, config, model, before)
     all_rows = [row for rows in table.rows.values() for row in rows]
     lacks = {
         "image": [row.image is None for row in all_rows],
@@ -160,29 +228,167 @@ def _read_folder(
         "aux": [row.numbers is None or np.isnan(row.numbers).any() for row in all_rows],
     }
     streams = [name for name, missing in lacks.items() if not all(missing)]
-    notes = table.notes
-    if aux_format is None and table.columns:
+    if table.columns:
         streams = list(dict.fromkeys((*streams, "aux")))
-        robust, rows = config.table_version is not None, table.rows["train"]
+    lacking = [name for name in streams if any(lacks[name])]
+    return _Part(str(table.path), table.rows, streams, lacking, table.columns, counts, table=table)
+
+
+def _read_mixture(
+    config: DataConfig,
+    model: SlamV3Config,
+    tokenizer: AnyTokenizer | None,
+    aux_format: AuxFormat | None,
+) -> Dataset:
+    opened = [_open_part(place, config, model, tokenizer) for place, _ in config.mixture]
+    if tokenizer is None:
+        corpus = itertools.chain.from_iterable(each.corpus for each in opened)
+        tokenizer = _tokenizer_of(_flat(corpus), config, model)
+    parts = [each.fit(tokenizer) for each in opened]
+    columns = tuple(dict.fromkeys(name for part in parts for name in part.columns))
+    if aux_format is not None:
+        check_names(columns, list(aux_format.names), "the checkpoint", "number column")
+        columns = aux_format.names
+    _check_numbers(columns, "data.mixture", model)
+    parts = [_with_columns(part, columns) for part in parts]
+    return _join(parts, config, model, tokenizer, aux_format)
+
+
+class _Opened(NamedTuple):
+    """A part of a mixture before the tokenizer is known. corpus: what a tokenizer learns."""
+
+    corpus: Iterable[Texts]
+    fit: Callable[[AnyTokenizer], _Part]
+
+
+def _open_part(
+    place: str, config: DataConfig, model: SlamV3Config, tokenizer: AnyTokenizer | None
+) -> _Opened:
+    if place.partition("/")[0] in _ROW_SETS:
+        return _open_rows(dataclasses.replace(config, name=place, mixture=()), model)
+    if place.partition("/")[0] == SortOfClevr.name:
+        raise ConfigError(f"data.mixture has {place!r}, which has scenes and no rows; leave it out")
+    table = _open_table(place, config, model, None, tokenizer)
+    fit = functools.partial(_fit_table, table, config, model)
+    return _Opened(texts_of(table.rows["train"]), fit)
+
+
+def _with_columns(part: _Part, columns: tuple[str, ...]) -> _Part:
+    """The part with the number columns of a whole mixture; a row has NaN for those of others."""
+    if part.columns == columns:
+        return part
+    places = [columns.index(name) for name in part.columns]
+
+    def widen(row: Row) -> Row:
+        numbers = np.full(len(columns), np.nan)
+        if row.numbers is not None:
+            numbers[places] = row.numbers
+        return row._replace(numbers=numbers)
+
+    rows = {
+        split: list(map(widen, each)) if isinstance(each, list) else Mapped(each, widen)
+        for split, each in part.rows.items()
+    }
+    lacking = tuple(dict.fromkeys((*part.lacking, "aux")))
+    return part._replace(rows=rows, columns=columns, lacking=lacking)
+
+
+def _join(
+    parts: Sequence[_Part],
+    config: DataConfig,
+    model: SlamV3Config,
+    tokenizer: AnyTokenizer,
+    aux_format: AuxFormat | None,
+) -> Dataset:
+    """The data set of all parts; rows of training are drawn by the weights of `config.mixture`."""
+    streams = list(dict.fromkeys(name for part in parts for name in part.streams))
+    lacking = [
+        name
+        for name in streams
+        if any(name not in part.streams or name in part.lacking for part in parts)
+    ]
+    tables = tuple(part.table for part in parts if part.table is not None)
+    notes = tuple(note for table in tables for note in table.notes)
+    columns = parts[0].columns
+    if aux_format is None and columns:
+        robust = config.table_version is not None
+        rows = [
+            r for part in parts for r in part.rows["train"] if isinstance(part.rows["train"], list)
+        ]
         numbers = np.array([row.numbers for row in rows])
-        aux_format = AuxFormat.of_columns(table.columns, numbers, robust=robust)
-        notes += tuple(outlier_notes(table.columns, numbers, list(map(line_of, rows)), robust))
+        aux_format = AuxFormat.of_columns(columns, numbers, robust=robust)
+        notes += tuple(outlier_notes(columns, numbers, list(map(line_of, rows)), robust))
+    known = _lengths_of(parts, tokenizer)
+    rows = {split: _joined([part.rows[split] for part in parts]) for split in SPLITS}
+    name = parts[0].name if len(parts) == 1 else "data.mixture"
+    weights = [weight for _, weight in config.mixture]
+    sizes = [(len(p.rows["train"]), w) for p, w in zip(parts, weights, strict=bool(weights))]
     dataset = _from_rows(
-        table.rows,
-        str(table.path),
+        rows,
+        name,
         config,
         model,
         tokenizer,
         streams,
         aux_format,
-        lacking=[name for name in streams if any(lacks[name])],
+        lacking=lacking,
+        known=known,
+        weights=sizes,
     )
-    return dataclasses.replace(dataset, table=table, notes=notes)
+    table = tables[0] if len(parts) == len(tables) == 1 else None
+    return dataclasses.replace(dataset, table=table, tables=tables, notes=notes)
 
 
-def _check_table(table: Table, config: DataConfig, model: SlamV3Config) -> None:
-    """Raises an error if too few rows can be used, or the model cannot read the number columns."""
+def _lengths_of(parts: Sequence[_Part], tokenizer: AnyTokenizer) -> dict[str, dict[str, Any]]:
+    """The arguments of `Rows` about lengths, by split: counts of all rows, or else bounds."""
+    found = {}
+    for split in SPLITS:
+        counts = [part.counts[split] for part in parts if part.counts is not None]
+        if len(counts) == len(parts):
+            joined = TokenCounts(*map(np.concatenate, zip(*counts, strict=True)))
+            found[split] = {"counted": (tokenizer, joined)}
+            continue
+        bounds = [*(each.lengths() for each in counts), *(p.lengths for p in parts if p.lengths)]
+        texts, questions, answers = zip(*bounds, strict=True)
+        low, high = zip(*texts, strict=True)
+        lengths = Lengths((min(low), max(high)), max(questions), max(answers))
+        found[split] = {"lengths": lengths}
+    return found
+
+
+def _joined(sequences: Sequence[Sequence[Any]]) -> Sequence[Any]:
+    if len(sequences) == 1:
+        return sequences[0]
+    if all(isinstance(each, list) for each in sequences):
+        return list(itertools.chain.from_iterable(sequences))
+    return Joined(sequences)
+
+
+def _check_numbers(columns: Sequence[str], where: str, model: SlamV3Config) -> None:
+    """Raises ConfigError where the model cannot read the columns of numbers."""
+    slots = (
+        f"True, as {where} has columns of numbers ({', '.join(columns)}) and each is a slot; "
+        "or data.columns.numbers=() to leave them out"
+    )
+    require(model.aux_slots or not columns, "model.aux_slots", model.aux_slots, slots)
+    count = len(columns)
+    most = f"at least {count}, as {where} has {count} columns of numbers"
+    require(count <= model.max_aux, "model.max_aux", model.max_aux, most)
+
+
+def _check_table(
+    table: Table, config: DataConfig, model: SlamV3Config, needed: Collection[str]
+) -> None:
+    """Raises an error if too few rows can be used, or the model cannot read several pictures."""
     path, bad = table.path, table.bad
+    most = getattr(model.image, "max_images", 1)
+    for row in itertools.chain.from_iterable(table.rows.values()):
+        count = len(row.image) if isinstance(row.image, tuple) else 1
+        if count > most:
+            raise DataError(
+                f"{row.where}: {count} pictures, and the model reads at most "
+                f"model.image.max_images={most}; raise that number, or give every row fewer"
+            )
     if len(bad) > config.max_damaged_records:
         line, reason = bad[0]
         more = f" (and {len(bad) - 1} more such)" if len(bad) > 1 else ""
@@ -192,44 +398,84 @@ def _check_table(table: Table, config: DataConfig, model: SlamV3Config) -> None:
         )
     for line, reason in bad:
         logging.getLogger("slam_jax").warning("%s, row %d is skipped: %s", path, line, reason)
-    for split, rows in table.rows.items():
-        if not rows:
+    for split in needed:
+        if not table.rows[split]:
             raise DataError(f"{path}: no row is left for {split}; repair the bad ones")
-    slots = (
-        f"True, as {path} has columns of numbers ({', '.join(table.columns)}) and each is a slot"
-    )
-    require(model.aux_slots or not table.columns, "model.aux_slots", model.aux_slots, slots)
-    count = len(table.columns)
-    most = f"at least {count}, as {path} has {count} columns of numbers"
-    require(count <= model.max_aux, "model.max_aux", model.max_aux, most)
 
 
-def _read_digits(
+def _read_rows(
     config: DataConfig, model: SlamV3Config, tokenizer: AnyTokenizer | None, _: Any
 ) -> Dataset:
-    variant = config.name.partition("/")[2]
+    opened = _open_rows(config, model)
+    tokenizer = tokenizer or _tokenizer_of(_flat(opened.corpus), config, model)
+    dataset = _join([opened.fit(tokenizer)], config, model, tokenizer, None)
+    whole = not getattr(opened.corpus, "damaged", None)
+    return dataclasses.replace(dataset, corpus_is_whole=whole)
+
+
+def _open_rows(config: DataConfig, model: SlamV3Config) -> _Opened:
+    """A data set of rows that is no folder."""
+    name, _, variant = config.name.partition("/")
+    if name == "coco_captions":
+        return _open_captions(config, model)
+    if name == "tfds":
+        return _open_tfds(config, model)
     if variant not in ("", "words"):
         raise ConfigError(f"data.name is {config.name!r}; use one of digits, digits/words")
     texts = digit_texts(words=variant == "words")
-    rows = read_mnist(config) if config.name == "mnist" else read_digits(words=variant == "words")
-    tokenizer = tokenizer or _tokenizer_of(_flat(texts), config, model)
-    lengths = measure(texts, tokenizer)
-    return _from_rows(rows, config.name, config, model, tokenizer, _PICTURES, lengths=lengths)
+    rows = read_mnist(config) if name == "mnist" else read_digits(words=variant == "words")
+
+    def fit(tokenizer: AnyTokenizer) -> _Part:
+        return _Part(config.name, rows, _PICTURES, lengths=measure(texts, tokenizer))
+
+    return _Opened(texts, fit)
 
 
-def _read_coco_captions(
-    config: DataConfig, model: SlamV3Config, tokenizer: AnyTokenizer | None, _: Any
-) -> Dataset:
-    rows, context = read_captions(config), model.context_length
+class _Sample:
+    """The texts of the first training rows. damaged: those of them that could not be read."""
+
+    def __init__(self, rows: Records):
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Texts]:
+        return texts_of(self._rows, CORPUS_ROWS)
+
+    @property
+    def damaged(self) -> set[int]:
+        return self._rows.damaged
+
+
+def _open_captions(config: DataConfig, model: SlamV3Config) -> _Opened:
+    rows = read_captions(config)
     sample = Records(rows["train"], "coco_captions, train", config.max_damaged_records)
-    tokenizer = tokenizer or _tokenizer_of(_flat(texts_of(sample, CORPUS_ROWS)), config, model)
-    # The tokenizer, which is trained on all captions, decides which ones fit.
-    fitting = {
-        split: with_fitting_answers(each, tokenizer, context) for split, each in rows.items()
-    }
-    lengths = Lengths((0, 0), context - 2, context - 2)
-    dataset = _from_rows(fitting, config.name, config, model, tokenizer, _PICTURES, lengths=lengths)
-    return dataclasses.replace(dataset, corpus_is_whole=not sample.damaged)
+    return _Opened(
+        _Sample(sample), functools.partial(_fit_rows, config.name, rows, _PICTURES, model)
+    )
+
+
+def _fit_rows(
+    name: str,
+    rows: Mapping[str, Sequence[Any]],
+    streams: Sequence[str],
+    model: SlamV3Config,
+    tokenizer: AnyTokenizer,
+    lacking: Sequence[str] = (),
+) -> _Part:
+    """Rows that are read one by one, without the answers that do not fit into the context."""
+    context = model.context_length
+    fitting = {s: with_fitting_answers(each, tokenizer, context) for s, each in rows.items()}
+    text = (0, context) if "text" in streams else (0, 0)
+    lengths = Lengths(text, context - 2, context - 2)
+    return _Part(name, fitting, streams, lacking, lengths=lengths)
+
+
+def _open_tfds(config: DataConfig, model: SlamV3Config) -> _Opened:
+    found = read_tfds(config)
+    sample = Records(found.rows["train"], f"{config.name}, train", config.max_damaged_records)
+    fit = functools.partial(
+        _fit_rows, config.name, found.rows, found.streams, model, lacking=found.lacking
+    )
+    return _Opened(_Sample(sample), fit)
 
 
 def _flat(texts: Iterable[Texts]) -> Iterable[str]:
@@ -254,10 +500,13 @@ def _from_rows(
     model: SlamV3Config,
     tokenizer: AnyTokenizer,
     streams: Sequence[str],
-    aux_format: AuxFormat | None = None,
-    **known: Any,
+    aux_format: AuxFormat | None,
+    *,
+    lacking: Sequence[str],
+    known: Mapping[str, Mapping[str, Any]],
+    weights: Sequence[tuple[int, float]],
 ) -> Dataset:
-    """The data set of these rows by split. streams and known: arguments of `Rows`."""
+    """The data set of these rows by split. Other arguments: those of `Rows`, `known` by split."""
     plain = dataclasses.replace(config, augment=0.0, drop_inputs=0.0)
     train, validation, test = (
         Rows(
@@ -266,18 +515,60 @@ def _from_rows(
             config if split == "train" else plain,
             model,
             streams=streams,
+            lacking=lacking,
             aux_format=aux_format,
-            **known,
+            weights=weights if split == "train" else (),
+            **known[split],
         )
         for split in SPLITS
     )
     return Dataset(train, validation, test, tokenizer, aux_format)
 
 
+def dataset_from_rows(
+    rows: Mapping[str, Sequence[Row]],
+    config: DataConfig,
+    *,
+    model: SlamV3Config,
+    tokenizer: AnyTokenizer | None = None,
+) -> Dataset:
+    """A data set of own rows, for `slam_jax.train(..., dataset=)`.
+
+    Args:
+      rows: lists of `Row` for "train", "validation" and "test". Numbers are vectors without names.
+      model: what will read it, such as `Experiment.from_config(config).model`.
+      tokenizer: None trains one on the training rows.
+
+    Raises:
+      ConfigError: a split is missing, a row has numbers, or the views of `config` cannot be shown.
+      DataError: a row does not fit into the context.
+    """
+    check_names(rows, SPLITS, "rows", "split")
+    lists = {split: list(rows.get(split, ())) for split in SPLITS}
+    for split, each in lists.items():
+        require(bool(each), f"rows[{split!r}]", [], "at least one row")
+    has_numbers = any(row.numbers is not None for each in lists.values() for row in each)
+    require(not has_numbers, "Row.numbers", "given", "None: numbers need a table with their names")
+    lists = {
+        split: [
+            row._replace(where=row.where or f"{split}, row {i}") for i, row in enumerate(each, 1)
+        ]
+        for split, each in lists.items()
+    }
+    tokenizer = tokenizer or _tokenizer_of(_flat(texts_of(lists["train"])), config, model)
+    table = Table(Path("own rows"), lists, (), (), ())
+    part = _fit_table(table, config, model, tokenizer)._replace(table=None)
+    dataset = _join([part], dataclasses.replace(config, mixture=()), model, tokenizer, None)
+    check_names(config.views, dataset.train.views, "data.stages: these rows", "view")
+    return dataset
+
+
 _READERS: dict[str, Callable[..., Dataset]] = {
     SortOfClevr.name: _read_sort_of_clevr,
     "folder": _read_folder,
-    "digits": _read_digits,
-    "mnist": _read_digits,
-    "coco_captions": _read_coco_captions,
+    "digits": _read_rows,
+    "mnist": _read_rows,
+    "coco_captions": _read_rows,
+    "tfds": _read_rows,
 }
+_ROW_SETS = ("digits", "mnist", "coco_captions", "tfds")

@@ -5,47 +5,45 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
+from slam_jax.data.columns import Columns
 from slam_jax.data.numbers import find_outliers
-from slam_jax.data.tables import COLUMNS, Record, quote
+from slam_jax.data.splits import Divided
+from slam_jax.data.tables import COLUMNS, quote
 
 _MOST_NAMED = 8
 
 
 def table_notes(
-    records: Sequence[tuple[int, Record]],
-    unused: Mapping[str, tuple[int, Any]],
-    shared: Sequence[int],
-    cleaned: Sequence[int],
+    columns: Columns, divided: Divided, cleaned: Sequence[int], *, compared: bool
 ) -> Iterator[str]:
-    """Notes about the records of a table, which are given with their lines.
-
-    unused: columns that are not used, with the line and the value of the first that is no number.
-    shared: a line of each picture or text that is in more than one split. cleaned: the lines whose
-    answer or kind was changed when it was read.
-    """
-    present = {name for _, record in records for name in record}
-    free = [column for column in COLUMNS if column not in present]
+    """Notes about a data set. cleaned: the lines whose answer or kind was changed when it was read.
+    compared: whether pictures were compared by their content."""
+    free = [column for column in COLUMNS if column not in columns.present]
     aliases = {alias: column for column in free for alias in (column, *COLUMNS[column])}
     parts = []
-    for name, (line, value) in list(unused.items())[:_MOST_NAMED]:
+    for name, first in list(columns.unused.items())[:_MOST_NAMED]:
+        if first is None:
+            parts.append(f"{quote(name)} (numbers)")
+            continue
+        line, value = first
         plain = re.sub(r"[\W_]", "", name.lower())
         similar = difflib.get_close_matches(plain, free, n=1, cutoff=0.75) or [None]
         near = aliases.get(plain, similar[0])
         hint = f"; did you mean {near!r}?" if near else ""
         parts.append(f"{quote(name)} (row {line}: {quote(value)} is no number{hint})")
-    if more := len(unused) - len(parts):
+    if more := len(columns.unused) - len(parts):
         parts.append(f"and {more} more")
     if parts:
         yield f"columns that are not used: {', '.join(parts)}"
-    if shared:
+    if shared := divided.shared:
+        what = "pictures or texts" if compared else "keys or texts"
         yield (
-            f"pictures or texts that are in more than one split: {len(shared):,} (first in row "
+            f"{what} that are in more than one split: {len(shared):,} (first in row "
             f"{min(shared)}); scores on them are too good, so give all rows of one the same split"
         )
     if cleaned:

@@ -80,7 +80,8 @@ class Source(Protocol):
     answers: the expected answers of a bounded sample of records. No picture is read for it.
 
     A source may also have `lengths(index, tokenizer)`, see `Rows.lengths`. Without it, several
-    processes pad all texts to the longest.
+    processes pad all texts to the longest. And it may have `order(seed)`, an endless sequence of
+    indices that training follows instead of reshuffling all records every epoch.
     """
 
     @property
@@ -155,8 +156,12 @@ class _BatchOfStep(Rebuilt):
     ):
         self._source, self._config, self._rows, self._order = source, config, rows, order
         seed = order.seed(config.seed)
-        shuffled = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
-        self._indices: Any = shuffled.repeat()
+        own = getattr(source, "order", lambda seed: None)(seed)
+        if own is None:
+            shuffled = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
+            self._indices: Any = shuffled.repeat()
+        else:
+            self._indices = grain.MapDataset.source(own).seed(seed)
         bucketed = config.bucket_lengths
         self._collate = {v: _Collate(source, tokenizer, v, bucketed) for v in config.views}
         self._examples: dict[str, Any] = {

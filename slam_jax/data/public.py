@@ -7,10 +7,10 @@ import numpy as np
 
 from slam_jax.data.built import open_public
 from slam_jax.data.config import DataConfig
-from slam_jax.data.folder import SPLITS
 from slam_jax.data.hub_tokenizer import AnyTokenizer
 from slam_jax.data.records import DataError, Mapped
 from slam_jax.data.rows import Row, Texts
+from slam_jax.data.splits import SPLITS
 from slam_jax.errors import ConfigError, InputError
 
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -131,5 +131,5 @@ def read_texts(name: str) -> list[str]:
         text = texts.get("text") or max(texts.values(), key=len)
         return text.decode(errors="replace") if isinstance(text, bytes) else text
 
-    (records,) = open_public(DataConfig(name=name), name, ("train",), images=False)
+    (records,) = open_public(DataConfig(name=name), name, ("train",), images=())
     return [text_of(records[i]) for i in range(len(records))]

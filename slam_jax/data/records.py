@@ -1,6 +1,8 @@
 """Random access to records, some of which may be damaged."""
 
+import bisect
 import functools
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -50,6 +52,23 @@ class Mapped(Rebuilt, Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._read(index)
+
+
+class Joined(Rebuilt, Sequence[Any]):
+    """Several sequences, one after the other."""
+
+    def __init__(self, sequences: Sequence[Sequence[Any]]):
+        self._sequences = sequences
+        self._ends = list(itertools.accumulate(map(len, sequences)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect.bisect(self._ends, index)
+        return self._sequences[part][index - (self._ends[part - 1] if part else 0)]
 
 
 class Records(Rebuilt, Sequence[Any]):

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from slam_jax.data.config import DataConfig
+from slam_jax.data.formats.base import open_picture
 from slam_jax.data.hub_tokenizer import AnyTokenizer
 from slam_jax.data.images import crop_at_random, load_image
+from slam_jax.data.mixture import MixedOrder
 from slam_jax.data.numbers import AuxFormat
 from slam_jax.data.pipeline import Example, RecordLengths
 from slam_jax.data.records import DamagedRecord, Mapped, Records
@@ -23,12 +25,14 @@ CORPUS_ROWS = 20_000
 """How many rows are read as a sample of all texts."""
 
 _MAX_CACHE_BYTES = 1 << 29
+_TEXTS_KEPT = 1 << 14
 
 
 class Row(NamedTuple):
     """A question and what it is about.
 
-    image: anything that `load_image` takes, or None.
+    image: anything that `load_image` takes, a `slam_jax.data.formats.StoredPicture`, a tuple of
+      several of these, or None.
     numbers: one for each number column, NaN = missing; None where the table has no such columns.
     answers: the right answers. Training learns one of them, drawn at random each time.
     kind: the kind of question. where: the file and the row in it, for messages.
@@ -83,6 +87,33 @@ def measure(texts: Iterable[Texts], tokenizer: AnyTokenizer) -> Lengths:
     return Lengths((min(text), max(text)), question, max(answer))
 
 
+class TokenCounts(NamedTuple):
+    """For each row the numbers of tokens of its text, of its prompt with its longest answer, and
+    of its longest answer."""
+
+    text: Int[np.ndarray, "n"]
+    question: Int[np.ndarray, "n"]
+    answer: Int[np.ndarray, "n"]
+
+    def lengths(self) -> Lengths:
+        """Their bounds, as of `measure`."""
+        if not len(self.text):
+            return Lengths((0, 0), 0, 0)
+        text = int(self.text.min()), int(self.text.max())
+        return Lengths(text, int(self.question.max()), int(self.answer.max()))
+
+
+def count_tokens(rows: Sequence[Row], tokenizer: AnyTokenizer) -> TokenCounts:
+    """The numbers of tokens of each row."""
+    count = functools.lru_cache(maxsize=_TEXTS_KEPT)(lambda text: len(tokenizer.encode(text)))
+    found = np.zeros((3, len(rows)), np.int32)
+    for i, row in enumerate(rows):
+        answer = max(map(count, row.answers))
+        text = len(tokenizer.encode(row.text)) if row.text else 0
+        found[:, i] = text, count(row.prompt) + answer, answer
+    return TokenCounts(*found)
+
+
 class Rows(Records):
     """A split of a table as a `Source`.
 
@@ -94,6 +125,8 @@ class Rows(Records):
       streams: the inputs that the table has. lacking: those of them that some rows do not have.
       aux_format: the format of the number columns, if there are any.
       lengths: of all texts, where they are known without reading the rows.
+      counted: the tokenizer with which the tokens of each row were counted, and their numbers.
+      weights: of each part of a mixture the number of rows and the weight; see `MixedOrder`.
     """
 
     def __init__(
@@ -107,6 +140,8 @@ class Rows(Records):
         lacking: Sequence[str] = (),
         aux_format: AuxFormat | None = None,
         lengths: Lengths | None = None,
+        counted: tuple[AnyTokenizer, TokenCounts] | None = None,
+        weights: Sequence[tuple[int, float]] = (),
     ):
         size, most = model.image.size, config.max_damaged_records
         decode = functools.partial(_decode, size=size, how=model.image.preprocessing)
@@ -119,13 +154,26 @@ class Rows(Records):
         self._augment, self._drop_inputs = config.augment, config.drop_inputs
         self._streams, self._lacking = frozenset(streams), frozenset(lacking)
         self._aux_format, self._aux_width = aux_format, model.aux_dim
+        self._known, self._counted, self._weights = lengths, counted, weights
         # Counted once for each tokenizer; nearly always there is one, that of the data set.
-        self._lengths = functools.lru_cache(maxsize=4)(
-            lambda tokenizer: lengths or measure(texts_of(undecoded), tokenizer)
-        )
-        self._by_row = functools.lru_cache(maxsize=4)(
-            lambda tokenizer: None if lengths else _lengths_by_row(undecoded, tokenizer)
-        )
+        self._lengths = functools.lru_cache(maxsize=4)(self._measure)
+        self._by_row = functools.lru_cache(maxsize=4)(self._measure_rows)
+
+    def _measure(self, tokenizer: AnyTokenizer) -> Lengths:
+        if self._known is not None:
+            return self._known
+        if self._counted is not None and self._counted[0] == tokenizer:
+            return self._counted[1].lengths()
+        return measure(texts_of(self._undecoded), tokenizer)
+
+    def _measure_rows(self, tokenizer: AnyTokenizer) -> list[RecordLengths | None] | None:
+        if self._known is not None:
+            return None
+        if self._counted is not None and self._counted[0] == tokenizer:
+            counts = self._counted[1]
+            pairs = zip(counts.text.tolist(), counts.question.tolist(), strict=True)
+            return [RecordLengths(text, question + 2) for text, question in pairs]
+        return _lengths_by_row(self._undecoded, tokenizer)
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -203,6 +251,10 @@ class Rows(Records):
         by_row = self._by_row(tokenizer)
         return None if by_row is None else by_row[index]
 
+    def order(self, seed: int) -> MixedOrder | None:
+        """The order of training on a mixture; None where there are no weights."""
+        return MixedOrder(self._weights, seed) if self._weights else None
+
     def answers(self) -> Iterator[str]:
         return (texts.answer for texts in texts_of(self._undecoded, CORPUS_ROWS))
 
@@ -222,6 +274,6 @@ def _decode(row: Row, size: int, how: Any) -> Row:
     if row.image is None:
         return row
     try:
-        return row._replace(image=load_image(row.image, size, how))
+        return row._replace(image=load_image(open_picture(row.image), size, how))
     except InputError as error:
         raise InputError(f"{row.where}, image: {error}" if row.where else str(error)) from None

@@ -14,18 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from slam_jax.data.formats import find
 from slam_jax.data.public import read_texts
 from slam_jax.data.records import DataError
-from slam_jax.data.tables import Record, find_table, read_records
+from slam_jax.data.tables import Record
 from slam_jax.data.tokenizer import SMALLEST_VOCABULARY, check_unicode
-from slam_jax.errors import ConfigError, InputError, first_line, require, require_count, shorten
+from slam_jax.errors import ConfigError, InputError, require, require_count, shorten
 from slam_jax.runtime.files import read_limited
 
 SPLITS = ("train", "validation", "test")
 TFDS = "tfds/"
 _OWN = "own"
 _FILES = (".txt", ".md")
-_PARQUET = ".parquet"
+_TABLES = (".jsonl", ".csv", ".parquet")
 _MOST_BYTES = 1 << 30  # of all texts, which are in memory
 _SPLIT_NAMES = {
     **{name: name for name in SPLITS},
@@ -147,26 +148,26 @@ def read_own_texts(config: TextDataConfig) -> Texts:
 
 def _read(path: Path, config: TextDataConfig) -> list[tuple[str, Text]]:
     """(the given split or "", text) of a folder, or of a table."""
-    tables: list[Path] = []
     if not path.exists():
         raise DataError(f"{path}: no such folder or file; give data.path texts, or a table")
     if path.suffix.lower() in _FILES and path.is_file():
         parts = re.split(r"\n\s*\n", _read_file(path, _MOST_BYTES))
         return [("", Text(part.strip("\n"), where=str(path))) for part in parts if part.strip()]
-    if path.is_dir():
-        names = [each for each in sorted(path.iterdir()) if not each.name.startswith(".")]
-        tables = [each for each in names if each.suffix == _PARQUET]
-        if not tables and not any(each.suffix in (".jsonl", ".csv") for each in names):
-            return [("", each) for each in _read_files(path)]
-    elif path.suffix == _PARQUET:
-        tables = [path]
-    rows = _read_parquet(tables, config.columns) if tables else _read_table(path)
+    has_table = any(any(path.glob(f"[!.]*{suffix}")) for suffix in _TABLES)
+    if not has_table and (texts := [("", each) for each in _read_files(path)]):
+        return texts
+    rows, left = find(path).read(), _MOST_BYTES
     found, bad = [], []
-    for where, record in rows:
+    for file, line, record in rows:
+        where = f"{file}, row {line}"
         try:
             if isinstance(record, str):
                 raise InputError(record)
-            found.append(_row(where, record, config.columns))
+            split, text = _row(where, record, config.columns)
+            found.append((split, text))
+            left -= len(text.text) + len(text.prompt or "")
+            if left < 0:
+                raise DataError(f"{path} has more than {_MOST_BYTES:,} letters of text; split it")
         except InputError as error:
             bad.append(f"{where}: {shorten(str(error), 300)}")
     if bad and not found:
@@ -197,37 +198,6 @@ def _read_file(path: Path, most_bytes: int) -> str:
         return read_limited(path, most_bytes)
     except InputError as error:
         raise DataError(f"{error}; save it as UTF-8, or remove it") from None
-
-
-def _read_table(path: Path) -> Iterator[tuple[str, Record | str]]:
-    table = find_table(path)
-    for line, record in read_records(table):
-        yield f"{table}, row {line}", record
-
-
-def _read_parquet(paths: Sequence[Path], columns: TextColumns) -> Iterator[tuple[str, Record]]:
-    """The rows of Parquet files, with the wanted columns alone."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise DataError(
-            f"{paths[0]} needs pyarrow, which is not installed: `pip install 'slam_jax[parquet]'`"
-        ) from None
-    left = _MOST_BYTES
-    for path in paths:
-        try:
-            file = parquet.ParquetFile(path)
-            wanted = [x for x in dataclasses.astuple(columns) if x in file.schema_arrow.names]
-            row = 0
-            for batch in file.iter_batches(1_000, columns=wanted):
-                left -= batch.nbytes
-                if left < 0:
-                    raise DataError(f"{path} has more than {_MOST_BYTES:,} bytes of text; split it")
-                for record in batch.to_pylist():
-                    row += 1
-                    yield f"{path}, row {row}", record
-        except (ArrowException, OSError) as error:
-            raise DataError(f"{path} cannot be read as Parquet ({first_line(error)})") from None
 
 
 def _row(where: str, record: Record, columns: TextColumns) -> tuple[str, Text]:

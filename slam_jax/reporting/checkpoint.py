@@ -83,6 +83,7 @@ def open_checkpoint(
     overrides: Sequence[str] = (),
     base: Sequence[str | Path] = (),
     data_config: Mapping[str, Any] | None = None,
+    dataset: Dataset | None = None,
 ) -> Opened:
     """Loads a checkpoint and prepares its data; arguments and errors of `evaluate_checkpoint`."""
     enable_compile_cache()
@@ -102,7 +103,7 @@ def open_checkpoint(
     experiment = Experiment.from_config(config)
     data = experiment.data
     check_metrics(experiment.run.metrics)
-    dataset = prepare(
+    dataset = dataset or prepare(
         data, loaded.tokenizer, aux_format=loaded.aux_format, model=loaded.model.config
     )
     return Opened(loaded, config, data, dataset)
@@ -116,6 +117,7 @@ def evaluate_checkpoint(
     process_examples: int = 0,
     base: Sequence[str | Path] = (),
     data_config: Mapping[str, Any] | None = None,
+    dataset: Dataset | None = None,
 ) -> Evaluation:
     """Evaluates the views that the run was trained on, on the test split. Writes no file;
     `slam_jax.reporting.write_evaluation` does.
@@ -125,14 +127,15 @@ def evaluate_checkpoint(
     everything else is the checkpoint's.
     process_examples: test examples per view for `evaluate_processes`, 0 = without it. base: folders
     in which to look first for base weights that the checkpoint names. data_config: the group
-    `data` of another run, to use instead of the checkpoint's; the overrides change it.
+    `data` of another run, to use instead of the checkpoint's; the overrides change it. dataset:
+    the data in place of what the configuration names, as for `slam_jax.train`.
 
     Raises:
       CheckpointError, ConfigError, DataError: something cannot be read or built, in one line.
       InputError: a metric needs a package that is missing.
     """
     workdir = Path(workdir)
-    opened = open_checkpoint(workdir, step, overrides, base, data_config)
+    opened = open_checkpoint(workdir, step, overrides, base, data_config, dataset)
     loaded, config, data, dataset = opened
     started = time.monotonic()
     results, examples = _evaluate(opened)
@@ -220,14 +223,9 @@ def _identify(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
 
     notes: `Dataset.notes`.
     """
-    path, sha256 = None, None
-    if dataset.table is not None:
-        path = str(dataset.table.path.absolute())
-        with dataset.table.path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    splits = {name: len(getattr(dataset, name)) for name in ("train", "validation", "test")}
-    named = {"name": config.name, "path": path, "sha256": sha256, "rows": splits}
-    return {**named, "notes": list(dataset.notes)}
+    path = None if dataset.table is None else str(dataset.table.path.absolute())
+    known = {"sha256": None, **dataset.identity}
+    return {"name": config.name, "path": path, **known, "notes": list(dataset.notes)}
 
 
 def _results_folder(

@@ -14,7 +14,9 @@ import numpy as np
 
 from slam_jax.data.config import DataConfig
 from slam_jax.data.datasets import Dataset, prepare
+from slam_jax.data.describe import describe
 from slam_jax.data.folder import BadRow, Table, line_of
+from slam_jax.data.formats import open_picture
 from slam_jax.data.images import load_image
 from slam_jax.data.pipeline import Example, Source, evaluation_batches
 from slam_jax.data.records import DamagedRecord
@@ -75,9 +77,9 @@ def inspect_data(config: DataConfig, model: SlamV3Config) -> Inspection:
         stack.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)  # `bad` has what the warnings say
         dataset = prepare(lenient, model=model)
-        found, table = _inspect(config, dataset), dataset.table
-        assert table is not None
-        bad = sorted([*table.bad, *_undecodable(table, model.image)])
+        found, bad = _inspect(config, dataset), []
+        for table in dataset.tables:
+            bad += sorted([*table.bad, *_undecodable(table, model.image)])
     return dataclasses.replace(found, bad=tuple(bad))
 
 
@@ -144,7 +146,7 @@ def _undecodable(table: Table, config: ImageConfig) -> Iterator[BadRow]:
     @functools.cache
     def reason(image: Any) -> str | None:
         try:
-            load_image(image, config.size, config.preprocessing)
+            load_image(open_picture(image), config.size, config.preprocessing)
         except InputError as error:
             return f"image: {error}"
         return None
@@ -163,7 +165,8 @@ def print_inspection(found: Inspection, file: Any = None) -> None:
     aux, lines = found.dataset.aux_format, list(found.dataset.notes)
     if aux is not None and not aux.has_columns:
         lines.insert(0, f"numbers of an auxiliary vector: {', '.join(aux.names)}\n")
-    if found.dataset.table is not None:
+    if found.dataset.tables:
+        lines = [*describe(found.dataset, found.config), *lines]
         limit = found.config.max_damaged_records
         refused = "; training refuses more" if len(found.bad) > limit else ""
         lines.append(

@@ -15,6 +15,7 @@ from slam_jax.data.hub_tokenizer import AnyTokenizer, load_tokenizer, tokenizer_
 from slam_jax.data.order import Order
 from slam_jax.data.packing import TextBatch, scoring_batches, text_batches
 from slam_jax.data.text_dataset import TextDataset, open_texts
+from slam_jax.data.texts import SPLITS
 from slam_jax.errors import ConfigError, UserError, require
 from slam_jax.evaluation.language import score_texts, summarise_texts
 from slam_jax.interop.pretrained import is_published, open_pretrained
@@ -103,11 +104,24 @@ class LanguageTask:
         return (base_of(*parts, hashed=hashed),)
 
     def open_dataset(
-        self, checkpoints: Checkpoints, latest: int | None, changed: bool = False
+        self,
+        checkpoints: Checkpoints,
+        latest: int | None,
+        changed: bool = False,
+        given: TextDataset | None = None,
     ) -> TextDataset:
+        if given is not None:
+            return given
         if latest is None:
             return self.texts(self._tokenizer())
         return self.texts(tokenizer_from_json(checkpoints.read_tokenizer(latest)))
+
+    def introduce(self, dataset: TextDataset) -> list[str]:
+        kind = "prompts with answers" if dataset.has_answers else "texts"
+        rows = ", ".join(f"{len(dataset.splits[name]):,} {name}" for name in SPLITS)
+        return [
+            f"{kind} of {dataset.place}; rows of {self.experiment.data.length:,} tokens: {rows}"
+        ]
 
     def texts(self, tokenizer: AnyTokenizer | None) -> TextDataset:
         """The texts of the configuration; see `open_texts`."""

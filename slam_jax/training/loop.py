@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from slam_jax.data.datasets import OWN
 from slam_jax.errors import UserError, check_names
 from slam_jax.runtime import distributed
 from slam_jax.runtime.compile_cache import enable_compile_cache
@@ -58,6 +59,7 @@ def train(
     profile: Profile | None = None,
     base: Sequence[str | Path] = (),
     *,
+    dataset: Any = None,
     change: bool = False,
     on_metrics: Callable[[int, Mapping[str, Any]], Any] | None = None,
     on_evaluation: Callable[[int, Mapping[str, float]], Any] | None = None,
@@ -67,11 +69,12 @@ def train(
     config: nested mappings as of `default_config`; saved with every checkpoint. stop: asks the run
     to save and end early, as the cluster's preemption notice does under `jax.distributed`. profile:
     the steps of which the first process writes a trace to `workdir/profile`. base: folders in which
-    to look first for base weights that the checkpoints name. change: a resumed run may have other
-    data, and other values of the fields `slam_jax.training.changes.ON_REQUEST`; its checkpoints
-    store what was changed at which step. on_metrics, on_evaluation: are called in the first process
-    with the step and what is written to the metrics file: of the step, every `run.log_every` steps,
-    and of each evaluation.
+    to look first for base weights that the checkpoints name. dataset: in place of what the
+    configuration names, such as a `slam_jax.data.Dataset` of own sources. change: a resumed run may
+    have other data, and other values of the fields `slam_jax.training.changes.ON_REQUEST`; its
+    checkpoints store what was changed at which step. on_metrics, on_evaluation: are called in the
+    first process with the step and what is written to the metrics file: of the step, every
+    `run.log_every` steps, and of each evaluation.
 
     Raises:
       ConfigError: a field cannot be built, or the run ends before the steps of the profile do.
@@ -87,6 +90,8 @@ def train(
     """
     enable_compile_cache()
     config = as_json(config)
+    if dataset is not None:
+        config["data"] = {**config.get("data", {}), "name": OWN}
     task, calls = task_of(config), Calls(on_metrics, on_evaluation)
     run, mesh = task.experiment.run, make_mesh(task.experiment.mesh, task.num_processes)
     task.check(mesh)
@@ -95,7 +100,7 @@ def train(
     with contextlib.ExitStack() as stack:
         is_first = distributed.is_first_process()
         checkpoints = _enter(stack, task, workdir, mesh)
-        opened = open_run(task, checkpoints, mesh, base, change)
+        opened = open_run(task, checkpoints, mesh, base, change, dataset)
         state, pending = opened.state, opened.pending_evaluation
         first, writer = int(state.step), None
         if is_first:
@@ -108,6 +113,8 @@ def train(
         if first == run.num_steps and not pending:
             progress.log(f"{workdir} is already at its last step, {first:,}")
             return state
+        for line in opened.task.introduce(opened.dataset):
+            progress.log(line)
         progress.log(_describe_start(state, mesh, workdir))
         profiler = Profiler(profile if is_first else None, first, workdir, progress)
         tools = checkpoints, writer, progress, stop or Stop(), mesh, stack.enter_context(profiler)

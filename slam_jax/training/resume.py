@@ -53,11 +53,13 @@ def open_run(
     mesh: Mesh | None,
     moved: Sequence[str | Path] = (),
     change: bool = False,
+    dataset: Any = None,
 ) -> OpenedRun:
     """The initial state of a run, or the newest one of its checkpoints, and the data set.
 
     moved: folders in which to look for base weights; see `locate`. change: the configuration and
-    the data may differ from those of the checkpoint, see `slam_jax.training.changes`.
+    the data may differ from those of the checkpoint, see `slam_jax.training.changes`. dataset: in
+    place of what the configuration names.
 
     Raises:
       CheckpointError: the checkpoints belong to another configuration or to other data, or none
@@ -76,7 +78,7 @@ def open_run(
             raise CheckpointError(f"{checkpoints.workdir} holds the run of a {kind}; use another")
     task = task.opened(old, records)
     changes = _changes(task, old, checkpoints, change)
-    dataset = task.open_dataset(checkpoints, latest, changed=change)
+    dataset = task.open_dataset(checkpoints, latest, changed=change, given=dataset)
     task.check(mesh, dataset)
     history: list[Any] = []
     if latest is not None and old is not None:

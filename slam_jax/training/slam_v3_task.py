@@ -16,12 +16,14 @@ from slam_jax.data import (
     Batch,
     Dataset,
     EvaluationBatch,
+    describe,
     evaluation_batches,
     prepare,
     tokenizer_from_json,
     training_batches,
 )
 from slam_jax.data.order import Order
+from slam_jax.errors import check_names
 from slam_jax.evaluation import evaluate
 from slam_jax.runtime.signals import Stopped
 from slam_jax.slam_v3 import SlamV3
@@ -67,19 +69,26 @@ class SlamV3Task:
         return bases_of(self.experiment.model, records)
 
     def open_dataset(
-        self, checkpoints: Checkpoints, latest: int | None, changed: bool = False
+        self,
+        checkpoints: Checkpoints,
+        latest: int | None,
+        changed: bool = False,
+        given: Dataset | None = None,
     ) -> Dataset:
         """Of a resumed run it must give the tokenizer and the format of numbers that the checkpoint
         has, or token ids and standardised numbers would change their meaning."""
         data, model = self.experiment.data, self.experiment.model
+        if given is not None:
+            views = given.train.views
+            check_names(data.views, views, "data.stages: the given data set", "view")
         if latest is None:
-            return prepare(data, model=model)
+            return given or prepare(data, model=model)
         tokenizer = tokenizer_from_json(checkpoints.read_tokenizer(latest))
-        if changed:
-            saved = checkpoints.read_aux(latest)
+        saved = checkpoints.read_aux(latest)
+        if changed and given is None:
             aux_format = None if saved is None else AuxFormat.from_json(saved)
             return prepare(data, tokenizer, aux_format=aux_format, model=model)
-        dataset = prepare(data, model=model)
+        dataset = given or prepare(data, model=model)
         advice = (
             "the data set has changed; restore the old one, use another workdir, or resume with "
             "the new data by --change"
@@ -90,15 +99,19 @@ class SlamV3Task:
                 f"{tokenizer.sha256[:12]}, and the data now gives {dataset.tokenizer.sha256[:12]}: "
                 f"{advice}"
             )
-        saved, format_now = checkpoints.read_aux(latest), dataset.aux_format
+        format_now = dataset.aux_format
         if saved is not None and (format_now is None or saved != format_now.to_json()):
             raise CheckpointError(
                 f"{checkpoints.workdir} holds a run with other columns of numbers, or other "
                 f"numbers in them: {advice}"
             )
-        if dataset.tokenizer != tokenizer:  # damaged records were missing from the text it learned
+        if dataset.tokenizer != tokenizer and given is None:
+            # Damaged records were missing from the text that it learned.
             dataset = prepare(data, tokenizer, model=model)
         return dataset
+
+    def introduce(self, dataset: Dataset) -> list[str]:
+        return describe(dataset, self.experiment.data)
 
     def beside(self, dataset: Dataset) -> Beside:
         splits, aux = (dataset.train, dataset.validation), dataset.aux_format

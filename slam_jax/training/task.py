@@ -44,7 +44,9 @@ class Task(Protocol):
     bases: of the model. records: None = those of a new run.
     open_dataset: anything with a `tokenizer`; the other methods get it back. latest: the step to
       resume from; raises CheckpointError where the data are not those of that checkpoint. With
-      `changed` they may be others, for which its tokenizer and format of numbers are used.
+      `changed` they may be others, for which its tokenizer and format of numbers are used. given:
+      by the caller of `train`, in place of what the configuration names. introduce: what the run
+      uses of it, one line each.
     model: makes the model, called with `rngs`. loss, weight_of: see `make_train_step`.
     batches: endless (view, batch) from a step on, with these rows of each batch, in this order. It
       has `close`.
@@ -66,8 +68,13 @@ class Task(Protocol):
     def stored(self, config: dict[str, Any]) -> dict[str, Any]: ...
     def bases(self, records: Mapping[str, BaseRecord] | None = None) -> Bases: ...
     def open_dataset(
-        self, checkpoints: Checkpoints, latest: int | None, changed: bool = False
+        self,
+        checkpoints: Checkpoints,
+        latest: int | None,
+        changed: bool = False,
+        given: Any = None,
     ) -> Any: ...
+    def introduce(self, dataset: Any) -> list[str]: ...
     def beside(self, dataset: Any) -> Beside: ...
     def model(self, vocab_size: int) -> Callable[..., nnx.Module]: ...
     def loss(self, model: Any, batch: Any, *, key: Any = None) -> Any: ...

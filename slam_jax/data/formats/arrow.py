@@ -1,0 +1,149 @@
+"""Data sets that the library `datasets` has saved (`save_to_disk`): Arrow files, memory-mapped."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slam_jax.data.formats.base import Found, Located, StoredPicture
+from slam_jax.data.formats.parquet import (
+    class_names,
+    features_with_classes,
+    import_pyarrow,
+    named,
+    picture_bytes,
+    picture_kind,
+)
+from slam_jax.data.records import DataError
+from slam_jax.data.splits import SPLIT_NAMES
+from slam_jax.errors import first_line
+
+_ROWS_AT_ONCE = 1_024
+_MOST_STATE_BYTES = 1 << 24
+_COMPARED_BYTES = 1 << 32
+
+
+def saved_dataset(folder: Path) -> Found | None:
+    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote; None if it is none.
+
+    Source: the library `datasets`, arrow_dataset.py and dataset_dict.py.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        names = _read_json(folder / "dataset_dict.json").get("splits")
+        if not isinstance(names, list) or not all(map(_is_name, names)):
+            raise DataError(f"{folder / 'dataset_dict.json'} names no splits; save it again")
+        parts = [(SPLIT_NAMES.get(name.lower(), ""), folder / name) for name in names]
+    elif (folder / "state.json").is_file():
+        parts = [("", folder)]
+    else:
+        return None
+    files: list[tuple[str, Path]] = []
+    for split, part in parts:
+        files += [(split, file) for file in _files_of(part)]
+    paths = tuple(file for _, file in files)
+    compared = sum(file.stat().st_size for file in paths) <= _COMPARED_BYTES
+    read = functools.partial(_read, tuple(files))
+    return Found("data set saved by `datasets`", folder, paths, read, compared=compared)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    state = _read_json(folder / "state.json")
+    if state.get("_indices_data_files"):
+        raise DataError(f"{folder} holds a selection of rows; save `flatten_indices()` of it")
+    files = state.get("_data_files")
+    names = [x.get("filename") for x in files if isinstance(x, dict)] if files else []
+    if not names or not all(map(_is_name, names)):
+        raise DataError(f"{folder / 'state.json'} names no files of the folder; save it again")
+    paths = [folder / str(name) for name in names]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise DataError(f"{missing[0]} is missing; save the data set again")
+    return paths
+
+
+def _is_name(name: Any) -> bool:
+    """Whether it names a file or a folder here, and not elsewhere."""
+    return isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        if path.stat().st_size > _MOST_STATE_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read ({first_line(error)}); save it again") from error
+
+
+def _read(files: Sequence[tuple[str, Path]]) -> Iterator[Located]:
+    for split, file in files:
+        table = _open(str(file))
+        pictures = {field.name: kind for field in table.schema if (kind := picture_kind(field))}
+        classes = class_names(table.schema.metadata)
+        if not classes and (file.parent / "dataset_info.json").is_file():
+            classes = features_with_classes(_read_json(file.parent / "dataset_info.json"))
+        plain = table.select([name for name in table.schema.names if name not in pictures])
+        for start in range(0, table.num_rows, _ROWS_AT_ONCE):
+            rows = min(_ROWS_AT_ONCE, table.num_rows - start)
+            counts = {
+                name: _counts(table.column(name).slice(start, rows), kind)
+                for name, kind in pictures.items()
+            }
+            records = plain.slice(start, rows).to_pylist() or [{} for _ in range(rows)]
+            for i, record in enumerate(records):
+                for name, found in counts.items():
+                    place = str(file), start + i, name
+                    record[name] = _pictures(found[i], place)
+                if split:
+                    record["split"] = split
+                yield Located(file, start + i + 1, named(record, classes))
+
+
+def _counts(column: Any, kind: str) -> list[int | None]:
+    """The number of pictures of each value of a list, -1 of one that is no list, None of a null."""
+    if kind == "several":
+        # Offsets say the lengths; the values, which hold the bytes, are not looked at.
+        compute: Any = import_pyarrow().compute
+        return compute.list_value_length(column).to_pylist()
+    return [-1 if valid else None for valid in column.is_valid().to_pylist()]
+
+
+def _pictures(count: int | None, place: tuple[str, int, str]) -> Any:
+    if count is None or count < 0:
+        return None if count is None else ArrowPicture(*place)
+    return [ArrowPicture(*place, i) for i in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrowPicture(StoredPicture):
+    """A picture of a row of a file; index: its place in a list, None where it is no list."""
+
+    file: str
+    row: int
+    column: str
+    index: int | None = None
+
+    @property
+    def identity(self) -> str:
+        return f"{self.file}, row {self.row}, {self.column} {self.index}"
+
+    def read_bytes(self) -> bytes:
+        value = _open(self.file).column(self.column)[self.row].as_py()
+        return picture_bytes(value, self.index, Path(self.file))
+
+
+@functools.lru_cache(maxsize=64)
+def _open(file: str) -> Any:
+    """The table of a file, whose pages the system reads when they are needed."""
+    arrow = import_pyarrow()
+    try:
+        source = arrow.memory_map(file)
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        return (arrow.ipc.open_file if is_file else arrow.ipc.open_stream)(source).read_all()
+    except Exception as error:  # ArrowInvalid, OSError and others
+        raise DataError(f"{file} is no Arrow file ({first_line(error)})") from error

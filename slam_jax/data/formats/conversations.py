@@ -1,0 +1,85 @@
+"""Conversations as LLaVA writes them: each turn is a row."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from slam_jax.data.formats.base import Found, Located, Record
+
+_KEYS = ("conversations", "messages")
+_ROLES = {
+    **dict.fromkeys(("human", "user"), "prompt"),
+    **dict.fromkeys(("gpt", "assistant", "model"), "answer"),
+    "system": "system",
+}
+_MARKERS = ("<image>", "<video>")
+_NAMES = {"image": ("image", "images"), "prompt": ("prompt",), "answer": ("answer",)}
+_NAMES |= {"kind": ("kind",), "split": ("split",)}
+_MOST_TURNS = 1_000
+
+
+def holds_conversations(record: Record) -> bool:
+    """Whether a record is a conversation: `{"image": ..., "conversations": [{"from": "human",
+    "value": ...}, {"from": "gpt", "value": ...}]}`, or `messages` with `role` and `content`."""
+    return "answer" not in record and any(_is_turns(record.get(key)) for key in _KEYS)
+
+
+def as_turns(found: Found) -> Found:
+    """The same data with a row for each answer. The prompt of a later turn holds the conversation
+    before it, a line for each turn."""
+    read = functools.partial(_read, found)
+    name = f"conversations, {found.name}"
+    return dataclasses.replace(found, name=name, read=read, aliases=_NAMES, own=False)
+
+
+def _read(found: Found) -> Iterator[Located]:
+    for file, line, record in found.read():
+        if isinstance(record, str):
+            yield Located(file, line, record)
+            continue
+        others = {name: record[name] for name in ("kind", "split") if name in record}
+        pictures = record.get("image", record.get("images"))
+        if pictures is not None:
+            others["image"] = pictures
+        for turn in _rows(record):
+            yield Located(file, line, turn if isinstance(turn, str) else {**others, **turn})
+
+
+def _rows(record: Record) -> Iterator[Record | str]:
+    turns = next((record[key] for key in _KEYS if _is_turns(record.get(key))), None)
+    if turns is None:
+        yield f"no list of turns in {' or '.join(_KEYS)}"
+        return
+    if len(turns) > _MOST_TURNS:
+        yield f"a conversation of {len(turns):,} turns; at most {_MOST_TURNS:,} are read"
+        return
+    before: list[str] = []
+    asked = False
+    for turn in turns:
+        role, text = _turn(turn)
+        if role is None:
+            yield f"a turn of {turn.get('from', turn.get('role'))!r:.60}; expected human or gpt"
+            return
+        if role == "answer" and asked:
+            yield {"prompt": "\n".join(before), "answer": text}
+        asked = role == "prompt"
+        before.append(text)
+    if not any(_turn(turn)[0] == "answer" for turn in turns):
+        yield "a conversation without an answer"
+
+
+def _turn(turn: Record) -> tuple[str | None, str]:
+    """The role of a turn, None for an unknown one, and its text without markers of pictures."""
+    text = turn.get("value", turn.get("content"))
+    if isinstance(text, list):  # parts, as chat models have them
+        parts = (part for part in text if isinstance(part, dict))
+        text = "\n".join(str(part["text"]) for part in parts if part.get("text"))
+    text = text if isinstance(text, str) else ""
+    for marker in _MARKERS:
+        text = text.replace(marker, "")
+    return _ROLES.get(str(turn.get("from", turn.get("role")))), text.strip()
+
+
+def _is_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, dict) for x in value)
