@@ -25,6 +25,7 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from test_generation import make_loaded
 from test_hub_tokenizer import TEMPLATE, byte_level
 
 import slam_jax
@@ -35,6 +36,7 @@ from slam_jax.demo.examples import PROMPTS, SCENES, show, trained_views
 from slam_jax.generation import ModelAndTokenizer, Request, Sampling, generate, stream
 from slam_jax.language_models import make_config, make_model
 from slam_jax.reporting.attention import attention_html
+from slam_jax.slam_v3 import ImageConfig
 
 NOTHING = "nothing to answer from: give at least one of text, image and aux"
 USUAL: Any = (0, 32, 0, 0, 1, 0, 1)  # the seed and the fields of Sampling, as on the page
@@ -305,6 +307,28 @@ def test_an_error_about_a_picture_names_the_file_as_the_visitor_knows_it(loaded,
     file = {"path": str(tmp_path / "3f2a" / "image.png"), "orig_name": "holiday.png"}
     *_, (_, notice, _) = ask_model(loaded, file, "", {"data": []}, "red", *USUAL)
     assert "holiday.png: no such file" in notice and str(tmp_path) not in notice
+
+
+def test_a_model_of_several_pictures_is_asked_about_a_gallery(tmp_path):
+    image = ImageConfig(size=24, stage_widths=(8, 16), max_images=2)
+    loaded = make_loaded(image=image)._replace(config={"data": {"name": "folder"}})
+    gallery = next(each for each in build(loaded).blocks.values() if isinstance(each, gr.Gallery))
+    assert gallery.label == "Up to 2 images"
+    items: Any = []
+    for name in ("red", "blue", "lime"):
+        Image.new("RGB", (8, 8), name).save(tmp_path / f"{name}.png")
+        path = str(tmp_path / f"{name}.png")
+        items.append({"image": {"path": path, "orig_name": name}, "caption": None})
+
+    def asked(items):
+        return list(ask_model(loaded, items, "", {"data": []}, "red", *USUAL))[-1]
+
+    paths = [item["image"]["path"] for item in items[:2]]
+    answer, _, maps = asked(items[:2])
+    assert answer == text_of(loaded, "red", None, paths) and "process 1 over picture 2" in maps
+    assert "3 pictures; the model reads at most model.image.max_images=2" in asked(items)[1]
+    items[1]["image"]["path"] += "x"
+    assert "blue: no such file" in asked(items[:2])[1]
 
 
 @pytest.mark.parametrize(

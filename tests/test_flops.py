@@ -16,6 +16,7 @@ from slam_jax.language_models.flops import forward_flops, training_flops
 from slam_jax.slam_v3 import Inputs, SlamV3, SlamV3Config
 from slam_jax.slam_v3.config import PARTS, DecoderConfig
 from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
+from slam_jax.training.flops import input_sizes
 from slam_jax.vision_models import Preprocessing, VisionConfig
 
 LENGTH = 6
@@ -112,16 +113,22 @@ VIEWS: dict[str, dict[str, Any]] = {
     "text": {"text": 5},
     "aux": {"aux": 3},
     "all": {"text": 5, "pixels": (24, 17), "aux": 3},
+    "several": {"text": 5, "pixels": (24, 17), "images": 3, "aux": 3},
 }
 
 
 @pytest.mark.parametrize(
     ("view", "changes"),
     [
-        *((view, {}) for view in VIEWS),
+        *((view, {}) for view in ("text", "aux", "all")),
         ("all", {"num_memory_tokens": 4, "q_lora_rank": None, "num_process_layers": 2}),
         ("all", {"image": {"encoder": "vit", "size": 24, "patch_size": 8, "num_layers": 2}}),
         ("all", {"image": {"size": 24, "stage_widths": (8, 8, 16), "blocks_per_stage": 2}}),
+        ("several", {"image": {"size": 24, "stage_widths": (8, 16), "max_images": 3}}),
+        (
+            "several",
+            {"image": {"encoder": "vit", "size": 24, "patch_size": 8, "max_images": 4}},
+        ),
         ("text", {"process_mlp_dim": 20, "num_processes": 2, "text_kernel_size": 0}),
         ("all", {"rotate_all_streams": False}),
         ("all", {"num_memory_tokens": 4, "num_bottleneck_blocks": 2, "qk_norm": True}),
@@ -144,11 +151,13 @@ def test_slam_v3_counts_every_product(view, changes):
     def array(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((1, *shape), dtype)
 
+    several = (sizes["images"],) if "images" in sizes else ()
     inputs: Any = Inputs(
         text=array((sizes["text"],), jnp.int32) if "text" in sizes else None,
-        image=array((*sizes["pixels"], 3), jnp.uint8) if "pixels" in sizes else None,
+        image=array((*several, *sizes["pixels"], 3), jnp.uint8) if "pixels" in sizes else None,
         aux=array((sizes["aux"], config.aux_dim), jnp.float32) if "aux" in sizes else None,
     )
+    assert input_sizes(inputs) == sizes
     model = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
     encode = jax.make_jaxpr(SlamV3.encode)(model, inputs)
     memory = jax.eval_shape(SlamV3.encode, model, inputs)

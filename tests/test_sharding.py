@@ -115,7 +115,7 @@ OPTIONS = SlamV3Config.preset(
 )
 MODELS = {
     "slam_v3": v3,
-    "slam_v3, vit": lambda: v3(encoder="vit"),
+    "slam_v3, vit": lambda: v3(encoder="vit", max_images=2),
     "slam_v3, adapters": lambda: v3(lora=("*",)),
     "slam_v3, options": lambda: SlamV3(OPTIONS, rngs=nnx.Rngs(0)),
     **{

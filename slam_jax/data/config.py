@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slam_jax.data.images import RESIZE_POLICIES
 from slam_jax.data.tokenizer import SMALLEST_VOCABULARY
 from slam_jax.data.views import TRAINING_VIEWS
 from slam_jax.errors import ConfigError, check_names, require, require_count
@@ -64,8 +65,12 @@ class DataConfig:
       have all rows of each.
     batch_size: examples per step over all processes.
     seed: of shuffling, rendering and the choice of views.
+    resize: how pictures become square, one of `RESIZE_POLICIES`. A pretrained vision tower has
+      its own way, and this is not used then.
     augment: training pictures are cropped at random by up to this share of each side; 0 = they
-      are shown whole. Not for sort_of_clevr.
+      are shown whole. flip: the probability that they are mirrored left to right. colour: their
+      brightness, contrast and saturation are multiplied by random factors from 1 - colour to
+      1 + colour. What is drawn depends on (seed, step, row) alone. Not for sort_of_clevr.
     questions: how many of the twenty questions of a sort_of_clevr scene a training example has,
       chosen at random each time; None = all. Evaluation always asks all.
     descriptions, closest_objects: what else a training example of sort_of_clevr is asked for. How
@@ -98,7 +103,10 @@ class DataConfig:
     path: str | None = None
     batch_size: int = 64
     seed: int = 0
+    resize: str = RESIZE_POLICIES[0]
     augment: float = 0.0
+    flip: float = 0.0
+    colour: float = 0.0
     drop_inputs: float = 0.0
     questions: int | None = None
     bucket_lengths: bool = False
@@ -119,6 +127,11 @@ class DataConfig:
         require_count("max_damaged_records", self.max_damaged_records, least=0)
         versions = (None, 2)
         require(self.table_version in versions, "table_version", self.table_version, "None or 2")
+        known = f"one of {', '.join(RESIZE_POLICIES)}"
+        require(self.resize in RESIZE_POLICIES, "resize", self.resize, known)
+        for field in ("flip", "colour"):
+            value = getattr(self, field)
+            require(0 <= value <= 1, field, value, "a number from 0 (off) to 1")
         require(0 <= self.augment < 1, "augment", self.augment, "a share from 0 to below 1")
         require(0 <= self.drop_inputs < 1, "drop_inputs", self.drop_inputs, "a rate in [0, 1)")
         if self.questions is not None:
@@ -133,6 +146,11 @@ class DataConfig:
         object.__setattr__(self, "stages", stages)
         parts = tuple(_part(i, part) for i, part in enumerate(self.mixture))
         object.__setattr__(self, "mixture", parts)
+
+    @property
+    def plain(self) -> "DataConfig":
+        """The same without random changes of training examples."""
+        return dataclasses.replace(self, augment=0.0, flip=0.0, colour=0.0, drop_inputs=0.0)
 
     @property
     def directory(self) -> pathlib.Path:

@@ -13,8 +13,16 @@ import numpy as np
 
 from slam_jax.data.built import build_once, open_splits
 from slam_jax.data.config import DataConfig
-from slam_jax.data.folder import SPLITS, Table, line_of, read_table, without_long_rows
+from slam_jax.data.folder import (
+    SPLITS,
+    Table,
+    line_of,
+    read_table,
+    without_long_rows,
+    without_many_pictures,
+)
 from slam_jax.data.hub_tokenizer import AnyTokenizer, load_tokenizer
+from slam_jax.data.images import RESIZE_POLICIES
 from slam_jax.data.notes import outlier_notes
 from slam_jax.data.numbers import AuxFormat
 from slam_jax.data.pipeline import Source
@@ -120,6 +128,9 @@ def prepare(
             require(not value, f"data.{field}", value, f"0; {only}")
     dataset = reader(config, model or SlamV3Config(vocab_size=1), tokenizer, aux_format)
     check_names(config.views, dataset.train.views, f"data.stages: {config.name}", "view")
+    if config.resize != RESIZE_POLICIES[0] and model and model.image.preprocessing is not None:
+        note = f"data.resize={config.resize} is not used; the vision tower prepares pictures itself"
+        dataset = dataclasses.replace(dataset, notes=(*dataset.notes, note))
     for note in dataset.notes:
         place = config.name if dataset.table is None else dataset.table.path
         logging.getLogger("slam_jax").warning("%s: %s", place, note)
@@ -129,7 +140,7 @@ def prepare(
 def _read_sort_of_clevr(
     config: DataConfig, model: SlamV3Config, tokenizer: AnyTokenizer | None, _: Any
 ) -> Dataset:
-    for field in ("augment", "drop_inputs"):
+    for field in ("augment", "flip", "colour", "drop_inputs"):
         value = getattr(config, field)
         require(not value, f"data.{field}", value, f"0 for {SortOfClevr.name}")
     variants = {known.name: known for known in SortOfClevr.BUILDER_CONFIGS}
@@ -219,6 +230,7 @@ def _fit_table(
 ) -> _Part:
     """A table without the rows that cannot be used, of which there may not be too many."""
     before = {split for split, rows in table.rows.items() if rows}
+    table = without_many_pictures(table, model.image.max_images)
     table, counts = without_long_rows(table, tokenizer, model.context_length)
     _check_table(table, config, model, before)
     all_rows = [row for rows in table.rows.values() for row in rows]
@@ -379,16 +391,8 @@ def _check_numbers(columns: Sequence[str], where: str, model: SlamV3Config) -> N
 def _check_table(
     table: Table, config: DataConfig, model: SlamV3Config, needed: Collection[str]
 ) -> None:
-    """Raises an error if too few rows can be used, or the model cannot read several pictures."""
+    """Raises an error if too few rows can be used."""
     path, bad = table.path, table.bad
-    most = getattr(model.image, "max_images", 1)
-    for row in itertools.chain.from_iterable(table.rows.values()):
-        count = len(row.image) if isinstance(row.image, tuple) else 1
-        if count > most:
-            raise DataError(
-                f"{row.where}: {count} pictures, and the model reads at most "
-                f"model.image.max_images={most}; raise that number, or give every row fewer"
-            )
     if len(bad) > config.max_damaged_records:
         line, reason = bad[0]
         more = f" (and {len(bad) - 1} more such)" if len(bad) > 1 else ""
@@ -507,12 +511,11 @@ def _from_rows(
     weights: Sequence[tuple[int, float]],
 ) -> Dataset:
     """The data set of these rows by split. Other arguments: those of `Rows`, `known` by split."""
-    plain = dataclasses.replace(config, augment=0.0, drop_inputs=0.0)
     train, validation, test = (
         Rows(
             splits[split],
             f"{name}, {split}",
-            config if split == "train" else plain,
+            config if split == "train" else config.plain,
             model,
             streams=streams,
             lacking=lacking,

@@ -28,14 +28,23 @@ from slam_jax.data.columns import choose_columns
 from slam_jax.data.config import ColumnsConfig
 from slam_jax.data.formats import Found, Located, find
 from slam_jax.data.hub_tokenizer import AnyTokenizer
+from slam_jax.data.images import as_pictures
 from slam_jax.data.notes import table_notes
 from slam_jax.data.records import DataError
 from slam_jax.data.row_reader import RowReader
-from slam_jax.data.rows import Row, TokenCounts, count_tokens
+from slam_jax.data.rows import Row, TokenCounts, count_tokens, too_many
 from slam_jax.data.splits import SPLITS, Read, divide, line_of
 from slam_jax.errors import InputError, shorten
 
-__all__ = ["SPLITS", "BadRow", "Table", "line_of", "read_table", "without_long_rows"]
+__all__ = [
+    "SPLITS",
+    "BadRow",
+    "Table",
+    "line_of",
+    "read_table",
+    "without_long_rows",
+    "without_many_pictures",
+]
 
 _MOST_HASHED_BYTES = 1 << 30
 
@@ -174,6 +183,21 @@ def without_long_rows(
         rows[split] = [all_rows[i] for i in np.flatnonzero(fits).tolist()]
         counts[split] = TokenCounts(*(each[fits] for each in found))
     return dataclasses.replace(table, rows=rows, bad=tuple(sorted(bad))), counts
+
+
+def without_many_pictures(table: Table, most: int) -> Table:
+    """The table with rows of more than `most` pictures among the bad ones."""
+    rows, bad = {}, list(table.bad)
+    for split, all_rows in table.rows.items():
+        counts = [len(as_pictures(row.image)) for row in all_rows]
+        pairs = list(zip(all_rows, counts, strict=True))
+        rows[split] = [row for row, count in pairs if count <= most]
+        bad += [
+            BadRow(line_of(row), f"image: {too_many(count, most)}")
+            for row, count in pairs
+            if count > most
+        ]
+    return dataclasses.replace(table, rows=rows, bad=tuple(sorted(bad)))
 
 
 def _read_rows(found: Found, reader: RowReader) -> tuple[list[Read], list[BadRow]]:

@@ -14,10 +14,16 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image
 
 from slam_jax.errors import InputError, first_line
+from slam_jax.vision_models.colours import as_rgb, check_mode
 from slam_jax.vision_models.preprocessing import Preprocessing, fit_picture
 
 MAX_PIXELS = 64_000_000
 """Largest picture that is decoded: a file of a few kilobytes can hold billions of pixels."""
+
+RESIZE_POLICIES = ("letterbox", "crop", "stretch")
+"""How a picture becomes square: "letterbox" scales its longer side and fills up with grey; "crop"
+scales its shorter side and cuts out the centre; "stretch" scales both, without keeping proportions.
+"""
 
 _GREY = (128, 128, 128)
 _EXIF_ORIENTATION = {
@@ -33,18 +39,17 @@ _warnings_lock = threading.Lock()  # warning filters are global to the process
 
 
 def load_image(
-    source: Any, size: int, how: Preprocessing | None = None
+    source: Any, size: int, how: Preprocessing | str | None = None
 ) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """Returns the picture scaled to fit `size` x `size` pixels, centred on grey.
+    """Returns the picture as `size` x `size` RGB pixels.
 
-    Proportions are kept, the EXIF orientation is applied, transparent pixels are blended with
-    white, and an animation gives its first frame. 16-bit values are divided by 256, and so are
-    32-bit integers unless all of them are below 256, as in masks and label maps.
+    The EXIF orientation is applied, an animation gives its first frame, and modes, bit depths and
+    transparency are handled as `as_rgb` does.
 
     Args:
       source: a path, the bytes of a file, a PIL image, or a uint8 array [H, W], [H, W, 3] or
         [H, W, 4].
-      how: resizes and crops as the publisher of a vision tower does, instead of the grey.
+      how: one of `RESIZE_POLICIES`; None = the first. Or as the publisher of a vision tower does.
 
     Raises:
       InputError: `source` is no picture, cannot be decoded, has more than `MAX_PIXELS` pixels,
@@ -54,11 +59,11 @@ def load_image(
         return _check_array(source)
     with _open(source) as image:
         try:
-            if how is not None:
+            if isinstance(how, Preprocessing):
                 return fit_picture(_to_rgb(image), how)
             if image is not source:  # draft() changes the image in place
                 image.draft("RGB", (size, size))  # a JPEG is decoded no larger than needed
-            return np.array(_fit(_to_rgb(image), size))
+            return np.array(_fit(_to_rgb(image), size, how or RESIZE_POLICIES[0]))
         except Exception as error:
             raise _unreadable(source, error) from error
 
@@ -66,19 +71,18 @@ def load_image(
 def check_image(source: Any) -> tuple[int, int]:
     """Returns width and height from the header alone; raises as `load_image` for a bad header."""
     with _open(source) as image:
+        try:
+            check_mode(image)
+        except InputError as error:
+            raise _unreadable(source, error) from None
         return image.size
 
 
-def crop_at_random(
-    pixels: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator, max_share: float
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Cuts up to `max_share` off each side length at a random place and resizes to [H, W]."""
-    height, width = pixels.shape[:2]
-    scale = 1 - max_share * rng.random()
-    x, y = (rng.random(2) * (1 - scale) * (width, height)).tolist()
-    box = (x, y, x + scale * width, y + scale * height)
-    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, box=box)
-    return np.array(image)
+def as_pictures(image: Any) -> tuple[Any, ...]:
+    """The pictures of a row or a request, which has none (None), one, or a sequence of them."""
+    if image is None:
+        return ()
+    return tuple(image) if isinstance(image, (list, tuple)) else (image,)
 
 
 @contextlib.contextmanager
@@ -114,18 +118,9 @@ def _open_file(source: str | os.PathLike[str] | bytes) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image.load()  # a TIFF applies its orientation here and removes the tag
-    orientation = _orientation(image)
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of unknown range")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray(_to_bytes(image))
-    if orientation is not None:
-        image = image.transpose(orientation)
-    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    rgb = as_rgb(image)
+    orientation = _orientation(image)  # a TIFF has applied its own by now and removed the tag
+    return rgb if orientation is None else rgb.transpose(orientation)
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
@@ -136,20 +131,17 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _to_bytes(image: Image.Image) -> UInt8[np.ndarray, "H W"]:
-    """Integers to 0..255. Pillow scales the values of a PGM file to 0..65535 itself."""
-    values = np.asarray(image, np.int64)
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 65_535:
-        raise ValueError(f"its values are {low}..{high}; expected 0..255 or 0..65535")
-    is_16_bit = image.mode != "I" or image.format == "PPM" or high > 255
-    return (values >> 8 if is_16_bit else values).astype(np.uint8)
-
-
-def _fit(image: Image.Image, size: int) -> Image.Image:
-    """Scales the longer side to `size` and the shorter one to at least one pixel; fills up."""
+def _fit(image: Image.Image, size: int, resize: str) -> Image.Image:
     if image.size == (size, size):
         return image
+    if resize == "stretch":
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+    if resize == "crop":
+        side = min(image.size)
+        left, top = ((whole - side) / 2 for whole in image.size)
+        box = (left, top, left + side, top + side)
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    # The longer side becomes `size`, the shorter one at least one pixel.
     width, height = (max(1, round(side / max(image.size) * size)) for side in image.size)
     canvas = Image.new("RGB", (size, size), _GREY)
     corner = (round((size - width) / 2), round((size - height) / 2))

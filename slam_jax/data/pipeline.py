@@ -37,7 +37,8 @@ class Example(NamedTuple):
     """An example as one view shows it. All examples of a view have the same number Q of prompts.
 
     text, image, aux: None where the view does not show it or the record lacks it. Rows of `aux`
-      that the record lacks are NaN.
+      that the record lacks are NaN. The image has an axis n of pictures where the source has
+      `max_images` above 1.
     needs_both: for each prompt, whether the answer needs both inputs of a split scene.
     numbers: the numbers that `aux` encodes, NaN = missing. None where the data set has no number
       columns or the view does not show them.
@@ -46,7 +47,7 @@ class Example(NamedTuple):
     """
 
     text: str | None
-    image: UInt8[np.ndarray, "H W 3"] | None
+    image: UInt8[np.ndarray, "*n H W 3"] | None
     aux: Float[np.ndarray, "A C"] | None
     prompts: tuple[str, ...]
     answers: tuple[str, ...]
@@ -55,6 +56,13 @@ class Example(NamedTuple):
     numbers: tuple[float, ...] | None = None
     references: tuple[tuple[str, ...], ...] = ()
     place: str = ""
+
+    @property
+    def pictures(self) -> Sequence[UInt8[np.ndarray, "H W 3"]]:
+        """The pictures of the image, which may be one, several or none."""
+        if self.image is None:
+            return ()
+        return [self.image] if self.image.ndim == 3 else list(self.image)
 
     @property
     def shows_something(self) -> bool:
@@ -80,8 +88,10 @@ class Source(Protocol):
     answers: the expected answers of a bounded sample of records. No picture is read for it.
 
     A source may also have `lengths(index, tokenizer)`, see `Rows.lengths`. Without it, several
-    processes pad all texts to the longest. And it may have `order(seed)`, an endless sequence of
-    indices that training follows instead of reshuffling all records every epoch.
+    processes pad all texts to the longest. It may have `order(seed)`, an endless sequence of
+    indices that training follows instead of reshuffling all records every epoch. And `max_images`,
+    how many pictures an example has at most; above 1, those of a batch are
+    [B, max_images, H, W, 3] with a mask.
     """
 
     @property
@@ -234,6 +244,7 @@ class _Collate:
         self._shortest, longest = source.text_lengths(view, tokenizer)
         self._longest = RecordLengths(longest, source.question_length(tokenizer) + 2)
         self._streams, self._image_size = source.streams(view), source.image_size
+        self._max_images = getattr(source, "max_images", 1)
         self._complete = source.complete(view)
         self._paired = source.paired(view)
         # Questions repeat: the same words in other scenes, the same scene in every epoch.
@@ -298,6 +309,9 @@ class _Collate:
     def _images(self, images: Sequence[np.ndarray | None]) -> dict[str, Any]:
         if "image" not in self._streams:
             return {}
+        if self._max_images > 1:
+            given = [() if image is None else image for image in images]
+            return stack_pictures(given, self._max_images, self._image_size)
         blank = np.zeros((*self._image_size, 3), np.uint8)
         stacked = np.stack([blank if image is None else image for image in images])
         mask = np.array([image is not None for image in images])
@@ -310,6 +324,20 @@ class _Collate:
         known = np.logical_not(np.isnan(stacked).any(axis=-1))
         known_or_0 = np.where(known[..., None], stacked, 0)
         return _masked("aux", known_or_0, None if self._complete else known)
+
+
+def stack_pictures(
+    images: Sequence[Sequence[np.ndarray] | np.ndarray], count: int, size: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """The arrays `image` [B, count, H, W, 3] and `image_mask` [B, count] of examples that have at
+    most `count` pictures each, or none."""
+    pixels = np.zeros((len(images), count, *size, 3), np.uint8)
+    mask = np.zeros((len(images), count), bool)
+    for i, pictures in enumerate(images):
+        mask[i, : len(pictures)] = True
+        for k, picture in enumerate(pictures):
+            pixels[i, k] = picture
+    return {"image": pixels, "image_mask": mask}
 
 
 def _power_of_2(length: int) -> int:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from slam_jax.data.augmentation import augment
 from slam_jax.data.config import DataConfig
 from slam_jax.data.formats.base import open_picture
 from slam_jax.data.hub_tokenizer import AnyTokenizer
-from slam_jax.data.images import crop_at_random, load_image
+from slam_jax.data.images import as_pictures, load_image
 from slam_jax.data.mixture import MixedOrder
 from slam_jax.data.numbers import AuxFormat
 from slam_jax.data.pipeline import Example, RecordLengths
@@ -120,8 +121,9 @@ class Rows(Records):
     Args:
       rows: a `Row` by index; indexing raises for a row that cannot be read.
       name: the name of the split, for messages.
-      config: `augment` and `drop_inputs` are applied, `max_damaged_records` rows may be damaged.
-      model: gives the size of pictures and the width of auxiliary vectors.
+      config: pictures are resized and changed at random, and inputs dropped, as it says.
+        `max_damaged_records` rows may be damaged.
+      model: gives the size and number of pictures and the width of auxiliary vectors.
       streams: the inputs that the table has. lacking: those of them that some rows do not have.
       aux_format: the format of the number columns, if there are any.
       lengths: of all texts, where they are known without reading the rows.
@@ -143,15 +145,15 @@ class Rows(Records):
         counted: tuple[AnyTokenizer, TokenCounts] | None = None,
         weights: Sequence[tuple[int, float]] = (),
     ):
-        size, most = model.image.size, config.max_damaged_records
-        decode = functools.partial(_decode, size=size, how=model.image.preprocessing)
-        super().__init__(
-            Mapped(rows, decode, max(1, _MAX_CACHE_BYTES // (3 * size**2))), name, most
-        )
+        image, most = model.image, config.max_damaged_records
+        size, how = image.size, image.preprocessing or config.resize
+        decode = functools.partial(_decode, size=size, how=how, most=image.max_images)
+        kept = max(1, _MAX_CACHE_BYTES // (3 * size**2 * image.max_images))
+        super().__init__(Mapped(rows, decode, kept), name, most)
         undecoded = Records(rows, name, most)
         self.rows, self._undecoded = rows, undecoded
-        self.image_size = (size, size)
-        self._augment, self._drop_inputs = config.augment, config.drop_inputs
+        self.image_size, self.max_images = (size, size), image.max_images
+        self._config, self._drop_inputs = config, config.drop_inputs
         self._streams, self._lacking = frozenset(streams), frozenset(lacking)
         self._aux_format, self._aux_width = aux_format, model.aux_dim
         self._known, self._counted, self._weights = lengths, counted, weights
@@ -196,8 +198,10 @@ class Rows(Records):
             else:
                 numbers = tuple(np.asarray(record.numbers).tolist())
         image = record.image if "image" in shown and "image" not in dropped else None
-        if image is not None and self._augment:
-            image = crop_at_random(image, rng, self._augment)
+        if image is not None:
+            alone = image.ndim == 3
+            changed = augment([image] if alone else list(image), self._config, rng)
+            image = changed[0] if alone else np.stack(changed)
         return Example(
             text=record.text if "text" in shown and "text" not in dropped else None,
             image=image,
@@ -269,11 +273,20 @@ def _lengths_by_row(rows: Sequence[Any], tokenizer: AnyTokenizer) -> list[Record
     return found
 
 
-def _decode(row: Row, size: int, how: Any) -> Row:
-    """The row with its picture as pixels."""
-    if row.image is None:
-        return row
+def too_many(count: int, most: int) -> str:
+    """What is wrong with a row or a request of `count` pictures where a model reads `most`."""
+    return f"{count} pictures; the model reads at most model.image.max_images={most}"
+
+
+def _decode(row: Row, size: int, how: Any, most: int) -> Row:
+    """The row with its picture as pixels [H, W, 3]; [n, H, W, 3] where it may have several."""
+    pictures = as_pictures(row.image)
+    if not pictures:
+        return row._replace(image=None)
     try:
-        return row._replace(image=load_image(open_picture(row.image), size, how))
+        if len(pictures) > most:
+            raise InputError(too_many(len(pictures), most))
+        pixels = [load_image(open_picture(picture), size, how) for picture in pictures]
+        return row._replace(image=pixels[0] if most == 1 else np.stack(pixels))
     except InputError as error:
         raise InputError(f"{row.where}, image: {error}" if row.where else str(error)) from None

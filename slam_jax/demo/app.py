@@ -71,7 +71,7 @@ def make_app(loaded: Loaded) -> gr.Blocks:
 
 def ask_model(
     loaded: Loaded,
-    image: Mapping[str, Any] | None,
+    image: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
     text: str | None,
     aux: Mapping[str, Any],
     prompt: str | None,
@@ -82,16 +82,18 @@ def ask_model(
     are HTML. The notice says what is wrong with the question, or that the answer was cut or empty.
 
     Args:
-      image: the uploaded file, with its `path` here and its `orig_name` on the visitor's machine.
+      image: the uploaded file, with its `path` here and its `orig_name` on the visitor's machine;
+        or the items of a gallery, each with such a file as its `image`.
       aux: the table, with its rows in `data`.
       numbers: the first fields of `Sampling`, in their order.
     """
-    answer = ""
+    answer, files = "", _files(image)
     yield answer, "", ""
     try:
-        path = None if image is None else image["path"]
+        paths = [file["path"] for file in files]
         rows = read_aux(aux["data"], _column_names(loaded), one_row=_has_columns(loaded))
-        request = Request(prompt or "", text or None, path, rows, seed)
+        picture = paths[0] if len(paths) == 1 else paths or None
+        request = Request(prompt or "", text or None, picture, rows, seed)
         pieces = stream(loaded, request, Sampling(*numbers))
         for piece in pieces:
             answer += piece
@@ -104,9 +106,15 @@ def ask_model(
         yield answer, notice, heading + attention_html(loaded, request, answer)
     except UserError as error:
         message = str(error)
-        if image is not None:
-            message = message.replace(image["path"], image["orig_name"] or "the image")
+        for file in files:
+            message = message.replace(file["path"], file["orig_name"] or "the image")
         yield answer, f'<p role="alert">{html.escape(message)}</p>', ""
+
+
+def _files(image: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> list[Any]:
+    if image is None:
+        return []
+    return [image] if isinstance(image, Mapping) else [item["image"] for item in image]
 
 
 def read_aux(
@@ -154,10 +162,9 @@ def _introduction(loaded: Loaded) -> str:
     )
 
 
-def _inputs(loaded: Loaded) -> tuple[gr.Image, gr.Textbox, gr.Dataframe]:
+def _inputs(loaded: Loaded) -> tuple[Any, gr.Textbox, gr.Dataframe]:
     kind = "a row of numbers, blank = missing" if _has_columns(loaded) else "rows of numbers"
-    image = gr.Image(
-        label="Image",
+    usual: dict[str, Any] = dict(
         type="filepath",
         format="png",  # the default is a lossy one
         sources=["upload", "clipboard"],
@@ -166,6 +173,12 @@ def _inputs(loaded: Loaded) -> tuple[gr.Image, gr.Textbox, gr.Dataframe]:
         min_width=240,
         elem_id="image",
         render=False,
+    )
+    most = loaded.model.config.image.max_images
+    image: Any = (
+        gr.Image(label="Image", **usual)
+        if most == 1
+        else gr.Gallery(label=f"Up to {most} images", file_types=["image"], **usual)
     )
     text = gr.Textbox(
         label="Text", lines=7, max_lines=7, min_width=240, elem_id="text", render=False
@@ -223,6 +236,8 @@ def _offer_scenes(
 
     def fill(index: int, view: str) -> tuple[Any, ...]:
         image, text, rows = show(SCENES[index], view)
+        if loaded.model.config.image.max_images > 1:
+            image = None if image is None else [image]
         return index, image, text, rows or _blank_rows(loaded), *[""] * len(outputs)
 
     scenes.click(fill, [scenes, view], changed, api_visibility="private")

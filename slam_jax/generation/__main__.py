@@ -40,7 +40,9 @@ flags.DEFINE_boolean(
     "Ask through the chat template of the model; by default where it has one. --nochat: as it is.",
 )
 flags.DEFINE_string("text", None, "A text to answer from.")
-flags.DEFINE_string("image", None, "A picture to answer from.")
+flags.DEFINE_multi_string(
+    "image", [], "A picture to answer from; repeatable where a model reads several."
+)
 flags.DEFINE_string("aux", None, "A .json or .csv file with numbers to answer from.")
 flags.DEFINE_integer("seed", 0, "The seed of sampling.")
 flags.DEFINE_list("choices", None, "Answers to score, separated by commas.")
@@ -80,7 +82,8 @@ def main(arguments: list[str]) -> None:
         prompt, messages = "", [*system, {"role": "user", "content": prompt}]
     elif given.system is not None:
         raise InputError("--system: this model has no chat template, or --nochat was given")
-    request = Request(prompt, given.text, given.image, aux, given.seed, messages)
+    [image] = given.image if len(given.image) == 1 else [given.image or None]
+    request = Request(prompt, given.text, image, aux, given.seed, messages)
     if given.choices is not None:
         _print_scores(score(loaded, request, given.choices), given.json)
         return

@@ -9,8 +9,10 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt32
 
 from slam_jax.data.hub_tokenizer import as_tokenizer
-from slam_jax.data.images import load_image
+from slam_jax.data.images import as_pictures, load_image
 from slam_jax.data.numbers import AuxFormat, as_vectors
+from slam_jax.data.pipeline import stack_pictures
+from slam_jax.data.rows import too_many
 from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.errors import InputError, is_whole, shorten
 from slam_jax.generation.decode import LEAST_LENGTH, bucket, bucket_rows, check_context
@@ -26,7 +28,8 @@ class Trained(Protocol):
 
     The model has a `config` with `vocab_size` and `context_length`, and with `image` and `aux_dim`
     (see `SlamV3Config`) where it reads more than prompts. An attribute `max_new_tokens` is the
-    default length of answers; without one it is 32.
+    default length of answers; without one it is 32. An attribute `resize` is how pictures become
+    square, one of `RESIZE_POLICIES`; without one it is the first.
     """
 
     @property
@@ -64,7 +67,8 @@ class Request:
 
     prompt: what the answer continues.
     text: an empty one counts as None.
-    image: a path, the bytes of a file, a PIL image, or an array of bytes [H, W, 3], of any size.
+    image: a path, the bytes of a file, a PIL image, or an array of bytes [H, W, 3], of any size. Or
+      a list of several, for a model that was trained on several.
     aux: rows of numbers as the model was trained on; for a model of a table's columns, numbers by
       column name.
     seed: of sampling. The same request with the same seed has the same answer, alone or in a batch.
@@ -179,14 +183,14 @@ def read_inputs(loaded: Trained, requests: Sequence[Request]) -> Inputs | None:
     texts, images, vectors = [], [], []
     for i, request in enumerate(requests):
         with naming(i, len(requests)):
-            text, image, aux = request.text or None, request.image, request.aux
-            is_empty = text is None and image is None and aux is None
+            text, aux = request.text or None, request.aux
+            is_empty = text is None and aux is None and not as_pictures(request.image)
             if encodes and is_empty:
                 raise InputError("nothing to answer from: give at least one of text, image and aux")
             if not encodes and not is_empty:
                 raise InputError("this model reads prompts alone; leave text, image, aux out")
             texts.append([] if text is None else _read_text(loaded, text))
-            images.append(None if image is None else _read_image(model.config.image, image))
+            images.append(read_pictures(loaded, request.image) if encodes else ())
             vectors.append(None if aux is None else _read_aux(loaded, aux))
     if not encodes:
         return None
@@ -194,10 +198,11 @@ def read_inputs(loaded: Trained, requests: Sequence[Request]) -> Inputs | None:
     if any(texts):
         tokens, lengths = _pad(texts, loaded.tokenizer.pad_id)
         arrays |= {"text": tokens, "text_mask": np.arange(tokens.shape[1]) < lengths[:, None]}
-    if any(image is not None for image in images):
-        blank = np.zeros((config.image.size, config.image.size, 3), np.uint8)
-        arrays["image"] = np.stack([blank if image is None else image for image in images])
-        arrays["image_mask"] = np.array([image is not None for image in images])
+    if most := max(map(len, images)):
+        count = min(bucket(most), config.image.max_images)
+        arrays |= stack_pictures(images, count, (config.image.size,) * 2)
+        if config.image.max_images == 1:
+            arrays |= {name: arrays[name][:, 0] for name in ("image", "image_mask")}
     if given := [(i, rows) for i, rows in enumerate(vectors) if rows is not None]:
         size = bucket(max(len(rows) for _, rows in given))
         size = min(size, config.max_aux) if config.aux_slots else size
@@ -210,8 +215,16 @@ def read_inputs(loaded: Trained, requests: Sequence[Request]) -> Inputs | None:
     return bucket_rows(Inputs(**arrays), len(requests))
 
 
-def _read_image(config: Any, image: Any) -> np.ndarray:
-    return load_image(image, config.size, config.preprocessing)
+def read_pictures(loaded: Any, image: Any) -> list[np.ndarray]:
+    """The pictures of a request as the model was trained on them, [size, size, 3] each.
+
+    Raises InputError as `load_image` does, and for more than the model reads.
+    """
+    config, pictures = loaded.model.config.image, as_pictures(image)
+    if len(pictures) > config.max_images:
+        raise InputError(f"image: {too_many(len(pictures), config.max_images)}")
+    how = config.preprocessing or getattr(loaded, "resize", None)
+    return [load_image(picture, config.size, how) for picture in pictures]
 
 
 def _read_text(loaded: Any, text: Any) -> list[int]:

@@ -9,8 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from slam_jax.data.images import load_image
-from slam_jax.generation.requests import Request, append_answers, read_inputs, read_prompts
+from slam_jax.data.images import as_pictures
+from slam_jax.generation.requests import (
+    Request,
+    append_answers,
+    read_inputs,
+    read_pictures,
+    read_prompts,
+)
 from slam_jax.reporting.rendering import render_template
 
 _HEAT_COLOR = (225, 87, 0)
@@ -21,8 +27,9 @@ class AttentionMaps(NamedTuple):
     """Attention maps over the inputs: one per process, then one per decoder head.
 
     names: of the maps, such as "process 1" and "layer 1, head 2". num_processes: the number of
-    maps of processes, which come first. image: rows from the top. image, text, aux: None = not an
-    input of the request. A map sums to 1 over the three.
+    maps of processes, which come first. image: rows from the top; with an axis n of pictures where
+    the request has a list of them. image, text, aux: None = not an input of the request. A map sums
+    to 1 over the three.
 
     The map of a head is its attention to the memory, averaged over the tokens of the answer. The
     map of a process is its shared attention, averaged over its heads and layers and over query
@@ -32,7 +39,7 @@ class AttentionMaps(NamedTuple):
 
     names: tuple[str, ...]
     num_processes: int
-    image: Float[np.ndarray, "maps h w"] | None
+    image: Float[np.ndarray, "maps *n h w"] | None
     text: Float[np.ndarray, "maps S_t"] | None
     aux: Float[np.ndarray, "maps A"] | None
 
@@ -52,14 +59,26 @@ def attention_maps(loaded: Any, request: Request, answer: str) -> AttentionMaps:
     text = 0 if inputs.text is None else inputs.text.shape[1]
     aux = 0 if inputs.aux is None else inputs.aux.shape[1]
     parts = np.split(maps, [text, maps.shape[1] - aux], axis=1)
-    side = math.isqrt(parts[1].shape[1])
     return AttentionMaps(
         names=tuple(names),
         num_processes=len(processes),
-        image=None if request.image is None else parts[1].reshape(len(maps), side, side),
+        image=_of_pictures(parts[1], inputs.image, request.image),
         text=parts[0][:, : int(inputs.text_mask.sum())] if request.text else None,
         aux=None if request.aux is None else parts[2][:, : _count(inputs.aux_mask)],
     )
+
+
+def _of_pictures(
+    maps: Float[np.ndarray, "maps S"], pixels: Any, image: Any
+) -> Float[np.ndarray, "maps *n h w"] | None:
+    """The maps of the pictures of a request. pixels: as the model got them."""
+    pictures = as_pictures(image)
+    if not pictures:
+        return None
+    count = pixels.shape[1] if pixels.ndim > 4 else 1
+    side = math.isqrt(maps.shape[1] // count)
+    shaped = maps.reshape(len(maps), count, side, side)[:, : len(pictures)]
+    return shaped if isinstance(image, (list, tuple)) else shaped[:, 0]
 
 
 @jax.jit
@@ -87,13 +106,12 @@ def attention_html(loaded: Any, request: Request, answer: str, *, style: bool = 
     maps = attention_maps(loaded, request, answer)
     given = [part for part in (maps.image, maps.text, maps.aux) if part is not None]
     full = _FULL_COLOR / sum(part[0].size for part in given)
-    image, heat, texts = None, None, {}
+    images, heat, texts = read_pictures(loaded, request.image), None, {}
     if maps.image is not None:
-        shown = loaded.model.config.image
-        image = load_image(request.image, shown.size, shown.preprocessing)
+        shares = maps.image.reshape(len(maps.names), -1, *maps.image.shape[-2:])
         # One colour, more opaque where the share is larger.
-        heat = np.full((*maps.image.shape, 4), (*_HEAT_COLOR, 0), np.uint8)
-        heat[..., 3] = np.clip(maps.image / full, 0, 1) * 0.85 * 255
+        heat = np.full((*shares.shape, 4), (*_HEAT_COLOR, 0), np.uint8)
+        heat[..., 3] = np.clip(shares / full, 0, 1) * 0.85 * 255
     if maps.text is not None:
         pieces, ids = loaded.tokenizer.token_bytes, loaded.tokenizer.encode(request.text or "")
         words = [pieces[i].decode("utf-8", "replace") for i in ids]
@@ -102,7 +120,7 @@ def attention_html(loaded: Any, request: Request, answer: str, *, style: bool = 
         names = _vector_names(loaded, request.aux)[: maps.aux.shape[1]]
         texts["words rows"] = (names, np.minimum(maps.aux / full, 1))
     return render_template(
-        "attention.html", image=image, heat=heat, texts=texts, maps=maps, style=style
+        "attention.html", images=images, heat=heat, texts=texts, maps=maps, style=style
     )
 
 

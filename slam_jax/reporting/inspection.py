@@ -17,13 +17,14 @@ from slam_jax.data.datasets import Dataset, prepare
 from slam_jax.data.describe import describe
 from slam_jax.data.folder import BadRow, Table, line_of
 from slam_jax.data.formats import open_picture
-from slam_jax.data.images import load_image
+from slam_jax.data.images import as_pictures, load_image
 from slam_jax.data.pipeline import Example, Source, evaluation_batches
 from slam_jax.data.records import DamagedRecord
 from slam_jax.data.views import TRAINING_VIEWS
 from slam_jax.errors import InputError, shorten
 from slam_jax.evaluation.table import make_console, print_table
 from slam_jax.reporting.contact_sheet import Tile
+from slam_jax.reporting.rendering import side_by_side
 from slam_jax.slam_v3.config import ImageConfig, SlamV3Config
 
 _NO_LIMIT = 1 << 20
@@ -68,7 +69,7 @@ def inspect_data(config: DataConfig, model: SlamV3Config) -> Inspection:
     Raises:
       ConfigError, DataError: the data set cannot be prepared, or no row can be used.
     """
-    plain = dataclasses.replace(config, augment=0.0, drop_inputs=0.0)
+    plain = config.plain
     if config.name != "folder":
         return _inspect(config, prepare(plain, model=model))
     lenient = dataclasses.replace(plain, max_damaged_records=_NO_LIMIT)
@@ -79,7 +80,7 @@ def inspect_data(config: DataConfig, model: SlamV3Config) -> Inspection:
         dataset = prepare(lenient, model=model)
         found, bad = _inspect(config, dataset), []
         for table in dataset.tables:
-            bad += sorted([*table.bad, *_undecodable(table, model.image)])
+            bad += sorted([*table.bad, *_undecodable(table, model.image, config.resize)])
     return dataclasses.replace(found, bad=tuple(bad))
 
 
@@ -100,8 +101,8 @@ def _inspect(config: DataConfig, dataset: Dataset) -> Inspection:
     tiles = []
     for i, example in _examples(source, fullest, _spread(pictured, _MAX_TILES)):
         question = i % len(example.prompts)  # scenes differ in the question that is shown
-        assert example.image is not None
-        tiles.append(Tile(example.image, example.prompts[question], example.answers[question]))
+        shown = side_by_side(example.pictures)
+        tiles.append(Tile(shown, example.prompts[question], example.answers[question]))
     return Inspection(
         config,
         dataset,
@@ -140,19 +141,19 @@ def _shapes(config: DataConfig, dataset: Dataset, view: str) -> dict[str, str]:
     }
 
 
-def _undecodable(table: Table, config: ImageConfig) -> Iterator[BadRow]:
-    """The rows whose picture cannot be decoded; each picture is tried once."""
+def _undecodable(table: Table, config: ImageConfig, resize: str) -> Iterator[BadRow]:
+    """The rows with a picture that cannot be decoded; each picture is tried once."""
 
     @functools.cache
     def reason(image: Any) -> str | None:
         try:
-            load_image(open_picture(image), config.size, config.preprocessing)
+            load_image(open_picture(image), config.size, config.preprocessing or resize)
         except InputError as error:
             return f"image: {error}"
         return None
 
     for row in itertools.chain.from_iterable(table.rows.values()):
-        if row.image is not None and (found := reason(row.image)) is not None:
+        if found := next(filter(None, map(reason, as_pictures(row.image))), None):
             yield BadRow(line_of(row), found)
 
 

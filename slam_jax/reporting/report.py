@@ -211,4 +211,6 @@ def _as_request(example: Example, prompt: str) -> Request:
         aux = [None if math.isnan(x) else x for x in example.numbers]
     if example.aux is not None and np.isnan(example.aux).all():
         aux = None
-    return Request(prompt, example.text, example.image, aux)
+    several = example.image is not None and example.image.ndim > 3
+    image: Any = list(example.pictures) if several else example.image
+    return Request(prompt, example.text, image, aux)

@@ -33,6 +33,8 @@ class ImageConfig:
     stage_widths: channels of each residual stage of the "resnet".
     blocks_per_stage: residual blocks a stage.
     num_layers: transformer blocks of the "vit".
+    max_images: the most pictures of an example. Above 1 the tokens of each picture get a learned
+      embedding of its number.
     """
 
     encoder: str = "resnet"
@@ -46,9 +48,11 @@ class ImageConfig:
     preprocessing: Any = None
     pretrained_size: int | None = None
     layer: int | None = None
+    max_images: int = 1
 
     def __post_init__(self):
         object.__setattr__(self, "stage_widths", tuple(self.stage_widths))
+        require_count("image.max_images", self.max_images, most=256)
         if self.pretrained is not None or self.tower is not None:
             self._check_tower()
             return

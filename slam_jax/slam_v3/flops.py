@@ -10,14 +10,20 @@ from slam_jax.slam_v3.config import SlamV3Config
 
 
 def encode_flops(
-    config: SlamV3Config, *, text: int = 0, pixels: tuple[int, int] | None = None, aux: int = 0
+    config: SlamV3Config,
+    *,
+    text: int = 0,
+    pixels: tuple[int, int] | None = None,
+    images: int = 1,
+    aux: int = 0,
 ) -> int:
     """Operations that make the memory of one example.
 
-    text: tokens. pixels: height and width of an image. aux: vectors.
+    text: tokens. pixels: height and width of an image. images: how many of them, masked ones
+    included. aux: vectors.
     """
     dim, heads, count = config.embed_dim, config.num_heads, config.num_processes
-    image, total = _image(config, pixels)
+    image, total = (images * x for x in _image(config, pixels))
     streams = [size for size in (text, image, aux) if size]
     tokens = sum(streams)
     total += flops.linear(aux, config.aux_dim, dim) + _block(config, tokens)
@@ -52,10 +58,15 @@ def encode_flops(
 
 
 def num_memory(
-    config: SlamV3Config, *, text: int = 0, pixels: tuple[int, int] | None = None, aux: int = 0
+    config: SlamV3Config,
+    *,
+    text: int = 0,
+    pixels: tuple[int, int] | None = None,
+    images: int = 1,
+    aux: int = 0,
 ) -> int:
     """M, the memory tokens of such an example."""
-    return config.num_memory_tokens or text + _image(config, pixels)[0] + aux
+    return config.num_memory_tokens or text + images * _image(config, pixels)[0] + aux
 
 
 def decode_flops(config: SlamV3Config, *, prompts: int, length: int, memory: int) -> int:

@@ -78,20 +78,22 @@ class View(NamedTuple):
 def make_views(names: Sequence[str], streams: Sequence[Stream]) -> View:
     """The views of all processes, stacked.
 
-    "all": everything. "near": the isolated attention reaches tokens up to 2 rows and columns of an
-    image, or 8 words of a text, away. "strided": it reaches every second row and column of an
-    image, or word of a text, from its own on. "others": the shared attention reaches other streams
-    only, and nothing where there is no other.
+    "all": everything. "near": the isolated attention reaches tokens of the same image up to 2 rows
+    and columns away, or up to 8 words of a text. "strided": it reaches every second row and column
+    of all images, or word of a text, from its own on. "others": the shared attention reaches other
+    streams only, and nothing where there is no other.
     """
     sizes = [stream.tokens.shape[1] for stream in streams]
     isolated = []
     for stream, size in zip(streams, sizes, strict=True):
-        _, columns = stream.grid or (1, size)
-        places = np.stack(np.divmod(np.arange(size), columns), axis=-1)
+        rows, columns = stream.grid or (1, size)
+        image, place = np.divmod(np.arange(size), rows * columns)
+        places = np.stack(np.divmod(place, columns), axis=-1)
         apart = np.abs(places[:, None] - places[None])
         reach = 2 if stream.grid else 8
         everything = np.ones((size, size), bool)
-        known = {"near": (apart <= reach).all(-1), "strided": (apart % 2 == 0).all(-1)}
+        near = (apart <= reach).all(-1) & (image[:, None] == image[None])
+        known = {"near": near, "strided": (apart % 2 == 0).all(-1)}
         ordered = stream.grid is not None or stream.positions is not None
         isolated.append(
             np.stack([known[n] if ordered and n in known else everything for n in names])

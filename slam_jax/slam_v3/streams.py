@@ -23,26 +23,33 @@ class Inputs:
     """The inputs of a model. Any part may be absent for the whole call (None) or, by its mask, for
     some of the examples; the two give the same result, and None costs nothing.
 
-    text: token ids, right-padded. image: pixels 0..255. aux: auxiliary vectors, a set unless the
-    config says slots have a meaning. Masks: True = present, None = all present.
+    text: token ids, right-padded. image: pixels 0..255 of one picture, or of n pictures, at most
+    `config.image.max_images`. aux: auxiliary vectors, a set unless the config says slots have a
+    meaning. Masks: True = present, None = all present.
     """
 
     text: Int[AnyArray, "B S_t"] | None = None
     text_mask: Bool[AnyArray, "B S_t"] | None = None
-    image: UInt8[AnyArray, "B H W 3"] | None = None
-    image_mask: Bool[AnyArray, "B"] | None = None
+    image: UInt8[AnyArray, "B *n H W 3"] | None = None
+    image_mask: Bool[AnyArray, "B *n"] | None = None
     aux: Float[AnyArray, "B A C"] | None = None
     aux_mask: Bool[AnyArray, "B A"] | None = None
 
 
-_EXPECTED: dict[str, tuple[Any, int, str]] = {
-    "text": (jnp.integer, 2, "token ids [B, S], of a tokenizer"),
-    "text_mask": (jnp.bool_, 2, "True and False [B, S]"),
-    "image": (jnp.uint8, 4, "uint8 pixels [B, height, width, 3]"),
-    "image_mask": (jnp.bool_, 1, "True and False [B]"),
-    "aux": (jnp.floating, 3, "floats [B, number of vectors, aux_dim]"),
-    "aux_mask": (jnp.bool_, 2, "True and False [B, number of vectors]"),
+# By name: the kind of dtype, how many axes it may have, and what is expected in words.
+_EXPECTED: dict[str, tuple[Any, tuple[int, ...], str]] = {
+    "text": (jnp.integer, (2,), "token ids [B, S], of a tokenizer"),
+    "text_mask": (jnp.bool_, (2,), "True and False [B, S]"),
+    "image": (
+        jnp.uint8,
+        (4, 5),
+        "uint8 pixels [B, height, width, 3], or [B, n, height, width, 3] for n pictures",
+    ),
+    "image_mask": (jnp.bool_, (1, 2), "True and False [B], or [B, n] for n pictures"),
+    "aux": (jnp.floating, (3,), "floats [B, number of vectors, aux_dim]"),
+    "aux_mask": (jnp.bool_, (2,), "True and False [B, number of vectors]"),
 }
+_AXES_OF_PIXELS = 3
 
 
 def check_inputs(inputs: Inputs) -> None:
@@ -56,7 +63,7 @@ def check_inputs(inputs: Inputs) -> None:
             continue
         if not hasattr(value, "dtype"):
             raise InputError(f"{name} is a {type(value).__name__}; expected an array of {expected}")
-        fits = jnp.issubdtype(value.dtype, kind) and value.ndim == ndim
+        fits = jnp.issubdtype(value.dtype, kind) and value.ndim in ndim
         if not fits or (name == "image" and value.shape[-1] != 3):
             raise InputError(f"{name} is {value.dtype}{list(value.shape)}; expected {expected}")
         sizes[name] = value.shape[0]
@@ -71,7 +78,8 @@ def check_inputs(inputs: Inputs) -> None:
             continue
         if value is None:
             raise InputError(f"{name}_mask without {name}; give both, or neither")
-        if mask.shape != (shape := value.shape[: mask.ndim]):
+        ndim = value.ndim - _AXES_OF_PIXELS if name == "image" else mask.ndim
+        if mask.shape != (shape := value.shape[:ndim]):
             raise InputError(f"{name}_mask is {list(mask.shape)}; expected {list(shape)}")
 
 
@@ -80,7 +88,7 @@ class Stream(NamedTuple):
 
     mask: True = present, None = all present. positions: for the rotary embedding of attention
     inside the stream; None = no rotary positions (images have fixed 2-D features instead). grid:
-    rows and columns of the tokens of an image.
+    rows and columns of the tokens of each image.
     """
 
     tokens: Float[Array, "B S D"]
@@ -149,6 +157,9 @@ class Streams(nnx.Module):
         # Large on purpose; tokens have a standard deviation of about 1. Rotary attention can pick a
         # position, such as the token before, only if all tokens have a large part in common.
         self.type = nnx.Param(normal(0.5)(rngs.params(), (3, dim), param_dtype))
+        if (most := config.image.max_images) > 1:
+            # As large, so that the same picture in two places differs.
+            self.image_index = nnx.Param(normal(0.5)(rngs.params(), (most, dim), param_dtype))
 
     def __call__(
         self, inputs: Inputs, text_embeddings: Float[Array, "B S_t L"] | None
@@ -170,16 +181,34 @@ class Streams(nnx.Module):
             tokens = tokens + types[0]
             streams.append(Stream(tokens, inputs.text_mask, jnp.arange(tokens.shape[1])))
         if inputs.image is not None:
-            pixels = jnp.asarray(inputs.image, upcast(dtype)) / 127.5 - 1.0
-            tokens = self.image_norm(self.image(pixels.astype(dtype))) + types[1]
-            mask = inputs.image_mask
-            if mask is not None:
-                mask = jnp.broadcast_to(mask[:, None], tokens.shape[:2])
-            streams.append(Stream(tokens, mask, grid=self.config.image.grid(*pixels.shape[1:3])))
+            streams.append(self._images(inputs.image, inputs.image_mask, types[1]))
         if inputs.aux is not None:
             tokens = self.aux_norm(self._aux(jnp.asarray(inputs.aux)).astype(dtype)) + types[2]
             streams.append(Stream(tokens, inputs.aux_mask))
         return streams
+
+    def _images(
+        self,
+        image: UInt8[AnyArray, "B *n H W 3"],
+        mask: Bool[AnyArray, "B *n"] | None,
+        image_type: Float[Array, "1 1 D"],
+    ) -> Stream:
+        """The tokens of the first picture of each example, then those of the second, and so on."""
+        rows, most = image.shape[0], self.config.image.max_images
+        count = image.shape[1] if image.ndim > 4 else 1
+        if count > most:
+            problem = f"{count} pictures an example, expected at most image.max_images={most}"
+            raise InputError(problem)
+        pixels = jnp.asarray(image, upcast(self.dtype)) / 127.5 - 1.0
+        pixels = pixels.astype(self.dtype).reshape(-1, *image.shape[-3:])
+        tokens = self.image_norm(self.image(pixels)) + image_type
+        size, dim = tokens.shape[1:]
+        if most > 1:
+            index = self.image_index[:count].astype(tokens.dtype)[None, :, None]
+            tokens = (tokens.reshape(rows, count, size, dim) + index).reshape(rows, -1, dim)
+        if mask is not None:
+            mask = jnp.repeat(mask.reshape(rows, count), size, axis=1)
+        return Stream(tokens, mask, grid=self.config.image.grid(*pixels.shape[1:3]))
 
     def _aux(self, aux: Float[Array, "B A C"]) -> Float[Array, "B A D"]:
         config, (count, width) = self.config, aux.shape[1:]

@@ -12,8 +12,10 @@ def input_sizes(inputs: Inputs) -> dict[str, Any]:
     """The sizes of an example's inputs, as `encode_flops` takes them."""
     arrays: dict[str, Any] = {"text": inputs.text, "pixels": inputs.image, "aux": inputs.aux}
     sizes: dict[str, Any] = {name: x.shape[1] for name, x in arrays.items() if x is not None}
-    if "pixels" in sizes:
-        sizes["pixels"] = arrays["pixels"].shape[1:3]
+    if inputs.image is not None:
+        sizes["pixels"] = inputs.image.shape[-3:-1]
+        if inputs.image.ndim > 4:
+            sizes["images"] = inputs.image.shape[1]
     return sizes
 
 
@@ -32,7 +34,8 @@ def forward_flops(model: SlamV3Config, loss: LossConfig, batch: Batch) -> int:
     sizes = input_sizes(batch.inputs)
     encodes = [sizes]
     if is_aligned(loss, batch):
-        encodes += [{name: sizes[name]} for name in ("text", "pixels")]
+        alone = ("text",), ("pixels", "images")
+        encodes += [{name: sizes[name] for name in names if name in sizes} for names in alone]
     _, prompts, length = batch.tokens.shape
     memory = num_memory(model, **sizes)
     decode = decode_flops(model, prompts=prompts, length=length - 1, memory=memory)

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from slam_jax.data import AnyTokenizer, AuxFormat, load_tokenizer, tokenizer_from_json
+from slam_jax.data.images import RESIZE_POLICIES
 from slam_jax.generation.requests import ModelAndTokenizer
 from slam_jax.interop.pretrained import is_published, load_pretrained
 from slam_jax.runtime.memory import explain_out_of_memory
@@ -41,6 +42,11 @@ class Loaded(NamedTuple):
     config: dict[str, Any]
     step: int
     max_new_tokens: int = 32
+
+    @property
+    def resize(self) -> str:
+        """How the run made pictures square, one of `RESIZE_POLICIES`."""
+        return self.config.get("data", {}).get("resize", RESIZE_POLICIES[0])
 
 
 @dataclasses.dataclass(frozen=True)

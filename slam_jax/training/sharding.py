@@ -63,7 +63,8 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (r"(router/scores|weights)/kernel", WHOLE),
     (r"\w*norm\w*(/\d+)?/(scale|bias)", WHOLE),
     (r"(stem|project|aux|alignment|out|down)/bias", WHOLE),
-    (r"(log_temperature|choice_bias|type|slot|instruction|queries|text_convolution/filter)", WHOLE),
+    (r"(log_temperature|choice_bias|type|slot|image_index|instruction|queries)", WHOLE),
+    (r"text_convolution/filter", WHOLE),
     (r"readers/\d+/gate", WHOLE),
     (r"(class_token|registers|(attention|mlp)_scale)", WHOLE),
 )

@@ -7,6 +7,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from slam_jax.errors import InputError, require, require_count
+from slam_jax.vision_models.colours import as_rgb
 from slam_jax.vision_models.config import VisionConfig
 
 _MOST_PIXELS = 64_000_000  # a long thin picture would become far larger than its file
@@ -68,14 +69,15 @@ def published_preprocessing(config: VisionConfig) -> Preprocessing:
 def preprocess(picture: Image.Image | np.ndarray, how: Preprocessing) -> Float[np.ndarray, "H W 3"]:
     """The normalised float32 pixels of a picture.
 
-    Transparent pixels are blended with white. Source: the order and rounding are those of the image
+    Other modes become RGB as `as_rgb` does. Source: the order and rounding are those of the image
     processors of transformers that use Pillow.
 
     Args:
       picture: a PIL image, or uint8 [H, W, 3], [H, W, 4] or [H, W].
 
     Raises:
-      InputError: `picture` is something else, or would become larger than 64 megapixels.
+      InputError: `picture` is something else, would become larger than 64 megapixels, or has
+        pixels that `as_rgb` refuses.
     """
     pixels = fit_picture(_to_rgb(picture), how)
     scaled = (pixels.astype(np.float64) * how.scale).astype(np.float32)
@@ -109,10 +111,7 @@ def _to_rgb(picture: Image.Image | np.ndarray) -> Image.Image:
         raise InputError(f"a {found} is no picture; expected a PIL image or uint8 [H, W, 3]")
     if 0 in picture.size:
         raise InputError(f"a picture of {picture.height} x {picture.width} pixels is empty")
-    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    return as_rgb(picture)
 
 
 def _resized(image: Image.Image, size: int | tuple[int, int]) -> tuple[int, int]:

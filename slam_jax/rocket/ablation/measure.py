@@ -22,6 +22,7 @@ from slam_jax.rocket.tasks import Json, Report, check_settings
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
 from slam_jax.training import Experiment, load, override, split_model, train
+from slam_jax.training.flops import input_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +107,7 @@ def score(answers: Sequence[Answer]) -> dict[str, dict[str, list[int]]]:
 def operations(config: SlamV3Config, batch: Any) -> Json:
     """Operations of a forward pass over one scene: of the encoder, and of the decoder for all
     questions."""
-    inputs, (_, prompts, length) = batch.inputs, batch.tokens.shape
-    sizes: Any = {
-        "text": 0 if inputs.text is None else inputs.text.shape[1],
-        "pixels": None if inputs.image is None else inputs.image.shape[1:3],
-        "aux": 0 if inputs.aux is None else inputs.aux.shape[1],
-    }
+    sizes, (_, prompts, length) = input_sizes(batch.inputs), batch.tokens.shape
     memory = num_memory(config, **sizes)
     decoder = decode_flops(config, prompts=prompts, length=length - 1, memory=memory)
     return {"encoder": encode_flops(config, **sizes), "decoder": decoder}
