@@ -50,6 +50,10 @@ def main(arguments: list[str]) -> None:
     from slam_jax.trained.folder import find_folder
 
     if is_language_model(WORKDIR.value, STEP.value):
+        if METRICS.value is not None:
+            raise InputError(
+                "--metrics is for SLAM v3; a language model has its own, so leave it out"
+            )
         scored = evaluate_language(WORKDIR.value, STEP.value, arguments, base=BASE.value)
         print_language_metrics(scored.metrics)
         print(f"\nmetrics: {write_language_metrics(scored, OUT.value)}")

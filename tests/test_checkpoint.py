@@ -267,7 +267,10 @@ def test_a_step_that_is_not_there_is_one_clear_line(tmp_path, big):
     for step, message in (
         (3, "no checkpoint of step 3; there are: 1, 2"),
         ("last", "'last', expected a number, 'latest' or 'best'; there are: 1, 2"),
-        ("best", "no checkpoint has the metric 'accuracy'; there are: 1, 2"),
+        (
+            "best",
+            "the metric 'accuracy'; give a step or 'latest'; there are: 1, 2",
+        ),
     ):
         with pytest.raises(CheckpointError, match=message):
             checkpoints.restore(step, big)

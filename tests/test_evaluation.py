@@ -347,5 +347,5 @@ def test_likelihood_agrees_with_what_is_generated(small_run):
     np.testing.assert_allclose(found.nats[right], -logprobs[right], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.confidence[right], np.exp(logprobs[right]), rtol=1e-3)
     assert (found.nats >= -np.log(found.confidence) - 1e-4).all()
-    tokens = sum(each.batch.answer_mask[: each.valid].sum() for each in batches)
-    assert results.losses == {"aux": pytest.approx(found.nats.sum() / tokens, rel=1e-4)}
+    tokens = sum(int(each.batch.answer_mask[: each.valid].sum()) for each in batches)
+    assert results.losses == {"aux": pytest.approx(float(found.nats.sum()) / tokens, rel=1e-4)}

@@ -551,7 +551,7 @@ def test_the_registry_has_the_nine_systems_and_builds_each():
     ("arguments", "changes", "message"),
     [
         (("jamab",), {}, "no field 'jamab'; did you mean 'jamba'"),
-        (("moe", "small"), {}, "preset is 'small'; moe has seed, tiny"),
+        (("moe", "large"), {}, "preset is 'large'; moe has seed, small, tiny"),
         (("moe",), {"num_expert": 3}, "MoEConfig has no field 'num_expert'; did you mean"),
         (("moe",), {"num_experts": 1}, "num_experts_per_token is 2; expected 1 to num_experts=1"),
         (("standard",), {"num_kv_heads": 3}, "num_kv_heads is 3; expected a divisor of num_heads"),

@@ -208,7 +208,7 @@ def test_a_given_data_set_trains_resumes_and_is_evaluated(tmp_path):
         (
             {"test": [Row((1, 2), None, None, "", ("a",))]},
             DataError,
-            "test, row 1: 2 pictures",
+            "row 1: image: 2 pictures",
         ),
     ],
 )

@@ -238,7 +238,17 @@ def test_a_published_model_is_loaded_asked_and_written_again(language_model, tmp
     assert (done.returncode, done.stdout) == (0, f"{answer.text}\n"), done.stderr
     command = [sys.executable, ROOT / "eval.py", f"--workdir={language_model}"]
     done = subprocess.run(command, **settings)
-    assert done.returncode == 2 and "is a language model" in done.stderr
+    assert done.returncode == 2 and "data.path is not given" in done.stderr
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("the cat sat on the mat")
+    more = [f"--config.data.path={tmp_path / 'texts'}", f"--out={tmp_path / 'scores'}"]
+    done = subprocess.run([*command, *more], **settings)
+    assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
+    found = json.loads((tmp_path / "scores" / "metrics.json").read_text())["scores"]
+    ids = jnp.array([*loaded.tokenizer.encode_prompt("the cat sat on the mat"), 1])
+    logs = jax.nn.log_softmax(loaded.model(ids).logits)
+    nats = -jnp.take_along_axis(logs[:-1], ids[1:, None], axis=-1).sum()
+    assert found["loss"]["mean"] == pytest.approx(float(nats) / (len(ids) - 1), rel=1e-4)
 
 
 def test_a_resumed_run_ends_as_an_unbroken_one(run, language_model, tmp_path):

@@ -391,6 +391,7 @@ def test_the_table_is_printed_even_if_no_file_can_be_written(
     monkeypatch.setattr(
         flags, "DEFINE_integer", lambda name, default, *_, **__: SimpleNamespace(value=default)
     )
+    monkeypatch.setattr("slam_jax.reporting.language.is_language_model", lambda *_: False)
     monkeypatch.setattr(flags, "DEFINE_multi_string", lambda *_, **__: SimpleNamespace(value=[]))
     monkeypatch.setattr(flags, "DEFINE_list", lambda *_, **__: SimpleNamespace(value=["f1"]))
     main = runpy.run_path(str(Path(__file__).parent.parent / "eval.py"))["main"]

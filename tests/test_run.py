@@ -319,7 +319,8 @@ def test_an_evaluation_takes_its_batches_in_parts(config, finished, monkeypatch)
     def evaluate(graphdef, params, batches_by_view, *args, **more):
         [batches] = batches_by_view.values()
         taken.append([(len(batch.batch.tokens), len(batch.examples)) for batch in batches])
-        return SimpleNamespace(metrics={"views": {"aux": {"relational": {"accuracy": 0.5}}}})
+        metrics = {"views": {"aux": {"relational": {"accuracy": 0.5}}}}
+        return SimpleNamespace(metrics=metrics, losses={"aux": 1.5})
 
     monkeypatch.setattr(slam_v3_task, "evaluate", evaluate)
     dataset = prepare(Experiment.from_config(config).data)
@@ -508,7 +509,7 @@ def test_evaluation_of_a_checkpoint_writes_the_views_it_was_trained_on(finished)
     for figures in kinds.values():
         assert {"accuracy", "low", "high", "n"} < set(figures) and figures["n"] == 320
     page = (workdir / "eval" / "report.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 4 and "process 4" in page and "shape of" in page
+    assert page.count("<svg") == 5 and "process 4" in page and "shape of" in page
 
 
 # --- Entry points

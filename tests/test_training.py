@@ -316,6 +316,13 @@ def test_an_override_that_fits_nothing_is_refused(argument, message):
         ("model.embed_dim", 0, "model.embed_dim is 0; expected at least 1"),
         ("model.image.size", 0, "model.image.size is 0; expected at least 1"),
         ("model.image", 3, "model.image is 3; expected a group of fields"),
+        (
+            "run.best_metric",
+            "acuracy",
+            "best_metric is 'acuracy'; expected accuracy, loss, loss/",
+        ),
+        ("run.best_metric", "loss/aux", "with VIEW among image"),
+        ("run.best_metric", "image", "run.best_metric is 'image'; expected accuracy"),
         ("run.tensorboard", 1, "run.tensorboard is 1; expected True or False"),
     ],
 )

@@ -13,6 +13,7 @@ from slam_jax.data.tables import COLUMNS
 from slam_jax.errors import ConfigError, check_names, shorten
 
 # Identifiers say nothing about a row. Tables of one's own have the numbers that they should have.
+_MOST_NUMBERS = 1_024
 _IDENTIFIER = re.compile(r"(.*[_/ -])?(id|ids|idx|index|uid|uuid|level_\d+__)", re.IGNORECASE)
 
 
@@ -135,6 +136,11 @@ def _numbers(
         names = tuple(n for n, vote in seen.votes.items() if vote > 0 and n not in taken)
         if not found.own:
             names = tuple(n for n in names if not _IDENTIFIER.fullmatch(n))
+    if len(names) > _MOST_NUMBERS:
+        raise DataError(
+            f"{found.path} has {len(names):,} columns of numbers; at most {_MOST_NUMBERS:,} are "
+            "read: choose some by data.columns.numbers"
+        )
     if wanted is None:
         return names
     known = {name.strip(): name for name in seen.present}

@@ -14,6 +14,8 @@ from slam_jax.data.tokenizer import SMALLEST_VOCABULARY
 from slam_jax.data.views import TRAINING_VIEWS
 from slam_jax.errors import ConfigError, check_names, require, require_count
 
+_MOST_PARTS = 256  # of a mixture
+
 
 class Stage(NamedTuple):
     """The rates at which views are drawn from step `first` on."""
@@ -41,9 +43,13 @@ class ColumnsConfig:
 
     def __post_init__(self) -> None:
         given = [name for name in self.named.values() if name is not None]
-        require(len(set(given)) == len(given), "columns", given, "each column once")
         if self.numbers is not None:
+            is_list = isinstance(self.numbers, (list, tuple))
+            require(is_list, "columns.numbers", self.numbers, "a list of names")
             object.__setattr__(self, "numbers", tuple(self.numbers))
+            given += self.numbers
+        require(all(isinstance(x, str) for x in given), "columns", given, "names of columns")
+        require(len(set(given)) == len(given), "columns", given, "each column once")
 
     @property
     def named(self) -> dict[str, str | None]:
@@ -144,6 +150,10 @@ class DataConfig:
         if starts[:1] != [0] or starts != sorted(set(starts)):
             raise ConfigError(f"stages begin at steps {starts}; they must begin at 0 and increase")
         object.__setattr__(self, "stages", stages)
+        if not isinstance(self.columns, ColumnsConfig):  # as JSON and ConfigDict give it
+            object.__setattr__(self, "columns", ColumnsConfig(**self.columns))
+        is_list = isinstance(self.mixture, (list, tuple)) and len(self.mixture) <= _MOST_PARTS
+        require(is_list, "mixture", self.mixture, f"a list of at most {_MOST_PARTS} pairs")
         parts = tuple(_part(i, part) for i, part in enumerate(self.mixture))
         object.__setattr__(self, "mixture", parts)
 

@@ -10,7 +10,7 @@ from slam_jax.data.splits import SPLITS
 from slam_jax.errors import shorten
 
 if TYPE_CHECKING:
-    from slam_jax.data.datasets import Dataset
+    from slam_jax.data.parts import Dataset
 
 
 def describe(dataset: "Dataset", config: DataConfig) -> list[str]:

@@ -82,8 +82,8 @@ class Table:
     made: tuple[str, ...] = ()
 
     def sha256(self) -> str:
-        """Of the file, where there is one. Of several: of their names with the sha256 of each, or
-        where they have more than 1 GiB together, or hold pictures, with their sizes."""
+        """The sha256 of the file. For several files: of their names, each with its sha256, or with
+        its size where they have more than 1 GiB together or hold pictures."""
         files = [each for file in self.files for each in _files_in(file)]
         sizes = [file.stat().st_size for file in files]
         whole = sum(sizes) <= _MOST_HASHED_BYTES and len(files) == len(self.files)
@@ -94,7 +94,8 @@ class Table:
             f"{_sha256(file) if whole else size}"
             for file, size in zip(files, sizes, strict=True)
         ]
-        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+        named = "\n".join(sorted(lines)).encode(errors="surrogatepass")
+        return hashlib.sha256(named).hexdigest()
 
 
 def read_table(

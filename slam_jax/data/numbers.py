@@ -18,7 +18,8 @@ _MOST_DEVIATIONS = 8.0
 _OUTLIER_RANGES = 10.0
 _MOST_BYTES = 1 << 24  # of a file of numbers; it is read whole
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_LONGEST = 400  # letters of a number
 _MISSING = ("", "na", "n/a", "nan", "null", "none")
 _WORDS = {"true": 1.0, "false": 0.0}
 
@@ -39,7 +40,7 @@ def parse_number(value: Any, *, words: bool = True) -> float | None:
         value = value.strip()
         if words and value.lower() in _WORDS:
             return _WORDS[value.lower()]
-        if not _NUMBER.fullmatch(value):
+        if len(value) > _LONGEST or not _NUMBER.fullmatch(value):
             return None
     elif not isinstance(value, (int, float)):
         return None

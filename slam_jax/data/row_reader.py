@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from slam_jax.data.columns import Columns
-from slam_jax.data.formats.base import Found, Located, StoredPicture
+from slam_jax.data.formats.base import MOST_PICTURE_BYTES, Found, Located, StoredPicture
 from slam_jax.data.formats.parquet import inside
 from slam_jax.data.images import check_image
 from slam_jax.data.numbers import is_missing, parse_number
@@ -21,6 +21,7 @@ from slam_jax.data.splits import SPLIT_NAMES, SPLITS, Read, identity
 from slam_jax.data.tables import quote
 from slam_jax.data.tokenizer import check_text
 from slam_jax.errors import InputError, first_line
+from slam_jax.runtime.files import require_file
 
 # A token is rarely longer; training a tokenizer takes time that grows with the square of a word.
 _BYTES_PER_TOKEN = 16
@@ -155,6 +156,8 @@ class RowReader:
             if path:
                 names.append(path)
                 pictures.append(self._path(located.file.parent, path))
+            elif len(values) > 1:
+                raise InputError("image: one of several is empty; leave it out of the list")
         return names, tuple(pictures)
 
     def _path(self, folder: Path, name: str) -> Path:
@@ -208,6 +211,8 @@ def _digest(image: Path | StoredPicture) -> bytes:
     """An identity of a picture's bytes, once its header was read."""
     try:
         if isinstance(image, Path):
+            if image.exists():
+                require_file(image, MOST_PICTURE_BYTES)
             check_image(image)
             found = image.read_bytes()
         else:

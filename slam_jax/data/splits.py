@@ -42,7 +42,7 @@ class Divided(NamedTuple):
 
 def identity(text: str) -> bytes:
     """16 bytes that depend on `text` alone."""
-    return hashlib.sha256(text.encode()).digest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:16]
 
 
 def split_of_name(path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from slam_jax.data.records import DataError
 from slam_jax.errors import InputError, first_line, shorten
+from slam_jax.runtime.files import require_file
 
 Record = dict[str, Any]
 COLUMNS = {
@@ -48,11 +49,13 @@ def read_records(path: Path) -> Iterator[tuple[int, Record | str]]:
     """
     limit = csv.field_size_limit(_MOST_BYTES)
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        if require_file(path).st_size > _MOST_BYTES:
             raise DataError(f"{path} has {path.stat().st_size:,} bytes; split it: 1 GiB is read")
         yield from _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_json(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except InputError as error:
+        raise DataError(str(error)) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({first_line(error)})") from error
     finally:

@@ -26,7 +26,8 @@ SPLITS = ("train", "validation", "test")
 TFDS = "tfds/"
 _OWN = "own"
 _FILES = (".txt", ".md")
-_TABLES = (".jsonl", ".csv", ".parquet")
+_TABLES = (".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".arrow")
+_CARDS = ("readme", "license")
 _MOST_BYTES = 1 << 30  # of all texts, which are in memory
 _SPLIT_NAMES = {
     **{name: name for name in SPLITS},
@@ -153,9 +154,11 @@ def _read(path: Path, config: TextDataConfig) -> list[tuple[str, Text]]:
     if path.suffix.lower() in _FILES and path.is_file():
         parts = re.split(r"\n\s*\n", _read_file(path, _MOST_BYTES))
         return [("", Text(part.strip("\n"), where=str(path))) for part in parts if part.strip()]
-    has_table = any(any(path.glob(f"[!.]*{suffix}")) for suffix in _TABLES)
-    if not has_table and (texts := [("", each) for each in _read_files(path)]):
-        return texts
+    has_table = any(next(path.rglob(f"[!.]*{suffix}"), None) for suffix in _TABLES)
+    texts = [] if has_table else list(_read_files(path))
+    # A README beside data in another form is no text to learn.
+    if any(not Path(each.where).stem.lower().startswith(_CARDS) for each in texts):
+        return [("", each) for each in texts]
     rows, left = find(path).read(), _MOST_BYTES
     found, bad = [], []
     for file, line, record in rows:

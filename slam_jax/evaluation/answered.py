@@ -127,5 +127,10 @@ def _parse(line: str, where: str) -> Answer:
         if not fits:
             raise InputError(f"{where}: {name} is {shorten(repr(value), 60)}; {advice}")
     known = {name: values[name] for name in _FIELDS}
-    logprob = math.nan if values["logprob"] is None else float(values["logprob"])
+    try:
+        logprob = math.nan if values["logprob"] is None else float(values["logprob"])
+        for text in (values["prompt"], values["predicted"], *values["references"]):
+            text.encode()
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise InputError(f"{where}: {first_line(error)}; {advice}") from None
     return Answer(**known | {"references": tuple(values["references"]), "logprob": logprob})

@@ -21,8 +21,8 @@ _LARGEST = 700.0  # exp of more overflows
 
 
 class TextScores(NamedTuple):
-    """Of each text that was scored: the tokens that count, their bytes, their negative
-    log-probability in nats, and how many of them are the most probable token."""
+    """For each text: the number of tokens that count, their bytes, their negative log-probability
+    in nats, and how many of them are the most probable token."""
 
     tokens: Int[np.ndarray, "N"]
     bytes: Int[np.ndarray, "N"]

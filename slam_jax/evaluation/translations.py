@@ -25,7 +25,7 @@ def require_sacrebleu() -> Any:
 def bleu_counts(
     predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> Float[np.ndarray, "n 10"]:
-    """Of each prediction: its length, that of the closest reference, matching n-grams of four
+    """For each prediction: its length, that of the closest reference, matching n-grams of four
     orders, and all n-grams of four orders; with the tokeniser "13a"."""
     scorer = require_sacrebleu().BLEU(effective_order=True)  # it changes no count
     rows = np.zeros((len(predictions), 2 + 2 * _BLEU_ORDERS))
@@ -58,7 +58,7 @@ def bleu(sums: Float[np.ndarray, "r 10"]) -> Float[np.ndarray, "r"]:
 def chrf_counts(
     predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> Float[np.ndarray, "n 18"]:
-    """Of each prediction, for six orders of letters: its n-grams, those of its most similar
+    """For each prediction and six orders of letters: its n-grams, those of its most similar
     reference, and those that match."""
     scorer = require_sacrebleu().CHRF()
     rows = [

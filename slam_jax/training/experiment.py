@@ -130,6 +130,7 @@ class Experiment:
         """
         parts = self.optimizer.accumulate_steps
         require_even_batch("data.batch_size", self.data.batch_size, parts, mesh)
+        self._check_best_metric()
         if mesh is not None:
             processes, groups = self.model.num_processes, mesh.shape["process"]
             even = f"a divisor of model.num_processes={processes}"
@@ -137,6 +138,15 @@ class Experiment:
         if dataset is not None:
             views, known = self.run.evaluate_views, list(dataset.validation.views)
             check_names(views, known, "run.evaluate_views: the data set", "view")
+
+    def _check_best_metric(self) -> None:
+        """The kinds of questions are known after the first evaluation, the views before."""
+        views = self.run.evaluate_views or self.data.views
+        first, _, rest = self.run.best_metric.partition("/")
+        expected = "accuracy, loss, loss/VIEW or VIEW/KIND with VIEW among " + ", ".join(views)
+        known = (first in ("accuracy", "loss") and not rest) or (first == "loss" and rest in views)
+        known |= first in views and bool(rest)
+        require(known, "run.best_metric", self.run.best_metric, expected)
 
     @classmethod
     def from_config(cls, config: ConfigDict | Mapping[str, Any]) -> "Experiment":

@@ -17,6 +17,8 @@ from slam_jax.training.mesh import MeshConfig
 from slam_jax.training.optimizer import OptimizerConfig
 
 DEFAULT = "standard"
+SCORES = ("loss", "perplexity", "bits_per_byte", "accuracy", "exact_match", "token_accuracy")
+"""What an evaluation of texts has; the last two only of rows with answers."""
 _SIZES = (
     *("embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
     *("num_experts", "num_experts_per_token", "expert_dim", "context_length", "tie_embeddings"),
@@ -114,6 +116,8 @@ class LanguageExperiment:
         require_count("seed", self.seed, least=0, most=2**32 - 1)
         views = self.run.evaluate_views
         require(not views, "run.evaluate_views", views, "(), as texts have no views")
+        known, chosen = ", ".join(SCORES), self.run.best_metric
+        require(chosen in SCORES, "run.best_metric", chosen, f"one of {known}")
         self.check()
 
     def check(self, mesh: Mesh | None = None) -> None:

@@ -24,7 +24,7 @@ from slam_jax.runtime.signals import Stop, Stopped
 from slam_jax.training.base import Bases, records_of, without_bases
 from slam_jax.training.changes import changed_at, order_of
 from slam_jax.training.checkpoint import Checkpoints, is_loss
-from slam_jax.training.experiment import as_json
+from slam_jax.training.experiment import as_json, is_language
 from slam_jax.training.kinds import task_of
 from slam_jax.training.mesh import make_mesh, name_of
 from slam_jax.training.metrics import MetricsWriter
@@ -90,7 +90,7 @@ def train(
     """
     enable_compile_cache()
     config = as_json(config)
-    if dataset is not None:
+    if dataset is not None and not is_language(config):
         config["data"] = {**config.get("data", {}), "name": OWN}
     task, calls = task_of(config), Calls(on_metrics, on_evaluation)
     run, mesh = task.experiment.run, make_mesh(task.experiment.mesh, task.num_processes)
@@ -113,9 +113,8 @@ def train(
         if first == run.num_steps and not pending:
             progress.log(f"{workdir} is already at its last step, {first:,}")
             return state
-        for line in opened.task.introduce(opened.dataset):
+        for line in (*opened.task.introduce(opened.dataset), _describe_start(state, mesh, workdir)):
             progress.log(line)
-        progress.log(_describe_start(state, mesh, workdir))
         profiler = Profiler(profile if is_first else None, first, workdir, progress)
         tools = checkpoints, writer, progress, stop or Stop(), mesh, stack.enter_context(profiler)
         parts = opened.task, opened.task.stored(config), opened.graphdef, opened.dataset

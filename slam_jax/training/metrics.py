@@ -26,7 +26,7 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
     of the run, for them.
 
     Raises ConfigError where a tracker cannot start; and WriteError, here and in `write`, where the
-    file cannot be written. A tracker that fails later is logged and ends; the run goes on.
+    file cannot be written. A tracker that fails later is logged and ends; the run continues.
     """
 
     def __init__(

@@ -75,8 +75,8 @@ class SlamV3Task:
         changed: bool = False,
         given: Dataset | None = None,
     ) -> Dataset:
-        """Of a resumed run it must give the tokenizer and the format of numbers that the checkpoint
-        has, or token ids and standardised numbers would change their meaning."""
+        """A resumed run needs the tokenizer and the format of numbers of its checkpoint, or token
+        ids and standardised numbers would change their meaning."""
         data, model = self.experiment.data, self.experiment.model
         if given is not None:
             views = given.train.views

@@ -5,6 +5,7 @@ own settings in the environment say where to.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -88,12 +89,11 @@ class MLflow:
     """
 
     def __init__(self, workdir: Path, config: Mapping[str, Any], resume_step: int):
-        from mlflow.tracking import MlflowClient
-
+        connect: Any = importlib.import_module("mlflow.tracking").MlflowClient
         own = f"sqlite:///{(workdir / 'mlflow.db').absolute()}"
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "slam_jax")
         with _explained("mlflow"):
-            client = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", own))
+            client = connect(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", own))
             self._client, known = client, _read(workdir, "mlflow")
             if known is None:
                 found = client.get_experiment_by_name(name)

@@ -78,7 +78,7 @@ def _find_folder(path: Path, cache: Path | None) -> Found:
         )
     for suffix in (".tar", ".parquet"):
         files = [file for folder in (path, *below) for file in sorted(folder.glob(f"*{suffix}"))]
-        files = [file for file in files if not file.name.startswith(".")]
+        files = [file for file in files if not file.name.startswith(".") and file.is_file()]
         if files and suffix == ".tar":
             return tar_shards(path, files, cache)
         if files:

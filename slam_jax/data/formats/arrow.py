@@ -15,10 +15,12 @@ from slam_jax.data.formats.parquet import (
     named,
     picture_bytes,
     picture_kind,
+    require_names,
+    state_of,
 )
 from slam_jax.data.records import DataError
 from slam_jax.data.splits import SPLIT_NAMES
-from slam_jax.errors import first_line
+from slam_jax.errors import UserError, first_line
 
 _ROWS_AT_ONCE = 1_024
 _MOST_STATE_BYTES = 1 << 24
@@ -53,7 +55,8 @@ def _files_of(folder: Path) -> list[Path]:
     if state.get("_indices_data_files"):
         raise DataError(f"{folder} holds a selection of rows; save `flatten_indices()` of it")
     files = state.get("_data_files")
-    names = [x.get("filename") for x in files if isinstance(x, dict)] if files else []
+    files = files if isinstance(files, list) else []
+    names = [x.get("filename") for x in files if isinstance(x, dict)]
     if not names or not all(map(_is_name, names)):
         raise DataError(f"{folder / 'state.json'} names no files of the folder; save it again")
     paths = [folder / str(name) for name in names]
@@ -87,20 +90,25 @@ def _read(files: Sequence[tuple[str, Path]]) -> Iterator[Located]:
         if not classes and (file.parent / "dataset_info.json").is_file():
             classes = features_with_classes(_read_json(file.parent / "dataset_info.json"))
         plain = table.select([name for name in table.schema.names if name not in pictures])
-        for start in range(0, table.num_rows, _ROWS_AT_ONCE):
-            rows = min(_ROWS_AT_ONCE, table.num_rows - start)
-            counts = {
-                name: _counts(table.column(name).slice(start, rows), kind)
-                for name, kind in pictures.items()
-            }
-            records = plain.slice(start, rows).to_pylist() or [{} for _ in range(rows)]
-            for i, record in enumerate(records):
-                for name, found in counts.items():
-                    place = str(file), start + i, name
-                    record[name] = _pictures(found[i], place)
-                if split:
-                    record["split"] = split
-                yield Located(file, start + i + 1, named(record, classes))
+        try:
+            for start in range(0, table.num_rows, _ROWS_AT_ONCE):
+                rows = min(_ROWS_AT_ONCE, table.num_rows - start)
+                counts = {
+                    name: _counts(table.column(name).slice(start, rows), kind)
+                    for name, kind in pictures.items()
+                }
+                records = plain.slice(start, rows).to_pylist() or [{} for _ in range(rows)]
+                for i, record in enumerate(records):
+                    for name, found in counts.items():
+                        place = str(file), start + i, name
+                        record[name] = _pictures(found[i], place)
+                    if split:
+                        record["split"] = split
+                    yield Located(file, start + i + 1, named(record, classes))
+        except UserError:
+            raise
+        except Exception as error:  # of Arrow, or of a value that Python cannot hold
+            raise DataError(f"{file} cannot be read ({first_line(error)})") from error
 
 
 def _counts(column: Any, kind: str) -> list[int | None]:
@@ -136,14 +144,24 @@ class ArrowPicture(StoredPicture):
         return picture_bytes(value, self.index, Path(self.file))
 
 
-@functools.lru_cache(maxsize=64)
 def _open(file: str) -> Any:
     """The table of a file, whose pages the system reads when they are needed."""
+    return _open_as(file, state_of(file))
+
+
+@functools.lru_cache(maxsize=64)
+def _open_as(file: str, state: tuple[int, int, int]) -> Any:
     arrow = import_pyarrow()
     try:
         source = arrow.memory_map(file)
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
-        return (arrow.ipc.open_file if is_file else arrow.ipc.open_stream)(source).read_all()
+        table = (arrow.ipc.open_file if is_file else arrow.ipc.open_stream)(source).read_all()
+        # Offsets that lead out of the file would end the process.
+        table.validate(full=True)
+        require_names(table.schema.names, file)
+        return table
+    except DataError:
+        raise
     except Exception as error:  # ArrowInvalid, OSError and others
         raise DataError(f"{file} is no Arrow file ({first_line(error)})") from error

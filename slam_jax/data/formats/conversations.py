@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,7 +40,7 @@ def _read(found: Found) -> Iterator[Located]:
             yield Located(file, line, record)
             continue
         others = {name: record[name] for name in ("kind", "split") if name in record}
-        pictures = record.get("image", record.get("images"))
+        pictures = record.get("images") if record.get("image") is None else record["image"]
         if pictures is not None:
             others["image"] = pictures
         for turn in _rows(record):
@@ -61,6 +62,9 @@ def _rows(record: Record) -> Iterator[Record | str]:
         if role is None:
             yield f"a turn of {turn.get('from', turn.get('role'))!r:.60}; expected human or gpt"
             return
+        if text is None:
+            yield "a turn whose text is no text"
+            return
         if role == "answer" and asked:
             yield {"prompt": "\n".join(before), "answer": text}
         asked = role == "prompt"
@@ -69,13 +73,18 @@ def _rows(record: Record) -> Iterator[Record | str]:
         yield "a conversation without an answer"
 
 
-def _turn(turn: Record) -> tuple[str | None, str]:
-    """The role of a turn, None for an unknown one, and its text without markers of pictures."""
+def _turn(turn: Record) -> tuple[str | None, str | None]:
+    """The role of a turn, None for an unknown one, and its text without markers of pictures, None
+    where it has none."""
     text = turn.get("value", turn.get("content"))
     if isinstance(text, list):  # parts, as chat models have them
-        parts = (part for part in text if isinstance(part, dict))
-        text = "\n".join(str(part["text"]) for part in parts if part.get("text"))
-    text = text if isinstance(text, str) else ""
+        parts = [part.get("text") if isinstance(part, dict) else part for part in text]
+        given = [part for part in parts if part is not None]
+        text = "\n".join(given) if all(isinstance(part, str) for part in given) else None
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        text = json.dumps(text)
+    if not isinstance(text, str):
+        return _ROLES.get(str(turn.get("from", turn.get("role")))), None
     for marker in _MARKERS:
         text = text.replace(marker, "")
     return _ROLES.get(str(turn.get("from", turn.get("role")))), text.strip()

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 from slam_jax.data.formats.base import MOST_PICTURE_BYTES, Found, Located, Record, StoredPicture
 from slam_jax.data.records import DataError
 from slam_jax.data.splits import split_of_name
-from slam_jax.errors import ConfigError, InputError, first_line
+from slam_jax.errors import ConfigError, InputError, UserError, first_line
+from slam_jax.runtime.files import require_file
 
 _ROWS_AT_ONCE = 1_024
 _MOST_GROUP_BYTES = 1 << 32
@@ -88,7 +90,9 @@ def read_file(file: Path) -> Iterator[Located]:
                         place = str(file), group, line - 1 - first, name
                         record[name] = _pictures(found, kind, place)
                     yield Located(file, line, named(record, classes))
-        except OSError as error:
+        except UserError:
+            raise
+        except Exception as error:  # of Arrow, or of a value that Python cannot hold
             raise DataError(f"{file} cannot be read ({first_line(error)})") from error
 
 
@@ -178,15 +182,16 @@ def read_inside(folder: Path, name: str) -> bytes:
     """The bytes of a picture in a folder. Raises InputError for a path that leaves the folder."""
     path = inside(folder, name)
     try:
-        if path.stat().st_size > MOST_PICTURE_BYTES:
-            raise InputError(f"{path} is larger than 256 MiB")
+        require_file(path, MOST_PICTURE_BYTES)
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {first_line(error)}") from error
 
 
-def inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: Any) -> Path:
     """A path in a folder. Raises InputError for one that leaves it."""
+    if not isinstance(name, str) or "\0" in name:
+        raise InputError(f"{name!r:.100} is no path of a picture")
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
         raise InputError(f"{name!r:.100} leads out of the folder; give a path within it")
@@ -198,17 +203,21 @@ class _Groups:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._kept: collections.OrderedDict[tuple[str, int, str], Any] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[tuple[Any, ...], Any] = collections.OrderedDict()
 
     def column(self, file: str, group: int, name: str) -> Any:
-        key = file, group, name
+        key = file, state_of(file), group, name
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
             opened = _open(Path(file))
             _check_group(Path(file), opened, group)
-            found = self._kept[key] = opened.read_row_group(group, columns=[name]).column(0)
+            try:
+                found = opened.read_row_group(group, columns=[name]).column(0)
+            except Exception as error:  # of Arrow
+                raise InputError(f"{file} cannot be read ({first_line(error)})") from error
+            self._kept[key] = found
             while sum(x.nbytes for x in self._kept.values()) > _KEPT_BYTES and len(self._kept) > 1:
                 self._kept.popitem(last=False)
             return found
@@ -217,10 +226,27 @@ class _Groups:
 _GROUPS = _Groups()
 
 
+def state_of(file: str | Path) -> tuple[int, int, int]:
+    """Changes when the file is written again."""
+    found = os.stat(file)
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def require_names(names: Sequence[str], file: str | Path) -> None:
+    """Raises DataError for two columns of one name."""
+    if len(set(names)) < len(names):
+        raise DataError(f"{file}: two columns have the same name; rename or delete one")
+
+
 def _open(file: Path) -> Any:
     parquet = import_pyarrow().parquet
     try:
-        return parquet.ParquetFile(file, memory_map=True)
+        require_file(file)
+        opened = parquet.ParquetFile(file, memory_map=True)
+        require_names(opened.schema_arrow.names, file)
+        return opened
+    except DataError:
+        raise
     except Exception as error:  # ArrowInvalid, OSError and others
         raise DataError(f"{file} is no Parquet file ({first_line(error)})") from error
 
@@ -242,8 +268,13 @@ def _picture_bytes(file: Path) -> int:
     most = 0
     for group in map(opened.metadata.row_group, range(opened.num_row_groups)):
         columns = map(group.column, range(group.num_columns))
-        sizes = (
-            c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in pictures
-        )
+        try:
+            sizes = [
+                c.total_uncompressed_size
+                for c in columns
+                if c.path_in_schema.split(".")[0] in pictures
+            ]
+        except Exception as error:  # names that are no text
+            raise DataError(f"{file} is no Parquet file ({first_line(error)})") from error
         most = max(most, sum(sizes))
     return most

@@ -225,14 +225,17 @@ def _extended(
     content: bytes, name: str | None, length: int | None
 ) -> tuple[str | None, int | None]:
     """The name and the size that an extended header (POSIX pax) gives to the next file."""
-    while content:
-        digits, _, rest = content.partition(b" ")
-        if not digits.isdigit() or len(digits) > 6 or not int(digits):
+    at = 0
+    while at < len(content):
+        digits, _, _ = content[at : at + 8].partition(b" ")
+        # The shortest record is "5 a=\n".
+        if not digits.isdigit() or len(digits) > 6 or int(digits) < 5:
             break
-        key, _, value = rest[: int(digits) - len(digits) - 2].partition(b"=")
+        record = content[at + len(digits) + 1 : at + int(digits) - 1]
+        key, _, value = record.partition(b"=")
         if key == b"path":
             name = value.decode("utf-8", "surrogateescape")
         elif key == b"size" and value.isdigit() and len(value) < 20:
             length = int(value)
-        content = content[int(digits) :]
+        at += int(digits)
     return name, length
