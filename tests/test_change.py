@@ -122,7 +122,7 @@ def test_added_rows_are_used_on_request(own, finished, tmp_path):
 
 
 def test_examples_follow_the_history_alone(own):
-    """Another batch size goes on in the same order; other data begin one of their own."""
+    """Another batch size continues in the same order; other data begin one of their own."""
     model = SlamV3Config.preset("tiny", 1)
 
     def rows(size: int, start: int, steps: int, order: Order) -> list[tuple[int, ...]]:

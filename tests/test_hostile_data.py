@@ -21,6 +21,7 @@ from slam_jax.data.texts import TextDataConfig, read_own_texts
 from slam_jax.errors import ConfigError, InputError, UserError
 from slam_jax.evaluation import read_answers
 from slam_jax.training import CheckpointError, Checkpoints
+from slam_jax.training.changes import read_saved
 
 pyarrow: Any = pytest.importorskip("pyarrow")
 parquet: Any = pytest.importorskip("pyarrow.parquet")
@@ -199,6 +200,5 @@ def test_an_odd_history_is_a_damaged_checkpoint(tmp_path, item, value):
     with Checkpoints(tmp_path) as checkpoints:
         state = {"x": np.zeros(2)}
         checkpoints.save(1, state, config={}, tokenizer="", metrics={}, **{item: value})
-    read = checkpoints.read_history if item == "history" else checkpoints.read_data
     with pytest.raises(CheckpointError, match=f"{item}.json has"):
-        read(1)
+        read_saved(checkpoints, 1)

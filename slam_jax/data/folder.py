@@ -145,17 +145,10 @@ def read_table(
             f"{cause}no row is for {empty[0]}; give at least three different pictures or texts, "
             "or a column 'split' with train, validation and test"
         )
-    notes = (
-        *found.notes,
-        *table_notes(chosen, divided, reader.cleaned, compared=found.compared),
-    )
+    notes = table_notes(chosen, divided, reader.cleaned, compared=found.compared)
     return Table(
-        path,
-        divided.rows,
-        chosen.numbers,
-        tuple(chosen.unused),
-        tuple(bad),
-        notes,
+        *(path, divided.rows, chosen.numbers, tuple(chosen.unused), tuple(bad)),
+        notes=(*found.notes, *notes),
         format=found.name,
         read=chosen.read,
         files=found.files,

@@ -79,7 +79,7 @@ class Part(NamedTuple):
 def fit_table(
     table: Table, config: DataConfig, model: SlamV3Config, tokenizer: AnyTokenizer
 ) -> Part:
-    """A table without the rows that cannot be used, of which there may not be too many."""
+    """A table without its bad rows. Raises DataError where there are too many of them."""
     before = {split for split, rows in table.rows.items() if rows}
     table = without_many_pictures(table, model.image.max_images)
     table, counts = without_long_rows(table, tokenizer, model.context_length)

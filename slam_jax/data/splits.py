@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +57,22 @@ def split_of_name(path: Path) -> str:
     return ""
 
 
+def choose(
+    keys: Iterable[bytes], ends: Mapping[str, float], given: Collection[str]
+) -> dict[bytes, str]:
+    """The split of each key, by its place in [0, 1).
+
+    ends: where the splits end. given: the splits that have rows already; if another one would have
+    none, the first key is for training, and the last two are for validation and test.
+    """
+    places = {key: _place(key) for key in keys}
+    chosen = {key: next(s for s in SPLITS if place < ends[s]) for key, place in places.items()}
+    if set(SPLITS) - set(chosen.values()) - set(given) and len(chosen) >= len(SPLITS):
+        first, *_, last_but_one, last = sorted(places, key=places.__getitem__)
+        chosen |= {first: "train", last_but_one: "validation", last: "test"}
+    return chosen
+
+
 def divide(read: Sequence[Read], version: int | None) -> Divided:
     """The rows by split. Rows with a common content are in one split unless others are given.
 
@@ -70,12 +86,8 @@ def divide(read: Sequence[Read], version: int | None) -> Divided:
         read = [each._replace(key=roots[each.contents[0]]) for each in read]
     named = {each.key: each.split for each in reversed(read) if each.split}
     follows = named if version is not None else {}
-    places = {e.key: _place(e.key) for e in read if not e.split and e.key not in follows}
-    chosen = {key: next(s for s in SPLITS if place < _ENDS[s]) for key, place in places.items()}
-    lacking = set(SPLITS) - set(chosen.values()) - {each.split for each in read}
-    if lacking and len(chosen) >= len(SPLITS):
-        first, *_, last_but_one, last = sorted(places, key=places.__getitem__)
-        chosen |= {first: "train", last_but_one: "validation", last: "test"}
+    free = [each.key for each in read if not each.split and each.key not in follows]
+    chosen = choose(free, _ENDS, {each.split for each in read})
     splits = [each.split or follows.get(each.key) or chosen[each.key] for each in read]
     made = _moved(read, splits) if version is not None else {}
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}

@@ -7,7 +7,6 @@ document. A column `split` may say train, validation or test.
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,24 +16,18 @@ from typing import NamedTuple
 from slam_jax.data.formats import find
 from slam_jax.data.public import read_texts
 from slam_jax.data.records import DataError
+from slam_jax.data.splits import SPLIT_NAMES, SPLITS, choose, identity
 from slam_jax.data.tables import Record
 from slam_jax.data.tokenizer import SMALLEST_VOCABULARY, check_unicode
 from slam_jax.errors import ConfigError, InputError, require, require_count, shorten
 from slam_jax.runtime.files import read_limited
 
-SPLITS = ("train", "validation", "test")
 TFDS = "tfds/"
 _OWN = "own"
 _FILES = (".txt", ".md")
 _TABLES = (".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".arrow")
 _CARDS = ("readme", "license")
 _MOST_BYTES = 1 << 30  # of all texts, which are in memory
-_SPLIT_NAMES = {
-    **{name: name for name in SPLITS},
-    **dict.fromkeys(("training",), "train"),
-    **dict.fromkeys(("val", "valid", "dev", "development"), "validation"),
-    **dict.fromkeys(("testing", "eval", "evaluation"), "test"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +199,7 @@ def _read_file(path: Path, most_bytes: int) -> str:
 def _row(where: str, record: Record, columns: TextColumns) -> tuple[str, Text]:
     """The split that a row names, "" = none, and its text."""
     split = _text(record, columns.split).strip().lower()
-    if split and split not in _SPLIT_NAMES:
+    if split and split not in SPLIT_NAMES:
         raise InputError(f"{columns.split}: {split!r} is none of {', '.join(SPLITS)}")
     is_answer = columns.answer in record
     text, prompt = _text(record, columns.answer if is_answer else columns.text), None
@@ -216,7 +209,7 @@ def _row(where: str, record: Record, columns: TextColumns) -> tuple[str, Text]:
         named = f"{columns.answer!r} or {columns.text!r}"
         known = shorten(", ".join(map(repr, record)), 100)
         raise InputError(f"no text in a column {named}; it has {known}")
-    return _SPLIT_NAMES.get(split, ""), Text(text, prompt, where)
+    return SPLIT_NAMES.get(split, ""), Text(text, prompt, where)
 
 
 def _text(record: Record, name: str) -> str:
@@ -245,15 +238,11 @@ def _split(
         note = ["nothing is held out (data.held_out=0): scores are about the training texts"]
         shown = {name: splits[name] or splits["train"] for name in SPLITS}
         return shown, note if len(empty) == 2 else []
-    key_of = [each.text if each.prompt is None else each.prompt for _, each in found]
+    key_of = [identity(each.text if each.prompt is None else each.prompt) for _, each in found]
     named = {key: given for key, (given, _) in zip(key_of, found, strict=True) if given}
-    places = {key: _place(key) for key in dict.fromkeys(key_of) if key not in named}
     ends = {"train": 1 - 2 * held_out, "validation": 1 - held_out, "test": 1.0}
-    chosen = {key: next(x for x in SPLITS if place < ends[x]) for key, place in places.items()}
-    lacking = set(SPLITS) - set(chosen.values()) - set(named.values())
-    if lacking and len(chosen) >= len(SPLITS):
-        first, *_, last_but_one, last = sorted(places, key=places.__getitem__)
-        chosen |= {first: "train", last_but_one: "validation", last: "test"}
+    free = [key for key in key_of if key not in named]
+    chosen = choose(free, ends, set(named.values()))
     for key, (_, each) in zip(key_of, found, strict=True):
         splits[named.get(key) or chosen[key]].append(each)
     if empty := [name for name in SPLITS if not splits[name]]:
@@ -262,9 +251,3 @@ def _split(
             "ones, or data.held_out=0 to train on all"
         )
     return splits, []
-
-
-def _place(key: str) -> float:
-    """A number in [0, 1) that depends on `key` alone."""
-    digest = hashlib.sha256(key.encode(errors="surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from slam_jax.data.order import Order
 from slam_jax.errors import require, shorten
+from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 
 ALWAYS = (
     *("data.data_dir", "data.path", "data.max_damaged_records"),
@@ -56,10 +57,38 @@ def differences(old: Any, new: Any) -> Changes:
     return found
 
 
+def read_saved(checkpoints: Checkpoints, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What identifies the data of a checkpoint, and its history.
+
+    Raises CheckpointError where a file has something else.
+    """
+    data, history = checkpoints.read_data(step), checkpoints.read_history(step)
+    place, rows = f"{checkpoints.directory / str(step)}", data.get("rows", {})
+    if not isinstance(rows, dict) or not all(map(_is_count, rows.values())):
+        raise CheckpointError(f"{place}: data.json has {rows!r:.80}; expected rows by split")
+    for each in history:
+        if not _is_entry(each):
+            raise CheckpointError(f"{place}: history.json has {each!r:.80}; expected a change")
+    return data, history
+
+
+def _is_entry(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {*Order._fields, "changes"}:
+        return False
+    changes = value["changes"]
+    pairs = changes.values() if isinstance(changes, dict) else [None]
+    known = all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+    return known and all(_is_count(value[name]) for name in Order._fields)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
 def order_of(history: Sequence[Mapping[str, Any]]) -> Order:
     """Which examples the next steps have."""
     last = history[-1] if history else {}
-    return Order(*(int(last.get(name, 0)) for name in Order._fields))
+    return Order(*(last.get(name, 0) for name in Order._fields))
 
 
 def extended(

@@ -101,30 +101,34 @@ def train(
         is_first = distributed.is_first_process()
         checkpoints = _enter(stack, task, workdir, mesh)
         opened = open_run(task, checkpoints, mesh, base, change, dataset)
-        state, pending = opened.state, opened.pending_evaluation
-        first, writer = int(state.step), None
-        if is_first:
-            writer = stack.enter_context(_open_writer(opened, workdir, config))
+        writer = stack.enter_context(_open_writer(opened, workdir, config)) if is_first else None
+        first = int(opened.state.step)
         progress = stack.enter_context(
             Progress(run.num_steps, first_step=first, shown=is_first, peak_flops=peak_flops())
         )
         for note in opened.notes:
             progress.log(note)
-        if first == run.num_steps and not pending:
+        if first == run.num_steps and not opened.pending_evaluation:
             progress.log(f"{workdir} is already at its last step, {first:,}")
-            return state
-        for line in (*opened.task.introduce(opened.dataset), _describe_start(state, mesh, workdir)):
+            return opened.state
+        for line in _introduce(opened, mesh, workdir):
             progress.log(line)
         profiler = Profiler(profile if is_first else None, first, workdir, progress)
         tools = checkpoints, writer, progress, stop or Stop(), mesh, stack.enter_context(profiler)
         parts = opened.task, opened.task.stored(config), opened.graphdef, opened.dataset
         more: Any = dict(bases=opened.bases, history=opened.history, calls=calls)
         with explain_out_of_memory("a step", _SMALLER_STEPS):
-            state = Trainer(*parts, *tools, **more).run(state, pending)
+            state = Trainer(*parts, *tools, **more).run(opened.state, opened.pending_evaluation)
         checkpoints.wait()
         for line in _summary(checkpoints, progress, workdir):
             progress.log(line)
         return state
+
+
+def _introduce(opened: OpenedRun, mesh: Mesh | None, workdir: str | Path) -> list[str]:
+    """The data that the run uses, its parameters and devices, and where it begins."""
+    data = opened.task.introduce(opened.dataset)
+    return [*data, _describe_start(opened.state, mesh, workdir)]
 
 
 def _open_writer(opened: OpenedRun, workdir: str | Path, config: dict[str, Any]) -> MetricsWriter:

@@ -18,6 +18,7 @@ from slam_jax.training.changes import (
     check_steps,
     differences,
     extended,
+    read_saved,
 )
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.init_from import begin_from
@@ -82,8 +83,8 @@ def open_run(
     task.check(mesh, dataset)
     history: list[Any] = []
     if latest is not None and old is not None:
-        changes |= _changed_data(task, dataset, checkpoints, latest, change)
-        history = checkpoints.read_history(latest)
+        data, history = read_saved(checkpoints, latest)
+        changes |= _changed_data(data, task.beside(dataset).data or {}, checkpoints, change)
         if changes:
             history = extended(history, changes, latest, old.experiment.data.batch_size)
             notes.append(f"changed after step {latest:,}: {changed_at(history, latest)}")
@@ -136,10 +137,9 @@ def _changes(task: Task, old: Task | None, checkpoints: Checkpoints, change: boo
 
 
 def _changed_data(
-    task: Task, dataset: Any, checkpoints: Checkpoints, latest: int, change: bool
+    saved: Mapping[str, Any], ours: Mapping[str, Any], checkpoints: Checkpoints, change: bool
 ) -> Changes:
     """Old and new sha256 of the data where they differ. Raises CheckpointError without `change`."""
-    saved, ours = checkpoints.read_data(latest), task.beside(dataset).data or {}
     hashes = [each.get("sha256") for each in (saved, ours)]
     if None in hashes or hashes[0] == hashes[1]:
         return {}

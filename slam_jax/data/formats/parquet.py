@@ -72,7 +72,7 @@ def read_file(file: Path) -> Iterator[Located]:
     opened, line = _open(file), 0
     schema = opened.schema_arrow
     pictures = {field.name: kind for field in schema if (kind := picture_kind(field))}
-    # Of pictures only the paths are read, which say how many there are.
+    # Only the paths of pictures are read here. They say how many there are.
     leaves = [opened.schema.column(i).path for i in range(len(opened.schema))]
     paths = [x for x in leaves if x.split(".")[0] in pictures and x.endswith(".path")]
     names = [name for name in schema.names if name not in pictures] + paths
