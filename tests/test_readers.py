@@ -16,7 +16,7 @@ import pytest
 from own_data import add_file, arrow_table, png, saved_dataset, web_dataset, write_csv, write_jsonl
 from test_folder import MODEL, config, picture, texts_and_answers, write
 
-from slam_jax.data import ColumnsConfig, prepare
+from slam_jax.data import ColumnsConfig, DataConfig, prepare, training_batches
 from slam_jax.data import tables as tables_module
 from slam_jax.data.folder import SPLITS, read_table
 from slam_jax.data.formats import parquet as parquet_module
@@ -395,6 +395,38 @@ def test_names_and_kinds_of_tar_files_are_those_of_tarfile(form, tmp_path):
     with tarfile.open(file) as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
     assert [tuple(each) for each in shards.index_of(file)] == expected and len(expected) == 3
+
+
+@pytest.mark.slow
+def test_ten_gigabytes_are_resumed_without_reading_what_came_before(tmp_path, monkeypatch):
+    """The pictures are sparse: a small one, and then a megabyte of zeros that takes no room."""
+    count, size = 10_000, 1 << 20
+    with open(tmp_path / "data-0000.tar", "wb") as file:
+        for i in range(count):
+            for name, content, length in (
+                (f"{i:05}.png", png(i % 100), size),
+                (f"{i:05}.json", json.dumps({"prompt": "?", "answer": f"{i % 7}"}).encode(), None),
+            ):
+                header = tarfile.TarInfo(name)
+                header.size = length or len(content)
+                file.write(header.tobuf())
+                start = file.tell()
+                file.write(content)
+                file.seek(start + -(-header.size // 512) * 512)
+        file.truncate(file.tell() + 1024)
+    assert (tmp_path / "data-0000.tar").stat().st_size > 10e9
+    read: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda f, n, at: (read.append(n), pread(f, n, at))[1])
+    stages = ((0, {"image": 1.0}),)
+    config = DataConfig("folder", path=str(tmp_path), stages=stages, data_dir=str(tmp_path / "c"))
+    dataset = prepare(config, model=MODEL)
+    assert sum(read) < 25e6, "two headers a row, and its .json"
+    read.clear()
+    resumed = training_batches(dataset.train, dataset.tokenizer, config, start_step=1_000)
+    next(resumed)
+    # The prefetched batches are read, too.
+    assert sum(read) < 10 * config.batch_size * size < 0.1 * count * size
 
 
 def test_files_of_one_key_are_a_row(tmp_path):
