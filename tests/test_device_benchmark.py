@@ -50,6 +50,7 @@ def measured(*planned: Comparison, last_start: float = float("inf")) -> list[Any
     return list(device_run.measure_rows(planned, 2, CEILINGS, last_start))
 
 
+@pytest.mark.slow
 def test_every_row_runs_without_data_sets_and_other_libraries():
     names = "tensorflow tensorflow_datasets grain tokenizers PIL orbax torch transformers "
     names += "matplotlib array_record jinja2 ml_collections psutil tensorstore"

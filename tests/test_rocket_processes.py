@@ -99,6 +99,7 @@ def arguments(workdir) -> dict[str, Any]:
     return dict(workdir=str(workdir), seed=7, learning_rate=1e-3)
 
 
+@pytest.mark.slow
 def test_a_trial_is_scored_by_its_validation_loss(tiny, tmp_path):
     trial = run("one", tiny, lambda *_: None, **arguments(tmp_path), trial=True)
     assert list(trial) == ["validation_loss"] and 0 < trial["validation_loss"] < 20
