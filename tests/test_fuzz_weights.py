@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,10 +13,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import reset_peak_memory
 from test_fuzz import answered
 
 from slam_jax.interop import load_pretrained, save_pretrained
 from slam_jax.language_models import make_config, make_model
+from slam_jax.rocket.machine import peak_memory
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NAMES = ("config.json", WEIGHTS, INDEX)
@@ -194,7 +195,7 @@ def tiny(tmp_path_factory) -> Path:
 
 def run(tiny: Path, to: Path, cases: int) -> int:
     """How many of the cases loaded."""
-    loaded, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded, before = 0, reset_peak_memory()
     for case in range(cases):
         rng = np.random.default_rng(case)
         folder = Path(shutil.copytree(tiny, to / str(case)))
@@ -214,7 +215,7 @@ def run(tiny: Path, to: Path, cases: int) -> int:
             error.add_note(f"case {case}: {[spoil.__name__ for spoil in spoils]}")
             raise
         shutil.rmtree(folder)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    grown = peak_memory() - before
     assert grown < MOST_MEMORY, grown
     return loaded
 

@@ -40,3 +40,18 @@ def test_a_workdir_that_cannot_be_made_says_why(tmp_path):
     refused = pytest.raises(WorkdirError, match=r"file/run: cannot be written to \(Not a dir")
     with refused, lock_workdir(tmp_path / "file" / "run"):
         pass
+
+
+def test_a_new_folder_in_which_nothing_was_written_is_removed(tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(ValueError), lock_workdir(workdir):
+        raise ValueError
+    assert not workdir.exists()
+    with pytest.raises(ValueError), lock_workdir(workdir):
+        (workdir / "metrics").touch()
+        raise ValueError
+    assert (workdir / "metrics").exists()
+    (workdir / "metrics").unlink()
+    with pytest.raises(ValueError), lock_workdir(workdir):
+        raise ValueError
+    assert workdir.exists(), "it was there before"

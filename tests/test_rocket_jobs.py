@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from slam_jax.rocket.jobs import _read, _send, run_job
-from slam_jax.rocket.machine import timed
+from slam_jax.rocket.machine import peak_memory, timed
 from slam_jax.rocket.seed.measure import learn
 from slam_jax.rocket.tasks import Json, Task, plain
 from tests.helpers import TINY_SEED
@@ -165,3 +165,10 @@ def test_compile_time_does_not_use_the_compilation_cache(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+    large = np.ones(1 << 27)
+    code = "from slam_jax.rocket.machine import peak_memory\nprint(peak_memory())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert 1e7 < int(found.stdout) < large.nbytes < peak_memory()

@@ -1,5 +1,6 @@
 """The machine and its versions, and what a process measures of itself: seconds and bytes."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -95,5 +96,9 @@ def peak_memory() -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
+    with contextlib.suppress(OSError, StopIteration):
+        # On Linux `ru_maxrss` is at least that of the process that started this one.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
