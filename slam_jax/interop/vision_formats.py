@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from slam_jax.errors import InputError
+from slam_jax.interop.common_fields import read_dtype
 from slam_jax.interop.fields import HARMLESS, Field, Fields, Group, only, write_fields
-from slam_jax.interop.formats import HEADS_IN, HEADS_OUT, LINEAR, TABLE, VECTOR, read_dtype
+from slam_jax.interop.tensor_tables import HEADS_IN, HEADS_OUT, LINEAR, TABLE, VECTOR
 from slam_jax.interop.tensors import Layout, Params, Row, Table, expand
 from slam_jax.vision_models.config import ACTIVATIONS, VisionConfig
 
