@@ -19,6 +19,7 @@ from slam_jax.version import __version__
 if TYPE_CHECKING:
     from slam_jax.generation import Request, Sampling, encode, generate, score, stream
     from slam_jax.layers import LatentCache, MultiHeadLatentAttention
+    from slam_jax.layers.quantization import quantize
     from slam_jax.slam_v3 import ImageConfig, Inputs, Memory, SlamV3, SlamV3Config
     from slam_jax.trained.saving import save_pretrained
     from slam_jax.training import CheckpointError, load, train
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _PACKAGES = {
     "generation": ("Request", "Sampling", "encode", "generate", "score", "stream"),
     "layers": ("LatentCache", "MultiHeadLatentAttention"),
+    "layers.quantization": ("quantize",),
     "slam_v3": ("ImageConfig", "Inputs", "Memory", "SlamV3", "SlamV3Config"),
     "trained.saving": ("save_pretrained",),
     "training": ("CheckpointError", "load", "train"),
@@ -49,6 +51,7 @@ __all__ = [
     "encode",
     "generate",
     "load",
+    "quantize",
     "save_pretrained",
     "score",
     "stream",

@@ -32,6 +32,9 @@ flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
 flags.DEFINE_multi_string(
     "base", [], "Where base weights are now that a checkpoint names; repeatable."
 )
+flags.DEFINE_enum(
+    "weights", None, ["float32", "bfloat16", "int8"], "Of kernels and tables; by default as stored."
+)
 flags.DEFINE_string("prompt", "", "The text that the answer continues.")
 flags.DEFINE_string("system", None, "The system message of a conversation.")
 flags.DEFINE_boolean(
@@ -73,7 +76,7 @@ def main(arguments: list[str]) -> None:
     given: Any = flags.FLAGS
     sampling = Sampling(**{each.name: given[each.name].value for each in fields(Sampling)})
     aux = None if given.aux is None else read_numbers(given.aux)
-    loaded = load(given.workdir, given.step, given.base)
+    loaded = load(given.workdir, given.step, given.base, weights=given.weights)
     prompt, messages = given.prompt, None
     # A SLAM v3 was trained on prompts as they are, whatever its language model was.
     own = isinstance(loaded, ModelAndTokenizer) and loaded.tokenizer.chat_template is not None

@@ -22,6 +22,7 @@ _PARAMETERS = {
     "F32": jnp.dtype("float32"),
     "BF16": jnp.dtype("bfloat16"),
     "F16": jnp.dtype("float32"),
+    "I8": jnp.dtype("int8"),
 }
 _SHOWN = 5
 
@@ -111,8 +112,10 @@ def _check(layout: Layout, shapes: Params, source: Source) -> None:
         if found != expected:
             expected = f"config.json makes it {list(expected)}"
             raise InputError(f"{file}: {key} is {list(found)}; {expected}")
-        if dtype not in _PARAMETERS:
-            raise InputError(f"{file}: {key} is {dtype}; expected one of {', '.join(_PARAMETERS)}")
+        eight = shapes[tensor.paths[0]].dtype == np.int8
+        known = [name for name, own in _PARAMETERS.items() if (own == np.int8) == eight]
+        if dtype not in known:
+            raise InputError(f"{file}: {key} is {dtype}; expected one of {', '.join(known)}")
 
 
 def _dtypes(layout: Layout, source: Source, param_dtype: str | None) -> dict[Path, Any]:
@@ -120,7 +123,8 @@ def _dtypes(layout: Layout, source: Source, param_dtype: str | None) -> dict[Pat
     dtypes: dict[Path, Any] = {}
     for key, tensor in layout.items():
         stored = _PARAMETERS[source.stored[key].dtype]
-        own = stored if param_dtype is None else jnp.dtype(param_dtype)
+        eight = param_dtype is None or stored == np.int8
+        own = stored if eight else jnp.dtype(param_dtype)
         for path in tensor.paths:
             dtypes[path] = jnp.promote_types(dtypes.get(path, own), own)
     return dtypes
@@ -217,6 +221,8 @@ def _targets(
 
 def _is_finite(x: np.ndarray) -> bool:
     """Without a copy: as whole numbers, NaN and infinity are the largest of either sign."""
+    if x.dtype == np.int8:
+        return True
     largest = np.array(np.inf, x.dtype)
     for kind, bound in (("i", largest), ("u", -largest)):
         bits = f"{kind}{x.itemsize}"

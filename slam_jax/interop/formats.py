@@ -61,7 +61,7 @@ class Format(NamedTuple):
 # empty, or a switch that is off.
 _HARMLESS = HARMLESS | {
     # About the file.
-    *("auto_map", "transformers.js_config", "unsloth_fixed", "unsloth_version"),
+    *("auto_map", "slam_jax_weights", "transformers.js_config", "unsloth_fixed", "unsloth_version"),
     # How the publisher's library computes and returns the same logits.
     *("calc_logits_for_entire_prompt", "ep_size", "num_logits_to_keep", "output_router_logits"),
     *("pretraining_tp", "use_associative_scan", "use_mambapy", "use_mamba_kernels"),

@@ -26,7 +26,7 @@ from slam_jax.interop.filling import fill, main_dtype
 from slam_jax.interop.formats import make_layout, read_config, skipped_layers, write_config
 from slam_jax.interop.fp8 import dequantise, read_quantization
 from slam_jax.interop.gguf import GGUF
-from slam_jax.interop.tensors import Layout, Params
+from slam_jax.interop.tensors import Layout, Params, Tensor
 from slam_jax.interop.weights import (
     Source,
     find_folder,
@@ -37,9 +37,19 @@ from slam_jax.interop.weights import (
 )
 from slam_jax.language_models import make_model
 from slam_jax.layers.lora import merge_lora
+from slam_jax.layers.quantization import published_form, quantize, weights_of
+from slam_jax.layers.stacked import names_of
 
 OWN_TYPE = "slam_v3"
 """The model_type of a SLAM v3 in a config.json."""
+
+_WEIGHTS = "slam_jax_weights"
+"""The field of a config.json that says how `quantize` made the weights."""
+_OWN_FIELDS: dict[str, dict[str, Any]] = {
+    "bfloat16": {_WEIGHTS: "bfloat16"},
+    # Other libraries refuse a method of quantization that they do not know.
+    "int8": {_WEIGHTS: "int8", "quantization_config": {"quant_method": "slam_jax"}},
+}
 
 _INDEX = "model.safetensors.index.json"
 
@@ -94,9 +104,10 @@ def load_pretrained(
 
     model_type may be each of `slam_jax.interop.formats.FORMATS`. Experts may be one tensor each, or
     one tensor for all experts of a layer. Weights of eight bits with a scale for each block, as
-    DeepSeek-V3 has them, become bfloat16; quantised ones of GGUF files float32. One parameter is
-    read after the other and sent to the device, so the host holds only that one, such as the
-    stacked experts of one layer.
+    DeepSeek-V3 has them, become bfloat16; quantised ones of GGUF files float32. A folder that
+    `save_pretrained` wrote of a model of `slam_jax.quantize` gives such a model again. One
+    parameter is read after the other and sent to the device, so the host holds only that one, such
+    as the stacked experts of one layer.
 
     Args:
       dtype: of the computation. param_dtype: of the parameters, None = that of each stored tensor,
@@ -110,6 +121,11 @@ def load_pretrained(
       InputError, ConfigError: names what in the folder is missing, left over, of another shape or
         not understood; nothing is loaded then.
     """
+    weights = _own_weights(path)
+    if weights == "int8":
+        if param_dtype is not None or mesh is not None:
+            raise InputError(f"{path}: its weights are int8; load it without param_dtype and mesh")
+        return _load_int8(find_folder(path), dtype, scan_layers)
     found = open_pretrained(path)
     own: Any = dict(param_dtype=param_dtype or found.config.param_dtype)
     config = dataclasses.replace(found.config, dtype=dtype, scan_layers=scan_layers, **own)
@@ -121,7 +137,44 @@ def load_pretrained(
         mesh=mesh,
         check_finite=check_finite,
     )
-    return model, config
+    if weights == "bfloat16" and param_dtype is None and mesh is None:
+        model = quantize(model, weights)
+    return model, model.config
+
+
+def _own_weights(path: str | Path) -> str | None:
+    """How `quantize` made the weights of a folder; None = it did not."""
+    if str(path).endswith(".gguf"):
+        return None
+    data = read_json(find_folder(path) / "config.json")
+    return data.get(_WEIGHTS) if isinstance(data, Mapping) else None
+
+
+def _load_int8(folder: Path, dtype: str, scan_layers: bool | None) -> tuple[Any, Any]:
+    """A model whose arrays have our names, in our shapes; see `_own_layout`."""
+    data = read_json(folder / "config.json")
+    _, config = read_config({key: x for key, x in data.items() if key not in _OWN_FIELDS["int8"]})
+    source = find_weights(folder)
+    require_as_many(source, config, "num_layers", "num_experts")
+    config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers)
+
+    def make() -> Any:
+        return quantize(make_model(config, rngs=nnx.Rngs(0)), "int8")
+
+    model = fill(make, _own_layout, source)
+    return model, model.config
+
+
+def _own_layout(params: Params) -> Layout:
+    """Each parameter by its own name, those of stacked layers one by one."""
+    layout: Layout = {}
+    for path, x in params.items():
+        names, axis = names_of("/".join(map(str, path)))
+        axes = " ".join(f"a{i}" for i in range(x.ndim if axis is None else x.ndim - 1))
+        for i, name in enumerate(names):
+            index = () if axis is None else (i,)
+            layout[name] = Tensor((path,), f"{axes} -> {axes}", index)
+    return layout
 
 
 def is_published(path: str | Path) -> bool:
@@ -146,18 +199,21 @@ def save_pretrained(
     files: the content of further files by name, such as those of its tokenizer.
 
     Settings of training that the publisher's configuration has no field for (losses, capacities)
-    and the dtype of the computation are not written. Adapters are merged into their kernels.
+    and the dtype of the computation are not written. Adapters are merged into their kernels. The
+    config.json of a model of `slam_jax.quantize` also says how to load it. With int8 its arrays
+    have our names, and no other library opens it.
 
     Raises:
       InputError: the model was never published in this form, or the folder is not empty.
       WriteError: the folder cannot be written; nothing is left behind.
     """
-    kind, data = write_config(model.config)
+    (kind, data), weights = write_config(model.config), weights_of(model)
+    own = weights == "int8"
     write_folder(
         folder,
-        model,
-        lambda params: make_layout(kind, model.config, params),
-        {"config.json": data},
+        model if own else published_form(model),
+        _own_layout if own else lambda params: make_layout(kind, model.config, params),
+        {"config.json": data | _OWN_FIELDS.get(weights, {})},
         max_shard_bytes=max_shard_bytes,
         files=files,
     )

@@ -36,6 +36,7 @@ _NUMPY: dict[str, Any] = {
     "BF16": ml_dtypes.bfloat16,
     "F16": np.float16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "I8": np.int8,
 }
 
 
@@ -77,7 +78,7 @@ class Weights:
     starts: Mapping[str, int]
 
     def read(self, key: str) -> np.ndarray:
-        """A read-only view of the file. Raises InputError for a dtype that is no float."""
+        """A read-only view of the file. Raises InputError for a dtype that is no float or int8."""
         file, shape, dtype = self.stored[key]
         if dtype not in _NUMPY:
             raise InputError(f"{file}: {shown(key)} is {dtype}; expected F32, BF16 or F16")

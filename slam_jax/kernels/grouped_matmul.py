@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from slam_jax.kernels.backend import cuda_capability, has_tokamax, on_cpu
+from slam_jax.kernels.backend import cuda_capability, has_tokamax, on_cpu, portable
 from slam_jax.kernels.row_product import picked_row_product
 from slam_jax.layers.precision import upcast
+from slam_jax.layers.quantized_array import from_bits, is_quantized
 
 # With so few rows, one product a row that reads its kernel in place is faster.
 _FEW_ROWS = 8
@@ -17,27 +18,29 @@ _SMALLEST_BLOCK = 32
 
 
 def grouped_matmul(
-    x: Float[Array, "rows I"], kernels: Float[Array, "E I O"], group_sizes: Int[Array, "E"]
+    x: Float[Array, "rows I"], kernels: Shaped[Array, "E I O"], group_sizes: Int[Array, "E"]
 ) -> Float[Array, "rows O"]:
     """y[r] = x[r] @ kernels[g] for each row r of group g; 0 for rows after the last group.
 
     Rows are sorted by group; group_sizes are the numbers of rows of each. `ragged_dot` on
     accelerators. On a CPU that multiplies every row by every kernel, so a loop over blocks of rows
-    takes its place there; it supports reverse-mode differentiation only.
+    takes its place there; it supports reverse-mode differentiation only. Kernels may be quantised
+    (`slam_jax.layers.quantized_array`); scales are not applied.
     """
     return _on_cpu(x, kernels, group_sizes) if on_cpu() else ragged_dot(x, kernels, group_sizes)
 
 
 def ragged_dot(
-    x: Float[Array, "rows I"], kernels: Float[Array, "E I O"], group_sizes: Int[Array, "E"]
+    x: Float[Array, "rows I"], kernels: Shaped[Array, "E I O"], group_sizes: Int[Array, "E"]
 ) -> Float[Array, "rows O"]:
     """The plain form of `grouped_matmul`, which reads the kernels in place: `ragged_dot` of tokamax
     on TPUs and Hopper GPUs, where its kernels have gradients, else of `jax.lax`."""
     in_group = jnp.arange(len(x))[:, None] < group_sizes.sum()
     # The libraries promise nothing about other rows, in the product and in its gradients.
-    x = jnp.where(in_group, x, 0)
+    x, kernels = jnp.where(in_group, x, 0), _widened(kernels, x.dtype)
     has_kernel = jax.default_backend() == "tpu" or 9.0 <= cuda_capability() < 10.0
-    library: Any = importlib.import_module("tokamax") if has_kernel and has_tokamax() else jax.lax
+    has_kernel &= has_tokamax() and not portable()
+    library: Any = importlib.import_module("tokamax") if has_kernel else jax.lax
     y = library.ragged_dot(x, kernels, group_sizes)
     return jnp.where(in_group, y, 0)
 
@@ -59,6 +62,7 @@ def _by_blocks(x, kernels, group_sizes, transposed=False):
 
     def group(y, inputs):
         kernel, start, count = inputs
+        kernel = _widened(kernel, x.dtype)
 
         def block(i, y):
             at = start + i * size
@@ -71,6 +75,11 @@ def _by_blocks(x, kernels, group_sizes, transposed=False):
     y = jnp.zeros((len(padded), kernels.shape[1 if transposed else 2]), x.dtype)
     y, _ = jax.lax.scan(group, y, (kernels, starts, group_sizes))
     return jnp.where(jnp.arange(len(x))[:, None] < group_sizes.sum(), y[: len(x)], 0)
+
+
+def _widened(kernels, dtype):
+    """The numbers of quantised kernels; others as they are."""
+    return from_bits(kernels, dtype) if is_quantized(kernels) else kernels
 
 
 def _blocks(x, kernels, group_sizes):

@@ -25,9 +25,10 @@ from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers.attention import causal_layout
 from slam_jax.layers.constrain import constrain, gather_rows, taken
 from slam_jax.layers.dropout import split
+from slam_jax.layers.embedding import Embedding
 from slam_jax.layers.experts import MixtureOfExperts
 from slam_jax.layers.kv_cache import check_appended, check_prompts, new_positions
-from slam_jax.layers.linear import Initializer, Linear, project_to_float32
+from slam_jax.layers.linear import Initializer, Linear
 from slam_jax.layers.masks import prefix_mask, without_unknown_pads
 from slam_jax.layers.norms import RMSNorm
 from slam_jax.layers.precision import precise
@@ -215,8 +216,8 @@ class HeadedModel(nnx.Module):
     def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head: logits (float32 or wider) of hidden states."""
         if self.head is None:
-            return project_to_float32(states, self.embedding.embedding[...].T)
-        return project_to_float32(states, self.head.weight)
+            return self.embedding.logits(states)
+        return self.head.logits(states)
 
     @precise
     def prefill(
@@ -310,13 +311,13 @@ class Transformer(HeadedModel):
         kw: Any = dict(**config.dtypes, rngs=rngs)
         self.config, sizes = config, (config.vocab_size, config.embed_dim)
         embedding_init = embedding_init or config.init
-        self.embedding = nnx.Embed(*sizes, embedding_init=embedding_init, **kw)
+        self.embedding = Embedding(*sizes, embedding_init=embedding_init, **kw)
         self.blocks = collect(blocks)
         self.norm = norm or rms_norm(config)
         tied, init = config.tie_embeddings, head_init or config.init
         self.head = None if tied else Linear(*sizes[::-1], kernel_init=init, **kw)
         rows = (config.context_length, config.embed_dim)
-        table = nnx.Embed(*rows, embedding_init=embedding_init, **kw) if learned_positions else None
+        table = Embedding(*rows, embedding_init=embedding_init, **kw) if learned_positions else None
         self.positions: Any = table
 
     def states(self, tokens: Int[Array, "*B T"], before: Before) -> Hidden:

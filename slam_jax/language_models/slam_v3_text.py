@@ -20,6 +20,7 @@ from slam_jax.errors import InputError, require
 from slam_jax.language_models.base import HeadedModel
 from slam_jax.language_models.config import LanguageModelConfig
 from slam_jax.layers.dropout import dropout, split
+from slam_jax.layers.embedding import Embedding
 from slam_jax.layers.flops import linear
 from slam_jax.layers.kv_cache import new_positions
 from slam_jax.layers.linear import Linear
@@ -92,7 +93,7 @@ class SlamV3Text(HeadedModel):
         self.config, v3, normal = config, config.slam_v3, nnx.initializers.normal
         kw: Any = dict(**config.dtypes, rngs=rngs)
         sizes = (config.vocab_size, config.embed_dim)
-        self.embedding = nnx.Embed(*sizes, embedding_init=normal(0.02), **kw)
+        self.embedding = Embedding(*sizes, embedding_init=normal(0.02), **kw)
         self.text_norm = RMSNorm(config.embed_dim, param_dtype=kw["param_dtype"])
         # `Streams` says why its standard deviation is so large.
         self.type = nnx.Param(normal(0.5)(rngs.params(), (config.embed_dim,), kw["param_dtype"]))

@@ -6,20 +6,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from slam_jax.kernels.grouped_matmul import grouped_matmul
 from slam_jax.layers.constrain import sum_over
 from slam_jax.layers.linear import LECUN_NORMAL, Initializer
 from slam_jax.layers.mlp import GatedMLP
 from slam_jax.layers.precision import upcast
+from slam_jax.layers.quantized_array import is_quantized
 from slam_jax.layers.router import Router, Routing
 
-Kernels = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
+Scaled = tuple[Shaped[Array, "E _ _"], Float[Array, "E _"] | None]
+"""Kernels and their scales, which only quantised ones have."""
 
 
 class ExpertLinear(nnx.Module):
-    """The kernels [E, I, O] of E linear maps, each initialised like a `Linear`."""
+    """The kernels [E, I, O] of E linear maps, each initialised like a `Linear`.
+
+    `slam_jax.quantize` makes them int8 with a `scale` [E, O], or uint16; see `Linear`.
+    """
+
+    scale: nnx.Param | None = None
 
     def __init__(
         self,
@@ -34,6 +41,11 @@ class ExpertLinear(nnx.Module):
         keys = jax.random.split(rngs.params(), num_experts)
         shape = (in_features, out_features)
         self.kernel = nnx.Param(jax.vmap(lambda key: kernel_init(key, shape, param_dtype))(keys))
+
+    def scaled(self, dtype) -> Scaled:
+        """The kernels, of `dtype` unless they are quantised."""
+        kernel, scale = self.kernel[...], None if self.scale is None else self.scale[...]
+        return (kernel if is_quantized(kernel) else kernel.astype(dtype)), scale
 
 
 class Experts(nnx.Module):
@@ -82,28 +94,36 @@ class Experts(nnx.Module):
         if capacity is not None:
             experts = self._within_capacity(capacity, experts, weights)
         layers = (self.gate, self.up, self.down)
-        kernels = tuple(layer.kernel[...].astype(self.dtype) for layer in layers)
+        kernels = tuple(layer.scaled(self.dtype) for layer in layers)
         y = sum_over("expert", self._run, kernels, (rows, experts, weights))
         return y.reshape(x.shape).astype(x.dtype)
 
     def _run(
         self,
         first: int | Int[Array, ""],
-        kernels: Kernels,
+        kernels: tuple[Scaled, Scaled, Scaled],
         rows: Float[Array, "rows D"],
         experts: Int[Array, "rows k"],
         weights: Float[Array, "rows k"],
     ) -> Float[Array, "rows D"]:
         """The weighted outputs of the experts from `first` on, which have these kernels."""
-        count, (num_rows, k) = len(kernels[0]), experts.shape
+        count, (num_rows, k) = len(kernels[0][0]), experts.shape
         choices = experts.reshape(-1) - first
         choices = jnp.where((choices >= 0) & (choices < count), choices, count)
         order = jnp.argsort(choices)
         sizes = jnp.sum(choices[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
         gate, up, down = kernels
+
+        def product(x: jax.Array, scaled: Scaled) -> jax.Array:
+            y, scale = grouped_matmul(x, scaled[0], sizes), scaled[1]
+            if scale is None:
+                return y
+            # The rows of no expert are 0, whatever their scale.
+            return y * jnp.take(scale, choices[order], axis=0, mode="clip").astype(y.dtype)
+
         x = rows.astype(self.dtype)[order // k]
-        h = jax.nn.silu(grouped_matmul(x, gate, sizes)) * grouped_matmul(x, up, sizes)
-        y = grouped_matmul(h, down, sizes)[jnp.argsort(order)]
+        h = jax.nn.silu(product(x, gate)) * product(x, up)
+        y = product(h, down)[jnp.argsort(order)]
         y = y.reshape(num_rows, k, -1).astype(upcast(self.dtype))
         return jnp.einsum("rk,rkd->rd", weights, y)
 

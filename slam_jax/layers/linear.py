@@ -8,7 +8,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from slam_jax.kernels.row_product import quantized_product
 from slam_jax.layers.precision import upcast
+from slam_jax.layers.quantized_array import dequantize, is_quantized
 from slam_jax.layers.remat import LINEAR
 
 Shape = int | tuple[int, ...]
@@ -52,9 +54,13 @@ class Linear(nnx.Module):
     `slam_jax.layers.lora.add_lora` gives it an adapter: y = x W + lora_scale (x A) B (+ b) with
     `lora_a` A of shape (*in_features, r) and `lora_b` B of shape (r, *out_features). The leading
     axes of a stack of maps come before these.
+
+    `slam_jax.quantize` makes the kernel int8 with a `scale` of shape (*out_features,), or uint16,
+    the bits of bfloat16; see `slam_jax.layers.quantized_array`. Such a map has no adapter.
     """
 
-    # Class attributes, so that maps without an adapter have no further ones of their own.
+    # Class attributes, so that maps without these have no further ones of their own.
+    scale: nnx.Param | None = None
     lora_a: nnx.Param | None = None
     lora_b: nnx.Param | None = None
     lora_scale: float = 1.0
@@ -83,22 +89,52 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         x = x.astype(self.dtype)
+        if is_quantized(self.kernel):
+            return self._with_bias(self._quantized_product(x).astype(self.dtype))
         y = project(x, self.kernel[...].astype(self.dtype), self.in_axes)
         if self.lora_a is not None and self.lora_b is not None:
             low = project(x, self.lora_a[...].astype(self.dtype), self.in_axes)
             # Not stored for the gradient: it is as large as y, and recomputed from few numbers.
             y = y + self.lora_scale * _contract(low, self.lora_b[...].astype(self.dtype), 1)
+        return self._with_bias(y)
+
+    def logits(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        """The outputs without the bias, in float32 or wider; see `project_to_float32`."""
+        if is_quantized(self.kernel):
+            return self._quantized_product(x)
+        return project_to_float32(x, self.weight)
+
+    def _quantized_product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        kernel = self.kernel[...]
+        outputs, batch = kernel.shape[self.in_axes :], x.shape[: x.ndim - self.in_axes]
+        flat = kernel.reshape(-1, math.prod(outputs))
+        y = quantized_product(x.reshape(*batch, len(flat)), flat).reshape(*batch, *outputs)
+        if self.scale is None:
+            return y
+        return y * jax.lax.broadcast_to_rank(self.scale[...].astype(y.dtype), y.ndim)
+
+    def _with_bias(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
         if self.bias is None:
             return y
         return y + jax.lax.broadcast_to_rank(self.bias[...].astype(self.dtype), y.ndim)
 
     @property
+    def summed_axes(self) -> tuple[int, ...]:
+        """The axes of the kernel that a product sums over, also of a stack of maps."""
+        outputs = self.kernel.ndim - self.out_axes
+        return tuple(range(outputs - self.in_axes, outputs))
+
+    @property
     def weight(self) -> Float[Array, "..."]:
         """The kernel with its adapter, W + lora_scale A B, also of a stack of maps.
 
-        Without an adapter it is the kernel. Otherwise it has the wider dtype of the two.
+        Without an adapter it is the kernel, in float32 if that is quantised. Otherwise it has the
+        wider dtype of the two.
         """
         kernel = self.kernel[...]
+        if is_quantized(kernel):
+            scale = None if self.scale is None else self.scale[...]
+            return dequantize(kernel, scale, self.summed_axes)
         if self.lora_a is None or self.lora_b is None:
             return kernel
         a, b = self.lora_a[...], self.lora_b[...]

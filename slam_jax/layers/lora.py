@@ -17,6 +17,7 @@ from flax import nnx
 from slam_jax.errors import ConfigError, require, require_count
 from slam_jax.layers.linear import Linear
 from slam_jax.layers.precision import upcast
+from slam_jax.layers.quantized_array import is_quantized
 from slam_jax.layers.stacked import names_of
 from slam_jax.patterns import matching
 
@@ -65,6 +66,10 @@ def add_lora(
         wanted = [layer for layer in layers if layer in chosen]
         if not wanted:
             continue
+        if is_quantized(linear.kernel):
+            raise ConfigError(
+                f"lora.patterns match {path}, which is quantised; adapt it before that"
+            )
         if len(wanted) < len(layers):
             raise ConfigError(
                 f"lora.patterns match {wanted[0]} and not all layers that are stacked with it; "

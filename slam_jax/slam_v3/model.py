@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 from slam_jax.array_typing import AnyArray
 from slam_jax.layers.constrain import constrain
 from slam_jax.layers.dropout import DropoutKey, dropout, split
+from slam_jax.layers.embedding import Embedding
 from slam_jax.layers.kv_cache import check_appended, check_prompts
-from slam_jax.layers.linear import Linear, project_to_float32
+from slam_jax.layers.linear import Linear
 from slam_jax.layers.lora import add_lora
 from slam_jax.layers.masks import prefix_mask, without_unknown_pads
 from slam_jax.layers.precision import precise
@@ -58,7 +59,7 @@ class SlamV3(nnx.Module):
         # decoder has both.
         own, normal = config.language_model is None, nnx.initializers.normal(0.02)
         sizes = (config.vocab_size, config.embed_dim)
-        self.embedding = nnx.Embed(*sizes, embedding_init=normal, **kw) if own else None
+        self.embedding = Embedding(*sizes, embedding_init=normal, **kw) if own else None
         self.streams = Streams(config, rngs=rngs)
         # Checkpoints know the joint block as level_one and the compressor as memory_bank.
         self.level_one = JointBlock(config, rngs=rngs)
@@ -131,7 +132,7 @@ class SlamV3(nnx.Module):
         """The head: logits (float32 or wider) of hidden states."""
         if self.head is None:
             return self.decoder.logits(states)
-        return project_to_float32(states, self.head.weight)
+        return self.head.logits(states)
 
     @precise
     def run_processes(

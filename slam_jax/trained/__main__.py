@@ -22,6 +22,9 @@ BASE = flags.DEFINE_multi_string(
 DTYPE = flags.DEFINE_enum(
     "dtype", "float16", ["float32", "bfloat16", "float16"], "Of the stored weights."
 )
+WEIGHTS = flags.DEFINE_enum(
+    "weights", None, ["bfloat16", "int8"], "For inference alone, instead of --dtype."
+)
 COMMAND = flags.DEFINE_string("command", None, "The command of the run, for the model card.")
 COMMIT = flags.DEFINE_string("commit", None, "The commit that it ran on, for the model card.")
 
@@ -31,6 +34,7 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
     # Imported here because importing JAX takes seconds, in which Ctrl-C must already work.
     from slam_jax.generation import ModelAndTokenizer
+    from slam_jax.layers.quantization import weights_of
     from slam_jax.trained.card import make_card
     from slam_jax.trained.folder import write_folder
     from slam_jax.trained.saving import merged, save_pretrained
@@ -38,17 +42,19 @@ def main(arguments: list[str]) -> None:
     from slam_jax.training.checkpoint.trees import by_name
     from slam_jax.training.loading import read_saved
 
-    loaded = load(WORKDIR.value, STEP.value, BASE.value)
+    loaded = load(WORKDIR.value, STEP.value, BASE.value, weights=WEIGHTS.value)
     if isinstance(loaded, ModelAndTokenizer):
         save_pretrained(loaded, OUTPUT.value)
         print(f"{OUTPUT.value}: a language model in the form of its publisher")
         return
     saved, loaded = read_saved(WORKDIR.value, STEP.value), merged(loaded)
-    saved = saved._replace(config=loaded.config)
-    card = make_card(loaded, WORKDIR.value, COMMAND.value, COMMIT.value, DTYPE.value)
+    weights = weights_of(loaded.model)
+    dtype = DTYPE.value if weights == "float32" else None
+    saved = saved._replace(config=loaded.config, weights=weights)
+    card = make_card(loaded, WORKDIR.value, COMMAND.value, COMMIT.value, dtype or weights)
     _, params = split_model(loaded.model)
-    write_folder(OUTPUT.value, saved, by_name(params), card, dtype=DTYPE.value)
-    print(f"{OUTPUT.value}: {loaded.step:,} steps, weights in {DTYPE.value}")
+    write_folder(OUTPUT.value, saved, by_name(params), card, dtype=dtype)
+    print(f"{OUTPUT.value}: {loaded.step:,} steps, weights in {dtype or weights}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from slam_jax.data.hub_tokenizer import HubTokenizer, tokenizer_from_json
 from slam_jax.errors import InputError, first_line, require, shorten, writing
 from slam_jax.interop.pretrained import OWN_TYPE, is_published, write_shards
 from slam_jax.interop.weights import find_weights
+from slam_jax.layers.quantization import WEIGHTS as KINDS
 from slam_jax.runtime.files import read_limited
 from slam_jax.version import __version__
 
@@ -27,7 +28,11 @@ WEIGHTS, ABOUT, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer
 _OLD_ABOUT = "model.json"
 """Where versions up to 0.21 wrote what is now in config.json."""
 
+_PUBLIC = {"uint16": "bfloat16"}
+"""The dtypes in files of arrays that have others in memory."""
+
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_STORED = {"int8": ("I8",), "uint16": ("BF16",)}
 SHIPPED = ("quickstart",)
 """Models that come with the package, made by the configs of these names."""
 
@@ -40,7 +45,8 @@ class Trained(NamedTuple):
 
     config: of the run, as nested dicts. step: of the checkpoint. max_new_tokens: the longest answer
     of the training data in tokens, its <eos> included. aux: the format of auxiliary vectors, None
-    where they have no names. tokenizer: its JSON.
+    where they have no names. tokenizer: its JSON. weights: as `slam_jax.quantize`
+    takes them.
     """
 
     config: dict[str, Any]
@@ -48,6 +54,7 @@ class Trained(NamedTuple):
     max_new_tokens: int
     aux: dict[str, Any] | None
     tokenizer: str
+    weights: str = "float32"
 
 
 def find_folder(model: str | Path) -> Path | None:
@@ -85,13 +92,13 @@ def write_folder(
     require(known, "dtype", dtype, f"None or one of {', '.join(DTYPES)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: it is not empty; give a new or an empty folder")
-    kinds = {name: jnp.dtype(dtype or x.dtype) for name, x in weights.items()}
+    kinds = {
+        name: jnp.dtype(dtype or _PUBLIC.get(x.dtype.name, x.dtype)) for name, x in weights.items()
+    }
     sizes = {name: kinds[name].itemsize * x.size for name, x in weights.items()}
 
     def stored(name: str) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            # `order`: safetensors writes the memory of an array as it is.
-            array = np.asarray(np.asarray(weights[name]).astype(kinds[name]), order="C")
+        array = _converted(np.asarray(weights[name]), kinds[name])
         if not np.isfinite(array).all():
             raise InputError(f"{name} has weights that {dtype} cannot hold; take another dtype")
         return array
@@ -99,6 +106,8 @@ def write_folder(
     about = {"model_type": OWN_TYPE, "slam_jax_version": __version__}
     trained = trained._replace(config=_without_paths(trained.config))
     about |= {name: getattr(trained, name) for name in _FIELDS}
+    if trained.weights != "float32":
+        about["weights"] = trained.weights
     tokenizer = tokenizer_from_json(trained.tokenizer)
     texts = {TOKENIZER: trained.tokenizer}
     if isinstance(tokenizer, HubTokenizer):
@@ -117,6 +126,13 @@ def write_folder(
             raise OSError(str(error)) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _converted(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """The numbers in this dtype; those of uint16 are bits. In C order, as they are written."""
+    with np.errstate(over="ignore"):
+        array = array.view(dtype) if array.dtype == np.uint16 else array.astype(dtype)
+    return np.asarray(array, order="C")
 
 
 def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,15 +160,20 @@ def read_folder(folder: Path) -> Trained:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise InputError(f"{path}: {name} is {shorten(repr(value), 60)}")
     fields = {name: about[name] for name in _FIELDS}
+    if (weights := about.get("weights", "float32")) not in KINDS:
+        found, expected = shorten(repr(weights), 60), ", ".join(KINDS)
+        raise InputError(f"{path}: weights is {found}; expected one of {expected}")
     if (folder / CONFIG).exists():
         tokenizer = HubTokenizer.load(folder).to_json()
     else:
         tokenizer = read_limited(folder / TOKENIZER, _MOST_BYTES)
-    return Trained(**fields, tokenizer=tokenizer)
+    return Trained(**fields, tokenizer=tokenizer, weights=weights)
 
 
 def read_weights(folder: Path, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The weights of a folder in the dtypes of `shapes`, which has a shape and a dtype by name.
+
+    Those of int8 and uint16 are stored as int8 and bfloat16.
 
     Raises InputError, naming what is missing, left over or of another shape.
     """
@@ -165,7 +186,13 @@ def read_weights(folder: Path, shapes: Mapping[str, Any]) -> dict[str, np.ndarra
         )
     for name, leaf in shapes.items():
         file, found, dtype = source.stored[name]
-        if found != leaf.shape or dtype not in DTYPES.values():
-            expected = f"{list(leaf.shape)} in one of {', '.join(DTYPES)}"
+        known = _STORED.get(leaf.dtype.name, tuple(DTYPES.values()))
+        if found != leaf.shape or dtype not in known:
+            expected = f"{list(leaf.shape)} in one of {', '.join(known)}"
             raise InputError(f"{file}: {name} is {dtype} {list(found)}; expected {expected}")
-    return {name: source.read(name).astype(x.dtype) for name, x in shapes.items()}
+
+    def array(name: str) -> np.ndarray:
+        x, dtype = source.read(name), shapes[name].dtype
+        return x.view(dtype) if dtype == np.uint16 else x.astype(dtype)
+
+    return {name: array(name) for name in shapes}

@@ -6,9 +6,11 @@ from typing import Any
 
 from slam_jax.data.hub_tokenizer import HubTokenizer
 from slam_jax.data.tokenizer import Tokenizer
+from slam_jax.errors import require
 from slam_jax.generation import ModelAndTokenizer
 from slam_jax.interop import pretrained
 from slam_jax.layers.lora import LoraConfig, merge_lora
+from slam_jax.layers.quantization import weights_of
 from slam_jax.trained.card import make_card
 from slam_jax.trained.folder import CARD, Trained, write_folder
 from slam_jax.training.checkpoint.trees import by_name
@@ -29,7 +31,8 @@ def save_pretrained(
     Args:
       loaded: what `slam_jax.load` returned; a `ModelAndTokenizer`; or a language model alone, which
         is written without a tokenizer.
-      dtype: of the stored weights of a SLAM v3, None = as they are. A language model keeps its own.
+      dtype: of the stored weights of a SLAM v3, None = as they are. A language model keeps its own,
+        and so does a model of `slam_jax.quantize`.
 
     Raises:
       InputError: the folder is not empty, the model was never published in such a form, or a weight
@@ -44,8 +47,13 @@ def save_pretrained(
             max_new_tokens=loaded.max_new_tokens,
             aux=None if aux is None else aux.to_json(),
             tokenizer=loaded.tokenizer.to_json(),
+            weights=weights_of(loaded.model),
         )
-        card = make_card(loaded, "", None, None, dtype or loaded.model.config.param_dtype)
+        stored = loaded.model.config.param_dtype
+        if about.weights != "float32":
+            stored = about.weights
+            require(dtype is None, "dtype", dtype, f"None, since the weights are {stored}")
+        card = make_card(loaded, "", None, None, dtype or stored)
         weights = by_name(split_model(loaded.model)[1])
         write_folder(folder, about, weights, card, dtype=dtype, max_shard_bytes=max_shard_bytes)
         return
@@ -60,7 +68,7 @@ def save_pretrained(
 
 def merged(loaded: Loaded) -> Loaded:
     """The same model with its adapters merged, and without them in its configuration."""
-    if not loaded.model.config.lora.rank:
+    if not loaded.config["model"].get("lora", {}).get("rank"):
         return loaded
     off = as_json(dataclasses.asdict(LoraConfig()))
     config = {**loaded.config, "model": {**loaded.config["model"], "lora": off}}

@@ -12,6 +12,7 @@ from slam_jax.data import AnyTokenizer, AuxFormat, load_tokenizer, tokenizer_fro
 from slam_jax.data.images import RESIZE_POLICIES
 from slam_jax.generation.requests import ModelAndTokenizer
 from slam_jax.interop.pretrained import is_published, load_pretrained
+from slam_jax.layers.quantization import quantize
 from slam_jax.runtime.memory import explain_out_of_memory
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.trained.folder import Trained, find_folder, read_folder, read_weights
@@ -57,7 +58,13 @@ class LoadedLanguageModel(ModelAndTokenizer):
     step: int = 0
 
 
-def load(workdir: str | Path, step: Step = None, base: Sequence[str | Path] = ()) -> Any:
+def load(
+    workdir: str | Path,
+    step: Step = None,
+    base: Sequence[str | Path] = (),
+    *,
+    weights: str | None = None,
+) -> Any:
     """A model and its tokenizer, ready for `slam_jax.generate`.
 
     workdir: of a run, which gives a `Loaded`, or for a language model a `ModelAndTokenizer`, with
@@ -66,6 +73,7 @@ def load(workdir: str | Path, step: Step = None, base: Sequence[str | Path] = ()
     the GGUF file, which gives a `ModelAndTokenizer`.
     step: a number, "latest", "best", or None for the best; a folder
     has one step. base: folders in which to look first for base weights that the checkpoint names.
+    weights: "float32", "bfloat16" or "int8", as `slam_jax.quantize` takes them; None = as stored.
     Only arrays and JSON are read; nothing is executed.
 
     Raises:
@@ -73,6 +81,11 @@ def load(workdir: str | Path, step: Step = None, base: Sequence[str | Path] = ()
       InputError: the folder is damaged, or base weights are missing or were changed.
       OutOfMemory: the model does not fit.
     """
+    return quantize(_load(workdir, step, base), weights)
+
+
+def _load(workdir: str | Path, step: Step, base: Sequence[str | Path]) -> Any:
+    """A model with its weights as they are stored."""
     if is_published(workdir):
         return _load_published(workdir)
     folder, saved = find_folder(workdir), read_saved(workdir, step)
@@ -82,7 +95,8 @@ def load(workdir: str | Path, step: Step = None, base: Sequence[str | Path] = ()
     aux_format = None if saved.aux is None else AuxFormat.from_json(saved.aux)
     experiment = Experiment.from_config(saved.config)
     sizes = experiment.with_vocabulary(tokenizer.vocab_size)
-    model = nnx.eval_shape(lambda: SlamV3(sizes, rngs=nnx.Rngs(0)))
+    stored = None if saved.weights == "float32" else saved.weights
+    model = nnx.eval_shape(lambda: quantize(SlamV3(sizes, rngs=nnx.Rngs(0)), stored))
     graphdef, like = split_model(model)
     with explain_out_of_memory("the model", "load it on a larger machine"):
         if folder is not None:
