@@ -107,7 +107,7 @@ def generate(
     state = continue_decoding(loaded.model, memory, state, state.tokens.shape[-1])
     count, rows = sampling.num_samples, _rows(state)
     return [
-        Answer(tuple(_sample(loaded, sampling, *next(rows)) for _ in range(count)))
+        Answer(tuple(sample_of(loaded, sampling, *next(rows)) for _ in range(count)))
         for _ in requests
     ]
 
@@ -139,7 +139,7 @@ def _pieces(
     sent, until, done = 0, 1, False
     while not done:
         tokens, logprobs = next(_rows(state))
-        text, _ = cut(_bytes(loaded, tokens), sampling.stop)
+        text, _ = cut(loaded.tokenizer.to_bytes(tokens), sampling.stop)
         done = bool(np.asarray(state.done).flat[0])
         end = len(text) if done else settled(text, sampling.stop)
         if piece := decoder.decode(text[sent:end], final=done):
@@ -147,7 +147,7 @@ def _pieces(
         if not done:
             sent, until = end, until + _TOKENS_AT_A_TIME
             state = continue_decoding(loaded.model, memory, state, until)
-    return _sample(loaded, sampling, tokens, logprobs).finish
+    return sample_of(loaded, sampling, tokens, logprobs).finish
 
 
 def stream(
@@ -249,20 +249,19 @@ def _rows(state: Decoding) -> Iterator[tuple[list[int], list[float]]]:
         yield tokens[row][: lengths[row]].tolist(), logprobs[row][: lengths[row]].tolist()
 
 
-def _sample(loaded: Any, sampling: Sampling, tokens: list[int], logprobs: list[float]) -> Sample:
-    text, stopped = cut(_bytes(loaded, tokens), sampling.stop)
+def sample_of(
+    loaded: Any, sampling: Sampling, tokens: Sequence[int], logprobs: Sequence[float]
+) -> Sample:
+    """The answer of these tokens, which end where the rules say."""
+    text, stopped = cut(loaded.tokenizer.to_bytes(tokens), sampling.stop)
     ended = bool(tokens) and tokens[-1] in loaded.tokenizer.end_ids
     # A stop string that is a special token has no bytes.
-    stopped |= bool(tokens) and tokens[-1] in _special_stops(loaded.tokenizer, sampling)
+    stopped |= bool(tokens) and tokens[-1] in special_stops(loaded.tokenizer, sampling)
     finish = "stop" if stopped else "end" if ended else "length"
     return Sample(text.decode("utf-8", "replace"), tuple(tokens), tuple(logprobs), finish)
 
 
-def _bytes(loaded: Any, tokens: list[int]) -> bytes:
-    return loaded.tokenizer.to_bytes(tokens)
-
-
-def _special_stops(tokenizer: Any, sampling: Sampling) -> list[int]:
+def special_stops(tokenizer: Any, sampling: Sampling) -> list[int]:
     """The stop strings that are special tokens, as ids."""
     found = map(tokenizer.special_id, sampling.stop)
     return [token for token in found if token is not None]
@@ -274,5 +273,5 @@ def _ends(loaded: Any, sampling: Sampling) -> Ends:
     for text in sampling.stop:
         tokenizer.check(text, "stop")
     stops = stop_table(sampling.stop, tokenizer) if sampling.stop else None
-    ids = end_ids_of([*tokenizer.end_ids, *_special_stops(tokenizer, sampling)])
+    ids = end_ids_of([*tokenizer.end_ids, *special_stops(tokenizer, sampling)])
     return Ends(ids, tokenizer.pad_id, stops, allowed_tokens(loaded))

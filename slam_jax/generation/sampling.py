@@ -93,13 +93,20 @@ class Sampling:
 
 @struct.dataclass
 class Rules:
-    """The numbers of a `Sampling` as arrays: other numbers need no new compilation."""
+    """The numbers of a `Sampling` as arrays: other numbers need no new compilation.
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    min_p: Float[Array, ""]
-    repetition_penalty: Float[Array, ""]
+    Each is one number for all rows, or one a row.
+    """
+
+    temperature: Float[Array, "*#B"]
+    top_k: Int[Array, "*#B"]
+    top_p: Float[Array, "*#B"]
+    min_p: Float[Array, "*#B"]
+    repetition_penalty: Float[Array, "*#B"]
+
+    def over_tokens(self) -> "Rules":
+        """The same with an axis for the tokens, where there is one for the rows."""
+        return jax.tree.map(lambda x: x[..., None] if jnp.ndim(x) else x, self)
 
 
 def choose(
@@ -110,27 +117,36 @@ def choose(
     seen: tokens that the row already has. keys: one per row, so that no row depends on another.
 
     The noise of a token depends on its id and not on its rank. So the choice stays the same when
-    two nearly equal logits change places, as in bfloat16 between batch sizes.
+    two nearly equal logits change places, as in bfloat16 between batch sizes. Noise, and the
+    sorting for the filters, are computed only where a row needs them.
     """
-    penalty = rules.repetition_penalty
-    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    each = rules.over_tokens()
+    penalised = jnp.where(
+        logits > 0, logits / each.repetition_penalty, logits * each.repetition_penalty
+    )
     logits = jnp.where(seen, penalised, logits)
-
-    def most_probable() -> jax.Array:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draws = rules.temperature > 0
+    filters = (rules.top_k < logits.shape[-1]) | (rules.top_p < 1) | (rules.min_p > 0)
 
     def sampled() -> jax.Array:
         draw = jax.random.categorical
         for _ in range(keys.ndim):
             draw = jax.vmap(draw)
-        scaled = (logits - logits.max(axis=-1, keepdims=True)) / rules.temperature
-        return draw(keys, keep_allowed(scaled, rules)).astype(jnp.int32)
+        # A row that is greedy has any finite scale.
+        scale = jnp.where(each.temperature > 0, each.temperature, 1)
+        scaled = (logits - logits.max(axis=-1, keepdims=True)) / scale
+        kept = jax.lax.cond(
+            jnp.any(filters & draws), lambda: keep_allowed(scaled, rules), lambda: scaled
+        )
+        return jnp.where(draws, draw(keys, kept).astype(jnp.int32), best)
 
-    return jax.lax.cond(rules.temperature > 0, sampled, most_probable)
+    return jax.lax.cond(jnp.any(draws), sampled, lambda: best)
 
 
 def keep_allowed(logits: Float[Array, "*B V"], rules: Rules) -> Float[Array, "*B V"]:
     """The logits, with -inf where a filter removes the token; it never removes the best one."""
+    rules = rules.over_tokens()
     ranked = jnp.sort(logits, axis=-1, descending=True)
     rank = jax.lax.broadcast_to_rank(jnp.arange(logits.shape[-1]), logits.ndim)
     probs = jax.nn.softmax(jnp.where(rank < rules.top_k, ranked, -jnp.inf), axis=-1)
