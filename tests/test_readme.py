@@ -12,7 +12,9 @@ from slam_jax.training import Loaded
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(?P<skip><!-- needs workdir -->\n)?```python\n(?P<code>.*?)^```", re.S | re.M)
+BLOCK = re.compile(
+    r"(?P<skip><!-- needs (?:workdir|a server) -->\n)?```python\n(?P<code>.*?)^```", re.S | re.M
+)
 LINK = re.compile(r"\]\((?!https?:)(?P<file>[^)#]*)(?:#(?P<heading>[^)]*))?\)")
 
 
@@ -26,12 +28,12 @@ def blocks():
             )
 
 
-@pytest.mark.parametrize(("page", "line", "code", "needs_workdir"), list(blocks()))
-def test_code_block_runs(page, line, code, needs_workdir, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "line", "code", "needs_more"), list(blocks()))
+def test_code_block_runs(page, line, code, needs_more, tmp_path, monkeypatch):
     # Blank lines before it, so that a traceback names the line of the page.
     program = compile("\n" * line + code, str(page), "exec")
-    if needs_workdir:
-        return  # a trained model would take minutes; that it compiles is all that is checked
+    if needs_more:
+        return  # a trained model would take minutes; tests/test_server.py has a server
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     exec(program, {"__name__": "readme"})

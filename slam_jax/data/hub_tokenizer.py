@@ -132,7 +132,7 @@ class HubTokenizer:
         """The text of these tokens as bytes; a part of it may be no whole letter."""
         pieces, unknown = self.token_bytes, "\ufffd".encode()
         text = b"".join(pieces[i] if 0 <= i < len(pieces) else unknown for i in ids)
-        start = self._stripped_spaces
+        start = self.stripped_spaces
         return text[min(start, len(text) - len(text.lstrip(b" "))) :]
 
     @functools.cached_property
@@ -297,7 +297,7 @@ class HubTokenizer:
         return decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
 
     @functools.cached_property
-    def _stripped_spaces(self) -> int:
+    def stripped_spaces(self) -> int:
         """How many spaces at the start of a text are not part of it."""
         for step in self._decoders:
             if step.get("type") == "Strip" and step.get("content") == " ":

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 
 import jax
 
-_FOR_ACCELERATORS = contextvars.ContextVar("_FOR_ACCELERATORS", default=False)
+# Whether functions are traced for a CPU; None = for the devices of this process.
+_FOR_CPU: contextvars.ContextVar[bool | None] = contextvars.ContextVar("_FOR_CPU", default=None)
 _ATTENTION: contextvars.ContextVar[str | None] = contextvars.ContextVar("_ATTENTION", default=None)
+_PORTABLE = contextvars.ContextVar("_PORTABLE", default=False)
 
 
 def on_cpu() -> bool:
-    return jax.default_backend() == "cpu" and not _FOR_ACCELERATORS.get()
+    for_cpu = _FOR_CPU.get()
+    return jax.default_backend() == "cpu" if for_cpu is None else for_cpu
 
 
 @functools.cache
@@ -40,12 +43,29 @@ def for_accelerators(attention: str | None = None) -> Iterator[None]:
     attention: a form of `fused_attention` that every device supports: "xla_chunked", which needs
     tokamax, or "xla". None = what the device at hand supports, the plain form on a CPU.
     """
-    tokens = _FOR_ACCELERATORS.set(True), _ATTENTION.set(attention)
+    tokens = _FOR_CPU.set(False), _ATTENTION.set(attention)
     try:
         yield
     finally:
-        _FOR_ACCELERATORS.reset(tokens[0])
+        _FOR_CPU.reset(tokens[0])
         _ATTENTION.reset(tokens[1])
+
+
+@contextlib.contextmanager
+def for_export(*, cpu: bool) -> Iterator[None]:
+    """Functions traced within it run on other machines: they have no kernels of libraries, and the
+    forms for a CPU, or else those for accelerators, whatever device is at hand."""
+    tokens = _FOR_CPU.set(cpu), _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _FOR_CPU.reset(tokens[0])
+        _PORTABLE.reset(tokens[1])
+
+
+def portable() -> bool:
+    """Whether `for_export` is in force."""
+    return _PORTABLE.get()
 
 
 def requested_attention() -> str | None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from slam_jax.kernels.backend import cuda_capability, has_tokamax, requested_attention
+from slam_jax.kernels.backend import cuda_capability, has_tokamax, portable, requested_attention
 from slam_jax.layers.constrain import per_device
 from slam_jax.layers.masks import Causal, Mask
 from slam_jax.layers.precision import upcast
@@ -29,14 +29,14 @@ def kernel_of(q: Float[Array, "*B T N H"], num_keys: int, width: int, mask: Mask
     """The kernel for these queries, with keys and values of at most `width` features a head.
 
     "tokamax" where it is installed, else "cudnn" where `jax.nn` has a kernel; what
-    `for_accelerators` asks for. None = the plain form: on a CPU, in float64, and for few pairs of
-    tokens or a single query, as in a decoding step.
+    `for_accelerators` asks for. None = the plain form: on a CPU, in an export, in float64, and for
+    few pairs of tokens or a single query, as in a decoding step.
     """
     if q.size == 0 or q.shape[-3] == 1 or q.shape[-3] * num_keys < _LEAST_PAIRS:
         return None
     if (requested := requested_attention()) is not None:
         return requested
-    if jax.default_backend() == "cpu" or upcast(q.dtype) != jnp.float32:
+    if portable() or jax.default_backend() == "cpu" or upcast(q.dtype) != jnp.float32:
         return None
     if has_tokamax():
         return "tokamax"
