@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import http.client
 import itertools
 import json
@@ -36,6 +37,7 @@ from slam_jax.demo.examples import PROMPTS, SCENES, show, trained_views
 from slam_jax.generation import ModelAndTokenizer, Request, Sampling, generate, stream
 from slam_jax.language_models import make_config, make_model
 from slam_jax.reporting.attention import attention_html
+from slam_jax.serving import Engine
 from slam_jax.slam_v3 import ImageConfig
 
 NOTHING = "nothing to answer from: give at least one of text, image and aux"
@@ -193,6 +195,24 @@ def test_a_file_that_is_no_picture_and_has_html_in_its_name_shows_an_error(brows
     find(browser, "#ask").click()
     notice = eventually(lambda: find(browser, "#notice p").text, bool)
     assert notice == f"{path.name} is no picture of a known kind, such as PNG or JPEG"
+
+
+def test_a_picture_is_talked_about_in_the_second_tab(browser, loaded, picture):
+    """The second question is about the picture that came with the first one."""
+    [tab] = [x for x in browser.find_elements(By.CSS_SELECTOR, "[role=tab]") if x.text == "Chat"]
+    tab.click()
+    find(browser, "#chat_question input[type=file]").send_keys(str(picture))
+    find(browser, "#chat_question .thumbnail-item")
+    for i, question in enumerate(("shape of red", "shape of blue")):
+        find(browser, "#chat_question textarea").send_keys(question, Keys.ENTER)
+        expected = text_of(loaded, question, None, picture)
+
+        def answers():
+            return [x.text for x in browser.find_elements(By.CSS_SELECTOR, ".bot .message-content")]
+
+        eventually(answers, lambda found, i=i, text=expected: found[i:] == [text])
+    shares = browser.execute_script("return document.querySelectorAll('[aria-label=Share]')")
+    assert not any(button.is_displayed() for button in shares)  # they send it to another machine
 
 
 def test_no_request_leaves_this_machine(browser):
@@ -440,10 +460,39 @@ def test_a_language_model_is_asked_in_a_conversation():
     ]
     [expected] = generate(loaded, [Request(messages=turns)], Sampling(4))
     cut = f"{expected.text} [cut: raise max tokens, under Sampling]"
-    assert list(chat.answer(loaded, "the dog", before, 4, 0))[-1] == cut
-    [*_, refused] = chat.answer(loaded, "<|end|>", [], 4, 0)
-    assert refused == " [message 0 holds '<|end|>', which the template adds itself]"
+    with Engine(loaded, slots=1) as engine:
+        assert list(chat.answer(loaded, engine, "the dog", before, 4, 0))[-1] == cut
+        [*_, refused] = chat.answer(loaded, engine, "<|end|>", [], 4, 0)
+        assert refused == "[message 0 holds '<|end|>', which the template adds itself]"
+        pieces: Any = chat.answer(loaded, engine, "the dog", before, 40, 0)
+        next(pieces)
+        pieces.close()  # the visitor has left
+        assert build(loaded, functools.partial(chat.make_chat, engine=engine)).title == "slam_jax"
+    assert engine.stats().requests["cancelled"] == 1
     plain = ModelAndTokenizer(loaded.model, HubTokenizer(tokenizer.json), max_new_tokens=4)
     [expected] = generate(plain, [Request("the")], Sampling(4))
-    assert list(chat.answer(plain, "the", before, 4, 0))[-1].startswith(expected.text)
-    assert build(loaded, chat.make_chat).title == "slam_jax"
+    with Engine(plain, slots=1) as engine:
+        [*_, last] = chat.answer(plain, engine, "the", before, 4, 0)
+    assert last.startswith(expected.text)
+
+
+def test_a_conversation_is_about_the_picture_that_was_shown_last(loaded, picture, tmp_path):
+    other = tmp_path / "notes.txt"
+    other.write_text("no picture")
+    before = [
+        {"role": "user", "content": [{"path": str(other)}, "shape of red"]},
+        {"role": "user", "content": [{"type": "file", "file": {"path": str(picture)}}, "red"]},
+        {"role": "assistant", "content": "circle"},
+    ]
+    with Engine(loaded, slots=1) as engine:
+
+        def asked(files, history=()):
+            message = {"text": "shape of red", "files": files}
+            return list(chat.answer_about_pictures(loaded, engine, message, history, ""))[-1]
+
+        expected = text_of(loaded, "shape of red", None, str(picture))
+        assert asked([], before) == asked([str(picture)]) == expected
+        assert asked([str(other)], before).startswith("[notes.txt is no picture of a known kind")
+        assert asked([]) == f"[{NOTHING}]"
+        tabs = build(functools.partial(make_app, loaded), lambda make: make(engine))
+    assert [x.label for x in tabs.blocks.values() if isinstance(x, gr.Tab)] == ["Ask", "Chat"]

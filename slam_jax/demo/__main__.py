@@ -57,9 +57,10 @@ def main(arguments: list[str]) -> None:
         from slam_jax.demo.app import make_app
         from slam_jax.demo.chat import make_chat
         from slam_jax.generation import ModelAndTokenizer
+        from slam_jax.serving import Engine
 
         make: Any = make_chat if isinstance(loaded, ModelAndTokenizer) else make_app
-        app = make(loaded)
+        app = make(loaded, Engine(loaded, slots=2))
         print(f"http://{HOST}:{listener.getsockname()[1]} (Ctrl-C stops it)", flush=True)
         serve(app, listener)
 

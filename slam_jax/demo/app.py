@@ -9,17 +9,37 @@ from typing import Any
 import gradio as gr
 import jax
 
+from slam_jax.demo.chat import add_picture_chat
 from slam_jax.demo.examples import PROMPTS, SCENES, show, trained_views
 from slam_jax.errors import InputError, UserError, shorten
 from slam_jax.generation import Request, Sampling, stream
 from slam_jax.reporting.attention import attention_html
+from slam_jax.serving import Engine
 from slam_jax.training import Loaded
 
 _BLANK_ROWS = 6
 
 
-def make_app(loaded: Loaded) -> gr.Blocks:
-    """The page for a trained model; `slam_jax.demo.serving.serve` serves it."""
+def make_app(loaded: Loaded, engine: Engine | None = None) -> gr.Blocks:
+    """The page for a trained model; `slam_jax.demo.serving.serve` serves it.
+
+    engine: answers in a second tab, a conversation; None = a page without it.
+    """
+    with gr.Blocks(title="slam_jax", analytics_enabled=False) as app:
+        gr.Markdown(_introduction(loaded), elem_id="intro")
+        if engine is None:
+            _add_questions(loaded)
+        else:
+            with gr.Tabs():
+                with gr.Tab("Ask"):
+                    _add_questions(loaded)
+                with gr.Tab("Chat"):
+                    add_picture_chat(loaded, engine)
+    return app
+
+
+def _add_questions(loaded: Loaded) -> None:
+    """Adds the inputs, the prompt and what is shown of the answer."""
     views = trained_views(loaded.config)
     image, text, aux = inputs = _inputs(loaded)
     prompt = gr.Textbox(label="Prompt", max_lines=1, elem_id="prompt", render=False)
@@ -28,45 +48,42 @@ def make_app(loaded: Loaded) -> gr.Blocks:
         gr.HTML(elem_id="notice", render=False),
         gr.HTML(elem_id="maps", render=False),
     ]
-    with gr.Blocks(title="slam_jax", analytics_enabled=False) as app:
-        gr.Markdown(_introduction(loaded), elem_id="intro")
-        with gr.Row():
-            with gr.Column():
-                if views:
-                    _offer_scenes(loaded, views, inputs, outputs)
-                with gr.Row():
-                    image.render()
-                    text.render()
-                aux.render()
-                if not _has_columns(loaded):
-                    more = gr.Button("Add a row", size="sm", elem_id="more")
-                    more.click(add_row, aux, aux, preprocess=False, api_visibility="private")
-            with gr.Column():
-                prompt.render()
-                if views:
-                    prompts = gr.Dataset(
-                        components=[prompt],
-                        samples=[[text] for text in PROMPTS],
-                        label="Questions to try, about any colour",
-                        elem_id="prompts",
-                    )
-                    prompts.click(lambda x: x[0], prompts, prompt, api_visibility="private")
-                ask = gr.Button("Ask", variant="primary", elem_id="ask")
-                with gr.Accordion("Sampling", open=False, elem_id="sampling"), gr.Row():
-                    numbers = _numbers(loaded)
-                for output in outputs:
-                    output.render()
-        gr.on(
-            [ask.click, prompt.submit],
-            functools.partial(ask_model, loaded),
-            [*inputs, prompt, *numbers],
-            outputs,
-            preprocess=False,  # so that a bad image is reported like any other bad input
-            show_progress="minimal",
-            show_progress_on=outputs[0],
-            api_visibility="private",
-        )
-    return app
+    with gr.Row():
+        with gr.Column():
+            if views:
+                _offer_scenes(loaded, views, inputs, outputs)
+            with gr.Row():
+                image.render()
+                text.render()
+            aux.render()
+            if not _has_columns(loaded):
+                more = gr.Button("Add a row", size="sm", elem_id="more")
+                more.click(add_row, aux, aux, preprocess=False, api_visibility="private")
+        with gr.Column():
+            prompt.render()
+            if views:
+                prompts = gr.Dataset(
+                    components=[prompt],
+                    samples=[[text] for text in PROMPTS],
+                    label="Questions to try, about any colour",
+                    elem_id="prompts",
+                )
+                prompts.click(lambda x: x[0], prompts, prompt, api_visibility="private")
+            ask = gr.Button("Ask", variant="primary", elem_id="ask")
+            with gr.Accordion("Sampling", open=False, elem_id="sampling"), gr.Row():
+                numbers = _numbers(loaded)
+            for output in outputs:
+                output.render()
+    gr.on(
+        [ask.click, prompt.submit],
+        functools.partial(ask_model, loaded),
+        [*inputs, prompt, *numbers],
+        outputs,
+        preprocess=False,  # so that a bad image is reported like any other bad input
+        show_progress="minimal",
+        show_progress_on=outputs[0],
+        api_visibility="private",
+    )
 
 
 def ask_model(

@@ -1,0 +1,74 @@
+"""A chat in the terminal: python -m slam_jax.serving.chat --model=DIR
+
+The answer is printed as it is generated. Ctrl-C stops the answer, Ctrl-D ends the chat, and /help
+lists the commands. Where the input is no terminal, each of its lines is asked in turn.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from slam_jax.errors import InputError
+from slam_jax.runtime import cli
+
+flags.DEFINE_string(
+    "model",
+    None,
+    "A workdir of a training run, a folder with a model, a GGUF file, or quickstart.",
+    required=True,
+)
+flags.DEFINE_alias("workdir", "model")
+flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
+flags.DEFINE_multi_string(
+    "base", [], "Where base weights are now that a checkpoint names; repeatable."
+)
+flags.DEFINE_enum(
+    "weights", None, ["float32", "bfloat16", "int8"], "Of kernels and tables; by default as stored."
+)
+flags.DEFINE_string("system", "", "The system message; for SLAM v3 the text to answer from.")
+flags.DEFINE_multi_string("image", [], "A picture to answer from; repeatable.")
+flags.DEFINE_string("aux", None, "A .json or .csv file with numbers to answer from.")
+flags.DEFINE_integer(
+    "seed", 0, "The seed of the first answer; the next ones have the numbers after it.", 0
+)
+flags.DEFINE_integer("context", None, "Tokens of a conversation; by default at most 2,048.", 16)
+# Fields of `Sampling`.
+flags.DEFINE_integer("max_new_tokens", None, "Longest answer, in tokens.", 1)
+flags.DEFINE_float("temperature", 0.0, "0 = always the most probable token.")
+flags.DEFINE_integer("top_k", None, "Only the k most probable tokens; 0 = all.")
+flags.DEFINE_float("top_p", None, "Only the best tokens with this probability in sum.")
+flags.DEFINE_float("min_p", None, "Only tokens this fraction as probable as the best.")
+flags.DEFINE_float("repetition_penalty", 1.0, "Divides logits of tokens seen before.")
+flags.DEFINE_multi_string("stop", [], "The answer ends before this text; repeatable.")
+
+_RULES = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
+
+
+def main(arguments: list[str]) -> None:
+    if arguments:
+        raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
+    # Imported here because importing JAX takes seconds, in which Ctrl-C must already work.
+    from slam_jax.generation import Sampling
+    from slam_jax.runtime.compile_cache import enable_compile_cache
+    from slam_jax.serving import Engine
+    from slam_jax.serving.chat.conversation import Conversation
+    from slam_jax.serving.chat.terminal import Chat
+    from slam_jax.training import load
+
+    enable_compile_cache()
+    given: Any = flags.FLAGS
+    sampling = Sampling(**{name: given[name].value for name in _RULES})
+    loaded = load(given.model, given.step, given.base, weights=given.weights)
+    with Engine(loaded, slots=1, context=given.context) as engine:
+        usual = sampling.max_new_tokens or loaded.max_new_tokens
+        talk = Conversation(loaded, engine.context, usual, given.system, given.seed)
+        talk.show(given.image)
+        chat = Chat(engine, talk, sampling, Path(given.model).resolve().name)
+        if given.aux is not None:
+            chat.command("aux", given.aux)
+        chat.run()
+
+
+if __name__ == "__main__":
+    cli.run(main)
