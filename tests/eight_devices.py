@@ -409,7 +409,7 @@ def steps_alone(**changes: Any) -> list[float]:
 @pytest.mark.parametrize(
     ("sizes", "changes"),
     [
-        ({"process": 4}, {}),
+        pytest.param({"process": 4}, {}, marks=pytest.mark.slow),
         pytest.param({"data": 2, "process": 4}, {}, marks=pytest.mark.slow),
         pytest.param(
             {"data": 2, "process": 4}, {"optimizer.accumulate_steps": 2}, marks=pytest.mark.slow
