@@ -223,7 +223,7 @@ def test_large_repeats_cost_nothing():
 
 
 def test_a_vocabulary_that_cannot_spell_a_text():
-    """Of the letters that it has no token for, none is allowed, and it says so. It has no end."""
+    """A letter without a token is never allowed, and the constraint says so. It has no end."""
     model = loaded(HubTokenizer(sentence_piece().to_str()))
     pieces = [b"" if len(x) == 1 and x not in b" the" else x for x in model.tokenizer.token_bytes]
     model.tokenizer.__dict__["token_bytes"] = pieces

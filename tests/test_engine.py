@@ -14,6 +14,7 @@ from flax import nnx
 from test_generation import UNEQUAL, make_loaded, picture
 from test_hub_tokenizer import TEMPLATE, byte_level
 
+from benchmarks.engine_load import Breaks
 from slam_jax.data import HubTokenizer
 from slam_jax.errors import ConfigError, InputError
 from slam_jax.generation import ModelAndTokenizer, Request, Sampling, generate
@@ -218,30 +219,7 @@ def test_a_cancelled_request_ends_at_once_and_a_late_one_times_out(engine, alone
     assert_idle(engine)
 
 
-class Fails:
-    """A constraint of which one method raises."""
-
-    finished = False
-
-    def __init__(self, name: str, size: int):
-        self.name, self.size = name, size
-
-    def copy(self) -> "Fails":
-        return self._unless("copy", self)
-
-    def allowed(self) -> np.ndarray:
-        return self._unless("allowed", np.full(self.size, self.name != "nothing"))
-
-    def advance(self, token: int) -> None:
-        self._unless("advance", None)
-
-    def _unless(self, name: str, value: Any) -> Any:
-        if name == self.name:
-            raise ValueError(f"{name} failed")
-        return value
-
-
-@pytest.mark.parametrize("name", ["copy", "allowed", "advance", "nothing", "on_event"])
+@pytest.mark.parametrize("name", ["copy", "allowed", "advance", "empty", "on_event"])
 def test_what_fails_in_one_request_ends_that_request_alone(engine, loaded, alone, name):
     def on_event(event: Event) -> None:
         raise ValueError("on_event failed")
@@ -250,7 +228,7 @@ def test_what_fails_in_one_request_ends_that_request_alone(engine, loaded, alone
     if name == "on_event":
         failing = engine.submit(*ASKED[1], on_event=on_event)
     else:
-        failing = engine.submit(*ASKED[1], constraint=Fails(name, loaded.model.config.vocab_size))
+        failing = engine.submit(*ASKED[1], constraint=Breaks(name, loaded.model.config.vocab_size))
     with pytest.raises(RequestFailed, match="failed|it allows no token"):
         failing.result()
     assert neighbour.result() == alone[0]

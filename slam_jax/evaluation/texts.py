@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 TOLERANCE = 0.05
-"""Of `within_tolerance`: the largest share of the right number by which an answer may be off."""
+"""The largest share of the right number by which an answer of `within_tolerance` may be off."""
 
 _ANLS_THRESHOLD = 0.5
 _LARGEST = 1e100  # sums of such numbers do not overflow

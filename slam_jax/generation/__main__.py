@@ -33,7 +33,10 @@ flags.DEFINE_multi_string(
     "base", [], "Where base weights are now that a checkpoint names; repeatable."
 )
 flags.DEFINE_enum(
-    "weights", None, ["float32", "bfloat16", "int8"], "Of kernels and tables; by default as stored."
+    "weights",
+    None,
+    ["float32", "bfloat16", "int8"],
+    "The dtype of kernels and tables; by default as stored.",
 )
 flags.DEFINE_string("prompt", "", "The text that the answer continues.")
 flags.DEFINE_string("system", None, "The system message of a conversation.")

@@ -31,7 +31,10 @@ BASE = flags.DEFINE_multi_string(
     "base", [], "Where base weights are now that a checkpoint names; repeatable."
 )
 WEIGHTS = flags.DEFINE_enum(
-    "weights", None, ["float32", "bfloat16", "int8"], "Of kernels and tables; by default as stored."
+    "weights",
+    None,
+    ["float32", "bfloat16", "int8"],
+    "The dtype of kernels and tables; by default as stored.",
 )
 NAME = flags.DEFINE_string(
     "name", None, "The model's name for clients; by default that of its file or folder."

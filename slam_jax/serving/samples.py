@@ -48,7 +48,7 @@ class Job:
 
     @property
     def over(self) -> str | None:
-        """Why the request must end now, None = it goes on."""
+        """Why the request must end now; None = it need not."""
         if self.ticket.cancelled:
             return "cancelled"
         late = self.ends_at is not None and time.monotonic() >= self.ends_at

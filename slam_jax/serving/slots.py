@@ -68,7 +68,7 @@ class Start(NamedTuple):
 
 
 class Axes(NamedTuple):
-    """Of one leaf of the cache: the axis of the rows, and that of the tokens.
+    """The axis of the rows of one leaf of the cache, and the axis of its tokens.
 
     tokens is None where the leaf does not grow with its rows' tokens: it is a state, or a ring.
     """

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Of weights against float32.
+    """The change that weights make, against float32.
 
     most, rms: error of the logits, over the standard deviation of the logits. nats: a token.
     exact: the share of rows whose tokens are all the most probable ones.

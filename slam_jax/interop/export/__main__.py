@@ -25,7 +25,10 @@ flags.DEFINE_multi_string(
     "base", [], "Where base weights are now that a checkpoint names; repeatable."
 )
 flags.DEFINE_enum(
-    "weights", None, ["float32", "bfloat16", "int8"], "Of kernels and tables; by default as stored."
+    "weights",
+    None,
+    ["float32", "bfloat16", "int8"],
+    "The dtype of kernels and tables; by default as stored.",
 )
 flags.DEFINE_list("platforms", ["cpu", "cuda"], "Some of cpu, cuda, rocm and tpu.")
 flags.DEFINE_integer("batch", 1, "Rows of every call.")

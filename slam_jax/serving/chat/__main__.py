@@ -24,7 +24,10 @@ flags.DEFINE_multi_string(
     "base", [], "Where base weights are now that a checkpoint names; repeatable."
 )
 flags.DEFINE_enum(
-    "weights", None, ["float32", "bfloat16", "int8"], "Of kernels and tables; by default as stored."
+    "weights",
+    None,
+    ["float32", "bfloat16", "int8"],
+    "The dtype of kernels and tables; by default as stored.",
 )
 flags.DEFINE_string("system", "", "The system message; for SLAM v3 the text to answer from.")
 flags.DEFINE_multi_string("image", [], "A picture to answer from; repeatable.")

@@ -149,7 +149,7 @@ def _read_sampling(fields: Fields, served: Served) -> tuple[Sampling, int]:
 
 
 def _read_constraint(fields: Fields) -> tuple[str, Any] | None:
-    """Of `response_format`, or of `structured_outputs` as vLLM has it."""
+    """The constraint of `response_format`, or of `structured_outputs`, a field of vLLM."""
     found = [_read_format(fields), _read_structured(fields)]
     if None not in found:
         raise Refused("response_format and structured_outputs; give one of them", "response_format")

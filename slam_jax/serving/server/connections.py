@@ -38,7 +38,7 @@ def open_port(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
-        # Of each connection: what a client does not read takes no more of the kernel's memory.
+        # Bounds the kernel's memory for what the client of a connection has not read.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)
         return listener
     except OSError as error:

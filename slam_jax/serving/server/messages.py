@@ -100,7 +100,7 @@ def read_image(url: Any, where: str) -> bytes:
         file = base64.b64decode("".join(data.split()).encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError):
         raise Refused(f"{where}: its data are no base64", where) from None
-    # Of the other kinds that Pillow reads some are programs, such as PostScript.
+    # Pillow reads other kinds too, and some are programs, such as PostScript.
     if not _KINDS.match(file):
         raise Refused(f"{where}: expected the file of a PNG, JPEG, WebP or GIF picture", where)
     return file

@@ -30,7 +30,7 @@ class Histogram:
 
 
 class Metrics:
-    """Of requests by path and status, of the engine, and of times. Used in the event loop alone."""
+    """Counts of requests, the state of the engine, and times. Used in the event loop alone."""
 
     def __init__(self):
         self.responses: Counter[tuple[str, int]] = Counter()

@@ -29,7 +29,7 @@ class Served:
 
     @property
     def most_bytes(self) -> int:
-        """Of a request's body."""
+        """The largest body of a request."""
         return self.limits.body if self.reads_inputs else self.limits.text_body
 
     @functools.cached_property
