@@ -90,7 +90,7 @@ class Engine:
         on_event: Callable[[Event], None] | None = None,
         deadline: float | None = None,
     ) -> Ticket:
-        """Accepts a request; reads its parts in the caller's thread, and returns at once.
+        """Accepts a request; reads and encodes its parts in the caller's thread.
 
         constraint: says which tokens may come next; see `slam_jax.serving.constraints`.
         num_top: give the log-probabilities of so many tokens at each step, at most 20.
@@ -114,9 +114,11 @@ class Engine:
         limit = self._limit(len(prompt), int(prompts.limits[0]), sampling)
         inputs = read_inputs(self._loaded, [request])
         key, ticket = self._memories.check(inputs), Ticket(len(prompt))
+        # A new shape is compiled here, so that answers in progress do not wait for it.
+        memory = self._memories.encode(inputs, key)
         rules = (sampling, constraint, num_top, on_event, ends_at)
         seed = int(prompts.seeds[0])
-        self._scheduler.add(Job(self._loaded, ticket, prompt, seed, limit, *rules, inputs, key))
+        self._scheduler.add(Job(self._loaded, ticket, prompt, seed, limit, *rules, memory, key))
         return ticket
 
     def stats(self) -> Stats:

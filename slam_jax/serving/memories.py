@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import threading
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ class Memories:
 
     def __init__(self, model: Any):
         self.encodes = self.reused = 0
+        self._lock = threading.Lock()
         self._kept = Recent(_MOST_BYTES)
         self.shape: Any = None
         if hasattr(model, "encode"):
@@ -62,17 +64,15 @@ class Memories:
         """The memory of one request's inputs [1, ..]; None where there are none."""
         if inputs is None:
             return None
-        memory = self._kept.get(key)
-        if memory is not None:
-            self.reused += 1
+        with self._lock:  # one computation for callers that show the same bytes at once
+            memory = self._kept.get(key)
+            if memory is not None:
+                self.reused += 1
+                return memory
+            memory = _encode(self._leaves, inputs, tree=self._tree, room=self._room)
+            self.encodes += 1
+            self._kept.put(key, memory)
             return memory
-        memory = _encode(self._leaves, inputs, tree=self._tree, room=self._room)
-        self.encodes += 1
-        self._kept.put(key, memory)
-        return memory
-
-    def clear(self) -> None:
-        self._kept.clear()
 
     def _shape_of(self, inputs: Inputs) -> Any:
         leaves = tuple((leaf.shape, leaf.dtype) for leaf in self._leaves)

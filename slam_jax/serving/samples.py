@@ -19,7 +19,7 @@ from slam_jax.serving.tickets import Event, Ticket
 @dataclasses.dataclass(eq=False)
 class Job:
     """An accepted request. limit: the most new tokens of a sample. ends_at: by `time.monotonic`,
-    None = no deadline. memory_key: identifies the inputs.
+    None = no deadline. memory: of its inputs, which memory_key identifies.
 
     While its prompt is read: the keys of the prompt's chunks, and the cache of one row with the
     first `read` tokens. number: the next sample to start. lives, ended: samples by their number.
@@ -35,10 +35,9 @@ class Job:
     num_top: int
     on_event: Callable[[Event], None] | None
     ends_at: float | None
-    inputs: Any
+    memory: Any
     memory_key: bytes
     keys: list[bytes] = dataclasses.field(default_factory=list)
-    memory: Any = None
     cache: Any = None
     read: int = 0
     number: int = 0
@@ -103,7 +102,7 @@ class Job:
         if not self.ticket.done:
             samples = [self.ended[number] for number in sorted(self.ended)]
             self.ticket.end(Answer(tuple(samples)), self.error)
-        self.cache = self.memory = self.inputs = None
+        self.cache = self.memory = None
 
 
 class Live:

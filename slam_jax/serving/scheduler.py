@@ -177,7 +177,6 @@ class Scheduler:
 
     def _read_piece(self, job: Job) -> int:
         if job.cache is None:
-            job.memory = self._memories.encode(job.inputs, job.memory_key)
             job.keys = self._prompts.keys(job.prompt[:-1], job.memory_key)
             job.cache = self._slots.empty_row()
             self._counts["prompt"] += len(job.prompt)
