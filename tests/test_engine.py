@@ -20,7 +20,7 @@ from slam_jax.errors import ConfigError, InputError
 from slam_jax.generation import ModelAndTokenizer, Request, Sampling, generate
 from slam_jax.generation.answering import Answer
 from slam_jax.language_models import make_config, make_model
-from slam_jax.serving import Engine, EngineClosed, Event, QueueFull, RequestFailed
+from slam_jax.serving import Engine, EngineClosed, Event, QueueFull, RequestFailed, memories
 from slam_jax.serving.recent import Recent
 from slam_jax.slam_v3.config import DecoderConfig
 
@@ -201,6 +201,24 @@ def test_memories_are_shared_and_answers_are_those_of_generate():
         long = Request("red", aux=np.zeros((1000, 5)))
         with pytest.raises(InputError, match="memory tokens and there is room for"):
             engine.submit(long)
+        held, released = threading.Event(), threading.Event()
+
+        def slow(*given: Any, **settings: Any) -> Any:
+            held.set()
+            released.wait(60)
+            return encode(*given, **settings)
+
+        encode = memories._encode
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memories, "_encode", slow)
+            new = Request("circle", text="blue", seed=3)
+            caller = threading.Thread(target=lambda: engine.submit(new, DRAWN))
+            caller.start()
+            assert held.wait(60)
+            running = engine.submit(requests[0], DRAWN)
+            assert running.result(30.0) == alone[0], "it waited for the inputs of another request"
+            released.set()
+            caller.join()
     for answer, expected in zip(alone, generate(loaded, requests, DRAWN), strict=True):
         assert_close(answer, expected)
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import threading
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ class Memories:
     def __init__(self, model: Any):
         self.encodes = self.reused = 0
         self._lock = threading.Lock()
+        self._pending: dict[bytes, Future[Any]] = {}
         self._kept = Recent(_MOST_BYTES)
         self.shape: Any = None
         if hasattr(model, "encode"):
@@ -64,15 +66,28 @@ class Memories:
         """The memory of one request's inputs [1, ..]; None where there are none."""
         if inputs is None:
             return None
-        with self._lock:  # one computation for callers that show the same bytes at once
+        own: Future[Any] = Future()
+        with self._lock:
             memory = self._kept.get(key)
-            if memory is not None:
-                self.reused += 1
-                return memory
+            pending = self._pending.setdefault(key, own) if memory is None else None
+            self.reused += pending is not own
+        if memory is not None:
+            return memory
+        if pending is not None and pending is not own:  # another caller shows the same bytes
+            return pending.result()
+        try:
             memory = _encode(self._leaves, inputs, tree=self._tree, room=self._room)
+        except BaseException as error:
+            with self._lock:
+                del self._pending[key]
+            own.set_exception(error)
+            raise
+        with self._lock:
+            del self._pending[key]
             self.encodes += 1
             self._kept.put(key, memory)
-            return memory
+        own.set_result(memory)
+        return memory
 
     def _shape_of(self, inputs: Inputs) -> Any:
         leaves = tuple((leaf.shape, leaf.dtype) for leaf in self._leaves)
