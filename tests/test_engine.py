@@ -166,9 +166,11 @@ def test_the_next_turn_of_a_conversation_reads_no_chunk_of_its_prompt_twice(engi
     turns += [{"role": "assistant", "content": "the cat"}, {"role": "user", "content": "the dog"}]
     first.result()
     before = engine.stats().reused_prompt_tokens
-    again = engine.submit(Request(messages=turns), GREEDY).result()
+    second = engine.submit(Request(messages=turns), GREEDY)
+    again = second.result()
     whole = (first.prompt_tokens - 1) // 16 * 16
     assert engine.stats().reused_prompt_tokens - before == whole > 0
+    assert (first.reused_prompt_tokens, second.reused_prompt_tokens) == (0, whole)
     engine._scheduler._prompts.clear()
     assert engine.submit(Request(messages=turns), GREEDY).result() == again
     assert engine.stats().reused_prompt_tokens - before == whole

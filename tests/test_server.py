@@ -47,7 +47,7 @@ def client(server):
 def language():
     """An engine of a language model with a chat template, and a client of its server."""
     with (
-        serving(chat_model(), slots=2, context=64) as (address, engine),
+        serving(chat_model(), slots=2, context=64, chunk=16) as (address, engine),
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
     ):
         yield engine, client
@@ -136,11 +136,14 @@ def test_sampled_answers_with_log_probabilities_are_those_of_the_engine(language
             if not token.startswith(("bytes:", "<")):
                 assert choice.text[offset:].startswith(token)
         assert all(1 <= len(top) <= 2 for top in choice.logprobs.top_logprobs)
-    asked["messages"] = [say("the cat")]
+    asked["messages"] = [say("the cat " * 8)]
     request = Request(messages=asked["messages"], seed=7)
     expected = engine.submit(request, sampling).result()
     reply = client.chat.completions.create(logprobs=True, top_logprobs=3, **asked)
     assert reply.usage.completion_tokens == sum(len(each.tokens) for each in expected.samples)
+    # The engine has read the same prompt before.
+    whole_chunks = (reply.usage.prompt_tokens - 1) // 16 * 16
+    assert reply.usage.prompt_tokens_details.cached_tokens == whole_chunks > 0
     for choice, sample in zip(reply.choices, expected.samples, strict=True):
         assert choice.message.content == sample.text
         content = choice.logprobs.content

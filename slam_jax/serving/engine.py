@@ -15,6 +15,7 @@ from slam_jax.generation.requests import (
     read_prompts,
 )
 from slam_jax.generation.sampling import Sampling
+from slam_jax.serving.constraints import Constraint
 from slam_jax.serving.memories import Memories
 from slam_jax.serving.prompt_cache import PromptCache
 from slam_jax.serving.samples import Job
@@ -85,7 +86,7 @@ class Engine:
         request: Request,
         sampling: Sampling | None = None,
         *,
-        constraint: Any = None,
+        constraint: Constraint | None = None,
         num_top: int = 0,
         on_event: Callable[[Event], None] | None = None,
         deadline: float | None = None,

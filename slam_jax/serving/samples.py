@@ -12,6 +12,7 @@ from slam_jax.errors import first_line
 from slam_jax.generation.answering import Answer, Sample, sample_of, special_stops
 from slam_jax.generation.sampling import Sampling
 from slam_jax.generation.stopping import cut, settled
+from slam_jax.serving.constraints import Constraint
 from slam_jax.serving.slots import Chosen
 from slam_jax.serving.tickets import Event, Ticket
 
@@ -31,7 +32,7 @@ class Job:
     seed: int
     limit: int
     sampling: Sampling
-    constraint: Any
+    constraint: Constraint | None
     num_top: int
     on_event: Callable[[Event], None] | None
     ends_at: float | None
@@ -108,7 +109,7 @@ class Job:
 class Live:
     """A sample in a slot: its tokens, and how much of its text has been sent."""
 
-    def __init__(self, job: Job, number: int, constraint: Any):
+    def __init__(self, job: Job, number: int, constraint: Constraint | None):
         self.job, self.number, self.constraint = job, number, constraint
         self.tokens: list[int] = []
         self.logprobs: list[float] = []

@@ -186,6 +186,7 @@ class Scheduler:
                 break
             job.cache, job.read = cache, job.read + self._chunk
             self._counts["reused"] += self._chunk
+            job.ticket.reused_prompt_tokens += self._chunk
         cost = 0
         if tokens := job.prompt[job.read : min(job.read + self._chunk, len(job.prompt) - 1)]:
             job.cache = self._slots.read(job.cache, job.memory, tokens)

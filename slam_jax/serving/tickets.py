@@ -66,11 +66,13 @@ class Ticket(Iterator[Event]):
     """An accepted request: an iterator of its events, of all samples as they come.
 
     With `on_event` the events go there, and the iterator only waits for the end.
-    prompt_tokens: the number of tokens of the prompt. cancelled: whether `cancel` was called.
+    prompt_tokens: the number of tokens of the prompt. reused_prompt_tokens: those of them that came
+    from the prompt cache, so far. cancelled: whether `cancel` was called.
     """
 
     def __init__(self, prompt_tokens: int):
         self.prompt_tokens = prompt_tokens
+        self.reused_prompt_tokens = 0
         self.cancelled = False
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._ended = threading.Event()

@@ -153,7 +153,7 @@ class _Answer:
         except UserError as error:
             message = str(error).replace("max_new_tokens", "max_tokens")
             raise Refused(message, code="invalid_input") from None
-        return call, Reply(call, self._served, tickets.prompt_tokens)
+        return call, Reply(call, self._served, tickets.all)
 
     async def _next(self, events: asyncio.Queue) -> tuple[int, Event]:
         """The next event; raises Refused where an answer failed."""
@@ -209,8 +209,9 @@ class _Tickets:
                 ticket.cancel()
 
     @property
-    def prompt_tokens(self) -> list[int]:
-        return [ticket.prompt_tokens for ticket in self._tickets]
+    def all(self) -> list[Ticket]:
+        with self._lock:
+            return list(self._tickets)
 
 
 async def _unless_gone(receive: Any, work: Coroutine[Any, Any, None]) -> None:

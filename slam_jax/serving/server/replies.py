@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from slam_jax.serving import Event
+from slam_jax.serving import Event, Ticket
 from slam_jax.serving.server.calls import Call
 from slam_jax.serving.server.refusals import to_bytes
 from slam_jax.serving.server.served import Served
@@ -117,8 +117,8 @@ def _of_completion(described: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class Reply:
     """The reply to a call: one body, or pieces of a stream."""
 
-    def __init__(self, call: Call, served: Served, prompt_tokens: Sequence[int]):
-        self._call, self._prompt_tokens = call, sum(prompt_tokens)
+    def __init__(self, call: Call, served: Served, tickets: Sequence[Ticket]):
+        self._call, self._tickets = call, tickets
         count = call.sampling.num_samples * len(call.requests)
         self.choices = [Choice(i, call, served) for i in range(count)]
         kind = "chat.completion" if call.chat else "text_completion"
@@ -154,9 +154,12 @@ class Reply:
             return None
         return {**self._head, "choices": [], "usage": self._usage()}
 
-    def _usage(self) -> dict[str, int]:
-        new, old = sum(choice.num_tokens for choice in self.choices), self._prompt_tokens
-        return {"prompt_tokens": old, "completion_tokens": new, "total_tokens": old + new}
+    def _usage(self) -> dict[str, Any]:
+        new = sum(choice.num_tokens for choice in self.choices)
+        old = sum(ticket.prompt_tokens for ticket in self._tickets)
+        reused = sum(ticket.reused_prompt_tokens for ticket in self._tickets)
+        numbers = {"prompt_tokens": old, "completion_tokens": new, "total_tokens": old + new}
+        return {**numbers, "prompt_tokens_details": {"cached_tokens": reused}}
 
 
 def server_sent(piece: dict[str, Any]) -> bytes:
