@@ -3,8 +3,8 @@
 Command:   python -m slam_jax.rocket --protocol=processes \
                --config=configs/experiments/processes.py --workdir=experiments/processes --jobs=2
 Hardware:  2 CPU cores, about 12 minutes a run on one of them; it resumes.
-Score:     the first round has begun; docs/processes.md says what is measured, in which two rounds,
-           and how it is decided.
+Score:     docs/processes.md says what is measured, in which two rounds, and how it is decided; it
+           has the result of the first round.
 """
 
 from typing import Any
