@@ -10,10 +10,10 @@ ROCKET ?= runs/rocket-$(PROTOCOL)
 ABLATIONS ?= runs/ablations
 WORKERS ?= 2
 # glibc then keeps freed memory for the next step of a run instead of returning it to Linux
-# (docs/training.md, "Memory allocation on Linux"). Other systems ignore these.
+# (docs/memory.md, "Memory allocation on Linux"). Other systems ignore these.
 KEEP = MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1
 
-.PHONY: help setup train eval demo rocket ablations bench test test-all lint format clean
+.PHONY: help setup train eval demo rocket ablations bench test test-all lint format docs docs-pages docs-serve clean
 
 help:
 	@echo "make train     set up, train the quickstart, evaluate it, print the table"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench     measure against torch and transformers (docs/speed.md); ONLY=a,b for some"
 	@echo "make test      set up, lint, type-check and run the tests, in WORKERS=$(WORKERS) processes"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make docs      the site of the documentation, into site/; make docs-serve shows it while you write"
 	@echo "make format    sort imports and format"
 	@echo "make clean     remove caches (not runs, not the environment)"
 
@@ -68,10 +69,20 @@ test: lint
 test-all: lint
 	$(RUN) -m pytest -n $(WORKERS) --dist=worksteal -m "slow or not slow"
 
+# Pages that are made: the notebooks of notebooks/ become docs/notebooks/*.md.
+docs-pages: setup
+	if [ -f notebooks/convert.py ]; then $(RUN) notebooks/convert.py; fi
+
+docs: docs-pages
+	$(RUN) -m zensical build --clean --strict
+
+docs-serve: docs-pages
+	$(RUN) -m zensical serve
+
 format: setup
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .pytest_cache .ruff_cache .cache build site *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -202,7 +202,7 @@ def _store(columns: list[str], rows: list[list[str]], given: Any) -> None:
     entry = {
         "title": "Quantised weights",
         "command": "python -m benchmarks.weights --model=FILE.gguf",
-        "text": "[inference.md](inference.md#quantised-weights) says what is compared.",
+        "text": "[Fast inference](inference.md#quantised-weights) says what is compared.",
         "tables": [table],
     }
     (FOLDER / "weights.json").write_text(json.dumps(entry, indent=1) + "\n")

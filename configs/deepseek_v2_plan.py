@@ -2,7 +2,7 @@
 
 Command:   python -m slam_jax.planning --config=configs/deepseek_v2_plan.py --devices=1024
 Hardware:  a CPU; the plan is for 1,024 accelerators.
-Duration and score: it is not trained, as language models have no data set here. docs/planning.md
+Duration and score: it is not trained, as language models have no data set here. docs/plans.md
 shows the plan.
 
 The sizes are the published ones, with float32 parameters and optimizer state and bfloat16

@@ -3,7 +3,7 @@
 Command:   python -m slam_jax.planning --config=configs/slam_v3_7b.py --devices=256 \
                --device_memory_gib=80
 Hardware:  a CPU; the plan is for 256 accelerators of 80 GiB. Plans for 8 and 32 work too.
-Duration and score: it has not been trained. docs/planning.md shows the plan.
+Duration and score: it has not been trained. docs/plans.md shows the plan.
 
 The model is 2,048 wide, with four processes of 16 layers, a ViT of 24 layers and a decoder of 32
 layers, computed in bfloat16 on float32 parameters. It reads image and text of Sort-of-CLEVR, so the

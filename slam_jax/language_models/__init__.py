@@ -1,8 +1,10 @@
 """Nine language models, one file each, and SLAM v3's text stream as a tenth.
 
-config = make_config("jamba", "tiny", vocab_size=300)
-model = make_model(config, rngs=nnx.Rngs(0))
-logits = model(tokens).logits
+    config = make_config("jamba", "tiny", vocab_size=300)
+    model = make_model(config, rngs=nnx.Rngs(0))
+    logits = model(tokens).logits
+
+`slam_jax.protocol` says what all of them can do.
 """
 
 from slam_jax.language_models.base import Cache as Cache

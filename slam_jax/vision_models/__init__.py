@@ -1,7 +1,9 @@
 """Published vision towers: ViT, DINOv2, and the image halves of CLIP and SigLIP.
 
-tower, config = slam_jax.interop.load_vision(folder)
-states = tower(pixels)
+    tower, config = slam_jax.interop.load_vision(folder)
+    states = tower(pixels)
+
+`preprocess` makes the pixels of a picture.
 """
 
 from slam_jax.vision_models.config import KINDS as KINDS
