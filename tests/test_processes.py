@@ -16,6 +16,7 @@ from slam_jax.reporting.processes.measure import (
     _jackknife,
     _observe,
     knock_outs,
+    mix_outputs,
 )
 from slam_jax.reporting.processes.table import print_processes
 from slam_jax.reporting.report import render_report
@@ -27,16 +28,11 @@ def opened(small_run) -> Any:
     return open_checkpoint(small_run)
 
 
-@jax.jit
-def outputs_and_mixed_outputs(model, inputs, mixing):
-    streams, bank = model.level_one(model._streams(inputs, None))
-    mixed = MixedProcesses(model.processes, mixing)
-    return model.processes(streams, bank)[0], mixed(streams, bank)[0]
-
-
 def test_a_knock_out_changes_the_outputs_that_it_names(build, make_inputs):
+    model, inputs = build(), make_inputs()
+    run: Any = jax.jit(lambda *models: [model.run_processes(inputs)[0] for model in models])
     for name, mixing in knock_outs(4).items():
-        y, outputs = outputs_and_mixed_outputs(build(), make_inputs(), mixing)
+        y, outputs = run(model, mix_outputs(model, mixing))
         if name == "all":
             np.testing.assert_array_equal(outputs, y)
         elif name == "all zeroed":
@@ -48,6 +44,7 @@ def test_a_knock_out_changes_the_outputs_that_it_names(build, make_inputs):
             kept = np.array([p for p in range(4) if p != without])
             assert not np.any(outputs[without])
             np.testing.assert_array_equal(outputs[kept], y[kept])
+    assert not isinstance(model.processes, MixedProcesses) and run._cache_size() == 1
     assert list(knock_outs(1)) == ["all", "without p0"]
 
 

@@ -58,6 +58,19 @@ def knock_outs(num_processes: int) -> dict[str, Float[np.ndarray, "P P"]]:
     return found
 
 
+def mix_outputs(model: SlamV3, mixing: Float[AnyArray, "P P"]) -> SlamV3:
+    """The model with mixed outputs of its processes, y'_p = sum_q mixing[p, q] y_q; the given model
+    is not changed. `knock_outs` has mixings that leave processes out.
+
+    Mixed models are equal but for the numbers of the mixing, so that a jitted function is compiled
+    once for all of them.
+    """
+    graphdef, state = nnx.split(model)
+    mixed: Any = nnx.merge(graphdef, state)
+    mixed.processes = MixedProcesses(mixed.processes, jnp.asarray(mixing, jnp.float32))
+    return mixed
+
+
 def measure_processes(
     model: SlamV3,
     tokenizer: AnyTokenizer,
@@ -74,7 +87,7 @@ def measure_processes(
     goes to this stream; only where there are several streams.
     """
     answers: dict[str, list[Answer]] = {}
-    graphdef, params = split_model(_with_mixing(model, np.eye(model.config.num_processes)))
+    graphdef, params = split_model(mix_outputs(model, np.eye(model.config.num_processes)))
     for name, mixing in knock_outs(model.config.num_processes).items():
         params["processes"]["mixing"] = jnp.asarray(mixing)
         found = evaluate(
@@ -89,13 +102,6 @@ def measure_processes(
         "similarity": {view: found[0] for view, found in observed.items()},
         "attention": {view: found[1] for view, found in observed.items() if found[1]},
     }
-
-
-def _with_mixing(model: SlamV3, mixing: Float[np.ndarray, "P P"]) -> SlamV3:
-    graphdef, state = nnx.split(model)
-    mixed: Any = nnx.merge(graphdef, state)
-    mixed.processes = MixedProcesses(mixed.processes, mixing.astype(np.float32))
-    return mixed
 
 
 def _accuracies(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
