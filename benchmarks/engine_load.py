@@ -84,8 +84,8 @@ class Breaks:
 
     finished = False
 
-    def __init__(self, name: str, size: int):
-        self.name, self.size = name, size
+    def __init__(self, name: str, size: int, error: type[BaseException] = ValueError):
+        self.name, self.size, self.error = name, size, error
 
     def copy(self) -> "Breaks":
         return self._unless("copy", self)
@@ -98,7 +98,7 @@ class Breaks:
 
     def _unless(self, name: str, value: Any) -> Any:
         if name == self.name:
-            raise ValueError(f"{name} failed")
+            raise self.error(f"{name} failed")
         return value
 
 

@@ -14,8 +14,7 @@ from slam_jax.generation import ModelAndTokenizer
 from slam_jax.language_models import make_config, make_model
 from slam_jax.serving import Engine
 from slam_jax.serving.server.app import make_app
-from slam_jax.serving.server.connections import address_of, make_server, open_port
-from slam_jax.serving.server.guard import LOOPBACK
+from slam_jax.serving.server.connections import address_of, hosts_of, make_server, open_port
 from slam_jax.serving.server.limits import Limits
 from slam_jax.serving.server.served import Served
 
@@ -38,7 +37,8 @@ def serving(
     key = settings.pop("key", None)
     with Engine(loaded, **settings) as engine, open_port("127.0.0.1", 0) as listener:
         served = Served(loaded, name, engine.context, limits)
-        server = make_server(make_app(engine, served, key=key, hosts=LOOPBACK), engine, limits)
+        app = make_app(engine, served, key=key, hosts=hosts_of(listener))
+        server = make_server(app, engine, limits)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         try:

@@ -58,6 +58,12 @@ def test_a_conversation_is_asked_in_turns_and_the_oldest_go_first(engine):
     ]
     talk.clear()
     assert talk.ask("the").messages == [{"role": "system", "content": "the dog"}, *turns("the")]
+    talk.add("the", "x")
+    talk.ask("z" * 500)  # it cannot be answered, so that nothing is forgotten
+    assert talk.ask("z").messages == [
+        {"role": "system", "content": "the dog"},
+        *turns("the", "x", "z"),
+    ]
     with pytest.raises(InputError, match="reads texts alone"):
         talk.show(["picture.png"])
     plain = Conversation(chat_model(template=None), 128, 30)
@@ -103,7 +109,11 @@ def test_lines_are_answered_and_what_is_wrong_is_said(engine, monkeypatch, capsy
         f"/save {saved}",
         f"/save {other}",
         "/seed x",
+        f"/seed {'9' * 5000}",
+        "/save ~no-such-user/talk",
+        "/save a\0b",
     ]
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     talk = Conversation(chat_model(), 128, 4)
     terminal.Chat(engine, talk, Sampling(4), "tiny").run()
@@ -111,7 +121,8 @@ def test_lines_are_answered_and_what_is_wrong_is_said(engine, monkeypatch, capsy
     asked = Request(messages=turns("the cat", first, "/dog"))
     second = engine.submit(asked, Sampling(4)).result().text
     out, errors = capsys.readouterr()
-    assert out == f"{first}\n{second}\nwritten to {saved}\n"
+    written = f"written to {saved}\nwritten to ~no-such-user/talk\n"
+    assert out == f"{first}\n{second}\n{written}"
     assert json.loads(saved.read_text())["messages"] == turns("the cat", first, "/dog", second)
     assert other.read_text() == "mine"
     cut = "[cut at the limit of tokens; --max_new_tokens raises it]"
@@ -122,7 +133,22 @@ def test_lines_are_answered_and_what_is_wrong_is_said(engine, monkeypatch, capsy
         cut,
         f"[{other} is there already; give another name]",
         "[/seed x: expected a whole number from 0 to 4294967295]",
+        f"[/seed {'9' * 40}...: expected a whole number from 0 to 4294967295]",
+        "[/save: expected a file]",
     ]
+
+
+def test_a_chat_ends_where_nobody_reads_its_answers(engine, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            if text:
+                raise BrokenPipeError
+            return 0
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nthe dog"))
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        terminal.Chat(engine, Conversation(chat_model(), 128, 4), Sampling(4), "tiny").run()
 
 
 def test_a_stopped_answer_is_cancelled_and_kept_as_far_as_it_came(engine, monkeypatch):

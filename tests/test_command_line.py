@@ -30,6 +30,8 @@ def main(arguments):
             os.write(1, b"out")
             os.write(2, b"err")
             file.write("own")
+    if NAME.value == "letters":
+        print(ascii(input()), "\u00fc")
 
 cli.run(main)
 """
@@ -102,3 +104,9 @@ def test_a_locale_that_is_not_utf8_changes_no_name(tmp_path, environment):
     assert path.read_text() == "own"
     said = run("--name=missing", **environment).stderr.decode()
     assert said.startswith("error: /nowhere/ü: No such file")
+
+
+def test_what_is_no_letter_for_a_stream_ends_no_program():
+    environment = {"PYTHONIOENCODING": "ascii:strict"}
+    done = run("--name=letters", shell="<<'END'\na\udcffb\nEND", **environment)
+    assert done.stdout.splitlines()[1:] == [b"'a\\udcffb' ?"]

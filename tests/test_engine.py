@@ -240,17 +240,19 @@ def test_a_cancelled_request_ends_at_once_and_a_late_one_times_out(engine, alone
 
 
 @pytest.mark.parametrize("name", ["copy", "allowed", "advance", "empty", "on_event"])
-def test_what_fails_in_one_request_ends_that_request_alone(engine, loaded, alone, name):
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_what_fails_in_one_request_ends_that_request_alone(engine, loaded, alone, name, error):
     def on_event(event: Event) -> None:
-        raise ValueError("on_event failed")
+        raise error("on_event failed")
 
     neighbour = engine.submit(*ASKED[0])
     if name == "on_event":
         failing = engine.submit(*ASKED[1], on_event=on_event)
     else:
-        failing = engine.submit(*ASKED[1], constraint=Breaks(name, loaded.model.config.vocab_size))
+        constraint = Breaks(name, loaded.model.config.vocab_size, error)
+        failing = engine.submit(*ASKED[1], constraint=constraint)
     with pytest.raises(RequestFailed, match="failed|it allows no token"):
-        failing.result()
+        failing.result(60.0)
     assert neighbour.result() == alone[0]
     assert_idle(engine)
 
@@ -359,6 +361,11 @@ def test_only_so_many_requests_wait_and_a_closed_engine_takes_none(loaded):
         (Request("the"), {"num_top": 21}, "num_top is 21; expected 0 to 20"),
         (Request("the"), {"sampling": Sampling(96)}, "prompt of 1 tokens and 96 new ones"),
         (Request("the " * 99), {}, r"prompt of \d+ tokens and 1 new ones"),
+        (
+            Request(messages=[{"role": "user", "content": "a" * 10**4}] * 3),
+            {},
+            "prompt of 30,000 characters; the context is 96 tokens",
+        ),
         (Request("the", text="red"), {}, "this model reads prompts alone"),
         (Request("the", seed=-1), {}, "seed is -1"),
     ],

@@ -246,6 +246,9 @@ def test_what_does_not_fit_is_refused(exported, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             load()
+    for token in (-1, 10**6, 10**20):
+        with pytest.raises(ValueError, match="token ids are from 0 to"):
+            run.Model(exported).generate([[1, token]])
 
 
 def test_a_changed_file_is_refused_and_nothing_is_unpickled(exported, tmp_path):

@@ -224,6 +224,13 @@ def png(image: Image.Image) -> bytes:
         ([Request("red", aux=np.zeros((2, 4)))], "aux is 2 x 4 numbers; expected rows of 5"),
         ([Request("red", aux="much")], "aux is no table of numbers"),
         ([Request("red", aux=[[1, 2, 3, 4, None]])], "aux has a number that is missing"),
+        ([Request("red", aux=[[1e300] * 5])], r"aux has a number beyond 1e\+30; give smaller ones"),
+        ([Request("red", aux=[[10**400] * 5])], "aux has an infinite number; give finite ones"),
+        (
+            [Request("red" * 10**5, text="red")],
+            r"prompt of 300,000 characters; the context is 64 tokens of at most \d+: shorten it",
+        ),
+        ([Request("red", text="a" * 10**5)], "text of 100,000 characters; the context is 64 tok"),
         ([Request("red <eos>", text="red")], "prompt holds '<eos>', which is added by itself"),
         ([Request("red", text="a<pad>")], "text holds '<pad>', which is added by itself"),
         ([Request("red", image="no/such.png")], "no/such.png: no such file"),

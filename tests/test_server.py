@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 import pytest
@@ -24,6 +26,8 @@ import slam_jax
 from slam_jax.data.scenes import describe, tabulate
 from slam_jax.data.sort_of_clevr import draw, make_scene
 from slam_jax.generation import Request, Sampling
+from slam_jax.serving.server.connections import address_of, hosts_of
+from slam_jax.serving.server.guard import host_of
 
 OBJECTS, _ = make_scene(9_800)
 ABOUT = describe(OBJECTS, range(6))
@@ -276,6 +280,16 @@ def test_a_key_and_the_name_of_the_host_are_asked_for():
             pytest.raises(openai.AuthenticationError, match="Bearer KEY"),
         ):
             client.models.list()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1"])
+def test_the_printed_address_has_a_name_that_the_server_answers_to(host):
+    class Listener(socket.socket):
+        def getsockname(self) -> tuple[str, int]:
+            return host, 8000
+
+    with Listener() as listener:
+        assert host_of(urlsplit(address_of(listener)).netloc) in hosts_of(listener)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from slam_jax.errors import InputError, check_names, first_line, shorten
 
 _MOST_DEVIATIONS = 8.0
 _OUTLIER_RANGES = 10.0
+_LARGEST = 1e30  # of a number that a model reads as it is; sums of larger ones are infinite
 _MOST_BYTES = 1 << 24  # of a file of numbers; it is read whole
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
@@ -160,6 +161,8 @@ def as_vectors(value: Any, width: int, names: Sequence[str] = ()) -> Float[np.nd
         raise InputError(f"aux is {_shape(rows)} numbers; expected rows of {width}{of}")
     if np.isnan(rows).any():
         raise InputError("aux has a number that is missing or no number; leave the row out instead")
+    if (np.abs(rows) > _LARGEST).any():
+        raise InputError(f"aux has a number beyond {_LARGEST:g}; give smaller ones")
     return rows.astype(np.float32)
 
 
@@ -182,6 +185,8 @@ def _as_numbers(value: Any) -> np.ndarray:
         if isinstance(value, Sequence) and not isinstance(value, str):
             value = [math.nan if each is None else each for each in value]
         numbers = np.asarray(value, np.float64)
+    except OverflowError:  # of a whole number
+        raise InputError("aux has an infinite number; give finite ones") from None
     except (TypeError, ValueError):
         raise InputError("aux is no table of numbers; expected rows of numbers") from None
     if np.isinf(numbers).any():

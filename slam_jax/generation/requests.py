@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt32
 
+from slam_jax.data.chat import check_messages
 from slam_jax.data.hub_tokenizer import as_tokenizer
 from slam_jax.data.images import as_pictures, load_image
 from slam_jax.data.numbers import AuxFormat, as_vectors
@@ -115,12 +117,16 @@ def allowed_tokens(loaded: Any) -> Bool[np.ndarray, "V"] | None:
 
 
 def read_prompts(
-    loaded: Trained, requests: Sequence[Request], max_new_tokens: int | None
+    loaded: Trained,
+    requests: Sequence[Request],
+    max_new_tokens: int | None,
+    context: int | None = None,
 ) -> Prompts:
     """The prompts, with rows and columns rounded up to a bucket. Each begins as the tokenizer says:
     with a <bos>, or without.
 
-    max_new_tokens: None = the default of the model, or what is left of its context.
+    max_new_tokens: None = the default of the model, or what is left of the context. context: tokens
+    of a prompt and its answer, None = those of the model.
 
     Raises InputError where there is no request, where a prompt with its answer is longer than the
     context, or as `check_vocabulary` does.
@@ -129,16 +135,17 @@ def read_prompts(
         raise InputError("no request; give at least one")
     check_vocabulary(loaded)
     model: Any = loaded.model
-    rows, limits, context = [], [], model.config.context_length
+    rows, limits = [], []
+    most: int = model.config.context_length if context is None else context
     for i, request in enumerate(requests):
         with naming(i, len(requests)):
             if not is_whole(request.seed) or not 0 <= request.seed < 2**32:
                 expected = f"a whole number from 0 to {2**32 - 1}"
                 raise InputError(f"seed is {shorten(repr(request.seed))}; expected {expected}")
-            rows.append(_read_prompt(loaded.tokenizer, request))
+            rows.append(_read_prompt(loaded.tokenizer, request, most))
             length = len(rows[-1])
-            check_context(length, 1 if max_new_tokens is None else max_new_tokens, context)
-            usual = min(getattr(loaded, "max_new_tokens", _USUAL_LENGTH), context - length)
+            check_context(length, 1 if max_new_tokens is None else max_new_tokens, most)
+            usual = min(getattr(loaded, "max_new_tokens", _USUAL_LENGTH), most - length)
             limits.append(usual if max_new_tokens is None else max_new_tokens)
     seeds = np.array([request.seed for request in requests], np.uint32)
     prompts = Prompts(*_pad(rows, loaded.tokenizer.pad_id), seeds, np.array(limits, np.int32))
@@ -147,16 +154,38 @@ def read_prompts(
     return prompts
 
 
-def _read_prompt(tokenizer: Any, request: Request) -> list[int]:
+def _read_prompt(tokenizer: Any, request: Request, context: int) -> list[int]:
     """The tokens of a prompt or of a conversation."""
     prompt = checked(tokenizer, request.prompt, "prompt")
     if request.messages is None:
+        _check_size(tokenizer, [prompt], "prompt", context)
         return tokenizer.encode_prompt(prompt)
     if prompt:
         raise InputError("a request has a prompt and messages; give one of them")
     if tokenizer.chat_template is None:
         raise InputError("this model has no chat template; give it a prompt instead of messages")
+    check_messages(request.messages)
+    contents = [message.get("content") for message in request.messages]
+    texts = [content for content in contents if isinstance(content, str)]
+    _check_size(tokenizer, texts, "prompt", context)
     return tokenizer.encode_chat(request.messages)
+
+
+def _check_size(tokenizer: Any, texts: Sequence[str], name: str, context: int) -> None:
+    """Refuses what has no room even as the longest tokens, before it becomes tokens: that takes a
+    minute and gigabytes for some megabytes."""
+    size, longest = sum(map(len, texts)), _longest_token(tokenizer)
+    if size > context * longest:
+        raise InputError(
+            f"{name} of {size:,} characters; the context is {context:,} tokens of at most "
+            f"{longest:,}: shorten it"
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _longest_token(tokenizer: Any) -> int:
+    """In characters. A part of a letter counts as one at least."""
+    return max(map(len, tokenizer.ids_by_token))
 
 
 def append_answers(
@@ -228,8 +257,9 @@ def read_pictures(loaded: Any, image: Any) -> list[np.ndarray]:
 
 
 def _read_text(loaded: Any, text: Any) -> list[int]:
-    row = loaded.tokenizer.encode(checked(loaded.tokenizer, text, "text"))
     context = loaded.model.config.context_length
+    _check_size(loaded.tokenizer, [checked(loaded.tokenizer, text, "text")], "text", context)
+    row = loaded.tokenizer.encode(text)
     if len(row) > context:
         raise InputError(f"text of {len(row):,} tokens; the context is {context:,}: shorten it")
     return row

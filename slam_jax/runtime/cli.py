@@ -1,6 +1,7 @@
 """What all commands share: they parse flags and report errors in one line."""
 
 import contextlib
+import io
 import logging as python_logging
 import os
 import signal
@@ -45,6 +46,10 @@ def prepare_process() -> None:
             os.fstat(descriptor)
         except OSError:  # it is closed: the next opened file would receive what is printed
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    # Bytes that are no letters, and letters that the stream does not have, end no command.
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().setFormatter(python_logging.Formatter("warning: %(message)s"))

@@ -71,7 +71,13 @@ def main(arguments: list[str]) -> None:
     missing = [name for name in ("starlette", "uvicorn") if not importlib.util.find_spec(name)]
     if missing:
         raise InputError(f"the server needs {missing[0]}: pip install 'slam_jax[serve]'")
-    from slam_jax.serving.server.connections import address_of, is_loopback, open_port, serve
+    from slam_jax.serving.server.connections import (
+        address_of,
+        hosts_of,
+        is_loopback,
+        open_port,
+        serve,
+    )
 
     local, key = is_loopback(HOST.value), KEY.value or os.environ.get(_KEY_VARIABLE) or None
     if not local and len(key or "") < _LEAST_KEY:
@@ -85,7 +91,6 @@ def main(arguments: list[str]) -> None:
         from slam_jax.runtime.compile_cache import enable_compile_cache
         from slam_jax.serving import Engine
         from slam_jax.serving.server.app import make_app
-        from slam_jax.serving.server.guard import LOOPBACK
         from slam_jax.serving.server.limits import Limits
         from slam_jax.serving.server.served import Served
         from slam_jax.training import load
@@ -97,7 +102,7 @@ def main(arguments: list[str]) -> None:
         with engine:
             name = NAME.value or Path(MODEL.value).resolve().name.removesuffix(".gguf")
             served = Served(loaded, name, engine.context, limits)
-            app = make_app(engine, served, key=key, hosts=None if key else LOOPBACK)
+            app = make_app(engine, served, key=key, hosts=None if key else hosts_of(listener))
             address = address_of(listener)
             print(f"{address}/v1 serves {served.name} (Ctrl-C stops it)")
             print(example_call(served, address, with_key=key is not None), flush=True)

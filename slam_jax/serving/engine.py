@@ -110,15 +110,16 @@ class Engine:
             raise InputError(f"num_top is {shorten(repr(num_top))}; expected 0 to {most}")
         for text in sampling.stop:
             self._loaded.tokenizer.check(text, "stop")
-        prompts = read_prompts(self._loaded, [request], sampling.max_new_tokens)
+        prompts = read_prompts(self._loaded, [request], sampling.max_new_tokens, self._context)
         prompt = prompts.tokens[0, : prompts.lengths[0]].tolist()
-        limit = self._limit(len(prompt), int(prompts.limits[0]), sampling)
+        if not prompt:
+            raise InputError("the prompt has no tokens; give a text")
         inputs = read_inputs(self._loaded, [request])
         key, ticket = self._memories.check(inputs), Ticket(len(prompt))
         # A new shape is compiled here, so that answers in progress do not wait for it.
         memory = self._memories.encode(inputs, key)
         rules = (sampling, constraint, num_top, on_event, ends_at)
-        seed = int(prompts.seeds[0])
+        seed, limit = int(prompts.seeds[0]), int(prompts.limits[0])
         self._scheduler.add(Job(self._loaded, ticket, prompt, seed, limit, *rules, memory, key))
         return ticket
 
@@ -138,16 +139,3 @@ class Engine:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         self.close(drain=kind is None)
-
-    def _limit(self, length: int, limit: int, sampling: Sampling) -> int:
-        """The most new tokens of a sample. Raises InputError where a slot has no room for them."""
-        if length == 0:
-            raise InputError("the prompt has no tokens; give a text")
-        if sampling.max_new_tokens is None:
-            limit = min(limit, self._context - length)
-        if limit < 1 or length + limit > self._context:
-            raise InputError(
-                f"prompt of {length:,} tokens and {max(limit, 1):,} new ones; a slot has room for "
-                f"{self._context:,}: shorten it, or ask for fewer"
-            )
-        return limit

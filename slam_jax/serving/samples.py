@@ -89,12 +89,12 @@ class Job:
             live = self.lives.pop(number, None) or Live(self, number, None)
             try:
                 event, self.ended[number] = live.cut(finish, error)
-            except Exception:  # what failed is the tokenizer
+            except BaseException:  # what failed is the tokenizer
                 self.ended[number] = Sample("", (), (), finish)
                 event = Event(number, "", finish=finish, error=error)
             try:
                 self.send(event)
-            except Exception as failure:
+            except BaseException as failure:
                 self.error = self.error or f"on_event: {first_line(failure)}"
         self.close()
 

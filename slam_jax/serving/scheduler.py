@@ -22,7 +22,8 @@ class Scheduler:
     """Serves jobs in the order in which they came, on a thread of its own.
 
     Between two steps of the slots it reads at most about `chunk` tokens of prompts, one chunk of
-    each prompt in turn, so that nobody waits for a long prompt.
+    each prompt in turn, so that nobody waits for a long prompt. What a callback, a constraint or a
+    tokenizer raises ends its job alone, be it SystemExit or a panic of Rust.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class Scheduler:
         number = job.number
         try:
             copied = None if job.constraint is None else job.constraint.copy()
-        except Exception as failure:
+        except BaseException as failure:
             self._stop(job, "error", f"constraint: {first_line(failure)}")
             return
         seen = np.zeros(self._slots.vocabulary, bool)
@@ -247,7 +248,7 @@ class Scheduler:
             try:
                 event, sample = live.take(chosen, slot)
                 job.send(event)
-            except Exception as failure:
+            except BaseException as failure:
                 self._stop(job, "error", first_line(failure))
                 continue
             if sample is not None:
@@ -266,7 +267,7 @@ class Scheduler:
                 mask[slot] = live.constraint.allowed()
                 if not mask[slot].any():
                     raise InputError("it allows no token")
-            except Exception as failure:
+            except BaseException as failure:
                 mask[slot] = True
                 self._stop(live.job, "error", f"constraint: {first_line(failure)}")
         self._forget_ended()

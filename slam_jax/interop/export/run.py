@@ -92,6 +92,8 @@ class Model:
         if not rows or len(rows) > self.batch or not min(lengths) or not buckets:
             most = max(about["prompt_lengths"])
             raise ValueError(f"give 1 to {self.batch} prompts of 1 to {most} tokens each")
+        if not all(0 <= each < about["vocab_size"] for row in rows for each in row):
+            raise ValueError(f"token ids are from 0 to {about['vocab_size'] - 1}")
         limit = max_new_tokens or about["sampling"]["max_new_tokens"]
         limits = [min(limit, self.max_length - length) for length in lengths]
         memory = ()

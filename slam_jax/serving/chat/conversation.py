@@ -18,7 +18,8 @@ class Conversation:
     that are shown at the time.
 
     context: tokens of a prompt and its answer. answer: tokens that are left for the answer.
-    dropped: how many messages, the oldest, the context had no room for.
+    dropped: how many messages, the oldest, the last question had no room for. They are forgotten
+    once it is answered.
     """
 
     loaded: Any
@@ -52,15 +53,17 @@ class Conversation:
             return Request(text, seed=self.seed)
         asked = {"role": "user", "content": text}
         room = self.context - min(self.answer, self.context // 2)
-        while self.turns and self._length([*self.turns, asked]) > room:
-            # A question goes with its answer: templates want them in turn.
-            self.dropped += len(self.turns[:2])
-            del self.turns[:2]
-        return Request(seed=self.seed, messages=self._with_system([*self.turns, asked]))
+        kept = self.turns
+        while kept and self._length([*kept, asked]) > room:
+            kept = kept[2:]  # a question goes with its answer: templates want them in turn
+        self.dropped = len(self.turns) - len(kept)
+        return Request(seed=self.seed, messages=self._with_system([*kept, asked]))
 
     def add(self, question: str, answer: str) -> None:
         """Remembers a question and its answer; the next answer has the next seed."""
         self.seed = (self.seed + 1) % 2**32
+        del self.turns[: self.dropped]
+        self.dropped = 0
         messages = (("user", question), ("assistant", answer))
         self.turns += [{"role": role, "content": text} for role, text in messages]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slam_jax.data.numbers import read_numbers
-from slam_jax.errors import InputError, UserError, write_whole
+from slam_jax.errors import InputError, UserError, shorten, write_whole
 
 _MOST_LINES = 1000  # of the history
 _HELP = """\
@@ -70,6 +70,8 @@ class Chat:
                 self._ask(line.removeprefix("/") if line.startswith("//") else line)
         except UserError as error:
             _note(str(error))
+        except BrokenPipeError:  # whoever read the answers is gone
+            raise
         except OSError as error:
             _note(f"{error.filename}: {error.strerror}")
         except KeyboardInterrupt:  # before the answer began
@@ -77,11 +79,11 @@ class Chat:
 
     def _ask(self, question: str) -> None:
         request = self._talk.ask(question)
+        text, finish = self._print_answer(request)
+        print(flush=True)
         if self._talk.dropped and not self._warned:
             self._warned = True
             _note("the conversation is longer than the context; the oldest messages are dropped")
-        text, finish = self._print_answer(request)
-        print(flush=True)
         if finish == "length":
             _note("cut at the limit of tokens; --max_new_tokens raises it")
         if finish == "error":
@@ -120,8 +122,10 @@ class Chat:
         return ""
 
     def _set_seed(self, rest: str) -> str:
-        if not rest.isdecimal() or int(rest) >= 2**32:
-            raise InputError(f"/seed {rest}: expected a whole number from 0 to {2**32 - 1}")
+        # Python reads no number of thousands of digits.
+        if not rest.isdecimal() or len(rest) > 10 or int(rest) >= 2**32:
+            expected = f"a whole number from 0 to {2**32 - 1}"
+            raise InputError(f"/seed {shorten(rest, 40)}: expected {expected}")
         self._talk.seed = int(rest)
         return ""
 
@@ -143,8 +147,9 @@ class Chat:
         return ""
 
     def _save(self, rest: str) -> str:
-        path = Path(rest).expanduser()
-        if not rest:
+        # Path.expanduser fails where there is no such user.
+        path = Path(os.path.expanduser(rest))
+        if not rest or "\0" in rest:
             raise InputError("/save: expected a file")
         if path.exists() and path.resolve() not in self._saved:
             raise InputError(f"{path} is there already; give another name")

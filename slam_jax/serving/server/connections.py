@@ -15,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from slam_jax.errors import InputError
 from slam_jax.runtime.signals import SIGNALS, print_line
+from slam_jax.serving.server.guard import LOOPBACK
 from slam_jax.serving.server.limits import Limits
 
 _OWN_FILES = 256  # open files that are no connections
@@ -52,6 +53,11 @@ def address_of(listener: socket.socket) -> str:
     """Such as "http://127.0.0.1:8000"."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def hosts_of(listener: socket.socket) -> tuple[str, ...]:
+    """The names by which programs of this machine may call a server without a key."""
+    return (*LOOPBACK, listener.getsockname()[0])
 
 
 def serve(app: Any, listener: socket.socket, engine: Any, limits: Limits) -> None:
