@@ -445,13 +445,16 @@ def test_gradio_sends_no_analytics_and_offers_no_public_api(loaded):
 
 
 def test_a_language_model_is_asked_in_a_conversation():
-    """Earlier messages are part of the request, and what is wrong is said in the answer."""
+    """Earlier messages are part of the request; notes about what is wrong are not."""
     tokenizer = HubTokenizer(byte_level(bos=False).to_str(), (1,), chat_template=TEMPLATE)
     config = make_config("standard", "tiny", vocab_size=tokenizer.vocab_size)
     loaded = ModelAndTokenizer(make_model(config, rngs=nnx.Rngs(0)), tokenizer, max_new_tokens=4)
     before = [
         {"role": "user", "content": [{"type": "text", "text": "the cat"}], "metadata": None},
-        {"role": "assistant", "content": "sat"},
+        {"role": "assistant", "content": "sat", "metadata": {}},
+        {"role": "assistant", "content": "", "metadata": {"title": "cut: raise max tokens"}},
+        {"role": "user", "content": "<|end|>"},
+        {"role": "assistant", "content": "", "metadata": {"title": "refused"}},
     ]
     turns = [
         {"role": "user", "content": "the cat"},
@@ -459,11 +462,12 @@ def test_a_language_model_is_asked_in_a_conversation():
         {"role": "user", "content": "the dog"},
     ]
     [expected] = generate(loaded, [Request(messages=turns)], Sampling(4))
-    cut = f"{expected.text} [cut: raise max tokens, under Sampling]"
     with Engine(loaded, slots=1) as engine:
-        assert list(chat.answer(loaded, engine, "the dog", before, 4, 0))[-1] == cut
+        [*_, (text, note)] = chat.answer(loaded, engine, "the dog", before, 4, 0)
+        assert text == expected.text and "raise max tokens" in note.metadata["title"]
         [*_, refused] = chat.answer(loaded, engine, "<|end|>", [], 4, 0)
-        assert refused == "[message 0 holds '<|end|>', which the template adds itself]"
+        holds = "message 0 holds '<|end|>', which the template adds itself"
+        assert (refused.content, refused.metadata["title"]) == ("", holds)
         pieces: Any = chat.answer(loaded, engine, "the dog", before, 40, 0)
         next(pieces)
         pieces.close()  # the visitor has left
@@ -473,7 +477,7 @@ def test_a_language_model_is_asked_in_a_conversation():
     [expected] = generate(plain, [Request("the")], Sampling(4))
     with Engine(plain, slots=1) as engine:
         [*_, last] = chat.answer(plain, engine, "the", before, 4, 0)
-    assert last.startswith(expected.text)
+    assert last[0] == expected.text
 
 
 def test_a_conversation_is_about_the_picture_that_was_shown_last(loaded, picture, tmp_path):
@@ -492,7 +496,8 @@ def test_a_conversation_is_about_the_picture_that_was_shown_last(loaded, picture
 
         expected = text_of(loaded, "shape of red", None, str(picture))
         assert asked([], before) == asked([str(picture)]) == expected
-        assert asked([str(other)], before).startswith("[notes.txt is no picture of a known kind")
-        assert asked([]) == f"[{NOTHING}]"
+        refused = asked([str(other)], before).metadata["title"]
+        assert refused.startswith("notes.txt is no picture of a known kind")
+        assert asked([]).metadata["title"] == NOTHING
         tabs = build(functools.partial(make_app, loaded), lambda make: make(engine))
     assert [x.label for x in tabs.blocks.values() if isinstance(x, gr.Tab)] == ["Ask", "Chat"]

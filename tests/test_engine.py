@@ -359,6 +359,7 @@ def test_only_so_many_requests_wait_and_a_closed_engine_takes_none(loaded):
     ("request_", "settings", "message"),
     [
         (Request("the"), {"num_top": 21}, "num_top is 21; expected 0 to 20"),
+        (Request("the"), {"deadline": float("nan")}, "deadline is nan"),
         (Request("the"), {"sampling": Sampling(96)}, "prompt of 1 tokens and 96 new ones"),
         (Request("the " * 99), {}, r"prompt of \d+ tokens and 1 new ones"),
         (

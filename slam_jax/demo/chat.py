@@ -1,6 +1,7 @@
 """A conversation on the page: with a language model, or about pictures with SLAM v3."""
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,20 +70,20 @@ def answer(
     history: Sequence[Mapping[str, Any]],
     max_new_tokens: Any,
     temperature: Any,
-) -> Iterator[str]:
-    """Yields the answer so far; what is wrong with the question is in brackets.
+) -> Iterator[Any]:
+    """Yields the answer so far; a note beside it says what is wrong, and never goes to the model.
 
     history: the earlier messages, each with a role and a content. The oldest are left out where
     the context has no room for them.
     """
     try:
         sampling = Sampling(max_new_tokens, temperature)
-        turns = [{"role": x["role"], "content": _text(x["content"])} for x in history]
+        turns = _turns(history)
         limit = sampling.max_new_tokens or loaded.max_new_tokens
         talk = Conversation(loaded, engine.context, limit, turns=turns)
         yield from _stream(engine, talk, message, sampling)
     except UserError as error:
-        yield f"[{error}]"
+        yield _note(str(error))
 
 
 def answer_about_pictures(
@@ -91,7 +92,7 @@ def answer_about_pictures(
     message: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
     text: str | None,
-) -> Iterator[str]:
+) -> Iterator[Any]:
     """Yields the answer so far, about the pictures that were shown last.
 
     message: its text, and the paths of its files. history: earlier messages, with files among their
@@ -106,10 +107,10 @@ def answer_about_pictures(
         said = str(error)
         for path in paths:  # the visitor does not know where it is stored
             said = said.replace(path, Path(path).name)
-        yield f"[{said}]"
+        yield _note(said)
 
 
-def _stream(engine: Engine, talk: Conversation, question: str, sampling: Sampling) -> Iterator[str]:
+def _stream(engine: Engine, talk: Conversation, question: str, sampling: Sampling) -> Iterator[Any]:
     """Yields the answer so far; it stops where nobody waits for it any more."""
     text, ticket = "", engine.submit(talk.ask(question), sampling)
     try:
@@ -117,11 +118,27 @@ def _stream(engine: Engine, talk: Conversation, question: str, sampling: Samplin
             text += event.text
             yield text
             if event.finish == "length":
-                yield f"{text} [cut: raise max tokens, under Sampling]"
+                yield [text, _note("cut: raise max tokens, under Sampling")]
             elif event.finish == "error":
-                yield f"{text} [the answer failed: {event.error}]"
+                yield [text, _note(f"the answer failed: {event.error}")]
     finally:
         ticket.cancel()
+
+
+def _note(text: str) -> gr.ChatMessage:
+    """A message of the page, which has a title; those of the model have none."""
+    return gr.ChatMessage(content="", metadata={"title": text})
+
+
+def _turns(history: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """What was asked and answered; notes, and questions that have only a note, are left out."""
+    said = [x for x in history if not (x.get("metadata") or {}).get("title")]
+    following = (x["role"] for x in said[1:])
+    return [
+        {"role": x["role"], "content": _text(x["content"])}
+        for x, after in itertools.zip_longest(said, following)
+        if x["role"] == "assistant" or after == "assistant"
+    ]
 
 
 def _last_shown(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str]:

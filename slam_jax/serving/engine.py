@@ -1,5 +1,6 @@
 """The engine: answers many requests at once, each as it would be answered alone."""
 
+import math
 import time
 import weakref
 from collections.abc import Callable
@@ -103,6 +104,8 @@ class Engine:
         """
         self._scheduler.check()
         sampling = sampling or Sampling()
+        if deadline is not None and math.isnan(deadline):
+            raise InputError("deadline is nan; expected seconds")
         ends_at = None if deadline is None else time.monotonic() + deadline
         model: Any = self._loaded.model
         most = min(MOST_TOP, model.config.vocab_size)
