@@ -59,6 +59,7 @@ def test_a_folder_has_the_model_of_the_checkpoint(folder, small_run):
     )
     card = (folder / CARD).read_text()
     assert "`make small`" in card and "commit: abc" in card and "float32" in card
+    assert all(f"`{name}`" in card for name in (WEIGHTS, ABOUT, TOKENIZER))
     assert slam_jax.load(folder, "best").step == slam_jax.load(folder, str(ours.step)).step
     with pytest.raises(slam_jax.CheckpointError, match="leave out step 99"):
         slam_jax.load(folder, 99)

@@ -64,7 +64,7 @@ def _yarn(mscale: float) -> Rope:
     return Rope(interleaved=True, yarn=yarn)
 
 
-SYSTEMS: Mapping[str, System] = {
+SYSTEMS: dict[str, System] = {
     "slam_v6": System(
         "SLAM V6 Jamba killer",
         SlamV6Config,

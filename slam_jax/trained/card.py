@@ -26,7 +26,7 @@ def make_card(
         f"{count:,} parameters, stored in {dtype}, after {loaded.step:,} training steps.\n\n"
         f"{made}- written by: slam_jax {__version__}\n- seed: {loaded.config['seed']}\n\n"
         "The weights are in `model.safetensors`; the configuration of the run, the limit of tokens "
-        "and the format of vectors in `model.json`; the tokenizer in `tokenizer.json`.\n\n"
+        "and the format of vectors in `config.json`; the tokenizer in `tokenizer.json`.\n\n"
         '```python\nimport slam_jax\n\nloaded = slam_jax.load("FOLDER")\n```\n'
         + _scores(Path(workdir) / "eval" / "metrics.json", loaded.step)
     )
