@@ -13,7 +13,7 @@ WORKERS ?= 2
 # (docs/memory.md, "Memory allocation on Linux"). Other systems ignore these.
 KEEP = MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1
 
-.PHONY: help setup train eval demo rocket ablations bench test test-all lint format docs docs-pages docs-serve clean
+.PHONY: help setup setup-release train eval demo rocket ablations bench test test-release test-all package lint format docs docs-pages docs-serve clean
 
 help:
 	@echo "make train     set up, train the quickstart, evaluate it, print the table"
@@ -24,18 +24,23 @@ help:
 	@echo "make ablations what each part of SLAM v3 is worth, into ABLATIONS=$(ABLATIONS)"
 	@echo "make bench     measure against torch and transformers (docs/speed.md); ONLY=a,b for some"
 	@echo "make test      set up, lint, type-check and run the tests, in WORKERS=$(WORKERS) processes"
-	@echo "make test-all  the same with the slow tests"
+	@echo "make test-release  the tests of the package, of the site and of the code in the docs"
+	@echo "make test-all  all of them, with the slow tests"
+	@echo "make package   the wheel and the source distribution, built and checked, into dist/"
 	@echo "make docs      the site of the documentation, into site/; make docs-serve shows it while you write"
 	@echo "make format    sort imports and format"
 	@echo "make clean     remove caches (not runs, not the environment)"
 
-$(VENV)/.installed: setup.cfg pyproject.toml
+$(VENV)/.installed: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 
 setup: $(VENV)/.installed
+
+setup-release: setup
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[release]'
 
 train: setup
 	$(KEEP) $(RUN) train.py --config=configs/slam_v3_quickstart.py --workdir=$(WORKDIR)
@@ -66,12 +71,16 @@ lint: setup
 test: lint
 	$(RUN) -m pytest -n $(WORKERS) --dist=worksteal
 
-test-all: lint
+# One process a file: the tests of a file share what it builds.
+test-release: setup-release
+	$(RUN) -m pytest -n $(WORKERS) --dist=loadfile -m release
+
+test-all: lint setup-release
 	$(RUN) -m pytest -n $(WORKERS) --dist=worksteal -m "slow or not slow"
 
 # Pages that are made: the notebooks of notebooks/ become docs/notebooks/*.md.
 docs-pages: setup
-	if [ -f notebooks/convert.py ]; then $(RUN) notebooks/convert.py; fi
+	$(RUN) notebooks/convert.py
 
 docs: docs-pages
 	$(RUN) -m zensical build --clean --strict
@@ -79,10 +88,16 @@ docs: docs-pages
 docs-serve: docs-pages
 	$(RUN) -m zensical serve
 
+package: setup-release
+	rm -rf build dist *.egg-info
+	$(RUN) -m build
+	$(RUN) -m twine check --strict dist/*
+	$(RUN) -m check_wheel_contents dist/*.whl
+
 format: setup
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf .pytest_cache .ruff_cache .cache build site *.egg-info
+	rm -rf .pytest_cache .ruff_cache .cache build dist site *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

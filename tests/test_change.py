@@ -89,7 +89,7 @@ def test_a_run_continues_with_what_was_changed(own, finished, tmp_path, capsys):
     text = "data.batch_size 4 -> 8, optimizer.learning_rate 0.001 -> 0.01, run.num_steps 4 -> 6"
     shown = capsys.readouterr().out
     assert f"changed after step 4: {text}" in shown
-    assert "done: 2 steps in" in shown and f"next: python eval.py --workdir={workdir}" in shown
+    assert "done: 2 steps in" in shown and f"next: slam-eval --workdir={workdir}" in shown
     [record] = [r for r in read_metrics(workdir) if r["split"] == "change"]
     assert (record["step"], record["text"]) == (4, text)
     checkpoints = Checkpoints(workdir)

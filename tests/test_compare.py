@@ -196,7 +196,7 @@ def test_two_folders_of_answers_need_no_model(tmp_path, evaluations):
     with pytest.raises(InputError, match="other data"):
         read_sides([built_in, write_folder(tmp_path / "e", sha256=None, name="digits")])
     (one / "metrics.json").write_text("[1]")
-    with pytest.raises(InputError, match=r"metrics\.json: expected what eval\.py wrote"):
+    with pytest.raises(InputError, match=r"metrics\.json: expected what slam-eval wrote"):
         read_sides([one, other])
 
 

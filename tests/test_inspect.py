@@ -238,4 +238,4 @@ def test_the_command_lists_bad_rows_and_writes_the_pictures(folder, tmp_path):
 def test_another_command_is_refused_in_one_line(tmp_path):
     ended = inspect("show", "--config=a.py", folder=tmp_path)
     assert ended.returncode == 2
-    assert ended.stderr == "error: the command is 'show'; expected: inspect --config=FILE\n"
+    assert ended.stderr == "error: the command is 'show'; expected: inspect --config=NAME\n"

@@ -329,7 +329,7 @@ def test_what_does_not_fit_is_told_in_a_line(finished, texts, rows, published, t
         train(config_of(texts, "standard", **{"language_model.num_layers": 2}), workdir)
     with pytest.raises(CheckpointError, match="holds the run of a language model"):
         train(as_json(default_config("tiny")), workdir)
-    with pytest.raises(InputError, match="is a language model; `python eval.py"):
+    with pytest.raises(InputError, match="is a language model; `slam-eval"):
         slam_jax.reporting.checkpoint.evaluate_checkpoint(workdir)
 
 

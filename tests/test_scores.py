@@ -313,7 +313,7 @@ def test_answers_survive_their_file(tmp_path):
         ("{", "line 2: not JSON"),
         ("[" * 100_000, "line 2: not JSON"),
         ("[]", "line 2: no object"),
-        ('{"view": 3}', "line 2: view is 3; expected a line that eval.py wrote"),
+        ('{"view": 3}', "line 2: view is 3; expected a line that slam-eval wrote"),
         (None, "line 2: scene is True"),
         ("\udcff", "codec can't decode"),
     ],

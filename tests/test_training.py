@@ -407,7 +407,7 @@ def test_text_that_looks_like_a_number_is_text_where_text_is_expected(text):
 
 def test_a_config_file_that_gives_no_config_is_named(tmp_path):
     path = tmp_path / "config.py"
-    with pytest.raises(ConfigError, match="config.py: no such file; give one such as configs/"):
+    with pytest.raises(ConfigError, match="config.py: no such file or recipe; give the path"):
         read_config(path)
     path.write_text("get_config = lambda: {'seed': (1, 2)}")
     assert read_config(path) == {"seed": [1, 2]}

@@ -1,7 +1,8 @@
-"""Inspects data: python -m slam_jax.data inspect --config=FILE [--config.field=value]
+"""Inspects data: python -m slam_jax.data inspect --config=NAME [--config.field=value]
 
-Prints what a data set holds and how a model sees it: records, views, shapes, tokens, answers and,
-of a folder, every row that cannot be used. Writes a contact sheet of training pictures.
+NAME is that of a recipe, such as folder, or the path of a Python file. Prints what a data set holds
+and how a model sees it: records, views, shapes, tokens, answers and, of a folder, every row that
+cannot be used. Writes a contact sheet of training pictures.
 """
 
 from pathlib import Path
@@ -12,7 +13,10 @@ from slam_jax.errors import InputError, writing
 from slam_jax.runtime import cli
 
 CONFIG = flags.DEFINE_string(
-    "config", None, "Path of a file of configs/; its code is executed.", required=True
+    "config",
+    None,
+    "The name of a recipe, such as quickstart, or the path of a Python file; it is executed.",
+    required=True,
 )
 OUTPUT = flags.DEFINE_string("output", "contact_sheet.png", "Path of the contact sheet, a PNG.")
 
@@ -20,7 +24,7 @@ OUTPUT = flags.DEFINE_string("output", "contact_sheet.png", "Path of the contact
 def main(arguments: list[str]) -> None:
     if arguments[:1] != ["inspect"]:
         given = repr(arguments[0]) if arguments else "nothing"
-        raise InputError(f"the command is {given}; expected: inspect --config=FILE")
+        raise InputError(f"the command is {given}; expected: inspect --config=NAME")
     # Imported here, where Ctrl-C is handled, because it takes seconds.
     from slam_jax.reporting.contact_sheet import contact_sheet
     from slam_jax.reporting.inspection import inspect_data, print_inspection

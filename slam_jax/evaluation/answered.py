@@ -112,7 +112,7 @@ def read_answers(path: str | os.PathLike[str]) -> list[Answer]:
 
 
 def _parse(line: str, where: str) -> Answer:
-    advice = "expected a line that eval.py wrote"
+    advice = "expected a line that slam-eval wrote"
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""Answers from a shell: python -m slam_jax.generation --workdir=DIR --image=FILE --prompt="..."
+"""Answers from a shell: slam-generate --workdir=DIR --image=FILE --prompt="..."
 
 --model is another name of --workdir. A published language model may be a folder or a GGUF file:
-python -m slam_jax.generation --model=FILE.gguf --prompt="..." asks it through its chat template.
+slam-generate --model=FILE.gguf --prompt="..." asks it through its chat template.
 
 --text and --aux, with or without --image, are further inputs; --aux is a file of numbers: JSON
 (rows, or numbers by name) or CSV (rows, with or without a line of names). The answer is printed as

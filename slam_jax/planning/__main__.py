@@ -1,9 +1,9 @@
-"""Plans a run: python -m slam_jax.planning --config=configs/NAME.py --devices=N
+"""Plans a run: python -m slam_jax.planning --config=NAME --devices=N
 
-Prints how much memory the run takes on each of N devices, what the devices send each other, and how
-long a step takes at the given speeds. --search=M compiles the M most promising meshes and prints
-the best one. --program prints how long the program of a step is. No accelerator is needed. See
-docs/planning.md.
+NAME is that of a recipe, such as 7b, or the path of a Python file. Prints how much memory the run
+takes on each of N devices, what the devices send each other, and how long a step takes at the given
+speeds. --search=M compiles the M most promising meshes and prints the best one. --program prints
+how long the program of a step is. No accelerator is needed. See docs/planning.md.
 """
 
 import os
@@ -13,7 +13,10 @@ from absl import flags
 from slam_jax.runtime import cli
 
 CONFIG = flags.DEFINE_string(
-    "config", None, "Path of a file of configs/; its code is executed.", required=True
+    "config",
+    None,
+    "The name of a recipe, such as quickstart, or the path of a Python file; it is executed.",
+    required=True,
 )
 DEVICES = flags.DEFINE_integer("devices", 1, "Number of devices.", 1, 4_096)
 SEARCH = flags.DEFINE_integer("search", 0, "Meshes to compile; 0 = config.mesh.", 0, 1_000)

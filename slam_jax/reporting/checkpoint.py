@@ -89,7 +89,7 @@ def open_checkpoint(
     enable_compile_cache()
     loaded = load(workdir, step, base)
     if not isinstance(loaded, Loaded):
-        raise InputError(f"{workdir} is a language model; `python eval.py --workdir` scores it")
+        raise InputError(f"{workdir} is a language model; `slam-eval --workdir` scores it")
     own = {**loaded.config, "run": {"metrics": [EXACT_MATCH], **loaded.config["run"]}}
     given = own if data_config is None else {**own, "data": dict(data_config)}
     config = override(given, overrides)

@@ -1,7 +1,7 @@
 """Measures language models, each in a process of its own, and writes a leaderboard.
 
     python -m slam_jax.rocket --workdir=DIR [--protocol=seed|heldout|ablation|processes]
-        [--models=a,b] [--config=FILE] [--config.field=value]
+        [--models=a,b] [--config=NAME] [--config.field=value]
 
 Writes leaderboard.json (described by leaderboard.schema.json), .md and .html to the workdir. The
 same command resumes a run that was stopped.
@@ -27,7 +27,10 @@ MODELS = flags.DEFINE_list(
     "alone; or variants of a --config, by default all.",
 )
 CONFIG = flags.DEFINE_string(
-    "config", None, "A Python file whose get_config() returns settings of the protocol."
+    "config",
+    None,
+    "A Python file whose get_config() returns settings of the protocol, or the name of a recipe, "
+    "such as ablations/sort_of_clevr.",
 )
 MEMORY_GIB = flags.DEFINE_float("memory_gib", 16.0, "Memory limit of each process.", 0.0)
 JOBS = flags.DEFINE_integer("jobs", 1, "Processes at a time, for tasks that are not timed.", 1)

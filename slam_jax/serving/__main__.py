@@ -1,4 +1,4 @@
-"""A server for clients of OpenAI's protocol: python -m slam_jax.serving --model=DIR
+"""A server for clients of OpenAI's protocol: slam-serve --model=DIR
 
 Prints its address and a call to try; Ctrl-C or SIGTERM ends it after the answers in progress. Only
 programs on this machine reach it; --host gives another address, which needs a key. Needs

@@ -19,6 +19,7 @@ from slam_jax.errors import ConfigError, check_names, require, require_count
 from slam_jax.evaluation.scores import EXACT_MATCH, check_metrics
 from slam_jax.slam_v3 import SlamV3Config
 from slam_jax.slam_v3.config import PRESETS
+from slam_jax.training import recipes
 from slam_jax.training.losses import LossConfig
 from slam_jax.training.mesh import MeshConfig
 from slam_jax.training.optimizer import OptimizerConfig
@@ -196,11 +197,13 @@ def default_config(preset: str = "small") -> ConfigDict:
     return ConfigDict(config)
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(name: str | Path) -> dict[str, Any]:
     """The result of `get_config()` of a Python file, as JSON would hold it. The file is executed.
-    Raises ConfigError where there is no such file, it has no such function, or it fails."""
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such file; give one such as configs/slam_v3_quickstart.py")
+
+    name: the path of the file, or the name of a recipe, such as quickstart. Raises ConfigError
+    where there is neither, the file has no such function, or it fails.
+    """
+    path = recipes.find(name)
     try:
         config = runpy.run_path(str(path))["get_config"]()
         if not isinstance(config, (ConfigDict, Mapping)):

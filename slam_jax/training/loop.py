@@ -151,7 +151,7 @@ def _summary(checkpoints: Checkpoints, progress: Progress, workdir: str | Path) 
         lines.append(f"best: step {best:,}, {metric} {shown}")
     steps = ", ".join(map(str, checkpoints.steps()))
     lines.append(f"checkpoints {steps} and metrics.jsonl are in {workdir}")
-    return [*lines, f"next: python eval.py --workdir={workdir}"]
+    return [*lines, f"next: slam-eval --workdir={workdir}"]
 
 
 def _enter(

@@ -104,7 +104,7 @@ def _read_folder(path: str | Path, folder: Path) -> Side:
         except (ValueError, RecursionError):
             metrics = None
         if not isinstance(metrics, Mapping):
-            raise InputError(f"{folder / _METRICS}: expected what eval.py wrote; evaluate again")
+            raise InputError(f"{folder / _METRICS}: expected what slam-eval wrote; evaluate again")
     step, found = metrics.get("step"), {}
     for name in ("data", "data_config"):
         value = metrics.get(name)

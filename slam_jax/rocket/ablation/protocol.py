@@ -27,8 +27,8 @@ class Ablation(Comparison):
     def __init__(self, options: AblationSettings, models: Sequence[str], workdir: str | Path):
         if not options.variants:
             raise ConfigError(
-                "variants are not given; give --config a file of them, such as "
-                "configs/ablations/sort_of_clevr.py"
+                "variants are not given; give --config a file of them, or the recipe "
+                "ablations/sort_of_clevr"
             )
         check_names(models, list(options.variants), "variants")
         for name in options.variants:

@@ -1,4 +1,4 @@
-"""A chat in the terminal: python -m slam_jax.serving.chat --model=DIR
+"""A chat in the terminal: slam-chat --model=DIR
 
 The answer is printed as it is generated. Ctrl-C stops the answer, Ctrl-D ends the chat, and /help
 lists the commands. Where the input is no terminal, each of its lines is asked in turn.
