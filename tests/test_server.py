@@ -234,17 +234,6 @@ def test_a_model_without_a_chat_template_continues_prompts():
         client.chat.completions.create(model="tiny", messages=[say("the cat")])
 
 
-def test_the_python_of_the_documentation_runs(server, capsys):
-    """Its picture is of a scene that training never saw."""
-    page = Path(__file__).parent.parent / "docs" / "serving.md"
-    blocks = re.findall(r"```python\n(.*?)^```", page.read_text(), re.S | re.M)
-    for block in blocks:
-        exec(block.replace("http://127.0.0.1:8000", server[0]), {})
-    first, second, third = capsys.readouterr().out.splitlines()
-    assert first.startswith("square [TopLogprob(") and third == "circle"
-    assert second in ("0", "1", "2", "3", "4", "5", "6")
-
-
 def get(address: str, headers: Any = None) -> tuple[int, str]:
     request = urllib.request.Request(address, headers=headers or {})
     try:
