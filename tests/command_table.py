@@ -115,7 +115,7 @@ def how(entry: Entry, known: dict[str, dict[str, Any]]) -> list[str]:
         ended += ", stopped by Ctrl-C when it had answered"
     lines += [f"{found['date']}, version {found['version']}: {ended}.{note}", ""]
     if found["output"]:
-        lines += ["```text", *found["output"][-entry.lines :], "```", ""]
+        lines += ["```text", *found["output"], "```", ""]
     return lines
 
 

@@ -130,7 +130,7 @@ class Checkout:
                 code = 124
             seconds = time.monotonic() - start
             output.seek(0)
-            lines = last_lines(output.read(), self.folder)
+            lines = last_lines(output.read(), self.folder)[-entry.lines :]
         version = re.search(
             r'^__version__ = "(.*)"', (self.folder / "slam_jax" / "version.py").read_text(), re.M
         )

@@ -394,7 +394,8 @@ def test_the_table_is_printed_even_if_no_file_can_be_written(
     monkeypatch.setattr("slam_jax.reporting.language.is_language_model", lambda *_: False)
     monkeypatch.setattr(flags, "DEFINE_multi_string", lambda *_, **__: SimpleNamespace(value=[]))
     monkeypatch.setattr(flags, "DEFINE_list", lambda *_, **__: SimpleNamespace(value=["f1"]))
-    main = runpy.run_module("slam_jax.reporting")["main"]
+    script = Path(__file__).parents[1] / "slam_jax" / "reporting" / "__main__.py"
+    main = runpy.run_path(str(script))["main"]
     with pytest.raises(WriteError, match=r"nothing was written: .*; give another .*--out=DIR"):
         main([])
     printed = capsys.readouterr().out
