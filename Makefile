@@ -24,7 +24,7 @@ help:
 	@echo "make ablations what each part of SLAM v3 is worth, into ABLATIONS=$(ABLATIONS)"
 	@echo "make bench     measure against torch and transformers (docs/speed.md); ONLY=a,b for some"
 	@echo "make test      set up, lint, type-check and run the tests, in WORKERS=$(WORKERS) processes"
-	@echo "make test-release  the tests of the package, of the site and of the code in the docs"
+	@echo "make test-release  longer tests: whole runs, browsers, several devices, the docs, the package"
 	@echo "make test-all  all of them, with the slow tests"
 	@echo "make package   the wheel and the source distribution, built and checked, into dist/"
 	@echo "make docs      the site of the documentation, into site/; make docs-serve shows it while you write"
@@ -73,7 +73,7 @@ test: lint
 
 # One process a file: the tests of a file share what it builds.
 test-release: setup-release
-	$(RUN) -m pytest -n $(WORKERS) --dist=loadfile -m release
+	$(RUN) -m pytest -n $(WORKERS) --dist=loadfile -m "release and not slow"
 
 test-all: lint setup-release
 	$(RUN) -m pytest -n $(WORKERS) --dist=worksteal -m "slow or not slow"

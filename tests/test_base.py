@@ -223,6 +223,7 @@ def test_a_checkpoint_names_the_base_and_does_not_store_it(base_folder, finished
     assert not names_in(state.params) & names_in(state.frozen)
 
 
+@pytest.mark.release
 def test_a_resumed_run_with_frozen_parameters_is_the_unbroken_one(
     config, finished, tmp_path, monkeypatch
 ):
@@ -246,6 +247,7 @@ def test_a_resumed_run_with_frozen_parameters_is_the_unbroken_one(
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
+@pytest.mark.release
 def test_a_run_opens_where_its_base_moved_and_not_where_it_was_changed(
     config, finished, base_folder, tmp_path, monkeypatch
 ):

@@ -130,6 +130,7 @@ def test_evaluation_pads_to_the_longest(ragged):
     )
 
 
+@pytest.mark.release
 def test_worker_processes_make_the_same_batches_and_end(ragged):
     threads = take(settings(ragged), 8, start_step=2)
     workers = take(settings(ragged, workers=2), 8, start_step=2)

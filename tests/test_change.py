@@ -102,6 +102,7 @@ def test_a_run_continues_with_what_was_changed(own, finished, tmp_path, capsys):
     assert checkpoints.read_history(6) == history
 
 
+@pytest.mark.release
 def test_added_rows_are_used_on_request(own, finished, tmp_path):
     workdir, folder = shutil.copytree(finished[0], tmp_path / "run"), tmp_path / "own"
     saved = Checkpoints(workdir).read_data(4)

@@ -31,7 +31,7 @@ def main(arguments):
             os.write(2, b"err")
             file.write("own")
     if NAME.value == "letters":
-        print(ascii(input()), "\u00fc")
+        print(ascii(input()), "\\u00fc")
 
 cli.run(main)
 """

@@ -40,6 +40,8 @@ from slam_jax.reporting.attention import attention_html
 from slam_jax.serving import Engine
 from slam_jax.slam_v3 import ImageConfig
 
+pytestmark = pytest.mark.release
+
 NOTHING = "nothing to answer from: give at least one of text, image and aux"
 USUAL: Any = (0, 32, 0, 0, 1, 0, 1)  # the seed and the fields of Sampling, as on the page
 CUT = "The answer was cut: raise max tokens, under Sampling, to see more."
@@ -309,7 +311,7 @@ def test_an_answer_comes_in_pieces_and_then_its_maps(loaded):
         ({"rows": [[1] * 9 + ["x<1"]]}, "aux, row 1, y: 'x<1' is no number"),
         ({"rows": [[1] * 11]}, "aux is 1 x 11 numbers; expected rows of 10"),
         ({"rows": [[1] * 9 + [""]]}, "aux has a number that is missing"),
-        ({"text": "a", "prompt": "red " * 2000}, "the context is 1,024: shorten it"),
+        ({"text": "a", "prompt": "red " * 2000}, "the context is 1,024 tokens of at most"),
         ({"text": "a", "numbers": (0.5, *USUAL[1:])}, "seed is 0.5; expected a whole number"),
         ({"text": "a", "numbers": (None, *USUAL[1:])}, "seed is None; expected a whole number"),
         ({"text": "a", "numbers": (0, 0, *USUAL[2:])}, "max_new_tokens is 0; expected 1"),

@@ -184,6 +184,7 @@ def test_an_export_on_a_gpu_has_no_kernels_of_libraries(monkeypatch):
             assert grouped_matmul.ragged_dot(*products).shape == (3, 5)
 
 
+@pytest.mark.release
 def test_slam_v3_runs_with_jax_and_numpy_alone(tmp_path):
     loaded, out = slam_v3(), tmp_path / "out"
     given = examples()

@@ -121,7 +121,9 @@ def test_each_format_gives_the_same_rows(kind, folders):
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(each, marks=[pytest.mark.slow] if re.search(SEEN_BY_OTHERS, each) else [])
+        pytest.param(
+            each, marks=pytest.mark.slow if re.search(SEEN_BY_OTHERS, each) else pytest.mark.release
+        )
         for each in COMMANDS
     ],
 )

@@ -275,6 +275,7 @@ TRIALS = {overrides: 60, requests: 20, workdirs: 20}
 RUN = Path(__file__).parent / "fixtures" / "v0_11_0" / "run"
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("trial", TRIALS)
 def test_anything_at_all_is_answered(trial):
     trial(0, TRIALS[trial], RUN)

@@ -15,6 +15,8 @@ from test_fuzz import run
 
 from slam_jax.serving.server.limits import Limits
 
+pytestmark = pytest.mark.release
+
 LIMITS = Limits(
     text_body=50_000,
     bodies=120_000,

@@ -194,6 +194,7 @@ def test_a_long_list_is_bounded(source, tokenizer, tmp_path, monkeypatch):
     assert len(report["absent"]) == 4 and report["absent"][-1].startswith("and ")
 
 
+@pytest.mark.release
 def test_only_a_new_run_reads_its_source(source, tokenizer, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(source[0], copy)

@@ -421,6 +421,7 @@ def answered(model):
     return model(TOKENS, INPUTS).logits
 
 
+@pytest.mark.release
 def test_a_loaded_model_keeps_its_adapters_and_a_shared_one_has_them_merged(finished, tmp_path):
     workdir, _, state = finished
     loaded = load(workdir, 4)
@@ -452,6 +453,7 @@ def plain_kernels(model: Any) -> dict[str, Any]:
     return {f"{name}/kernel": params[f"{name}/kernel"] for name in adapted}
 
 
+@pytest.mark.release
 def test_the_command_writes_merged_weights(finished, tmp_path):
     workdir, _, _ = finished
     command = [sys.executable, "-m", "slam_jax.trained", f"--workdir={workdir}", "--step=4"]
@@ -466,6 +468,7 @@ def test_the_command_writes_merged_weights(finished, tmp_path):
     assert_close(found, merged, 1e-6)
 
 
+@pytest.mark.release
 def test_a_new_run_begins_with_merged_weights_unless_it_has_the_adapters(finished, tmp_path):
     workdir, first, _ = finished
     loaded = load(workdir)

@@ -177,6 +177,7 @@ def own_rows() -> dict[str, list[Row]]:
     return {"train": rows[:20], "validation": rows[20:25], "test": rows[25:]}
 
 
+@pytest.mark.release
 def test_a_given_data_set_trains_resumes_and_is_evaluated(tmp_path):
     settings: Any = default_config("tiny")
     settings.model.image = {**settings.model.image, "size": 12, "stage_widths": (8,)}

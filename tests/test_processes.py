@@ -107,6 +107,7 @@ def test_a_view_without_examples_is_left_out(opened, monkeypatch):
     assert list(evaluate_processes(opened, 3)["accuracy"]) == ["aux"]
 
 
+@pytest.mark.release
 def test_the_table_of_a_run_and_its_section_in_the_report(opened, small_run):
     found = evaluate_processes(opened, 3)
     evaluation = evaluate_checkpoint(small_run)

@@ -170,6 +170,7 @@ MAY_CHANGE = {
 }
 
 
+@pytest.mark.release
 def test_a_score_that_no_evaluation_has_is_named_once_the_step_is_saved(config, finished, tmp_path):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "6")
@@ -577,6 +578,7 @@ def config_of_table(config: Any, folder: Path) -> Any:
     return config
 
 
+@pytest.mark.release
 def test_a_run_tells_once_what_is_odd_about_its_data(config, tmp_path, caplog):
     rows = [{"answer": "ab"[i % 2], "size": i, "question": "why?"} for i in range(12)]
     rows[0]["split"] = "train"

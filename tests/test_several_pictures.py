@@ -301,6 +301,7 @@ def run(folder, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.release
 def test_a_run_learns_a_question_that_needs_both_pictures(run, folder):
     found = evaluate_checkpoint(run)
     assert found.metrics["views"]["image"]["all"]["accuracy"] >= 0.9

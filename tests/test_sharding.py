@@ -48,6 +48,7 @@ def on_eight_devices(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-5_000:] + done.stderr[-2_000:]
 
 
+@pytest.mark.release
 def test_several_devices_do_what_one_does():
     on_eight_devices()
 

@@ -19,9 +19,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 # Made from notebooks/ when the site is built; git does not have them.
 MADE = "notebooks"
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(path for path in DOCS.rglob("*.md") if MADE not in path.parts),
+]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LINK = re.compile(r"\]\((?!https?:|mailto:)(?P<file>[^)#\s]*)(?:#(?P<heading>[^)]*))?\)")
 CODE = re.compile(r"^( *)```.*?^\1```|`[^`\n]*`", re.S | re.M)
 # Public names of these packages are those that `__init__.py` imports.
@@ -126,9 +130,9 @@ def site(tmp_path_factory) -> Path:
     shutil.copytree(DOCS, folder / "docs", ignore=left_out)
     for name in ("CHANGELOG.md", "zensical.toml"):
         shutil.copy(ROOT / name, folder)
-    if (ROOT / "notebooks").is_dir():
-        shutil.copytree(ROOT / "notebooks", folder / "notebooks")
-        run(folder, "notebooks/convert.py")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    # Warnings would be among what it prints.
+    assert len(run(folder, "notebooks/convert.py").splitlines()) == len(NOTEBOOKS)
     said = run(folder, "-m", "zensical", "build", "--clean", "--strict")
     assert "No issues found" in said and "warning" not in said.lower(), said
     return folder / "site"
@@ -137,7 +141,7 @@ def site(tmp_path_factory) -> Path:
 def run(folder: Path, *arguments: str) -> str:
     """Runs Python in a folder; what it prints."""
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1_800)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -146,6 +150,16 @@ def run(folder: Path, *arguments: str) -> str:
 def built(site) -> dict[Path, Page]:
     # The page for unknown addresses has absolute links, which a server must resolve.
     return {path: Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
+
+
+@pytest.mark.release
+def test_notebooks_are_pages_with_pictures(site):
+    for path in NOTEBOOKS:
+        page = (site.parent / "docs" / "notebooks" / f"{path.stem}.md").read_text(encoding="utf-8")
+        pictures = re.findall(r"!\[[^]]*\]\((.*?)\)", page)
+        assert len(pictures) >= 4
+        assert all((site / "notebooks" / name).stat().st_size for name in pictures)
+        assert ".ipynb)" not in page and "/docs/" not in page
 
 
 @pytest.mark.release

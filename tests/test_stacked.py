@@ -195,10 +195,12 @@ def shapes_of(scan: bool) -> Any:
     return state_shapes(SlamV3Task(experiment(scan)), VOCAB)[1]
 
 
+@pytest.mark.release
 def test_a_run_starts_alike_with_and_without_stacks():
     assert_close(by_name(state_of(True).params), by_name(state_of(False).params))
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_checkpoint_is_restored_with_and_without_stacks(tmp_path, saved):
     """The whole state: parameters, their average, the optimizer's state and the keys."""

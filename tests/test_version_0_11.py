@@ -57,6 +57,7 @@ class _StopAfterTwoSteps(Stop):
         return self.asked >= 2
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("scan_layers", [None, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_resumes_where_it_stopped(expected, tmp_path, monkeypatch, scan_layers):
     monkeypatch.setenv("SLAM_JAX_DATA_DIR", str(tmp_path / "data"))

@@ -48,7 +48,7 @@ def prepare_process() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     # Bytes that are no letters, and letters that the stream does not have, end no command.
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors=errors)
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
