@@ -13,7 +13,7 @@ Layers are in `slam_jax.layers`, the parts of the model in `slam_jax.slam_v3`.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from slam_jax.errors import ConfigError, UserError
+from slam_jax.errors import ConfigError, InputError, UserError
 from slam_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ImageConfig",
+    "InputError",
     "Inputs",
     "LatentCache",
     "Memory",

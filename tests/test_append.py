@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx, struct
 
-from slam_jax.errors import InputError
+from slam_jax.errors import ConfigError, InputError
 from slam_jax.language_models import SYSTEMS, make_config, make_model
 from slam_jax.language_models.slam_v3_text import TextCache
-from slam_jax.layers.kv_cache import KVCache
+from slam_jax.layers import GroupedQueryAttention, MultiHeadLatentAttention
+from slam_jax.layers.kv_cache import KVCache, write_prompt, write_token, write_tokens
 from slam_jax.layers.masks import prefix_mask
 from slam_jax.slam_v3.decoder import Memory
 from tests.test_language_models import build as build_tiny
@@ -246,3 +247,25 @@ def test_the_decoder_of_slam_v3_refuses_a_chunk_without_room(build):
     cache = tuple(dataclasses.replace(x, length=x.length + 6) for x in cache)
     with pytest.raises(InputError, match="would store 10 tokens and there is room for 9"):
         model.prefill(text, cache, memory, lengths=np.array([[3, 4], [0, 1]]), append=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 1, 4), (2, 2, 3)])
+def test_tokens_that_a_cache_would_broadcast_are_refused(shape):
+    """Other rows, other features, and more than one token in a step."""
+    buffers, tokens, length = (jnp.zeros((2, 4, 3)),), (jnp.ones(shape),), jnp.zeros(2, jnp.int32)
+    with pytest.raises(InputError, match="expected as many rows|a step of 2 tokens"):
+        write_token(buffers, tokens, length)
+    if shape[1] == 1:
+        for write in (write_prompt, write_tokens):
+            with pytest.raises(InputError, match="expected as many rows"):
+                write(buffers, tokens, length, None)
+
+
+def test_a_layer_without_a_window_or_with_half_a_pair_is_refused():
+    widths: Any = dict(kv_lora_rank=2, qk_nope_head_dim=2, v_head_dim=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match="qk_rope_head_dim is 3; expected an even number"):
+        MultiHeadLatentAttention(4, 2, qk_rope_head_dim=3, **widths)
+    with pytest.raises(ConfigError, match="window is 0; expected at least 1"):
+        MultiHeadLatentAttention(4, 2, qk_rope_head_dim=2, window=0, **widths)
+    with pytest.raises(ConfigError, match="window is 0; expected at least 1"):
+        GroupedQueryAttention(4, 2, window=0, rngs=nnx.Rngs(0))

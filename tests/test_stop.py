@@ -60,7 +60,7 @@ def end(process):
     return process.returncode, err.splitlines()
 
 
-AGAIN = "stopped: {}; the same command resumes from the last checkpoint"
+AGAIN = "stopped: {}; the same command continues, from the last checkpoint if there is one"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

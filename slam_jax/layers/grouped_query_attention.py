@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from slam_jax.errors import require_count
 from slam_jax.layers.attention import Layout, attend, causal_layout
 from slam_jax.layers.kv_cache import (
     KVCache,
@@ -58,6 +59,8 @@ class GroupedQueryAttention(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if window is not None:
+            require_count("window", window)
         kw: Any = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_dim = head_dim or embed_dim // num_heads

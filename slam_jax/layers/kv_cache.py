@@ -110,8 +110,19 @@ def check_prompts(lengths: Any, stored: Any, num_tokens: int) -> None:
     if not isinstance(stored, Tracer) and np.any(np.asarray(stored)):
         raise InputError(
             f"prefill into a cache that stores {np.asarray(stored).max():,} tokens; give it an "
-            "empty one of init_cache, or continue it with append=True"
+            "empty one of init_cache, or continue it with append=True (of a layer: append)"
         )
+
+
+def check_rows(buffers: tuple, tokens: tuple, axis: int) -> None:
+    """Raises InputError where tokens have other axes than the buffers, but for that of tokens; they
+    would be broadcast."""
+    for buffer, x in zip(buffers, tokens, strict=True):
+        shapes = [(*each.shape[:axis], *each.shape[axis + 1 :]) for each in (x, buffer)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"tokens {list(x.shape)} for a cache {list(buffer.shape)}; expected as many rows"
+            )
 
 
 def check_appended(lengths: Any, stored: Any, num_tokens: int, room: int | None) -> None:
@@ -226,6 +237,7 @@ def write_prompt(
     `check_prompts` does.
     """
     axis = length.ndim
+    check_rows(buffers, prompts, axis)
     num_tokens, capacity = prompts[0].shape[axis], buffers[0].shape[axis]
     check_prompts(lengths, length, num_tokens)
     new = jnp.full(length.shape, num_tokens) if lengths is None else lengths
@@ -261,6 +273,7 @@ def write_tokens(
     Raises InputError as `check_appended` does. Under `jax.jit` tokens for which a row has no room
     are not stored, and the new length exceeds T.
     """
+    check_rows(buffers, tokens, length.ndim)
     num_tokens, capacity = (x[0].shape[length.ndim] for x in (tokens, buffers))
     check_appended(lengths, length, num_tokens, None if is_ring(capacity, window) else capacity)
     new = length + jnp.asarray(num_tokens if lengths is None else lengths, length.dtype)
@@ -296,6 +309,9 @@ def write_token(
     and the new length exceeds T.
     """
     axis, rows = length.ndim, jnp.arange(length.size)
+    check_rows(buffers, tokens, axis)
+    if tokens[0].shape[axis] != 1:
+        raise InputError(f"a step of {tokens[0].shape[axis]} tokens; give one, or append them")
     capacity = buffers[0].shape[axis]
     slots = length.reshape(-1)
     if is_ring(capacity, window):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
+from slam_jax.errors import require, require_count
 from slam_jax.kernels import fused_attention
 from slam_jax.layers.attention import Layout, causal_layout, masked_softmax
 from slam_jax.layers.kv_cache import (
@@ -35,8 +36,9 @@ class LatentCache:
     k_rope: the rotated key that all heads share.
     length: number of tokens of each row; entries at and beyond it are never attended to.
 
-    Full rows are as in `KVCache`. In a layer with a window of at most T tokens the cache is a ring
-    (see `is_ring`), which is never full.
+    A row is full when its length is T. Outside of `jax.jit`, another token raises InputError. Under
+    `jax.jit` it is not stored and its output is wrong; `length > capacity` shows it. In a layer
+    with a window of at most T tokens the cache is a ring (see `is_ring`), which is never full.
     """
 
     c_kv: Float[Array, "*B T R"]
@@ -172,6 +174,14 @@ class MultiHeadLatentAttention(nnx.Module):
       rope: rotation of the rotary part.
       window: a token attends to itself and the window - 1 tokens before it; None = all.
       out_scale: scale of the initial output map, as in `GatedMLP`.
+      dtype: of products, outputs and the cache. param_dtype: of parameters.
+
+    Parameters: `q_nope` [D, N, H] and `q_rope` [D, N, H_r] (with `q_lora_rank` they follow `q_down`
+    and `q_norm`); `kv_down` [D, R], `kv_norm` [R], `k_rope` [D, H_r]; `k_up` [R, N, H] and `v_up`
+    [R, N, H_v]; `out` [N, H_v, D]. The published weights of DeepSeek rotate interleaved pairs; see
+    `Rope`.
+
+    Raises ConfigError where window is less than 1 or qk_rope_head_dim is odd.
     """
 
     def __init__(
@@ -193,6 +203,9 @@ class MultiHeadLatentAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kw: Any = dict(kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        if window is not None:
+            require_count("window", window)
+        require(qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", qk_rope_head_dim, "an even number")
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.q_lora_rank = q_lora_rank
         self.window, self.rope, self.dtype = window, rope, dtype
@@ -234,8 +247,11 @@ class MultiHeadLatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "*B T D"], LatentCache]:
         """`self(x)`, and the cache with x in it; `cache` must be empty.
 
-        lengths: real tokens of each right-padded row, None = all T. Raises InputError where T
-        exceeds the capacity of the cache, unless the cache is a ring.
+        lengths: real tokens of each right-padded row, 1 to T; None = all T.
+
+        Raises InputError where T exceeds the capacity of the cache, unless the cache is a ring, and
+        where the cache has other rows or is not empty. Under `jax.jit` the tokens of a cache that
+        is not empty are overwritten.
         """
         y, c_kv, k_rope = self._full(x, causal_layout(x.shape[-2]))
         return y, cache.filled(c_kv, k_rope, lengths, self.window)

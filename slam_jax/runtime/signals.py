@@ -92,7 +92,9 @@ class Stop:
 
 
 def _end(reason: str) -> NoReturn:
-    print_line(f"stopped: {reason}; the same command resumes from the last checkpoint")
+    print_line(
+        f"stopped: {reason}; the same command continues, from the last checkpoint if there is one"
+    )
     os._exit(INTACT)
 
 
