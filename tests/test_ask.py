@@ -21,6 +21,8 @@ from absl import flags
 from slam_jax.generation import __main__ as command
 from slam_jax.runtime.cli import exit_on_error
 
+pytestmark = pytest.mark.release
+
 done = []
 for arguments in json.loads(sys.argv[1]):
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -47,7 +49,6 @@ def ask(workdir, *commands):
     return json.loads(done.stdout), done.stderr.splitlines()
 
 
-@pytest.mark.release
 def test_the_command_says_what_generate_says(small_run, tmp_path):
     rows = np.random.default_rng(0).normal(size=(4, 10)).round(3).tolist()
     (tmp_path / "rows.json").write_text(json.dumps(rows))

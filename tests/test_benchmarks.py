@@ -33,6 +33,8 @@ from benchmarks.worker import ArmFailed
 from slam_jax import Inputs, SlamV3, SlamV3Config
 from slam_jax.errors import InputError
 
+pytestmark = pytest.mark.release
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 

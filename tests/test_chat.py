@@ -196,6 +196,15 @@ class Terminal:
         found, _, self.seen = self.seen.partition(text)
         return found
 
+    def interrupt_until(self, text: str) -> None:
+        """Sends Ctrl-C until the text comes: input() may miss one that comes while it begins to
+        wait."""
+        for _ in range(WAIT_S):
+            self.process.send_signal(signal.SIGINT)
+            if select.select([self._own], [], [], 5)[0]:
+                break
+        self.read_until(text)
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -216,8 +225,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_ends_the_chat(tmp_path, signals_hear
             there.read_until("> ")
         there.write("shape")
         there.read_until("shape")
-        there.process.send_signal(signal.SIGINT)
-        there.read_until("[Ctrl-D ends the chat]")
+        there.interrupt_until("[Ctrl-D ends the chat]")
         there.read_until("> ")
         there.write("\x04")
         assert there.process.wait(WAIT_S) == 0

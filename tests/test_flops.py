@@ -19,6 +19,8 @@ from slam_jax.slam_v3.flops import decode_flops, encode_flops, num_memory
 from slam_jax.training.flops import input_sizes
 from slam_jax.vision_models import Preprocessing, VisionConfig
 
+pytestmark = pytest.mark.release
+
 LENGTH = 6
 
 

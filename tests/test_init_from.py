@@ -21,6 +21,8 @@ from slam_jax.training.resume import open_run
 from slam_jax.training.slam_v3_task import SlamV3Task
 from slam_jax.training.start import state_shapes
 
+pytestmark = pytest.mark.release
+
 TEXTS = ["red circle at twelve", "blue square at forty", "how many circles are red"]
 
 
@@ -194,7 +196,6 @@ def test_a_long_list_is_bounded(source, tokenizer, tmp_path, monkeypatch):
     assert len(report["absent"]) == 4 and report["absent"][-1].startswith("and ")
 
 
-@pytest.mark.release
 def test_only_a_new_run_reads_its_source(source, tokenizer, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(source[0], copy)

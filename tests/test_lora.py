@@ -386,6 +386,7 @@ def finished(config, tmp_path_factory):
         yield workdir, states[0], state
 
 
+@pytest.mark.release
 def test_a_run_trains_adapters_of_a_frozen_base(finished, language_model):
     _, first, last = finished
     assert_same(last.frozen, first.frozen)
@@ -397,6 +398,7 @@ def test_a_run_trains_adapters_of_a_frozen_base(finished, language_model):
     assert all((after[name] != before[name]).any() for name in own)
 
 
+@pytest.mark.release
 def test_a_checkpoint_has_the_adapters_and_not_their_base(finished):
     workdir, _, state = finished
     saved = Checkpoints(workdir).read_shapes(4)
@@ -406,6 +408,7 @@ def test_a_checkpoint_has_the_adapters_and_not_their_base(finished):
     assert base and all(is_adapter(name) for name in base)
 
 
+@pytest.mark.release
 def test_a_resumed_run_with_adapters_is_the_unbroken_one(config, finished, tmp_path):
     workdir, _, state = finished
     shutil.copytree(workdir, tmp_path / "run")

@@ -37,6 +37,8 @@ from slam_jax.reporting.plots import (
 from slam_jax.reporting.report import render_report, write_evaluation
 from slam_jax.training import default_config
 
+pytestmark = pytest.mark.release
+
 EVERYTHING = Request("circle", text="red blue", image=picture(5), aux=vectors(5, 3))
 
 

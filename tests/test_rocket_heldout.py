@@ -30,6 +30,8 @@ from slam_jax.rocket.protocols import DEFAULT_MODELS
 from slam_jax.rocket.sweep import validation_losses
 from tests.helpers import document, schema_errors, write_texts
 
+pytestmark = pytest.mark.release
+
 
 def quiet(*_: Any) -> None:
     pass

@@ -287,6 +287,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_resumes(
         assert resumed.read_metrics(known) == unbroken.read_metrics(known)
 
 
+@pytest.mark.release
 def test_an_evaluation_that_fails_or_is_cut_short_loses_no_step(
     config, finished, tmp_path, monkeypatch
 ):

@@ -41,6 +41,8 @@ from slam_jax.slam_v3.processes import make_views
 from slam_jax.slam_v3.streams import Stream
 from slam_jax.training import default_config, load, train
 
+pytestmark = pytest.mark.release
+
 THREE = ImageConfig(size=12, stage_widths=(8,), max_images=3)
 SIGLIP = Path(__file__).parent / "goldens" / "vision" / "siglip_vision"
 
@@ -301,7 +303,6 @@ def run(folder, tmp_path_factory) -> Path:
     return workdir
 
 
-@pytest.mark.release
 def test_a_run_learns_a_question_that_needs_both_pictures(run, folder):
     found = evaluate_checkpoint(run)
     assert found.metrics["views"]["image"]["all"]["accuracy"] >= 0.9
