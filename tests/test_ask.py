@@ -13,6 +13,8 @@ from slam_jax.generation import Request, Sampling, generate, score
 from slam_jax.training import load
 from slam_jax.training.checkpoint.store import Checkpoints
 
+pytestmark = pytest.mark.release
+
 CUT = "the answer was cut at the limit of tokens; raise --max_new_tokens\n"
 # Runs the command for several lists of arguments in one process, which imports JAX once.
 REPEAT = """
@@ -20,8 +22,6 @@ import contextlib, io, json, sys
 from absl import flags
 from slam_jax.generation import __main__ as command
 from slam_jax.runtime.cli import exit_on_error
-
-pytestmark = pytest.mark.release
 
 done = []
 for arguments in json.loads(sys.argv[1]):

@@ -20,13 +20,13 @@ from benchmarks.comparison import Arm, Comparison
 from benchmarks.device_rows import comparisons
 from slam_jax.errors import InputError
 
+pytestmark = pytest.mark.release
+
 ROOT = Path(__file__).parents[1]
 ON_CPU = {**os.environ, "JAX_PLATFORMS": "cpu"}
 CEILINGS = {"matmul_flops": 2e12, "copy_bytes": 4e9}
 REFUSING = """
 import runpy, sys
-
-pytestmark = pytest.mark.release
 
 class Refusing:
     names = set("NAMES".split())
