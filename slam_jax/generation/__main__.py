@@ -19,25 +19,9 @@ from typing import Any
 from absl import flags
 
 from slam_jax.errors import InputError
-from slam_jax.runtime import cli
+from slam_jax.runtime import cli, shared_flags
 
-flags.DEFINE_string(
-    "workdir",
-    None,
-    "A workdir of a training run, a folder with a model, a GGUF file, or quickstart.",
-    required=True,
-)
-flags.DEFINE_alias("model", "workdir")
-flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
-flags.DEFINE_multi_string(
-    "base", [], "Where base weights are now that a checkpoint names; repeatable."
-)
-flags.DEFINE_enum(
-    "weights",
-    None,
-    ["float32", "bfloat16", "int8"],
-    "The dtype of kernels and tables; by default as stored.",
-)
+shared_flags.define_model()
 flags.DEFINE_string("prompt", "", "The text that the answer continues.")
 flags.DEFINE_string("system", None, "The system message of a conversation.")
 flags.DEFINE_boolean(
@@ -53,17 +37,8 @@ flags.DEFINE_string("aux", None, "A .json or .csv file with numbers to answer fr
 flags.DEFINE_integer("seed", 0, "The seed of sampling.")
 flags.DEFINE_list("choices", None, "Answers to score, separated by commas.")
 flags.DEFINE_boolean("json", False, "Print JSON.")
-# The fields of `Sampling`.
-flags.DEFINE_integer(
-    "max_new_tokens", None, "Longest answer, in tokens; by default as the training data need."
-)
-flags.DEFINE_float("temperature", 0.0, "0 = always the most probable token.")
-flags.DEFINE_integer("top_k", None, "Only the k most probable tokens; 0 = all.")
-flags.DEFINE_float("top_p", None, "Only the best tokens with this probability in sum.")
-flags.DEFINE_float("min_p", None, "Only tokens this fraction as probable as the best.")
-flags.DEFINE_float("repetition_penalty", 1.0, "Divides logits of tokens seen before.")
+shared_flags.define_sampling()
 flags.DEFINE_integer("num_samples", 1, "The number of answers.")
-flags.DEFINE_multi_string("stop", [], "The answer ends before this text; repeatable.")
 
 
 def main(arguments: list[str]) -> None:
@@ -79,7 +54,7 @@ def main(arguments: list[str]) -> None:
     given: Any = flags.FLAGS
     sampling = Sampling(**{each.name: given[each.name].value for each in fields(Sampling)})
     aux = None if given.aux is None else read_numbers(given.aux)
-    loaded = load(given.workdir, given.step, given.base, weights=given.weights)
+    loaded = load(given.model, given.step, given.base, weights=given.weights)
     prompt, messages = given.prompt, None
     # A SLAM v3 was trained on prompts as they are, whatever its language model was.
     own = isinstance(loaded, ModelAndTokenizer) and loaded.tokenizer.chat_template is not None

@@ -14,28 +14,12 @@ from typing import Any
 from absl import flags
 
 from slam_jax.errors import InputError
-from slam_jax.runtime import cli
+from slam_jax.runtime import cli, shared_flags
 
 _KEY_VARIABLE = "SLAM_JAX_API_KEY"
 _LEAST_KEY = 16  # letters of a key that others may try to guess
 
-MODEL = flags.DEFINE_string(
-    "model",
-    None,
-    "A workdir of a training run, a folder with a model, a GGUF file, or quickstart.",
-    required=True,
-)
-flags.DEFINE_alias("workdir", "model")
-STEP = flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
-BASE = flags.DEFINE_multi_string(
-    "base", [], "Where base weights are now that a checkpoint names; repeatable."
-)
-WEIGHTS = flags.DEFINE_enum(
-    "weights",
-    None,
-    ["float32", "bfloat16", "int8"],
-    "The dtype of kernels and tables; by default as stored.",
-)
+shared_flags.define_model()
 NAME = flags.DEFINE_string(
     "name", None, "The model's name for clients; by default that of its file or folder."
 )
@@ -96,11 +80,12 @@ def main(arguments: list[str]) -> None:
         from slam_jax.training import load
 
         enable_compile_cache()
-        loaded = load(MODEL.value, STEP.value, BASE.value, weights=WEIGHTS.value)
+        given: Any = flags.FLAGS
+        loaded = load(given.model, given.step, given.base, weights=given.weights)
         limits = Limits(answer_time=SECONDS.value)
         engine = Engine(loaded, slots=SLOTS.value, context=CONTEXT.value, max_waiting=WAITING.value)
         with engine:
-            name = NAME.value or Path(MODEL.value).resolve().name.removesuffix(".gguf")
+            name = NAME.value or Path(given.model).resolve().name.removesuffix(".gguf")
             served = Served(loaded, name, engine.context, limits)
             app = make_app(engine, served, key=key, hosts=None if key else hosts_of(listener))
             address = address_of(listener)

@@ -12,24 +12,9 @@ from typing import Any
 from absl import flags
 
 from slam_jax.errors import InputError
-from slam_jax.runtime import cli
+from slam_jax.runtime import cli, shared_flags
 
-flags.DEFINE_string(
-    "model",
-    None,
-    "A workdir of a training run, a folder with a model, a GGUF file, or quickstart.",
-    required=True,
-)
-flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
-flags.DEFINE_multi_string(
-    "base", [], "Where base weights are now that a checkpoint names; repeatable."
-)
-flags.DEFINE_enum(
-    "weights",
-    None,
-    ["float32", "bfloat16", "int8"],
-    "The dtype of kernels and tables; by default as stored.",
-)
+shared_flags.define_model()
 flags.DEFINE_list("platforms", ["cpu", "cuda"], "Some of cpu, cuda, rocm and tpu.")
 flags.DEFINE_integer("batch", 1, "Rows of every call.")
 flags.DEFINE_integer(

@@ -10,25 +10,9 @@ from typing import Any
 from absl import flags
 
 from slam_jax.errors import InputError
-from slam_jax.runtime import cli
+from slam_jax.runtime import cli, shared_flags
 
-flags.DEFINE_string(
-    "model",
-    None,
-    "A workdir of a training run, a folder with a model, a GGUF file, or quickstart.",
-    required=True,
-)
-flags.DEFINE_alias("workdir", "model")
-flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
-flags.DEFINE_multi_string(
-    "base", [], "Where base weights are now that a checkpoint names; repeatable."
-)
-flags.DEFINE_enum(
-    "weights",
-    None,
-    ["float32", "bfloat16", "int8"],
-    "The dtype of kernels and tables; by default as stored.",
-)
+shared_flags.define_model()
 flags.DEFINE_string("system", "", "The system message; for SLAM v3 the text to answer from.")
 flags.DEFINE_multi_string("image", [], "A picture to answer from; repeatable.")
 flags.DEFINE_string("aux", None, "A .json or .csv file with numbers to answer from.")
@@ -36,14 +20,7 @@ flags.DEFINE_integer(
     "seed", 0, "The seed of the first answer; the next ones have the numbers after it.", 0
 )
 flags.DEFINE_integer("context", None, "Tokens of a conversation; by default at most 2,048.", 16)
-# Fields of `Sampling`.
-flags.DEFINE_integer("max_new_tokens", None, "Longest answer, in tokens.", 1)
-flags.DEFINE_float("temperature", 0.0, "0 = always the most probable token.")
-flags.DEFINE_integer("top_k", None, "Only the k most probable tokens; 0 = all.")
-flags.DEFINE_float("top_p", None, "Only the best tokens with this probability in sum.")
-flags.DEFINE_float("min_p", None, "Only tokens this fraction as probable as the best.")
-flags.DEFINE_float("repetition_penalty", 1.0, "Divides logits of tokens seen before.")
-flags.DEFINE_multi_string("stop", [], "The answer ends before this text; repeatable.")
+shared_flags.define_sampling()
 
 _RULES = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
 

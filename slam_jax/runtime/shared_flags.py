@@ -1,0 +1,42 @@
+"""Flags that several commands have: which model, and how it samples.
+
+A command calls the functions when it is imported, and finds the values in `flags.FLAGS`.
+"""
+
+from absl import flags
+
+flags.disclaim_key_flags()  # they belong to the command, whose --help lists them
+
+
+def define_model() -> None:
+    """--model, also called --workdir, and which of its checkpoints and weights to take."""
+    flags.DEFINE_string(
+        "model",
+        None,
+        "A workdir of a training run, a folder with a model, a GGUF file, or quickstart.",
+        required=True,
+    )
+    flags.DEFINE_alias("workdir", "model")
+    flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
+    flags.DEFINE_multi_string(
+        "base", [], "Where base weights are now that a checkpoint names; repeatable."
+    )
+    flags.DEFINE_enum(
+        "weights",
+        None,
+        ["float32", "bfloat16", "int8"],
+        "The dtype of kernels and tables; by default as stored.",
+    )
+
+
+def define_sampling() -> None:
+    """The fields of `Sampling`, but for num_samples."""
+    flags.DEFINE_integer(
+        "max_new_tokens", None, "Longest answer, in tokens; by default that of the model.", 1
+    )
+    flags.DEFINE_float("temperature", 0.0, "0 = always the most probable token.")
+    flags.DEFINE_integer("top_k", None, "Only the k most probable tokens; 0 = all.")
+    flags.DEFINE_float("top_p", None, "Only the best tokens with this probability in sum.")
+    flags.DEFINE_float("min_p", None, "Only tokens this fraction as probable as the best.")
+    flags.DEFINE_float("repetition_penalty", 1.0, "Divides logits of tokens seen before.")
+    flags.DEFINE_multi_string("stop", [], "The answer ends before this text; repeatable.")
