@@ -18,5 +18,5 @@ function is written as a word, such as `rows`. In masks True = present or may be
 import jax
 import numpy as np
 
-# What crosses a public border: an array of JAX or of NumPy.
 AnyArray = jax.Array | np.ndarray
+"""An array of JAX or of NumPy."""

@@ -5,6 +5,7 @@ What the site needs from outside is nothing: no script, no style and no font.
 
 import ast
 import html.parser
+import importlib
 import json
 import re
 import shutil
@@ -91,6 +92,13 @@ def test_the_reference_has_every_public_name(package):
     shown = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", page, re.M)}
     names = public_names(package)
     assert names and names <= shown, names - shown
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "reference").glob("*.md")), ids=lambda p: p.stem)
+def test_names_of_the_reference_can_be_imported(page):
+    for path in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.M):
+        module, _, name = path.rpartition(".")
+        assert not module or hasattr(importlib.import_module(module), name), path
 
 
 def test_the_reference_has_every_recipe():
@@ -187,6 +195,20 @@ def test_the_site_loads_nothing_from_elsewhere(site, built):
     ]
     foreign += [url for text in styles for url in re.findall(r"@import[^;]*//[^;]*", text)]
     assert not foreign
+
+
+@pytest.mark.release
+def test_headings_of_the_reference_are_import_paths(site):
+    page = (site / "reference" / "layers.html").read_text(encoding="utf-8")
+    heading = r'<h(\d) id="(slam_jax\.[^"]+)".*?doc-object-name[^>]*>([^<]*)<'
+    found = re.findall(heading, page, re.S)
+    assert ("3", *["slam_jax.layers.rotary.Llama3"] * 2) in found
+    assert len({path for _, path, _ in found}) == len(found) > 50
+    for level, path, shown in found:
+        # Members are short, since they are below the class that has them.
+        assert shown == (path if level == "3" else path.rpartition(".")[2])
+    for name in ("slam_jax.layers.masks.Mask", "slam_jax.layers.linear.Initializer"):
+        assert page.count(f'href="#{name}"') > 3, f"signatures lead to {name}"
 
 
 @pytest.mark.release

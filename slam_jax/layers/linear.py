@@ -15,6 +15,8 @@ from slam_jax.layers.remat import LINEAR
 
 Shape = int | tuple[int, ...]
 Initializer = jax.nn.initializers.Initializer
+"""How weights start: a function (key, shape, dtype) -> array, such as `jax.nn.initializers` has."""
+
 LECUN_NORMAL = jax.nn.initializers.lecun_normal()
 
 

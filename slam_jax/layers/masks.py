@@ -25,8 +25,11 @@ class Causal:
         return visible if self.window is None else visible & (distance < self.window)
 
 
-# True = attend, None = everything.
 Mask = Bool[Array, "*#B #T S"] | Causal | None
+"""What each of the T queries may attend to among the S keys.
+
+An array in which True = attend; its axes broadcast. Or `Causal`, or None = everything.
+"""
 
 
 def as_array(mask: Mask, num_queries: int, num_keys: int) -> Bool[Array, "*#B #T S"] | None:
