@@ -59,6 +59,14 @@ def test_links_of_a_page_lead_to_files_and_headings(page):
             assert found["heading"] in anchors_of(target), found[0]
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_pages_with_commands_of_a_clone_name_the_installed_ones(page):
+    text = page.read_text(encoding="utf-8")
+    for script, command in (("train.py", "slam-train"), ("eval.py", "slam-eval")):
+        if f"python {script}" in text:
+            assert command in text[:500], f"say near the top what {script} is when it is installed"
+
+
 def config() -> dict:
     return tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
 
