@@ -210,7 +210,9 @@ def test_only_a_new_run_reads_its_source(source, tokenizer, tmp_path, monkeypatc
     )
     workdir = tmp_path / "run"
     with Checkpoints(workdir) as checkpoints:
-        opened = open_run(SlamV3Task(experiment), checkpoints, None)
+        lines = []
+        opened = open_run(SlamV3Task(experiment), checkpoints, None, log=lines.append)
+        assert lines == ["initialising the model; this can take minutes for a large model"]
         [note] = opened.notes
         assert note.startswith(f"began with {copy}, step 3: ") and (workdir / REPORT).is_file()
         np.testing.assert_array_equal(
@@ -221,6 +223,7 @@ def test_only_a_new_run_reads_its_source(source, tokenizer, tmp_path, monkeypatc
     shutil.rmtree(copy)
     for source_now in (str(copy), None, "elsewhere"):
         config["run"]["init_from"] = source_now
-        again = open_run(SlamV3Task(Experiment.from_config(config)), Checkpoints(workdir), None)
-        assert again.notes == []
+        parts = SlamV3Task(Experiment.from_config(config)), Checkpoints(workdir), None
+        again = open_run(*parts, log=lines.append)
+        assert again.notes == [] and len(lines) == 1
         jax.tree.map(np.testing.assert_array_equal, again.state.params, opened.state.params)

@@ -202,6 +202,8 @@ def test_speed_is_that_of_training_alone(monkeypatch):
     with Progress(9, every=1, console=console, peak_flops=peak_flops()) as progress:
         with progress.compiling("image"):
             now[0] += 20
+        with progress.compiling("text"):
+            pass
         with progress.paused():
             now[0] += 10
         now[0] += 0.5
@@ -215,7 +217,9 @@ def test_speed_is_that_of_training_alone(monkeypatch):
         "peak_memory_bytes": 3 << 30,
     }
     assert out.getvalue().splitlines() == [
+        "compiling the training step; this can take minutes for a large model",
         "view image: compiled in 20.0 s",
+        "view text: compiled in 0.0 s",
         "step 1/9 · loss 1.000 · 8 examples/s · 120 tokens/s · MFU 40% · 3.0 GiB · ETA 0:04",
     ]
     device.device_kind = "cpu"
@@ -274,3 +278,11 @@ def test_a_run_outlives_its_terminal(monkeypatch, stream):
     with Progress(2, every=1) as progress:
         progress.log("text")
         progress.update(2, loss=1.0)
+    progress_module.log_early("text")
+
+
+@pytest.mark.parametrize(("is_first", "shown"), [(True, "text\n"), (False, "")])
+def test_the_first_process_alone_prints_early_lines(monkeypatch, capsys, is_first, shown):
+    monkeypatch.setattr(progress_module, "is_first_process", lambda: is_first)
+    progress_module.log_early("text")
+    assert capsys.readouterr().out == shown

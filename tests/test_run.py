@@ -601,7 +601,7 @@ def test_a_run_tells_once_what_is_odd_about_its_data(config, tmp_path, caplog):
     )
 
 
-def test_a_run_resumes_only_with_the_numbers_it_was_trained_on(config, tmp_path):
+def test_a_run_resumes_only_with_the_numbers_it_was_trained_on(config, tmp_path, capsys):
     folder = tmp_path / "own"
 
     def write(offset: float) -> None:
@@ -610,6 +610,9 @@ def test_a_run_resumes_only_with_the_numbers_it_was_trained_on(config, tmp_path)
     config = config_of_table(config, folder)
     write(0.0)
     train(config, tmp_path / "run")
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("initialising the model; this can take minutes")
+    assert sum(line.startswith("compiling the training step; this can") for line in shown) == 1
     assert load(tmp_path / "run").aux_format == AuxFormat(("size",), *aux_of(tmp_path / "run"))
     write(0.5)
     with pytest.raises(CheckpointError, match="other columns of numbers, or other numbers in them"):

@@ -30,7 +30,7 @@ from slam_jax.training.mesh import make_mesh, name_of
 from slam_jax.training.metrics import MetricsWriter
 from slam_jax.training.optimizer import make_schedule
 from slam_jax.training.profiling import Profile, Profiler
-from slam_jax.training.progress import Progress
+from slam_jax.training.progress import Progress, log_early
 from slam_jax.training.resume import OpenedRun, open_run
 from slam_jax.training.sharding import local_rows, place, use_mesh
 from slam_jax.training.start import compile_step, jit_step
@@ -100,7 +100,7 @@ def train(
     with contextlib.ExitStack() as stack:
         is_first = distributed.is_first_process()
         checkpoints = _enter(stack, task, workdir, mesh)
-        opened = open_run(task, checkpoints, mesh, base, change, dataset)
+        opened = open_run(task, checkpoints, mesh, base, change, dataset, log_early)
         writer = stack.enter_context(_open_writer(opened, workdir, config)) if is_first else None
         first = int(opened.state.step)
         progress = stack.enter_context(

@@ -13,8 +13,10 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
+from slam_jax.runtime.distributed import is_first_process
 from slam_jax.runtime.memory import peak_memory
 
+PATIENCE = "this can take minutes for a large model"
 _WINDOW = 50  # updates over which rates are averaged
 
 
@@ -52,12 +54,7 @@ class Progress:
         self._total, self._peak_flops = total_steps, peak_flops
         self._paused = self._compiled = 0.0  # seconds
         self._every = every
-        self._console = console or Console(
-            file=_FailSafe(sys.stdout),  # pyright: ignore[reportArgumentType]
-            highlight=False,
-            soft_wrap=True,
-            quiet=not shown,
-        )
+        self._console = console or _make_console(shown)
         self._recent: deque[_Point] = deque(maxlen=_WINDOW + 1)
         self._start = _Point(time.monotonic(), first_step)
         self._recent.append(self._start)
@@ -109,7 +106,12 @@ class Progress:
 
     @contextlib.contextmanager
     def compiling(self, view: str) -> Iterator[None]:
-        """The same, and says how long it took to compile the step of a view."""
+        """The same, and says how long it took to compile the step of a view.
+
+        The first time it also says what is being waited for.
+        """
+        if not self._compiled:
+            self.log(f"compiling the training step; {PATIENCE}")
         before = self._paused
         with self.paused():
             yield
@@ -150,7 +152,7 @@ class Progress:
 
     def log(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
-        self._console.print(self._writable(text), markup=False)
+        _print_line(self._console, text)
 
     def _status(self, loss: float, view: str) -> str:
         spent, speed = self._spent(), self.speed()
@@ -164,14 +166,30 @@ class Progress:
         if spent.steps:
             left = self._total - self._recent[-1].steps
             parts.append(f"ETA {_clock(left * speed['step_seconds'])}")
-        return self._writable(" · ".join(parts))
+        return _writable(self._console, " · ".join(parts))
 
-    def _writable(self, text: str) -> str:
-        """The text with characters replaced that the encoding of the terminal lacks."""
-        encoding = self._console.encoding
-        if not encoding.startswith("utf"):
-            text = text.replace("·", "|")
-        return text.encode(encoding, "replace").decode(encoding)
+
+def log_early(text: str) -> None:
+    """Prints a line in the first process, as `Progress.log` does, where there is no `Progress`."""
+    _print_line(_make_console(is_first_process()), text)
+
+
+def _make_console(shown: bool) -> Console:
+    """Standard output, where failed writes are ignored. shown: False = print nothing."""
+    stream: Any = _FailSafe(sys.stdout)
+    return Console(file=stream, highlight=False, soft_wrap=True, quiet=not shown)
+
+
+def _print_line(console: Console, text: str) -> None:
+    console.print(_writable(console, text), markup=False)
+
+
+def _writable(console: Console, text: str) -> str:
+    """The text with characters replaced that the encoding of the terminal lacks."""
+    encoding = console.encoding
+    if not encoding.startswith("utf"):
+        text = text.replace("·", "|")
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 class _FailSafe:

@@ -1,7 +1,7 @@
 """Starts a run, or resumes it from the newest intact checkpoint of its workdir."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from slam_jax.training.changes import (
 from slam_jax.training.checkpoint import CheckpointError, Checkpoints
 from slam_jax.training.init_from import begin_from
 from slam_jax.training.kinds import task_of
+from slam_jax.training.progress import PATIENCE
 from slam_jax.training.slam_v3_task import SlamV3Task
 from slam_jax.training.start import initial_state, state_shapes
 from slam_jax.training.state import TrainState
@@ -55,12 +56,14 @@ def open_run(
     moved: Sequence[str | Path] = (),
     change: bool = False,
     dataset: Any = None,
+    log: Callable[[str], Any] = lambda line: None,
 ) -> OpenedRun:
     """The initial state of a run, or the newest one of its checkpoints, and the data set.
 
     moved: folders in which to look for base weights; see `locate`. change: the configuration and
     the data may differ from those of the checkpoint, see `slam_jax.training.changes`. dataset: in
-    place of what the configuration names.
+    place of what the configuration names. log: is called with a line for the user before a model is
+    initialised.
 
     Raises:
       CheckpointError: the checkpoints belong to another configuration or to other data, or none
@@ -92,6 +95,7 @@ def open_run(
     vocab_size = dataset.tokenizer.vocab_size
     with explain_out_of_memory("the training state", "choose smaller sizes or a larger machine"):
         if latest is None:
+            log(f"initialising the model; {PATIENCE}")
             bases = task.bases()
             graphdef, state = initial_state(task, vocab_size, mesh, bases)
             if task.init_from is not None:
