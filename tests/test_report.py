@@ -226,10 +226,22 @@ def test_a_page_escapes_text_of_users_and_loads_nothing(loaded):
     assert page.tags.count("svg") == 4 and "prefers-color-scheme: dark" in text
 
 
-def test_examples_with_a_wrong_answer_come_first():
-    shown = choose_examples(results(), {"all": [example()] * 6}, 3)
-    assert [each.answers[0].scene for each in shown] == [0, 1, 2]
-    assert [all(a.correct for a in each.answers) for each in shown] == [False, True, True]
+def test_examples_with_a_wrong_answer_come_first_wherever_they_are():
+    def shown(wrong: set[int], count: int = 40) -> list[int]:
+        answers = [
+            Answer("all", i, "all", False, EVIL, "yes", "no" if i in wrong else "yes", -0.1)
+            for i in range(count)
+        ]
+        rows = iter([example()] * count)
+        found = choose_examples(Results({}, answers), {"all": rows})
+        scenes = [each.answers[0].scene for each in found]
+        assert len(list(rows)) == count - max(scenes) - 1  # no more of them are read
+        return scenes
+
+    assert shown({30, 35}) == [30, 35, 0, 1]
+    assert shown({1, 30, 35}) == [1, 30, 35, 0, 2]
+    assert shown(set(range(1, 40))) == [*range(1, 9), 0]
+    assert shown(set(), 3) == [0, 1, 2]
 
 
 def test_a_run_without_records_has_a_page_too(loaded):
@@ -311,6 +323,19 @@ def test_the_score_of_the_most_frequent_answer_is_shown_beside_that_of_the_model
     assert sorted(baselines) == [0.5, 1.0, 1.0]
     page = render_report(evaluation)
     assert "always answering &#34;yes&#34;" in page and "<b>83.3%</b>baseline" in page
+
+
+def test_views_that_show_the_same_are_evaluated_once(workdir):
+    """The table has texts and numbers, so that `all` shows what `text_aux` does."""
+    trained = checkpoint.load(workdir)
+    found = evaluate_checkpoint(workdir, None, ["--config.data.drop_inputs=0.5"])
+    assert list(found.metrics["views"]) == ["text_aux", "text", "aux"]
+    assert found.metrics["answers"]["views"].keys() == {"text_aux", "text", "aux"}
+    trained.config["data"]["stages"] = [[0, {"text_aux": 1.0, "all": 1.0, "text": 1.0}]]
+    found = evaluate_checkpoint(workdir, process_examples=2)
+    assert list(found.metrics["views"]) == ["text", "text_aux"]
+    assert found.processes is not None and list(found.processes["accuracy"]) == ["text", "text_aux"]
+    assert {each.view for each in found.examples} == {"text", "text_aux"}
 
 
 def test_a_page_shows_chosen_scores_and_figures_by_answer(workdir, tmp_path):

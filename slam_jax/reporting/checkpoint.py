@@ -6,13 +6,13 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from slam_jax.data import DataConfig, Dataset, EvaluationBatch, Example, evaluation_batches, prepare
-from slam_jax.data.views import with_halves
+from slam_jax.data.views import VIEWS, with_halves
 from slam_jax.errors import ConfigError, InputError
 from slam_jax.evaluation.answers import Answer, Results, evaluate, most_frequent_answer
 from slam_jax.evaluation.by_answer import figures_by_answer, untested_answers
@@ -23,7 +23,7 @@ from slam_jax.training import Experiment, Loaded, load, override, split_model
 from slam_jax.training.checkpoint import Step
 from slam_jax.training.metrics import read_metrics
 
-_KEPT_EXAMPLES, _SHOWN_EXAMPLES = 24, 4
+_SHOWN_WRONG, _LEAST_SHOWN = 8, 4
 
 
 class ShownExample(NamedTuple):
@@ -49,6 +49,28 @@ class Opened(NamedTuple):
         return evaluation_batches(
             self.dataset.test, self.loaded.tokenizer, view, data.batch_size, seed=data.seed
         )
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views that the run was trained on, as far as they show different things."""
+        return self._distinct(self.data.views)
+
+    @property
+    def evaluated_views(self) -> tuple[str, ...]:
+        """The same; with `data.drop_inputs` all views, as training has shown all mixes of inputs.
+
+        Of views that show the same one is taken, as of `all` and `image` where there are pictures
+        alone: the first that the run was trained on.
+        """
+        others = self.dataset.test.views if self.data.drop_inputs else ()
+        return self._distinct((*self.data.views, *others))
+
+    def _distinct(self, views: Sequence[str]) -> tuple[str, ...]:
+        found: dict[Any, str] = {}
+        for view in views:
+            split = view if view in VIEWS and VIEWS[view].split else None
+            found.setdefault((frozenset(self.dataset.test.streams(view)), split), view)
+        return tuple(found.values())
 
     @property
     def max_new_tokens(self) -> int:
@@ -138,8 +160,12 @@ def evaluate_checkpoint(
     opened = open_checkpoint(workdir, step, overrides, base, data_config, dataset)
     loaded, config, data, dataset = opened
     started = time.monotonic()
-    results, examples = _evaluate(opened)
+    results = _evaluate(opened)
     seconds, identity = time.monotonic() - started, _identify(data, dataset)
+    examples = {
+        view: (example for batch in opened.batches(view) for example in batch.examples)
+        for view in opened.evaluated_views
+    }
     own = Experiment.from_config(loaded.config).data
     return Evaluation(
         metrics={**results.metrics, "data": identity, "data_config": config["data"]},
@@ -161,7 +187,7 @@ def evaluate_processes(opened: Opened, num_examples: int) -> dict[str, Any]:
     Views of which the test split has no example are left out.
     """
     size, batches = opened.data.batch_size, {}
-    for view in opened.data.views:
+    for view in opened.views:
         starts = range(0, num_examples, size)
         first = zip(starts, opened.batches(view), strict=False)
         batches[view] = [
@@ -176,34 +202,34 @@ def evaluate_processes(opened: Opened, num_examples: int) -> dict[str, Any]:
 
 
 def choose_examples(
-    results: Results, examples: Mapping[str, Sequence[Example]], count: int = _SHOWN_EXAMPLES
+    results: Results, examples: Mapping[str, Iterable[Example]]
 ) -> list[ShownExample]:
-    """`count` examples of each view, from its first ones. Those with a wrong answer come first, but
-    fill at most half of the places while there are others."""
-    answers: dict[tuple[str, int], list[Answer]] = defaultdict(list)
+    """Some examples of each view: the first 8 that have a wrong answer, then the first whose
+    answers are all right, at least 2 and so many that there are 4.
+
+    examples: by view, all of which the results are; they are read up to the last one that is shown.
+    """
+    answers: dict[str, dict[int, list[Answer]]] = defaultdict(lambda: defaultdict(list))
     for answer in results.answers:
-        answers[answer.view, answer.scene].append(answer)
+        answers[answer.view][answer.scene].append(answer)
     chosen = []
-    for view, first in examples.items():
-        shown = [ShownExample(view, e, tuple(answers[view, i])) for i, e in enumerate(first)]
-        right = [each for each in shown if all(a.correct for a in each.answers)]
-        wrong = [each for each in shown if not all(a.correct for a in each.answers)]
-        wrong = wrong[: max(count // 2, count - len(right))]
-        chosen += wrong + right[: count - len(wrong)]
+    for view, rows in examples.items():
+        given = answers[view]
+        wrong = [i for i in given if not all(a.correct for a in given[i])][:_SHOWN_WRONG]
+        right = [i for i in given if all(a.correct for a in given[i])]
+        shown = [*wrong, *right[: max(_LEAST_SHOWN - len(wrong), _LEAST_SHOWN // 2)]]
+        first = list(islice(rows, max(shown, default=-1) + 1))
+        chosen += [ShownExample(view, first[i], tuple(given[i])) for i in shown]
     return chosen
 
 
-def _evaluate(opened: Opened) -> tuple[Results, dict[str, list[Example]]]:
-    """The results, and the first examples of each view."""
-    loaded, _, data, dataset = opened
-    views = data.views
-    if data.drop_inputs:  # training has shown all mixes of inputs
-        views = (*views, *(view for view in dataset.test.views if view not in views))
+def _evaluate(opened: Opened) -> Results:
+    loaded, _, _, dataset = opened
     training = list(dataset.train.answers())
     baseline = most_frequent_answer(training)
     results = evaluate(
         *split_model(loaded.model),
-        {view: opened.batches(view) for view in with_halves(views)},
+        {view: opened.batches(view) for view in with_halves(opened.evaluated_views)},
         loaded.tokenizer,
         step=loaded.step,
         max_new_tokens=opened.max_new_tokens,
@@ -212,10 +238,7 @@ def _evaluate(opened: Opened) -> tuple[Results, dict[str, list[Example]]]:
     )
     results.metrics["answers"] = figures_by_answer(results.answers, baseline=baseline)
     results.metrics["untested_answers"] = untested_answers(training, results.answers)
-    examples = {
-        view: (e for batch in opened.batches(view) for e in batch.examples) for view in views
-    }
-    return results, {view: list(islice(first, _KEPT_EXAMPLES)) for view, first in examples.items()}
+    return results
 
 
 def _identify(config: DataConfig, dataset: Dataset) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def question_batches(workdir: str, examples: int) -> tuple[Any, Iterator[Batch]]
     opened = open_checkpoint(workdir)
 
     def batches() -> Iterator[Batch]:
-        for view in opened.data.views:
+        for view in opened.views:
             left = examples
             for batch, _, valid in opened.batches(view):
                 if left <= 0:
