@@ -108,7 +108,7 @@ def test_maps_cover_what_was_given_and_nothing_else(with_or_without_bottleneck):
     config = loaded.model.config
     count = config.num_processes + config.num_decoder_layers * config.num_heads
     assert len(maps.names) == count and maps.num_processes == 4
-    assert maps.names[0] == "process 1" and maps.names[-1] == "layer 2, head 2"
+    assert maps.names[0] == "p0" and maps.names[-1] == "layer 2, head 2"
     image, text, aux = maps.image, maps.text, maps.aux
     assert image is not None and text is not None and aux is not None
     assert image.shape[1] == image.shape[2] > 1
@@ -222,7 +222,7 @@ def test_a_page_escapes_text_of_users_and_loads_nothing(loaded):
         each.startswith(("data:image/png;base64,", "#")) for each in page.loads
     )
     assert not re.search(r"@import|url\((?!data:|#)|https?://(?!www.w3.org)", text)
-    assert "process 4" in page.text and "layer 2, head 2" in page.text
+    assert "<figcaption>p3</figcaption>" in text and "layer 2, head 2" in page.text
     assert page.tags.count("svg") == 4 and "prefers-color-scheme: dark" in text
 
 

@@ -511,7 +511,7 @@ def test_evaluation_of_a_checkpoint_writes_the_views_it_was_trained_on(finished)
     for figures in kinds.values():
         assert {"accuracy", "low", "high", "n"} < set(figures) and figures["n"] == 320
     page = (workdir / "eval" / "report.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 5 and "process 4" in page and "shape of" in page
+    assert page.count("<svg") == 5 and "<figcaption>p3</figcaption>" in page and "shape of" in page
 
 
 # --- Entry points

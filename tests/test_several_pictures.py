@@ -285,7 +285,7 @@ def test_each_picture_has_its_map(loaded):
     one = attention_maps(loaded, Request("circle", image=request.image[0]), "yes").image
     assert one is not None and one.shape[1:] == (side, side)
     page = attention_html(loaded, request, "yes")
-    assert all(f"process 1 over picture {i}" in page for i in (1, 2, 3))
+    assert all(f"p0 over picture {i}" in page for i in (1, 2, 3))
     assert page.count("--image-3: url(") == 1 and "--image-4" not in page
 
 
@@ -307,7 +307,7 @@ def test_a_run_learns_a_question_that_needs_both_pictures(run, folder):
     found = evaluate_checkpoint(run)
     assert found.metrics["views"]["image"]["all"]["accuracy"] >= 0.9
     page = render_report(found)
-    assert 'alt="picture 2"' in page and "process 1 over picture 2" in page
+    assert 'alt="picture 2"' in page and "p0 over picture 2" in page
     loaded = load(run)
     paths = [[folder / "4.png", folder / "28.png"], [folder / "28.png", folder / "4.png"]]
     answers = generate(loaded, [Request("brighter?", image=each) for each in paths])

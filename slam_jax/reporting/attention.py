@@ -26,10 +26,10 @@ _FULL_COLOR = 4.0  # this many times an even share is drawn in full colour
 class AttentionMaps(NamedTuple):
     """Attention maps over the inputs: one per process, then one per decoder head.
 
-    names: of the maps, such as "process 1" and "layer 1, head 2". num_processes: the number of
-    maps of processes, which come first. image: rows from the top; with an axis n of pictures where
-    the request has a list of them. image, text, aux: None = not an input of the request. A map sums
-    to 1 over the three.
+    names: of the maps, "p0" for the first process and such as "layer 1, head 2". num_processes: the
+    number of maps of processes, which come first. image: rows from the top; with an axis n of
+    pictures where the request has a list of them. image, text, aux: None = not an input of the
+    request. A map sums to 1 over the three.
 
     The map of a head is its attention to the memory, averaged over the tokens of the answer. The
     map of a process is its shared attention, averaged over its heads and layers and over query
@@ -54,7 +54,7 @@ def attention_maps(loaded: Any, request: Request, answer: str) -> AttentionMaps:
     processes, heads = _maps(loaded.model, tokens, inputs, predicts[0] / len(written))
     maps = np.concatenate([processes, heads.reshape(-1, heads.shape[-1])])
     layers, per_layer = heads.shape[:2]
-    names = [f"process {p + 1}" for p in range(len(processes))]
+    names = [f"p{p}" for p in range(len(processes))]
     names += [f"layer {i + 1}, head {n + 1}" for i in range(layers) for n in range(per_layer)]
     text = 0 if inputs.text is None else inputs.text.shape[1]
     aux = 0 if inputs.aux is None else inputs.aux.shape[1]
