@@ -56,11 +56,12 @@ def test_the_command_says_what_generate_says(small_run, tmp_path):
     assert loaded.max_new_tokens == 32
     request = Request("shape of red", aux=rows, seed=3)
     given = [f"--aux={tmp_path / 'rows.json'}", "--prompt=shape of red", "--seed=3"]
-    (streamed, drawn, chosen, *wrong), errors = ask(
+    (streamed, drawn, chosen, spaced, *wrong), errors = ask(
         small_run,
         [*given, "--max_new_tokens=6"],
         [*given, "--temperature=1.5", "--num_samples=3", "--json"],
         [*given, "--choices=circle,square"],
+        [*given, '--choices=circle, circle,circle ,"a, b"', "--json"],
         *(arguments for arguments, _ in WRONG),
     )
     [answer] = generate(loaded, [request], Sampling(max_new_tokens=6))
@@ -73,6 +74,10 @@ def test_the_command_says_what_generate_says(small_run, tmp_path):
     lines = chosen[1].splitlines()
     shares = [float(line.split("%")[0]) for line in lines]
     assert lines[0].endswith(best.text) and math.isclose(sum(shares), 100.0)
+    texts = ["circle", " circle", "circle ", "a, b"]
+    expected = {each.text: each.logprob for each in score(loaded, request, texts)}
+    found = {each["text"]: each["logprob"] for each in json.loads(spaced[1])}
+    assert found == pytest.approx(expected)
     assert wrong == [[2, "", ""]] * len(WRONG)
     for error, (_, message) in zip(errors, WRONG, strict=True):
         assert error.startswith(f"error: {message}")

@@ -35,7 +35,11 @@ flags.DEFINE_multi_string(
 )
 flags.DEFINE_string("aux", None, "A .json or .csv file with numbers to answer from.")
 flags.DEFINE_integer("seed", 0, "The seed of sampling.")
-flags.DEFINE_list("choices", None, "Answers to score, separated by commas.")
+shared_flags.define_texts(
+    "choices",
+    "Answers to score, separated by commas. Spaces beside a comma belong to the answers; an answer "
+    "with a comma needs double quotes around it.",
+)
 flags.DEFINE_boolean("json", False, "Print JSON.")
 shared_flags.define_sampling()
 flags.DEFINE_integer("num_samples", 1, "The number of answers.")

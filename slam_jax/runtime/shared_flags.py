@@ -3,6 +3,8 @@
 A command calls the functions when it is imported, and finds the values in `flags.FLAGS`.
 """
 
+import csv
+
 from absl import flags
 
 flags.disclaim_key_flags()  # they belong to the command, whose --help lists them
@@ -40,3 +42,14 @@ def define_sampling() -> None:
     flags.DEFINE_float("min_p", None, "Only tokens this fraction as probable as the best.")
     flags.DEFINE_float("repetition_penalty", 1.0, "Divides logits of tokens seen before.")
     flags.DEFINE_multi_string("stop", [], "The answer ends before this text; repeatable.")
+
+
+def define_texts(name: str, help: str) -> flags.FlagHolder[list[str] | None]:
+    """A flag of texts with commas between them, as a line of CSV; spaces are kept."""
+    return flags.DEFINE(_TextsParser(), name, None, help, serializer=flags.CsvListSerializer(","))
+
+
+class _TextsParser(flags.ListParser):
+    def parse(self, argument: str | list[str]) -> list[str]:
+        super().parse(argument)  # refuses what is no line of CSV
+        return next(csv.reader([argument])) if isinstance(argument, str) else argument
