@@ -331,6 +331,9 @@ def test_the_printed_call_works_and_sigterm_finishes_what_is_being_answered(comm
     [
         (["--host=0.0.0.0"], "--host=0.0.0.0 is open to other machines; set $SLAM_JAX_API_KEY"),
         (["--port=1000000"], "port"),
+        (["--max_seconds=nan"], "max_seconds=nan: nan is not a finite number of seconds"),
+        (["--max_seconds=inf"], "max_seconds=inf: inf is not a finite number of seconds"),
+        (["--max_seconds=0"], "max_seconds=0: 0.0 is not a finite number of seconds, at least 1"),
     ],
 )
 def test_what_the_command_refuses_is_one_line(arguments, message):
@@ -338,6 +341,7 @@ def test_what_the_command_refuses_is_one_line(arguments, message):
         [sys.executable, "-m", "slam_jax.serving", "--model=quickstart", *arguments],
         capture_output=True,
         text=True,
+        timeout=WAIT_S,
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert message in done.stderr

@@ -4,6 +4,7 @@ A command calls the functions when it is imported, and finds the values in `flag
 """
 
 import csv
+import math
 
 from absl import flags
 
@@ -53,3 +54,15 @@ class _TextsParser(flags.ListParser):
     def parse(self, argument: str | list[str]) -> list[str]:
         super().parse(argument)  # refuses what is no line of CSV
         return next(csv.reader([argument])) if isinstance(argument, str) else argument
+
+
+def define_seconds(name: str, default: float, help: str) -> flags.FlagHolder[float]:
+    """A flag of a number of seconds, which must be at least 1 and finite."""
+    return flags.DEFINE(_SecondsParser(), name, default, help)
+
+
+class _SecondsParser(flags.FloatParser):
+    syntactic_help = "a finite number of seconds, at least 1"
+
+    def is_outside_bounds(self, val: float) -> bool:
+        return not (val >= 1 and math.isfinite(val))

@@ -44,8 +44,8 @@ CONTEXT = flags.DEFINE_integer(
 WAITING = flags.DEFINE_integer(
     "max_waiting", 64, "Requests that may wait for a slot; more get 429.", lower_bound=1
 )
-SECONDS = flags.DEFINE_float(
-    "max_seconds", 300.0, "Longest time of an answer, its time in the queue included.", 1.0
+SECONDS = shared_flags.define_seconds(
+    "max_seconds", 300.0, "Longest time of an answer, its time in the queue included."
 )
 
 
