@@ -23,9 +23,9 @@ def get_config() -> Any:
     config.model.aux_dim = 8
     config.model.dropout = 0.2
     config.model.context_length = 256
-    config.model.image.size = 48
+    config.model.image.size = 64
     config.model.image.patch_size = 2
-    config.model.image.stage_widths = (16, 32, 64, 96)
+    config.model.image.stage_widths = (16, 32, 64)  # 8 x 8 image tokens
     config.data.name = "folder"
     config.data.batch_size = 16
     config.data.augment = 0.3
