@@ -34,8 +34,16 @@ def taken(axis: str) -> Iterator[None]:
 def constrain(x: Shaped[Array, "..."], names: Sequence[str | None]) -> Shaped[Array, "..."]:
     """x, sharded over the mesh in force (`jax.set_mesh`); x itself without a mesh.
 
+        with jax.set_mesh(slam_jax.training.mesh.make_mesh(MeshConfig(tensor=4))):
+            y = jax.jit(lambda q: constrain(q, ("batch", None, "head")))(q)  # [B, T, N, H]
+
     names: for each of the first dimensions of x a key of `AXES`, or None = not divided; later
-    dimensions are not divided either. Raises KeyError for another name.
+    dimensions are not divided either. A mesh axis that does not divide its dimension evenly is left
+    out, and so is one that the mesh does not have.
+
+    The axes of the mesh must be `AxisType.Auto`, as those of `slam_jax.training.mesh.make_mesh`
+    are; those of `jax.make_mesh` are explicit unless it is told otherwise. Outside of `jax.jit`, x
+    must be on the mesh. With a mesh, raises KeyError for another name.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -42,6 +42,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
+        """T, the number of tokens that a row has room for."""
         return self.k.shape[-2]
 
     def tokens_first(self) -> tuple[Float[Array, "*B T K H"], Float[Array, "*B T K H_v"]]:

@@ -57,6 +57,7 @@ class LatentCache:
 
     @property
     def capacity(self) -> int:
+        """T, the number of tokens that a row has room for."""
         return self.c_kv.shape[-2]
 
     def filled(
@@ -164,7 +165,8 @@ class MultiHeadLatentAttention(nnx.Module):
     """Causal self-attention with a latent cache.
 
     `mla(x)` takes a whole sequence, `prefill` also fills an empty cache, `append` continues one
-    with several tokens and `decode_step` with one; the four give the same outputs.
+    with several tokens and `decode_step` with one; the four give the same outputs. Nothing here is
+    sharded by `constrain`: place the parameters and the rows, and XLA divides the work.
 
     Args:
       embed_dim: D. num_heads: N.
@@ -176,10 +178,10 @@ class MultiHeadLatentAttention(nnx.Module):
       out_scale: scale of the initial output map, as in `GatedMLP`.
       dtype: of products, outputs and the cache. param_dtype: of parameters.
 
-    Parameters: `q_nope` [D, N, H] and `q_rope` [D, N, H_r] (with `q_lora_rank` they follow `q_down`
-    and `q_norm`); `kv_down` [D, R], `kv_norm` [R], `k_rope` [D, H_r]; `k_up` [R, N, H] and `v_up`
-    [R, N, H_v]; `out` [N, H_v, D]. The published weights of DeepSeek rotate interleaved pairs; see
-    `Rope`.
+    Parameters: `q_nope` [D, N, H] and `q_rope` [D, N, H_r] (with `q_lora_rank` R_q they are
+    [R_q, N, ..] and follow `q_down` [D, R_q] and `q_norm` [R_q]); `kv_down` [D, R], `kv_norm` [R],
+    `k_rope` [D, H_r]; `k_up` [R, N, H] and `v_up` [R, N, H_v]; `out` [N, H_v, D]. The published
+    weights of DeepSeek rotate interleaved pairs; see `Rope`.
 
     Raises ConfigError where window is less than 1 or qk_rope_head_dim is odd.
     """
@@ -238,7 +240,8 @@ class MultiHeadLatentAttention(nnx.Module):
     ) -> Float[Array, "*B T D"]:
         """Every token attends to itself and to the tokens before it (in its window).
 
-        layout: where the pads are, None = no pads.
+        layout: where the pads are, None = no pads; `causal_layout(T, mask)` makes one of a mask.
+        Outputs at pads are finite and have no meaning.
         """
         return self._full(x, layout or causal_layout(x.shape[-2]))[0]
 
