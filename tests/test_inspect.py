@@ -235,6 +235,21 @@ def test_the_command_lists_bad_rows_and_writes_the_pictures(folder, tmp_path):
         assert sheet.format == "PNG" and sheet.width == 1_136
 
 
+def test_rows_that_are_all_bad_are_named_with_a_reason(tmp_path):
+    """Rows of two pictures each, for a model that reads one."""
+    rows = []
+    for i in range(30):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        rows.append({"image": [f"{i}.png"] * 2, "prompt": "same?", "answer": "yes"})
+    (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError) as raised:
+        inspect_data(DataConfig(name="folder", path=str(tmp_path)), MODEL)
+    assert str(raised.value).endswith(
+        "table.jsonl: no row is left for train; row 1: image: 2 pictures; the model reads at most "
+        "model.image.max_images=1 (and 29 more such)"
+    )
+
+
 def test_another_command_is_refused_in_one_line(tmp_path):
     ended = inspect("show", "--config=a.py", folder=tmp_path)
     assert ended.returncode == 2

@@ -205,18 +205,19 @@ def _check_table(
 ) -> None:
     """Raises an error if too few rows can be used."""
     path, bad = table.path, table.bad
-    if len(bad) > config.max_damaged_records:
+    if bad:
         line, reason = bad[0]
-        more = f" (and {len(bad) - 1} more such)" if len(bad) > 1 else ""
-        raise DataError(
-            f"{path}, row {line}: {reason}{more}; repair it, or let "
-            f"data.max_damaged_records={len(bad)} rows be skipped"
-        )
+        first = f"row {line}: {reason}" + (f" (and {len(bad) - 1} more such)" if bad[1:] else "")
+        if len(bad) > config.max_damaged_records:
+            raise DataError(
+                f"{path}, {first}; repair it, or let "
+                f"data.max_damaged_records={len(bad)} rows be skipped"
+            )
+        for split in SPLITS:
+            if split in needed and not table.rows[split]:
+                raise DataError(f"{path}: no row is left for {split}; {first}")
     for line, reason in bad:
         logging.getLogger("slam_jax").warning("%s, row %d is skipped: %s", path, line, reason)
-    for split in needed:
-        if not table.rows[split]:
-            raise DataError(f"{path}: no row is left for {split}; repair the bad ones")
 
 
 def _from_rows(
