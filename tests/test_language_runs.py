@@ -241,7 +241,7 @@ def adapted(rows, published, tmp_path_factory) -> tuple[Path, dict[str, Any], An
     """A run of adapters on a published model: its workdir, configuration and last state."""
     changes = {"lora.rank": 4, "lora.patterns": PATTERNS, "run.init_from": published}
     changes |= {"data.held_out": 0.0, "data.batch_size": 2, "run.num_steps": 100}
-    changes |= {"run.evaluate_every": 50, "optimizer.learning_rate": 2e-2, "data.length": 64}
+    changes |= {"run.evaluate_every": 50, "optimizer.learning_rate": 1e-2, "data.length": 64}
     config = config_of(rows, None, **changes)
     workdir = tmp_path_factory.mktemp("runs") / "adapted"
     return workdir, config, train(config, workdir)
