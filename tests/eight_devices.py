@@ -14,7 +14,7 @@ import pytest
 from bases import write_language_model
 from flax import nnx
 from helpers import assert_same, write_texts
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from slam_jax.data import Batch
 from slam_jax.errors import ConfigError
@@ -471,6 +471,23 @@ def test_expert_kernels_never_move():
     kernels = [x.nbytes for name, x in by_name(params).items() if "/experts/" in name]
     whole_and_halves = {size // n for size in kernels for n in (1, 2)}
     assert kernels and not whole_and_halves & {each.num_bytes for each in found}
+
+
+@pytest.mark.parametrize("name", ["slam_v5", "standard"])  # latent and grouped-query attention
+def test_decoding_steps_of_a_divided_batch_send_nothing(name):
+    """Each device has the cache of its rows, and writes each row's token into it."""
+    mesh = mesh_of(data=8)
+    model = make_model(make_config(name, "tiny"), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    rows, whole = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("data", None))
+    given = jax.device_put((np.zeros(16, np.int32), model.init_cache((16,), 12)), rows)
+
+    def step(params: Any, token: Any, cache: Any) -> Any:
+        return nnx.merge(graphdef, params).decode_step(token, cache)
+
+    with use_mesh(mesh):
+        compiled = jax.jit(step).lower(jax.device_put(params, whole), *given).compile()
+    assert not collectives(str(compiled.as_text()), mesh.shape)
 
 
 def shaped(batch: Batch) -> Any:

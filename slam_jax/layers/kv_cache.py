@@ -309,20 +309,24 @@ def write_token(
     Raises InputError where a row is full, except under `jax.jit`: there the token is not stored,
     and the new length exceeds T.
     """
-    axis, rows = length.ndim, jnp.arange(length.size)
+    axis, capacity = length.ndim, buffers[0].shape[length.ndim]
     check_rows(buffers, tokens, axis)
     if tokens[0].shape[axis] != 1:
         raise InputError(f"a step of {tokens[0].shape[axis]} tokens; give one, or append them")
-    capacity = buffers[0].shape[axis]
-    slots = length.reshape(-1)
+    slots = length
     if is_ring(capacity, window):
-        slots = slots % capacity
+        slots = length % capacity
     else:
         check_room(length, capacity)
-    written = []
-    for buffer, x in zip(buffers, tokens, strict=True):
-        flat = buffer.reshape(-1, *buffer.shape[axis:])
-        x = x.reshape(-1, *x.shape[axis + 1 :]).astype(buffer.dtype)
-        flat = flat.at[rows, slots].set(x, mode="drop")
-        written.append(flat.reshape(buffer.shape))
+
+    def put(row: Array, slot: Array, token: Array) -> Array:
+        return row.at[slot].set(token[0], mode="drop")
+
+    # Mapped over the rows, not indexed by their numbers: rows divided over devices then stay there.
+    for _ in range(axis):
+        put = jax.vmap(put)
+    written = [
+        put(buffer, slots, x.astype(buffer.dtype))
+        for buffer, x in zip(buffers, tokens, strict=True)
+    ]
     return *written, length + 1
