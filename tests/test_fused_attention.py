@@ -334,9 +334,8 @@ def v3_batch(batch: int, *, text: int, size: int, aux: int, width: int, length: 
 
 
 def test_slam_v3_is_the_same_with_it(kernel, calls, build):
-    """Absent streams, other views for each process, and gradients."""
-    views = ("all", "near", "strided", "others")
-    model = build(process_views=views, num_memory_tokens=4, num_decoder_layers=1)
+    """Absent streams, and gradients."""
+    model = build(num_memory_tokens=4, num_decoder_layers=1)
     graphdef, params = split_model(model)
     batch = v3_batch(2, text=6, size=12, aux=3, width=5, length=LENGTH)
 

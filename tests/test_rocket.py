@@ -236,6 +236,21 @@ def test_failed_tasks_run_again(tmp_path, pretend):
     assert board["results"]["b"]["extra"] == {"reason": "it failed"}
 
 
+def test_a_failed_optional_task_runs_again_if_no_other_depended_on_it(tmp_path, pretend):
+    """Such as the try of a learning rate that was ended from outside."""
+    asked, fails = pretend
+    fails.add(("b", "extra"))
+    run(Pretended(("b",)), tmp_path)
+    kept = json.loads((tmp_path / "results.json").read_text())
+    del kept["results"]["b"]["first"], kept["results"]["b"]["second"]
+    (tmp_path / "results.json").write_text(json.dumps(kept))
+    fails.clear()
+    asked.clear()
+    board = run(Pretended(("b",)), tmp_path)
+    assert [each[:2] for each in asked] == [("b", "first"), ("b", "second"), ("b", "extra")]
+    assert board["results"]["b"]["extra"] == {"value": "b extra"}
+
+
 def test_two_runs_cannot_share_a_workdir(tmp_path, pretend):
     with lock_workdir(tmp_path), pytest.raises(UserError, match="another run is in progress"):
         run(Pretended(("a",)), tmp_path)

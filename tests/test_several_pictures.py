@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -37,8 +36,6 @@ from slam_jax.reporting.checkpoint import evaluate_checkpoint
 from slam_jax.reporting.inspection import inspect_data
 from slam_jax.reporting.report import render_report
 from slam_jax.slam_v3 import ImageConfig, Inputs, SlamV3, SlamV3Config
-from slam_jax.slam_v3.processes import make_views
-from slam_jax.slam_v3.streams import Stream
 from slam_jax.training import default_config, load, train
 
 pytestmark = pytest.mark.release
@@ -154,15 +151,6 @@ def test_other_encoders_read_each_picture_alone(build, given, kind):
     close(both[:, :count], other[:, :count], 1e-6)
     assert (np.abs(both[:, count:] - other[:, count:]).max(axis=-1) > 1e-4).all()
     close(tokens(image[:, 0]), both[:, :count], 1e-5)
-
-
-def test_views_of_processes_know_where_a_picture_ends():
-    stream = Stream(jnp.zeros((1, 2 * 15, 4)), grid=(5, 3))
-    near, strided = make_views(("near", "strided"), [stream]).isolated[0]
-    one = make_views(("near", "strided"), [Stream(jnp.zeros((1, 15, 4)), grid=(5, 3))]).isolated[0]
-    np.testing.assert_array_equal(near[:15, :15], one[0])
-    assert not near[:15, 15:].any() and not near[15:, :15].any()
-    np.testing.assert_array_equal(strided, np.tile(one[1], (2, 2)))
 
 
 # --- Data: which of two pictures is brighter?

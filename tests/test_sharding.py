@@ -108,7 +108,6 @@ OPTIONS = SlamV3Config.preset(
     num_memory_tokens=3,
     num_bottleneck_blocks=1,
     num_process_layers=2,
-    exchange_every=1,
     qk_norm=True,
     decoder_input_norm=True,
     balance_fusion=True,

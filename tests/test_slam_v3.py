@@ -354,100 +354,12 @@ def test_shared_attention_may_have_its_own_number_of_heads(build, inputs):
 # --- Fusion
 
 
-def test_an_exchange_computes_the_bank_again_from_the_mean_of_all_states(build, inputs):
-    model = build(num_process_layers=2, exchange_every=1)
-    streams, bank, y = run_parts(model, inputs)
-    stack, joined = model.processes.stack, jnp.concatenate([s.tokens for s in streams], axis=1)
-    processes = [jax.tree.map(lambda x, p=p: x[p], stack) for p in range(4)]
-    states = [joined + process.instruction[None, None] for process in processes]
-    for i in range(2):
-        if i:
-            bank = model.processes.exchange.make(sum(states) / 4, bank.mask)
-        states = [
-            process.layers[i](h, streams, bank)[0]
-            for process, h in zip(processes, states, strict=True)
-        ]
-    expected = [process.norm(h) for process, h in zip(processes, states, strict=True)]
-    close(y, jnp.stack(expected), 1e-4)
-    # All processes hear of what one of them has computed.
-    changed = nnx.clone(model)
-    changed.processes.stack.layers[0].mlp.down.kernel[...] *= jnp.array([3.0, 1, 1, 1])[
-        :, None, None
-    ]
-    moved = np.abs(run_parts(changed, inputs)[2] - y).max(axis=(1, 2, 3))
-    assert (moved > 1e-4).all()
-
-
-def test_a_view_limits_what_its_process_may_attend_to(build, inputs):
-    names = ("all", "near", "strided", "others")
-    model = build(process_views=names, image=ImageConfig("vit", size=12, patch_size=2))
-    inputs = without(inputs, "aux")
-
-    def outputs(inputs):
-        streams, bank = model.level_one(model.streams(inputs, model.embedding(inputs.text)))
-        return streams, bank
-
-    streams, bank = outputs(inputs)
-    size = [stream.tokens.shape[1] for stream in streams]
-    assert size == [6, 36] and streams[1].grid == (6, 6)
-
-    @jax.jit
-    def depends(tokens, values):
-        """How y_p of the first image token changes with each image token and value of the bank."""
-
-        def first(tokens, values):
-            parts = [streams[0], streams[1]._replace(tokens=tokens)]
-            return model.processes(parts, bank._replace(v=values))[0][:, 0, size[0]].sum(axis=-1)
-
-        return jax.jacrev(first, (0, 1))(tokens, values)
-
-    of_tokens, of_values = depends(streams[1].tokens, bank.v)
-    reached = np.abs(of_tokens[:, 0]).max(axis=-1).reshape(4, 6, 6) > 1e-9
-    near, strided = np.zeros((6, 6), bool), np.zeros((6, 6), bool)
-    near[:3, :3] = strided[::2, ::2] = True
-    for name, mask, expected in zip(names, reached, (True, near, strided, True), strict=True):
-        np.testing.assert_array_equal(mask, np.broadcast_to(expected, (6, 6)), name)
-    read = np.abs(of_values[:, 0]).max(axis=(-1, -2)) > 1e-9
-    assert read[:3].all() and read[3, : size[0]].all() and not read[3, size[0] :].any()
-    alone = run_parts(model, without(inputs, "text"))[2]
-    assert np.isfinite(alone).all()
-
-
-def test_the_bottleneck_may_read_each_process(build, inputs):
-    changes: dict = dict(num_memory_tokens=3, balance_fusion=True)
-    model = nnx.clone(build(memory_reads_processes=True, **changes))
-    streams, _, y = run_parts(model, inputs)
-    fused = model.fusion(y, streams, with_weights=True)
-    close(fused.weights.sum(axis=-1), 1.0)
-    alone = model.fusion(y, streams, with_weights=False).tokens
-    close(fused.tokens, alone)
-    # Unlike their mean and the dense map, it tells which of two processes had an output.
-    swapped = y[jnp.array([1, 0, 2, 3])]
-    model.fusion.concat.kernel[...] *= 0.0
-    same, other = (model.fusion(x, streams).tokens for x in (y, swapped))
-    close(same, other, 1e-4)  # attention to a set
-    assert np.abs(model.fusion(y.at[0].mul(2), streams).tokens - same).max() > 1e-3
-
-
 def test_a_balanced_fusion_adds_outputs_to_tokens_of_the_same_size(build, inputs):
     y = run_parts(build(balance_fusion=True), inputs)[2]
     rms = np.sqrt(np.mean(np.square(y), axis=-1))
     close(rms, 1.0, 1e-2)
     small = run_parts(build(), inputs)[2]
     assert np.sqrt(np.mean(np.square(small))) < 0.5
-
-
-def test_dropped_processes_are_left_out_whole(build, inputs):
-    model = build(process_dropout=0.5, without=("residual", "concat", "cross_modal", "fusion_mlp"))
-    streams, _, y = run_parts(model, inputs)
-    ones = jnp.ones_like(y)
-    means = {
-        float(x)
-        for seed in range(20)
-        for x in model.fusion(ones, streams, key=jax.random.key(seed)).tokens[:, 0, 0]
-    }
-    assert means <= {0.0, 0.5, 1.0, 1.5, 2.0} and len(means) > 2
-    close(model.fusion(ones, streams).tokens, 1.0)
 
 
 def test_cross_modal_is_exactly_0_without_another_stream(model, inputs, parts):

@@ -133,14 +133,6 @@ def test_layers_are_stacked_by_default_on_accelerators_alone_and_from_five_on():
         assert isinstance(layers(num_decoder_layers=5, scan_layers=False), nnx.List)
 
 
-def test_processes_that_exchange_their_states_are_not_stacked():
-    config = SlamV3Config.preset(
-        "tiny", VOCAB, num_process_layers=4, exchange_every=2, scan_layers=True
-    )
-    model = nnx.eval_shape(lambda: SlamV3(config, rngs=nnx.Rngs(0)))
-    assert isinstance(model.processes.stack.layers, nnx.List)
-
-
 def test_names_are_those_of_single_layers():
     assert names_of("blocks/1:4/norm/scale") == ([f"blocks/{i}/norm/scale" for i in (1, 2, 3)], 0)
     assert names_of("blocks/1:7:3/mixer") == (["blocks/1/mixer", "blocks/4/mixer"], 0)

@@ -4,7 +4,7 @@ Command:   python -m slam_jax.rocket --protocol=processes \
                --config=configs/experiments/processes.py --workdir=experiments/processes --jobs=2
 Hardware:  2 CPU cores, about 12 minutes a run on one of them; it resumes.
 Score:     docs/processes.md says what is measured, in which two rounds, and how it is decided; it
-           has the result of the first round.
+           has the result of the first round, whose other candidates are no longer in the code.
 """
 
 from typing import Any
@@ -20,15 +20,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model.num_process_layers": 8,
         "model.process_mlp_dim": 136,
     },
-    "exchange": {"model.exchange_every": 1, "model.process_mlp_dim": 122},
-    "views": {"model.process_views": ("all", "near", "strided", "others")},
-    "instruction": {"model.instruction_std": 0.5},
-    "process_dropout": {"model.process_dropout": 0.1},
     # Training fuses and decodes one process alone, too.
     "alone": {"loss.alone": 0.1, "model.process_mlp_dim": 26},
-    "similarity": {"loss.similarity": 0.1},
     "balance": {"model.balance_fusion": True},
-    "reads_processes": {"model.memory_reads_processes": True, "model.process_mlp_dim": 104},
 }
 
 

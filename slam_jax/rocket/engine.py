@@ -34,7 +34,7 @@ def run(
     """Runs a comparison, writes its leaderboard to `workdir`, and returns it.
 
     Every finished task is saved at once, with the time and the version of the code. The same call
-    resumes: it runs what is missing, and what failed unless it was optional.
+    resumes: it runs what is missing, and what failed; see `_read_results`.
 
     Args:
       memory_gib, seconds: limits of each process. One that exceeds them becomes a failed row.
@@ -163,8 +163,9 @@ def _provenance(results: Results) -> Json:
 def _read_results(path: Path, comparison: Comparison) -> dict[str, dict[str, Json]]:
     """The figures that an earlier run of the same settings has stored; none if there was none.
 
-    Failed tasks are left out and run again. Failed optional tasks stay: other tasks have depended
-    on their outcome, and for the stress test it is the result.
+    Failed tasks are left out and run again. Failed optional tasks stay once a required task of
+    their system has finished: it has depended on their outcome, or, for the stress test, comes
+    before it, and the failure is the result.
     """
     if not path.exists():
         return {}
@@ -180,12 +181,21 @@ def _read_results(path: Path, comparison: Comparison) -> dict[str, dict[str, Jso
     identity = comparison.identity
     if {name: stored.get(name) for name in identity} != identity:
         raise InputError(f"{path}: is of other settings; give another --workdir, or delete it")
-    optional = {(task.system, task.label) for task in comparison.tasks(results) if task.optional}
+    tasks = comparison.tasks(results)
+    optional = {(task.system, task.label) for task in tasks if task.optional}
+    finished = {
+        (name, label)
+        for name, done in results.items()
+        for label, figures in done.items()
+        if "reason" not in figures
+    }
+    required = {(task.system, task.label) for task in tasks} - optional
+    settled = {name for name, _ in finished & required}
     return {
         name: {
             label: figures
             for label, figures in done.items()
-            if "reason" not in figures or (name, label) in optional
+            if (name, label) in finished or (name in settled and (name, label) in optional)
         }
         for name, done in results.items()
     }

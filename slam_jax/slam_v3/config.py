@@ -13,8 +13,6 @@ ENCODERS = ("resnet", "vit", "pretrained")
 # term of the fusion, and the compression of the decoder's cache and memory.
 PARTS = ("isolated", "shared", "residual", "mean", "concat", "cross_modal", "fusion_mlp", "latent")
 
-VIEWS_OF_PROCESSES = ("all", "near", "strided", "others")
-
 
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
@@ -146,14 +144,8 @@ class SlamV3Config(ModelConfig):
     mlp_dim: F of every gated MLP. num_processes: P. num_process_layers: layers a process.
     process_mlp_dim: F of the processes alone, None = mlp_dim. num_decoder_layers: layers of the
       decoder.
-    exchange_every: after so many layers of the processes the bank is computed again, from the mean
-      of their states; None = the bank is that of the joint block in all layers.
-    process_views: for each process one of `VIEWS_OF_PROCESSES`, () = all of them see everything.
-    instruction_std: initial standard deviation of the instructions and of the query biases.
-    process_dropout: rate at which a process is left out of the fusion in training, an example.
     balance_fusion: the fusion norms the tokens that it adds the processes to, and the outputs of
       the processes begin as large as them.
-    memory_reads_processes: the bottleneck attends to the tokens of each process too.
     num_memory_tokens: M of a bottleneck; 0 = no bottleneck, one memory token per input token.
     num_bottleneck_blocks: transformer blocks between the memory tokens of the bottleneck.
     qk_norm: RMS norms over each head of the queries and keys, in all attention of the encoder. The
@@ -183,8 +175,7 @@ class SlamV3Config(ModelConfig):
     remat: what layers store for their gradient, one of `slam_jax.layers.remat.POLICIES`; None =
       everything.
     scan_layers: whether the parameters of equal layers are stacked, and the layers scanned; None =
-      on GPUs and TPUs, from five equal layers on. With `exchange_every` those of the processes are
-      not. It changes no result.
+      on GPUs and TPUs, from five equal layers on. It changes no result.
     dtype, param_dtype: of the computation and of the parameters. dtype=None: float32 on CPUs, and
       bfloat16 on GPUs and TPUs.
     matmul_precision: of products of float32 matrices on GPUs and TPUs: "float32"; "tensorfloat32",
@@ -202,12 +193,7 @@ class SlamV3Config(ModelConfig):
     process_mlp_dim: int | None = None
     num_decoder_layers: int = 2
     num_memory_tokens: int = 0
-    exchange_every: int | None = dataclasses.field(default=None, kw_only=True)
-    process_views: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
-    instruction_std: float = dataclasses.field(default=0.02, kw_only=True)
-    process_dropout: float = dataclasses.field(default=0.0, kw_only=True)
     balance_fusion: bool = dataclasses.field(default=False, kw_only=True)
-    memory_reads_processes: bool = dataclasses.field(default=False, kw_only=True)
     num_bottleneck_blocks: int = dataclasses.field(default=0, kw_only=True)
     qk_norm: bool = dataclasses.field(default=False, kw_only=True)
     rotate_all_streams: bool = dataclasses.field(default=True, kw_only=True)
@@ -237,7 +223,6 @@ class SlamV3Config(ModelConfig):
 
     def __post_init__(self):
         object.__setattr__(self, "without", tuple(self.without))
-        object.__setattr__(self, "process_views", tuple(self.process_views))
         super().__post_init__()
         dim, heads, shared = self.embed_dim, self.num_heads, self.shared_heads[0]
         near = (dim - dim % heads) or heads
@@ -253,19 +238,6 @@ class SlamV3Config(ModelConfig):
         carried = {"residual", "mean", "concat"} - {*self.without}
         left = "one of residual, mean and concat to be left"
         require(bool(carried), "without", self.without, left)
-        views, count = self.process_views, self.num_processes
-        known = f"one of {VIEWS_OF_PROCESSES} for each of {count} processes, or ()"
-        fits = len(views) in (0, count) and set(views) <= {*VIEWS_OF_PROCESSES}
-        require(fits, "process_views", views, known)
-        require(
-            self.exchange_every is None or self.exchange_every > 0,
-            "exchange_every",
-            self.exchange_every,
-            "None or a number of layers",
-        )
-        reads = self.memory_reads_processes and not self.num_memory_tokens
-        require(not reads, "memory_reads_processes", True, "False without num_memory_tokens")
-        require(0 <= self.process_dropout < 1, "process_dropout", self.process_dropout, "in [0, 1)")
         self._check_decoder()
         plain = "latent" in self.without
         require(not (plain and self.window), "window", self.window, 'None without "latent"')

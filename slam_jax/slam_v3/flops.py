@@ -36,9 +36,7 @@ def encode_flops(
     if config.has("isolated"):
         layer += sum(flops.attention(size, dim, heads) for size in streams)
     if config.has("shared"):
-        every = config.exchange_every or config.num_process_layers
-        num_banks = 1 + (config.num_process_layers - 1) // every
-        total += num_banks * 2 * flops.linear(tokens, dim, dim)
+        total += 2 * flops.linear(tokens, dim, dim)
         layer += flops.attention(tokens, dim, heads, own_keys=False)
     total += count * config.num_process_layers * layer
     if config.has("concat"):
@@ -49,8 +47,7 @@ def encode_flops(
     if config.has("fusion_mlp"):
         total += flops.gated_mlp(tokens, dim, config.mlp_dim)
     if config.num_memory_tokens:
-        read = tokens * (1 + count if config.memory_reads_processes else 1)
-        total += flops.attention(config.num_memory_tokens, dim, heads, num_keys=read)
+        total += flops.attention(config.num_memory_tokens, dim, heads, num_keys=tokens)
         total += config.num_bottleneck_blocks * _block(config, config.num_memory_tokens)
     if config.has("latent"):
         total += flops.linear(config.num_memory_tokens or tokens, dim, config.kv_lora_rank)

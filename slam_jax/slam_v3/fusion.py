@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import einops
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
@@ -89,7 +88,6 @@ class Bottleneck(nnx.Module):
         self,
         f: Float[Array, "B S D"],
         mask: Bool[Array, "B S"] | None,
-        y: Float[Array, "P B S D"] | None = None,
         *,
         key: DropoutKey = None,
         with_weights: bool = False,
@@ -97,15 +95,8 @@ class Bottleneck(nnx.Module):
         """The memory tokens, and how much of each fused token they read if asked for."""
         queries = self.queries[...].astype(f.dtype)
         queries = jnp.broadcast_to(queries[None], (f.shape[0], *queries.shape))
-        if y is not None:
-            # The tokens of each process follow those of all of them.
-            f = jnp.concatenate([f, einops.rearrange(y, "P B S D -> B (P S) D")], axis=1)
-            mask = None if mask is None else jnp.tile(mask, (1, 1 + len(y)))
         source = Stream(self.norm(f), mask)
         read, found = self.attention.read(queries, source, with_weights=with_weights)
-        if found is not None and y is not None:
-            # What is read of a token is what is read of it in all places.
-            found = einops.reduce(found, "B N M (P S) -> B N M S", "sum", P=1 + len(y))
         memory, _ = run_layers(
             lambda block, memory, key: (block(memory, key=key), None),
             self.blocks,
@@ -147,8 +138,6 @@ class Fusion(nnx.Module):
         self.norm: Any = RMSNorm(dim, param_dtype=kw["param_dtype"]) if has_mlp else None
         self.mlp: Any = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw) if has_mlp else None
         self.bottleneck = Bottleneck(config, rngs=rngs) if config.num_memory_tokens else None
-        self.reads_processes = config.memory_reads_processes
-        self.process_dropout = config.process_dropout
         balanced = config.balance_fusion
         self.token_norm = RMSNorm(dim, param_dtype=kw["param_dtype"]) if balanced else None
 
@@ -163,10 +152,6 @@ class Fusion(nnx.Module):
         joined = join_streams(streams)
         keys = split(key, 4 if self.bottleneck is not None and len(self.bottleneck.blocks) else 3)
         mask: Any = joined.mask
-        if key is not None and self.process_dropout:
-            rows, rate = jax.random.fold_in(key, 0), self.process_dropout
-            keep = jax.random.bernoulli(rows, 1 - rate, y.shape[:2])[..., None, None]
-            y = jnp.where(keep, y / (1 - rate), 0).astype(y.dtype)
         mean = divide_rows(jnp.mean(y, axis=0))
         f = joined.tokens if self.has_residual else jnp.zeros_like(joined.tokens)
         if self.token_norm is not None:
@@ -183,10 +168,7 @@ class Fusion(nnx.Module):
         if self.bottleneck is None:
             identity = jnp.broadcast_to(jnp.eye(f.shape[1])[None], (*f.shape[:2], f.shape[1]))
             return Fused(f, mask, identity if with_weights else None)
-        of_processes = y if self.reads_processes else None
-        memory, weights = self.bottleneck(
-            f, mask, of_processes, key=keys[-1], with_weights=with_weights
-        )
+        memory, weights = self.bottleneck(f, mask, key=keys[-1], with_weights=with_weights)
         if mask is not None:
             mask = jnp.broadcast_to(mask.any(axis=1, keepdims=True), memory.shape[:2])
         return Fused(memory, mask, None if weights is None else weights.mean(axis=1))

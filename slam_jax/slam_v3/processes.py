@@ -4,8 +4,8 @@ A "process" is a part of the model in this package, never one of the operating s
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,35 +26,22 @@ from slam_jax.slam_v3.shared_attention import Bank, SharedAttention
 from slam_jax.slam_v3.streams import Stream, join_streams, split_streams
 
 
-class BankMaker(nnx.Module):
-    """Computes a bank from the tokens of all streams."""
-
-    def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
-        kw = dict(**config.dtypes, rngs=rngs)
-        self.norm = RMSNorm(config.embed_dim, param_dtype=kw["param_dtype"])
-        self.key = Linear(config.embed_dim, config.shared_heads, **kw)
-        self.value = Linear(config.embed_dim, config.shared_heads, **kw)
-        norm: Any = dict(param_dtype=kw["param_dtype"])
-        self.k_norm = RMSNorm(config.shared_heads[1], **norm) if config.qk_norm else None
-
-    def make(self, x: Float[Array, "B S D"], visible: Bool[Array, "B 1 S"] | None) -> Bank:
-        source = self.norm(x)
-        k = self.key(source) if self.k_norm is None else self.k_norm(self.key(source))
-        return Bank(k, self.value(source), visible)
-
-
-class JointBlock(BankMaker):
+class JointBlock(nnx.Module):
     """One transformer block over the tokens of all streams, and the bank made from its output.
 
-    The block binds words to each other ("12" to "red") before the encoder processes read them. It
-    extends `BankMaker` instead of holding one, because of the paths in earlier checkpoints.
+    The block binds words to each other ("12" to "red") before the encoder processes read them.
     """
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         self.block = TransformerBlock(config, rngs=rngs)
         self.has_bank, self.rotates_all = config.has("shared"), config.rotate_all_streams
         if self.has_bank:
-            super().__init__(config, rngs=rngs)  # adds norm, key, value and k_norm
+            kw = dict(**config.dtypes, rngs=rngs)
+            norm: Any = dict(param_dtype=kw["param_dtype"])
+            self.norm = RMSNorm(config.embed_dim, **norm)
+            self.key = Linear(config.embed_dim, config.shared_heads, **kw)
+            self.value = Linear(config.embed_dim, config.shared_heads, **kw)
+            self.k_norm = RMSNorm(config.shared_heads[1], **norm) if config.qk_norm else None
 
     def __call__(
         self, streams: Sequence[Stream], *, key: DropoutKey = None
@@ -64,44 +51,13 @@ class JointBlock(BankMaker):
         # The stream with positions, the text, comes first.
         positions = joined.positions if self.rotates_all else streams[0].positions
         x = self.block(joined.tokens, joined.visible, positions, key=key)
-        streams = split_streams(x, streams)
-        return streams, self.make(x, joined.visible) if self.has_bank else None
+        bank = self._make_bank(x, joined.visible) if self.has_bank else None
+        return split_streams(x, streams), bank
 
-
-class View(NamedTuple):
-    """What a process may attend to: in each stream by itself, and in the bank."""
-
-    isolated: list[Bool[Array, "S_i S_i"]]
-    shared: Bool[Array, "S S"]
-
-
-def make_views(names: Sequence[str], streams: Sequence[Stream]) -> View:
-    """The views of all processes, stacked.
-
-    "all": everything. "near": the isolated attention reaches tokens of the same image up to 2 rows
-    and columns away, or up to 8 words of a text. "strided": it reaches every second row and column
-    of all images, or word of a text, from its own on. "others": the shared attention reaches other
-    streams only, and nothing where there is no other.
-    """
-    sizes = [stream.tokens.shape[1] for stream in streams]
-    isolated = []
-    for stream, size in zip(streams, sizes, strict=True):
-        rows, columns = stream.grid or (1, size)
-        image, place = np.divmod(np.arange(size), rows * columns)
-        places = np.stack(np.divmod(place, columns), axis=-1)
-        apart = np.abs(places[:, None] - places[None])
-        reach = 2 if stream.grid else 8
-        everything = np.ones((size, size), bool)
-        near = (apart <= reach).all(-1) & (image[:, None] == image[None])
-        known = {"near": near, "strided": (apart % 2 == 0).all(-1)}
-        ordered = stream.grid is not None or stream.positions is not None
-        isolated.append(
-            np.stack([known[n] if ordered and n in known else everything for n in names])
-        )
-    of_stream = np.repeat(np.arange(len(sizes)), sizes)
-    others = of_stream[:, None] != of_stream[None]
-    shared = [others if name == "others" else np.ones_like(others) for name in names]
-    return View([jnp.asarray(x) for x in isolated], jnp.asarray(np.stack(shared)))
+    def _make_bank(self, x: Float[Array, "B S D"], visible: Bool[Array, "B 1 S"] | None) -> Bank:
+        source = self.norm(x)
+        k = self.key(source) if self.k_norm is None else self.k_norm(self.key(source))
+        return Bank(k, self.value(source), visible)
 
 
 class ProcessLayer(SharedAttention):
@@ -138,25 +94,21 @@ class ProcessLayer(SharedAttention):
         h: Float[Array, "B S D"],
         streams: Sequence[Stream],
         bank: Bank | None,
-        view: View | None = None,
         *,
         key: DropoutKey = None,
         with_weights: bool = False,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B N S S"] | None]:
         """The new tokens, and the weights of the shared attention if asked for, else None."""
-        if view is not None and bank is not None:
-            own = view.shared[None]
-            bank = bank._replace(mask=own if bank.mask is None else bank.mask & own)
         keys, weights = split(key, 3), None
         if self.isolated is not None:
-            h = h + dropout(self._isolated_attention(h, streams, view), self.dropout, keys[0])
+            h = h + dropout(self._isolated_attention(h, streams), self.dropout, keys[0])
         if bank is not None:
             x = self.norms[1](h)
             read, weights = self.read(x, bank, with_weights=with_weights)
             h = h + dropout(read, self.dropout, keys[1])
         return h + dropout(self.mlp(self.norms[2](h)), self.dropout, keys[2]), weights
 
-    def _isolated_attention(self, h, streams, view=None) -> Float[Array, "B S D"]:
+    def _isolated_attention(self, h, streams) -> Float[Array, "B S D"]:
         """Each token attends to its own stream: one call per stream instead of an S x S mask.
 
         The maps to queries, keys and values, and from what was read, run once for all streams."""
@@ -165,13 +117,10 @@ class ProcessLayer(SharedAttention):
         q, k, v = (
             jnp.split(y, ends, axis=1) for y in (maps.queries(x), maps.keys(x), maps.value(x))
         )
-        read = []
-        for i, stream in enumerate(streams):
-            mask = stream.visible
-            if view is not None:
-                own = view.isolated[i][None]
-                mask = own if mask is None else mask & own
-            read.append(attend_rotated(q[i], k[i], v[i], mask, stream.positions))
+        read = [
+            attend_rotated(q[i], k[i], v[i], stream.visible, stream.positions)
+            for i, stream in enumerate(streams)
+        ]
         return maps.out(jnp.concatenate(read, axis=1))
 
 
@@ -180,13 +129,11 @@ class Process(nnx.Module):
 
     def __init__(self, config: SlamV3Config, *, rngs: nnx.Rngs):
         param_dtype, num_layers = config.dtypes["param_dtype"], config.num_process_layers
-        normal = nnx.initializers.normal(config.instruction_std)
-        self.remat, self.exchange_every = config.remat, config.exchange_every
+        normal = nnx.initializers.normal(0.02)
+        self.remat = config.remat
         self.instruction = nnx.Param(normal(rngs.params(), (config.embed_dim,), param_dtype))
-        # Layers between which the bank changes are not stacked.
-        scan = config.scan_layers if config.exchange_every is None else False
         layer = functools.partial(ProcessLayer, config)
-        self.layers = equal_layers(scan, num_layers, layer, rngs=rngs)
+        self.layers = equal_layers(config.scan_layers, num_layers, layer, rngs=rngs)
         # The fusion adds y_p to the tokens, so y_p starts as small as what a sublayer adds.
         scale = 1.0 if config.balance_fusion else config.encoder_out_scale
         self.norm = RMSNorm(config.embed_dim, init_scale=scale, param_dtype=param_dtype)
@@ -195,34 +142,21 @@ class Process(nnx.Module):
         self,
         streams: Sequence[Stream],
         bank: Bank | None,
-        view: View | None = None,
         *,
-        exchange: Callable[[Float[Array, "B S D"]], Bank] | None = None,
         key: DropoutKey = None,
         with_weights: bool = False,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B layers N S S"] | None]:
-        """y_p of this process, and the weights of its shared attention if asked for, else None.
+        """y_p of this process, and the weights of its shared attention if asked for, else None."""
 
-        exchange: makes the next bank from the states of all processes.
-        """
+        def call(layer: ProcessLayer, h: Any, key: DropoutKey):
+            return layer(h, streams, bank, key=key, with_weights=with_weights)
+
         x = join_streams(streams).tokens
-        h, found = x + self.instruction[...].astype(x.dtype)[None, None], []
-        keys, every = split(key, len(self.layers)), self.exchange_every or len(self.layers)
-        for first in range(0, len(self.layers), every):
-            if exchange is not None and first:
-                bank = exchange(h)
-
-            def call(layer: ProcessLayer, h: Any, key: DropoutKey, bank: Bank | None = bank):
-                return layer(h, streams, bank, view, key=key, with_weights=with_weights)
-
-            layers = (
-                self.layers if self.exchange_every is None else self.layers[first : first + every]
-            )
-            given = keys[first : first + every]
-            h, weights = run_layers(call, layers, h, given, policy=self.remat)
-            found += weights
+        h = x + self.instruction[...].astype(x.dtype)[None, None]
+        keys = split(key, len(self.layers))
+        h, weights = run_layers(call, self.layers, h, keys, policy=self.remat)
         has_weights = with_weights and bank is not None
-        return self.norm(h), jnp.stack(found, axis=1) if has_weights else None
+        return self.norm(h), jnp.stack(weights, axis=1) if has_weights else None
 
 
 class ParallelProcesses(nnx.Module):
@@ -236,9 +170,6 @@ class ParallelProcesses(nnx.Module):
         self.num_processes = config.num_processes
         # Shardings and Muon know stacked parameters by this name.
         self.stack = jax.vmap(lambda key: Process(config, rngs=nnx.Rngs(key)))(keys)
-        self.views = config.process_views
-        made = BankMaker(config, rngs=rngs) if config.exchange_every else None
-        self.exchange: Any = made
 
     def __call__(
         self,
@@ -250,25 +181,15 @@ class ParallelProcesses(nnx.Module):
     ) -> tuple[Float[Array, "P B S D"], Float[Array, "P B layers N S S"] | None]:
         """The y_p of all processes, and the weights of their shared attention if asked for."""
         keys = None if key is None else jax.random.split(key, self.num_processes)
-        views = make_views(self.views, streams) if self.views else None
-        visible = join_streams(streams).visible
 
-        def exchange(h: Float[Array, "B S D"]) -> Bank:
-            # The one reduction over processes; the bank is computed once for all of them.
-            return self.exchange.make(jax.lax.pmean(h, "processes"), visible)
-
-        refresh = None if self.exchange is None or bank is None else exchange
-
-        def run(process: Process, key: DropoutKey, view: View | None):
-            return process(
-                streams, bank, view, exchange=refresh, key=key, with_weights=with_weights
-            )
+        def run(process: Process, key: DropoutKey):
+            return process(streams, bank, key=key, with_weights=with_weights)
 
         # The name tells constraints and `shard_map` inside a process which mesh axis P is on.
-        mapped = jax.vmap(run, axis_name="processes", spmd_axis_name="process")
+        mapped = jax.vmap(run, spmd_axis_name="process")
         # Each process reads all rows of the batch; devices gather them once, here.
         streams = [s._replace(tokens=gather_rows(s.tokens)) for s in streams]
         bank = gather_rows(bank)
         with taken("process"):
-            y, weights = mapped(self.stack, keys, views)
+            y, weights = mapped(self.stack, keys)
         return constrain(y, ("process", "batch")), weights

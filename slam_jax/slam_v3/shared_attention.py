@@ -38,7 +38,7 @@ class SharedAttention(nnx.Module):
         self.query = Linear(dim, heads, **kw)
         norm: Any = dict(param_dtype=kw["param_dtype"])
         self.q_norm = RMSNorm(heads[1], **norm) if config.qk_norm else None
-        normal = nnx.initializers.normal(config.instruction_std)
+        normal = nnx.initializers.normal(0.02)
         self.query_bias = nnx.Param(normal(rngs.params(), heads, kw["param_dtype"]))
         self.out = Linear(heads, dim, init_scale=config.encoder_out_scale, **kw)
 

@@ -87,14 +87,12 @@ class Stream(NamedTuple):
     """The tokens of one input, or of several inputs one after the other.
 
     mask: True = present, None = all present. positions: for the rotary embedding of attention
-    inside the stream; None = no rotary positions (images have fixed 2-D features instead). grid:
-    rows and columns of the tokens of each image.
+    inside the stream; None = no rotary positions (images have fixed 2-D features instead).
     """
 
     tokens: Float[Array, "B S D"]
     mask: Bool[AnyArray, "B S"] | None = None
     positions: Int[Array, "S"] | None = None
-    grid: tuple[int, int] | None = None
 
     @property
     def visible(self) -> Bool[Array, "B 1 S"] | None:
@@ -208,7 +206,7 @@ class Streams(nnx.Module):
             tokens = (tokens.reshape(rows, count, size, dim) + index).reshape(rows, -1, dim)
         if mask is not None:
             mask = jnp.repeat(mask.reshape(rows, count), size, axis=1)
-        return Stream(tokens, mask, grid=self.config.image.grid(*pixels.shape[1:3]))
+        return Stream(tokens, mask)
 
     def _aux(self, aux: Float[Array, "B A C"]) -> Float[Array, "B A D"]:
         config, (count, width) = self.config, aux.shape[1:]

@@ -23,6 +23,7 @@ from slam_jax.training import recipes
 from slam_jax.training.losses import LossConfig
 from slam_jax.training.mesh import MeshConfig
 from slam_jax.training.optimizer import OptimizerConfig
+from slam_jax.training.removed_fields import without_removed
 from slam_jax.training.tracking import TRACKERS
 
 _LARGEST = 1e300  # sums and products of numbers below it rarely overflow float64
@@ -152,7 +153,7 @@ class Experiment:
     @classmethod
     def from_config(cls, config: ConfigDict | Mapping[str, Any]) -> "Experiment":
         """An experiment from nested mappings. Raises ConfigError, naming a field that is wrong."""
-        values = as_json(config)
+        values = without_removed(as_json(config))
         if isinstance(values.get("model"), Mapping):
             values["model"] = {"vocab_size": 1, **values["model"]}
         return build(cls, values, "")

@@ -24,8 +24,7 @@ class LossConfig:
 
     z_loss: of the squared log-normaliser of the logits. alignment: of the sigmoid loss between
     text and image of a scene, on batches that show both in full. alone: of the cross-entropy of the
-    answers from one process alone, another one at each step; the others are zeroed. similarity: of
-    the mean squared cosine between the outputs of two processes, each less its mean over tokens.
+    answers from one process alone, another one at each step; the others are zeroed.
     chunk_tokens: number of tokens whose logits are computed at a time, and recomputed for the
     gradient, which saves memory where the vocabulary is large. None = all at once, which is faster.
     """
@@ -33,17 +32,16 @@ class LossConfig:
     z_loss: float = 0.0
     alignment: float = 0.0
     alone: float = 0.0
-    similarity: float = 0.0
     chunk_tokens: int | None = None
 
     def __post_init__(self):
-        for field in ("z_loss", "alignment", "alone", "similarity"):
+        for field in ("z_loss", "alignment", "alone"):
             value = getattr(self, field)
             require(value >= 0, f"loss.{field}", value, "0 (off) or more")
         if self.chunk_tokens is not None:
             require_count("loss.chunk_tokens", self.chunk_tokens)
-        whole = self.chunk_tokens is None or not (self.alone or self.similarity)
-        require(whole, "loss.chunk_tokens", self.chunk_tokens, "None with alone or similarity")
+        whole = self.chunk_tokens is None or not self.alone
+        require(whole, "loss.chunk_tokens", self.chunk_tokens, "None with alone")
 
 
 class LossParts(NamedTuple):
@@ -141,8 +139,8 @@ def slam_v3_loss(
     chex.assert_equal_shape_prefix([batch.tokens, batch.length], 2)
     tokens, targets, inputs = batch.tokens[..., :-1], batch.tokens[..., 1:], batch.inputs
     mask, chunk = batch.answer_mask, config.chunk_tokens
-    if config.alone or config.similarity:
-        losses, extra = _process_losses(model, batch, config, key)
+    if config.alone:
+        losses, extra = _losses_with_one_alone(model, batch, config, key)
     else:
         losses, _ = _mean_losses(model, targets, mask, chunk, tokens, inputs, key=key)
         extra = jnp.zeros(())
@@ -163,10 +161,10 @@ def slam_v3_loss(
     )
 
 
-def _process_losses(
+def _losses_with_one_alone(
     model: SlamV3, batch: Batch, config: LossConfig, key: PRNGKeyArray | None
 ) -> tuple[TokenLosses, Float[Array, ""]]:
-    """The mean losses, and the weighted terms about single processes, from one run of these."""
+    """The mean losses, and the weighted loss of one process alone, from one run of all."""
     keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
     tokens, targets, mask = batch.tokens[..., :-1], batch.tokens[..., 1:], batch.answer_mask
     y, streams, _ = model.run_processes(batch.inputs, key=keys[0])
@@ -177,18 +175,9 @@ def _process_losses(
         count = jnp.maximum(mask.sum(), 1)
         return TokenLosses(*(jnp.where(mask, x, 0.0).sum() / count for x in losses))
 
-    extra, num_processes = jnp.zeros(()), len(y)
-    if config.alone:
-        chosen = 0 if keys[3] is None else jax.random.randint(keys[3], (), 0, num_processes)
-        only = jax.nn.one_hot(chosen, num_processes, dtype=y.dtype)
-        extra += config.alone * means(y * only[:, None, None, None]).cross_entropy
-    if config.similarity:
-        centred = y - y.mean(axis=(1, 2), keepdims=True)
-        unit = centred / jnp.maximum(jnp.linalg.norm(centred, axis=-1, keepdims=True), 1e-6)
-        cosine = jnp.einsum("pbsd,qbsd->pqbs", unit, unit)
-        pairs = num_processes * (num_processes - 1)
-        squares = jnp.mean(cosine**2, axis=(2, 3))
-        extra += config.similarity * (squares.sum() - jnp.trace(squares)) / pairs
+    chosen = 0 if keys[3] is None else jax.random.randint(keys[3], (), 0, len(y))
+    only = jax.nn.one_hot(chosen, len(y), dtype=y.dtype)
+    extra = config.alone * means(y * only[:, None, None, None]).cross_entropy
     return means(y), extra
 
 
