@@ -124,6 +124,7 @@ MODELS: dict[str, tuple[str, Any]] = {
 FAST = ("jamba", "deepseek_v2", "hunyuan_large", "slam_v4", "slam_v5", "slam_v3_text")
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(
     "key",
     [

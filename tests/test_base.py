@@ -197,6 +197,7 @@ def finished(config, with_base, tmp_path_factory):
         yield workdir, states[0], state
 
 
+@pytest.mark.release
 def test_a_run_leaves_frozen_parameters_as_they_were(base_folder, finished):
     _, first, last = finished
     assert_same(last.frozen, first.frozen)

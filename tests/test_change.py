@@ -17,6 +17,8 @@ from slam_jax.training import CheckpointError, Checkpoints, default_config, over
 from slam_jax.training.changes import DATA, changed_at, extended, order_of
 from slam_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.release
+
 WORDS = ("one", "two", "three", "four", "five", "six", "seven")
 
 
@@ -102,7 +104,6 @@ def test_a_run_continues_with_what_was_changed(own, finished, tmp_path, capsys):
     assert checkpoints.read_history(6) == history
 
 
-@pytest.mark.release
 def test_added_rows_are_used_on_request(own, finished, tmp_path):
     workdir, folder = shutil.copytree(finished[0], tmp_path / "run"), tmp_path / "own"
     saved = Checkpoints(workdir).read_data(4)

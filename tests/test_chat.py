@@ -211,6 +211,7 @@ class Terminal:
         os.close(self._own)
 
 
+@pytest.mark.release
 def test_ctrl_c_stops_the_answer_and_ctrl_d_ends_the_chat(tmp_path, signals_heard):
     """At such a temperature answers are long: these two have 657 and 803 tokens."""
     rules = ("--temperature=100", "--max_new_tokens=900", "--seed=8")

@@ -216,6 +216,7 @@ def test_a_model_answers_the_questions_of_the_other_side(tmp_path, evaluations):
         read_sides([stored, run])
 
 
+@pytest.mark.release
 def test_stored_answers_of_a_workdir_are_used_only_for_their_checkpoint(
     small_run, tmp_path, evaluations
 ):

@@ -40,6 +40,8 @@ from slam_jax.training.losses import num_answer_tokens, slam_v3_loss
 from slam_jax.training.optimizer import OptimizerConfig
 from slam_jax.training.start import abstract_state, jit_train_step
 
+pytestmark = pytest.mark.release
+
 LENGTH, WIDTH = 9, 8
 
 

@@ -182,6 +182,7 @@ def test_an_answer_ends_before_a_stop_string_however_its_bytes_are_split_into_to
     assert stopped
 
 
+@pytest.mark.release
 def test_many_prompts_compile_once_per_bucket(loaded):
     rng = np.random.default_rng(0)
     compiled: Any = start_decoding
@@ -335,6 +336,7 @@ def test_a_bfloat16_mixture_gives_each_seed_its_answer_alone_and_in_a_batch():
     )
 
 
+@pytest.mark.release
 def test_samples_follow_the_models_distribution(loaded):
     """2,000 first tokens against the probabilities of the filtered distribution."""
     sampling = Sampling(max_new_tokens=1, temperature=0.8, top_k=6, num_samples=1000)

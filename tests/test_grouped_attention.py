@@ -80,6 +80,7 @@ def test_queries_and_keys_may_be_normed_before_they_are_turned():
     close(layer(x), layer.out(expected))
 
 
+@pytest.mark.release
 def test_a_window_keeps_as_many_tokens_and_sees_no_others():
     window = 3
     layer = GroupedQueryAttention(

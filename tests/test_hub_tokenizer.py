@@ -315,6 +315,7 @@ def damage(rng: np.random.Generator, text: str) -> str:
     return text[:start] + kinds[rng.integers(3)] + text[start + length :]
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(
     "cases", [100, pytest.param(2_000, marks=pytest.mark.slow)], ids=["fast", "slow"]
 )

@@ -44,6 +44,8 @@ from slam_jax.training.kinds import task_of
 from slam_jax.training.metrics import read_metrics
 from slam_jax.training.resume import open_run
 
+pytestmark = pytest.mark.release
+
 ROOT = Path(__file__).parent.parent
 CHAT = "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}<bos>"
 slow = pytest.mark.slow
@@ -247,7 +249,6 @@ def adapted(rows, published, tmp_path_factory) -> tuple[Path, dict[str, Any], An
     return workdir, config, train(config, workdir)
 
 
-@pytest.mark.release
 def test_adapters_learn_answers_on_a_frozen_model(adapted, published):
     workdir, _, state = adapted
     loaded, base = load(workdir), load(published)
@@ -270,7 +271,6 @@ def test_adapters_learn_answers_on_a_frozen_model(adapted, published):
     assert [each.text for each in slam_jax.generate(load(merged), ask)] == answers
 
 
-@pytest.mark.release
 def test_a_checkpoint_has_the_adapters_alone_and_names_the_model(adapted, published, tmp_path):
     workdir, config, state = adapted
     checkpoints = Checkpoints(workdir)
@@ -295,7 +295,6 @@ def test_all_of_a_published_model_trains_without_adapters(rows, published, tmp_p
     assert stored["language_model"]["config"]["num_layers"] == 3
 
 
-@pytest.mark.release
 def test_a_run_begins_with_another(finished, texts, tmp_path):
     """Its weights, its sizes and its tokenizer."""
     changes = {"run.init_from": finished[0], "run.num_steps": 1, "optimizer.learning_rate": 1e-9}

@@ -94,6 +94,7 @@ def used(model: SlamV3, inputs: Inputs) -> Any:
 # --- The start
 
 
+@pytest.mark.release
 def test_a_new_adapter_changes_no_output_and_no_other_parameter(build, make_inputs):
     plain, new, inputs = build(), build(lora=ALL), make_inputs()
     others = {x: y for x, y in by_name(split_model(new)[1]).items() if not is_adapter(x)}
@@ -191,6 +192,7 @@ def test_stacked_layers_compute_the_same_when_rematerialised(make_inputs, remat)
 SLOW = {name: pytest.mark.slow for name in SYSTEMS if name != "slam_v5"}
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("name", [pytest.param(x, marks=SLOW.get(x, ())) for x in SYSTEMS])
 def test_a_language_model_alone_computes_the_same(name):
     config = make_config(name, "tiny", vocab_size=13)

@@ -93,6 +93,7 @@ SMALL = {
 }
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(
     "protocol", ["seed", pytest.param("heldout", marks=pytest.mark.slow)], ids=str
 )

@@ -18,6 +18,8 @@ from slam_jax.language_models import make_config, make_model
 from slam_jax.slam_v3 import SlamV3, SlamV3Config
 from slam_jax.training import loop, read_config, train
 
+pytestmark = pytest.mark.release
+
 CONFIG = SlamV3Config.preset("tiny", 13, dtype="float32", matmul_precision="float32")
 TOKENS = np.zeros((2, 3, 7), np.int32)
 

@@ -31,6 +31,8 @@ from slam_jax.training.pretrained import with_pretrained
 from slam_jax.training.state import split_model
 from slam_jax.vision_models import preprocess
 
+pytestmark = pytest.mark.release
+
 ROOT = Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
 SIGLIP = GOLDENS / "vision" / "siglip_vision"
@@ -174,7 +176,6 @@ def test_a_checkpoint_has_what_trains_alone(run):
     assert sum(path.stat().st_size for path in files) < 1.2 * own + 300_000  # tokenizer, metadata
 
 
-@pytest.mark.release
 def test_a_checkpoint_is_opened_where_its_parts_have_moved(run, language_model, tmp_path):
     workdir, _ = run
     request = [Request("Which digit is it?", image=np.zeros((8, 8, 3), np.uint8))]
@@ -223,7 +224,6 @@ def test_a_shared_folder_needs_no_other_files(run, language_model, tmp_path):
         np.testing.assert_array_equal(ours[name], value, strict=True, err_msg=name)
 
 
-@pytest.mark.release
 def test_a_published_model_is_loaded_asked_and_written_again(language_model, tmp_path):
     language_model = shutil.copytree(language_model, tmp_path / "copy")
     (language_model / "generation_config.json").write_text('{"eos_token_id": [1, 3], "top_k": 9}')
@@ -253,7 +253,6 @@ def test_a_published_model_is_loaded_asked_and_written_again(language_model, tmp
     assert found["loss"]["mean"] == pytest.approx(float(nats) / (len(ids) - 1), rel=1e-4)
 
 
-@pytest.mark.release
 def test_a_resumed_run_ends_as_an_unbroken_one(run, language_model, tmp_path):
     workdir, state = run
     config = digits_config(language_model, ema_decay=0.9)
@@ -269,7 +268,6 @@ def test_a_resumed_run_ends_as_an_unbroken_one(run, language_model, tmp_path):
     assert stored["image"]["tower"]["model_type"] == "siglip_vision_model"
 
 
-@pytest.mark.release
 def test_a_language_model_may_train_as_well(language_model, tmp_path):
     config = digits_config(language_model, train=("decoder/*",))
     state = train(config, tmp_path)

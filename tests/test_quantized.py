@@ -30,6 +30,8 @@ from slam_jax.layers.quantized_array import dequantize, from_bits, to_bits, to_i
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.training.state import split_model
 
+pytestmark = pytest.mark.release
+
 slow = pytest.mark.slow
 NARROW = ("bfloat16", "int8")
 PROMPT = np.array([[5, 3, 8, 1, 9, 2], [4, 4, 7, 6, 2, 11]])

@@ -12,6 +12,8 @@ from slam_jax.slam_v3 import Inputs
 from slam_jax.slam_v3.config import ImageConfig
 from slam_jax.training import language_model_loss, merge_model, split_model
 
+pytestmark = pytest.mark.release
+
 VIT = ImageConfig("vit", size=6, num_layers=1)
 CHANGES = dict(num_process_layers=1, num_decoder_layers=1, dropout=0.1, image=VIT)
 TOKENS = np.arange(2 * 3 * 5).reshape(2, 3, 5) % 13

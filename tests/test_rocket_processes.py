@@ -73,6 +73,7 @@ def operations(experiment: Experiment, sizes: dict[str, Any]) -> tuple[int, int]
     return 2 * decoder, encoder + fusion + 2 * decoder
 
 
+@pytest.mark.release
 def test_variants_have_as_many_operations_as_four_processes(shipped):
     totals = {}
     for name in shipped.variants:

@@ -243,6 +243,7 @@ def test_a_run_with_other_random_numbers_resumes_bit_for_bit(config, finished, t
     assert not np.array_equal(*kernels)
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(
     ("module", "name", "count", "step"),
     [
@@ -335,6 +336,7 @@ def test_an_evaluation_takes_its_batches_in_parts(config, finished, monkeypatch)
     assert taken == [[(4, 4)] * 2, [(2, 2)] * 4]
 
 
+@pytest.mark.release
 def test_a_tokenizer_of_other_data_is_refused(config, finished, monkeypatch):
     workdir, _ = finished
     prepare = slam_v3_task.prepare
@@ -601,6 +603,7 @@ def test_a_run_tells_once_what_is_odd_about_its_data(config, tmp_path, caplog):
     )
 
 
+@pytest.mark.release
 def test_a_run_resumes_only_with_the_numbers_it_was_trained_on(config, tmp_path, capsys):
     folder = tmp_path / "own"
 

@@ -306,6 +306,7 @@ def command():
         process.communicate()
 
 
+@pytest.mark.release
 def test_the_printed_call_works_and_sigterm_finishes_what_is_being_answered(command):
     process, (first, call) = command
     address = first.partition("/v1 serves quickstart")[0]

@@ -151,6 +151,7 @@ def shapes():
     return {name: by_name(split_model(model)[1]) for name, model in made.items()}
 
 
+@pytest.mark.release
 def test_every_parameter_of_every_system_has_exactly_one_rule(shapes):
     wrong = {
         f"{system}: {path}": rules

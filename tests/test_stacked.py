@@ -28,6 +28,8 @@ from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
 from slam_jax.training.slam_v3_task import SlamV3Task
 from slam_jax.training.start import initial_state, state_shapes
 
+pytestmark = pytest.mark.release
+
 VOCAB = 13
 TOKENS = np.arange(2 * 3 * 5).reshape(2, 3, 5) % VOCAB
 FIXTURES = Path(__file__).parent / "fixtures" / "v0_11_0"
@@ -187,12 +189,10 @@ def shapes_of(scan: bool) -> Any:
     return state_shapes(SlamV3Task(experiment(scan)), VOCAB)[1]
 
 
-@pytest.mark.release
 def test_a_run_starts_alike_with_and_without_stacks():
     assert_close(by_name(state_of(True).params), by_name(state_of(False).params))
 
 
-@pytest.mark.release
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_checkpoint_is_restored_with_and_without_stacks(tmp_path, saved):
     """The whole state: parameters, their average, the optimizer's state and the keys."""

@@ -134,6 +134,7 @@ def test_a_language_model_learns_the_same_from_chunks(name):
     close(learned(5), learned(None))
 
 
+@pytest.mark.release
 def test_slam_v3_learns_the_same_from_chunks(build, make_inputs):
     prompt = np.array([[2, 3], [4, 2]], np.int32)
     tokens = np.random.default_rng(0).integers(3, 13, (2, 2, 7), np.int32)

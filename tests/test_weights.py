@@ -26,6 +26,8 @@ from slam_jax.interop.pretrained import write_folder
 from slam_jax.interop.weights import Source, Stored, find_weights, read_json
 from slam_jax.language_models import make_model
 
+pytestmark = pytest.mark.release
+
 GOLDENS = Path(__file__).parent / "goldens"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

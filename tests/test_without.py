@@ -13,6 +13,8 @@ from slam_jax.layers.kv_cache import KVCache
 from slam_jax.slam_v3 import SlamV3, SlamV3Config
 from slam_jax.slam_v3.config import PARTS, ImageConfig
 
+pytestmark = pytest.mark.release
+
 VIT = ImageConfig("vit", size=6, num_layers=1)
 TOKENS = np.random.default_rng(1).integers(0, 13, (2, 3, 7), np.int32)
 
