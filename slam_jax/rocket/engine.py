@@ -34,7 +34,8 @@ def run(
     """Runs a comparison, writes its leaderboard to `workdir`, and returns it.
 
     Every finished task is saved at once, with the time and the version of the code. The same call
-    resumes: it runs what is missing, and what failed; see `_read_results`.
+    resumes: it runs what is missing and what failed; a failed optional task only until a required
+    task of its system has finished.
 
     Args:
       memory_gib, seconds: limits of each process. One that exceeds them becomes a failed row.
@@ -189,8 +190,7 @@ def _read_results(path: Path, comparison: Comparison) -> dict[str, dict[str, Jso
         for label, figures in done.items()
         if "reason" not in figures
     }
-    required = {(task.system, task.label) for task in tasks} - optional
-    settled = {name for name, _ in finished & required}
+    settled = {t.system for t in tasks if not t.optional and (t.system, t.label) in finished}
     return {
         name: {
             label: figures
