@@ -13,6 +13,9 @@ WORKERS ?= 2
 # (docs/memory.md, "Memory allocation on Linux"). Other systems ignore these.
 KEEP = MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1
 
+# The tests start many processes, each of which would else compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup setup-release train eval demo rocket ablations bench test test-release test-all package lint format docs docs-pages docs-serve clean
 
 help:
@@ -71,9 +74,9 @@ lint: setup
 test: lint
 	$(RUN) -m pytest -n $(WORKERS) --dist=worksteal
 
-# One process a file: the tests of a file share what it builds.
+# One process a file, in order: the tests of a file share what it builds.
 test-release: setup-release
-	$(RUN) -m pytest -n $(WORKERS) --dist=loadfile -m "release and not slow"
+	$(RUN) -m pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder -m "release and not slow"
 
 test-all: lint setup-release
 	$(RUN) -m pytest -n $(WORKERS) --dist=worksteal -m "slow or not slow"

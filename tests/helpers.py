@@ -1,9 +1,10 @@
-"""What several test files need: bits compared, a disk that is full, the schema, tiny settings."""
+"""What several test files need: programs compiled as one, bits compared, a full disk, a schema."""
 
 import contextlib
+import functools
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import jsonschema
 import numpy as np
+from flax import nnx
 
 from slam_jax.rocket.machine import peak_memory
 from slam_jax.rocket.seed.measure import SeedSettings
@@ -27,6 +29,16 @@ TINY_SEED = SeedSettings(
     stress_batch=1,
     stress_length=16,
 )
+
+
+def make(of: Callable[..., Any], *args: Any, **fields: Any) -> Any:
+    """A layer, initialised under jit: that compiles one program, and not one for each operation."""
+    return jax.jit(lambda: of(*args, **fields, rngs=nnx.Rngs(0)))()
+
+
+def compiled(function: Callable[..., Any], *arrays: Any, **fixed: Any) -> Any:
+    """What a function or a layer gives for arrays, compiled as one program."""
+    return jax.jit(functools.partial(function, **fixed))(*arrays)
 
 
 def assert_same(actual: Any, expected: Any) -> None:

@@ -204,7 +204,7 @@ def test_every_variant_runs_with_every_seed_and_the_first_always_runs(tmp_path):
     assert tasks[2].arguments == {"workdir": str(tmp_path / "runs"), "seed": 5}
 
 
-@pytest.mark.release
+@pytest.mark.slow
 def test_a_run_is_trained_and_tested(shipped, tmp_path):
     base = json.loads(json.dumps(dict(shipped.base)))
     base["data"] |= {"name": "sort_of_clevr/tiny", "batch_size": 4}

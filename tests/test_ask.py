@@ -49,6 +49,7 @@ def ask(workdir, *commands):
     return json.loads(done.stdout), done.stderr.splitlines()
 
 
+@pytest.mark.slow
 def test_the_command_says_what_generate_says(small_run, tmp_path):
     rows = np.random.default_rng(0).normal(size=(4, 10)).round(3).tolist()
     (tmp_path / "rows.json").write_text(json.dumps(rows))

@@ -213,6 +213,7 @@ def test_a_run_leaves_frozen_parameters_as_they_were(base_folder, finished):
     assert changed["head"]["kernel"]
 
 
+@pytest.mark.release
 def test_a_checkpoint_names_the_base_and_does_not_store_it(base_folder, finished):
     workdir, _, state = finished
     checkpoints = Checkpoints(workdir)
@@ -274,6 +275,7 @@ def test_a_run_opens_where_its_base_moved_and_not_where_it_was_changed(
     assert_same(split_model(load(workdir, 4).model)[1], state.best_params)
 
 
+@pytest.mark.release
 def test_a_changed_record_of_a_base_is_a_damaged_checkpoint(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "4" / "bases.json"
@@ -283,6 +285,7 @@ def test_a_changed_record_of_a_base_is_a_damaged_checkpoint(finished, tmp_path):
         load(tmp_path / "run", 4)
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("name", ["train", "freeze"])
 def test_a_run_resumes_only_with_the_same_parameters(config, finished, name):
     other = override(config, [f"--config.optimizer.{name}=('head',)"])

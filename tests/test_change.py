@@ -57,6 +57,7 @@ def finished(own, tmp_path_factory):
     return workdir, seen
 
 
+@pytest.mark.slow
 def test_a_caller_is_told_what_the_metrics_file_says(finished, capsys):
     workdir, seen = finished
     records = read_metrics(workdir)
@@ -104,6 +105,7 @@ def test_a_run_continues_with_what_was_changed(own, finished, tmp_path, capsys):
     assert checkpoints.read_history(6) == history
 
 
+@pytest.mark.slow
 def test_added_rows_are_used_on_request(own, finished, tmp_path):
     workdir, folder = shutil.copytree(finished[0], tmp_path / "run"), tmp_path / "own"
     saved = Checkpoints(workdir).read_data(4)

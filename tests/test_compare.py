@@ -241,7 +241,7 @@ def test_a_language_model_is_refused(tmp_path, evaluations):
         read_sides([folder, folder])
 
 
-@pytest.mark.release
+@pytest.mark.slow
 def test_a_run_compared_with_itself_is_the_same(small_run):
     a, b = read_sides([small_run, small_run])
     assert a.evaluated and b.evaluated and len(a.answers) > 100

@@ -158,6 +158,7 @@ def language_model(name: str, **changes: Any) -> Any:
     )
 
 
+@pytest.mark.release
 def test_a_bucket_of_shapes_is_compiled_once():
     """Greedy decoding of ids, called by itself; each answer is that of a call under `jax.jit`."""
     model, rng = language_model("standard"), np.random.default_rng(0)

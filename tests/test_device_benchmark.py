@@ -87,6 +87,7 @@ def test_rows_for_which_no_time_is_left_are_named(monkeypatch):
     assert device_run.make_cells(others[0])[:2] == ["two", "left out: no time was left"]
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_says_why_and_the_others_are_measured():
     broken = Arm("broken", arms.failing)
     rows = measured(

@@ -42,6 +42,7 @@ def check_load(
     return load
 
 
+@pytest.mark.release
 def test_requests_among_others_that_fail_and_go_away_have_the_answers_that_they_have_alone():
     load = check_load(language(), 60, 8, 60)
     assert len({answer.text for _, answer in load.whole()}) > 20

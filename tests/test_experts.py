@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import compiled, make
 
 from slam_jax.kernels.backend import for_accelerators
 from slam_jax.kernels.grouped_matmul import grouped_matmul, ragged_dot
@@ -36,7 +37,7 @@ def close(x, y, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def experts():
-    return Experts(EXPERTS, DIM, MLP, rngs=nnx.Rngs(0))
+    return make(Experts, EXPERTS, DIM, MLP)
 
 
 def make_routing(chosen, seed=1):
@@ -140,9 +141,9 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_the_grouped_product_is_ragged_dot(name):
     num_rows, sizes = SIZES[name]
-    x, kernels, weights = normal(1, num_rows, 5), normal(2, 3, 5, 7), normal(3, num_rows, 7)
+    given = normal(3, num_rows, 7), normal(1, num_rows, 5), normal(2, 3, 5, 7)
     found, expected = (
-        _pulled(lambda x, kernels, f=f: f(x, kernels, jnp.array(sizes)), weights, x, kernels)
+        compiled(lambda *given, f=f: _pulled(lambda *a: f(*a, jnp.array(sizes)), *given), *given)
         for f in (grouped_matmul, ragged_dot)
     )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -175,14 +176,14 @@ def test_the_picked_row_product_is_a_plain_product(inputs, dtype):
     )
     exact: Any = dict(rtol=1e-5, atol=1e-5) if dtype == "float32" else dict(rtol=0.02, atol=0.1)
     weights = jnp.arange(1.0, 6.0).astype(dtype)
+    plain, picked = (
+        jax.jit(lambda *given, pick, f=f: _pulled(lambda *a: f(*a, pick), *given))
+        for f in (plain_row_product, picked_row_product)
+    )
     for pick in jnp.arange(3):
-        values = [
-            _pulled(
-                lambda row, kernels, f=f, pick=pick: f(row, kernels, pick), weights, row, kernels
-            )
-            for f in (plain_row_product, picked_row_product)
-        ]
-        expected, found = (jax.tree.leaves(each) for each in values)
+        expected, found = (
+            jax.tree.leaves(each(weights, row, kernels, pick=pick)) for each in (plain, picked)
+        )
         for a, b in zip(found, expected, strict=True):
             assert a.dtype == b.dtype
             np.testing.assert_allclose(jnp.float32(a), jnp.float32(b), **exact)
@@ -195,7 +196,7 @@ def test_gradients_of_bfloat16_kernels_are_summed_in_float32():
     def total(kernels):
         return grouped_matmul(x, kernels, jnp.array([1_500, 500])).sum(dtype=jnp.float32)
 
-    gradient = jax.grad(total)(kernels)
+    gradient = compiled(jax.grad(total), kernels)
     assert gradient.dtype == jnp.bfloat16
     close(jnp.float32(gradient[:, 0, 0]), [1_500, 500], 1e-2)
 
@@ -207,40 +208,40 @@ def test_beyond_its_capacity_an_expert_leaves_out_the_least_weight(experts):
     x = normal(3, 1, 5, DIM)
     kept = weights.at[0, 0, 0].set(0).at[0, 3, 0].set(0)  # expert 0 has five, takes three
     kept = kept.at[0, 4, 1].set(0.6)
-    expected = dense(experts, x, routing._replace(weights=kept))
-    close(experts(x, routing, capacity=3), expected)
-    close(experts(x, routing, capacity=5), dense(experts, x, routing))
+    all_of_them = jax.jit(dense)
+    expected = all_of_them(experts, x, routing._replace(weights=kept))
+    close(compiled(experts, x, routing, capacity=3), expected)
+    close(compiled(experts, x, routing, capacity=5), all_of_them(experts, x, routing))
 
 
 def test_capacity_is_for_training_alone():
-    kw = dict(capacity_factor=0.5, rngs=nnx.Rngs(0))
     layer, free = (
-        MixtureOfExperts(DIM, MLP, EXPERTS, 2, **{**kw, **change})
-        for change in ({}, {"capacity_factor": None, "rngs": nnx.Rngs(0)})
+        make(MixtureOfExperts, DIM, MLP, EXPERTS, 2, capacity_factor=factor)
+        for factor in (0.5, None)
     )
     x = normal(4, 2, 8, DIM)
-    close(layer(x)[0], free(x)[0])
-    trained, _ = layer(x, training=True)
-    assert np.abs(trained - free(x, training=True)[0]).max() > 1e-3
+    close(compiled(layer, x)[0], compiled(free, x)[0])
+    trained, of_free = (compiled(each, x, training=True)[0] for each in (layer, free))
+    assert np.abs(trained - of_free).max() > 1e-3
 
 
 def test_tokens_that_are_not_there_take_no_room():
-    layer = MixtureOfExperts(DIM, MLP, EXPERTS, 2, capacity_factor=1.0, rngs=nnx.Rngs(0))
+    layer = make(MixtureOfExperts, DIM, MLP, EXPERTS, 2, capacity_factor=1.0)
     x = normal(5, 1, 4, DIM)
     row = jnp.concatenate([x, 50 * jnp.ones((1, 4, DIM))], axis=1)
     mask = jnp.arange(8) < 4
-    y, _ = layer(row, mask=mask[None], training=True)
+    y, _ = compiled(layer, row, mask=mask[None], training=True)
     assert not y[0, 4:].any()
     capacity = 2  # ceil(1.0 * 8 tokens * 2 / 8 experts)
-    close(y[:, :4], layer.experts(x, layer.router(x), capacity=capacity))
+    close(y[:, :4], compiled(lambda x: layer.experts(x, layer.router(x), capacity=capacity), x))
 
 
 def test_a_shared_mlp_is_added():
-    layer = MixtureOfExperts(DIM, MLP, EXPERTS, 2, shared_dim=5, rngs=nnx.Rngs(0))
+    layer = make(MixtureOfExperts, DIM, MLP, EXPERTS, 2, shared_dim=5)
     x = normal(6, 2, 3, DIM)
-    y, routing = layer(x)
+    y, routing = compiled(layer, x)
     assert layer.shared is not None
-    close(y, layer.shared(x) + dense(layer.experts, x, routing))
+    close(y, compiled(layer.shared, x) + compiled(dense, layer.experts, x, routing))
 
 
 def softmax(router, x):
@@ -250,8 +251,8 @@ def softmax(router, x):
 def test_the_router_takes_the_most_probable():
     x = normal(7, 2, 5, DIM)
     for renormalize, scale in ((False, 1.0), (False, 2.5), (True, 1.0)):
-        router = Router(DIM, EXPERTS, 3, renormalize=renormalize, scale=scale, rngs=nnx.Rngs(0))
-        routing, probs = router(x), softmax(router, x)
+        router = make(Router, DIM, EXPERTS, 3, renormalize=renormalize, scale=scale)
+        routing, probs = compiled(router, x), softmax(router, x)
         close(routing.probs, probs)
         best = np.argsort(-probs, axis=-1)[..., :3]
         np.testing.assert_array_equal(routing.experts, best)
@@ -261,9 +262,9 @@ def test_the_router_takes_the_most_probable():
 
 
 def test_groups_limit_the_choice():
-    router = Router(DIM, EXPERTS, 3, num_groups=4, top_groups=2, rngs=nnx.Rngs(0))
+    router = make(Router, DIM, EXPERTS, 3, num_groups=4, top_groups=2)
     x = normal(8, 1, 40, DIM)
-    routing, probs = router(x), softmax(router, x)
+    routing, probs = compiled(router, x), softmax(router, x)
     limited = 0
     for t in range(40):
         groups = sorted(range(4), key=lambda g: -max(probs[0, t, 2 * g : 2 * g + 2]))[:2]
@@ -278,10 +279,10 @@ def test_groups_limit_the_choice():
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_sigmoids_are_chosen_by_their_bias_and_weighed_without_it(renormalize):
     kw: Any = dict(num_groups=4, top_groups=2, renormalize=renormalize, scale=2.5)
-    router = Router(DIM, EXPERTS, 3, sigmoid=True, **kw, rngs=nnx.Rngs(0))
+    router = make(Router, DIM, EXPERTS, 3, sigmoid=True, **kw)
     router.choice_bias = nnx.Param(0.3 * normal(9, EXPERTS))
     x = normal(8, 1, 40, DIM)
-    routing = router(x)
+    routing = compiled(router, x)
     scores = np.asarray(jax.nn.sigmoid(x @ router.scores.kernel[...]))[0]
     choice, changed = scores + np.asarray(router.choice_bias[...]), 0
     for t in range(40):
@@ -295,7 +296,7 @@ def test_sigmoids_are_chosen_by_their_bias_and_weighed_without_it(renormalize):
         changed += best != np.argsort(-scores[t])[:3].tolist()
     assert changed > 5
     close(routing.probs[0], scores / scores.sum(-1, keepdims=True))
-    gradients = jax.grad(lambda router: router(x).weights.sum())(router)
+    gradients = compiled(jax.grad(lambda router: router(x).weights.sum()), router)
     assert not np.any(gradients.choice_bias[...]) and np.any(gradients.scores.kernel[...])
 
 
@@ -308,6 +309,13 @@ def test_losses_are_those_of_the_papers():
         probs = jax.nn.softmax(normal(seed, 2, 6, EXPERTS))
         routings.append(Routing(*jax.lax.top_k(probs, k), probs))
     size = EXPERTS // devices
+
+    @jax.jit
+    def balance(routing):
+        communication = communication_balance_loss(routing, devices, top, mask)
+        by_devices = device_balance_loss(routing, devices, mask)
+        return sequence_balance_loss(routing, mask), by_devices, communication
+
     pooled_f, pooled_p, count = np.zeros(EXPERTS), np.zeros(EXPERTS), 0
     for routing in routings:
         expert_loss, device_loss, communication_loss = [], [], []
@@ -325,12 +333,11 @@ def test_losses_are_those_of_the_papers():
             device_loss.append((groups_f * groups_p).sum())
             sent = sent * devices / (top * length)
             communication_loss.append((sent * groups_p).sum())
-        close(sequence_balance_loss(routing, mask), np.mean(expert_loss))
-        close(device_balance_loss(routing, devices, mask), np.mean(device_loss))
-        loss = communication_balance_loss(routing, devices, top, mask)
-        close(loss, np.mean(communication_loss))
+        found = balance(routing)
+        for loss, means in zip(found, (expert_loss, device_loss, communication_loss), strict=True):
+            close(loss, np.mean(means))
     expected = EXPERTS * (pooled_f / count * pooled_p / count).sum()
-    close(load_balancing_loss(routings, mask), expected)
+    close(compiled(load_balancing_loss, routings, mask), expected)
 
 
 def test_even_loads_have_the_least_loss():
@@ -339,7 +346,11 @@ def test_even_loads_have_the_least_loss():
         jnp.arange(EXPERTS)[None, :, None],
         jnp.full((1, EXPERTS, EXPERTS), 1 / EXPERTS),
     )
-    close(load_balancing_loss([even]), 1.0)
-    close(sequence_balance_loss(even), 1.0)
-    close(device_balance_loss(even, 4), 1.0)
-    close(communication_balance_loss(even, 4, 1), 1.0)
+
+    @jax.jit
+    def losses(even):
+        by_devices = device_balance_loss(even, 4), communication_balance_loss(even, 4, 1)
+        return load_balancing_loss([even]), sequence_balance_loss(even), *by_devices
+
+    for loss in losses(even):
+        close(loss, 1.0)

@@ -151,7 +151,7 @@ def check_both_forms(loaded: Any, out: Path, given: Any = None) -> None:
     assert model.generate(PROMPTS, given) == answers
 
 
-@pytest.mark.release
+@pytest.mark.slow
 def test_a_mixture_of_experts_is_the_same_in_both_forms(tmp_path):
     """The form for accelerators has ragged products, that of CPUs has rows of experts.
 

@@ -70,6 +70,7 @@ DRAWN = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95, num_samples=3)
 GREEDY = Sampling(max_new_tokens=12, num_samples=3)
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("sampling", [pytest.param(GREEDY, marks=pytest.mark.slow), DRAWN])
 def test_a_batch_of_unequal_requests_is_the_same_one_by_one(loaded, sampling):
     together = generate(loaded, UNEQUAL, sampling)
@@ -336,7 +337,7 @@ def test_a_bfloat16_mixture_gives_each_seed_its_answer_alone_and_in_a_batch():
     )
 
 
-@pytest.mark.release
+@pytest.mark.slow
 def test_samples_follow_the_models_distribution(loaded):
     """2,000 first tokens against the probabilities of the filtered distribution."""
     sampling = Sampling(max_new_tokens=1, temperature=0.8, top_k=6, num_samples=1000)

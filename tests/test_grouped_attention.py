@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import compiled, make
 
 from slam_jax.errors import ConfigError, InputError
 from slam_jax.layers import (
@@ -42,15 +43,8 @@ def test_heads_of_a_group_share_keys_and_values():
 
 @pytest.fixture(scope="module", params=[None, 1e-5], ids=["plain", "qk norm"])
 def attention(request):
-    layer = GroupedQueryAttention(
-        DIM,
-        HEADS,
-        num_kv_heads=GROUPS,
-        head_dim=WIDTH,
-        rope=Rope(100.0),
-        qk_norm_epsilon=request.param,
-        rngs=nnx.Rngs(0),
-    )
+    fields = dict(num_kv_heads=GROUPS, head_dim=WIDTH, rope=Rope(100.0))
+    layer = make(GroupedQueryAttention, DIM, HEADS, **fields, qk_norm_epsilon=request.param)
     if request.param is not None:
         layer.q_norm.scale = nnx.Param(normal(1, WIDTH))
         layer.k_norm.scale = nnx.Param(normal(2, WIDTH))
@@ -59,66 +53,74 @@ def attention(request):
 
 def test_queries_and_keys_are_turned_and_then_normed(attention):
     x, positions = normal(3, 2, LENGTH, DIM), jnp.arange(LENGTH)
-    q, k = (rotary(m(x), positions, Rope(100.0)) for m in (attention.query, attention.key))
-    if attention.qk_norm_epsilon is not None:
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    read = attend(q, k, attention.value(x), jnp.tril(jnp.ones((LENGTH, LENGTH), bool)))
-    close(attention(x), attention.out(read))
+
+    @jax.jit
+    def expected(x):
+        q, k = (rotary(m(x), positions, Rope(100.0)) for m in (attention.query, attention.key))
+        if attention.qk_norm_epsilon is not None:
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        mask = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
+        return attention.out(attend(q, k, attention.value(x), mask))
+
+    close(compiled(attention, x), expected(x))
 
 
 def test_queries_and_keys_may_be_normed_before_they_are_turned():
     rope = Rope(100.0)
     kw: Any = dict(num_kv_heads=GROUPS, head_dim=WIDTH, rope=rope, qk_norm_epsilon=1e-5)
-    layer = GroupedQueryAttention(DIM, HEADS, **kw, rotate_first=False, rngs=nnx.Rngs(0))
+    layer = make(GroupedQueryAttention, DIM, HEADS, **kw, rotate_first=False)
     layer.q_norm.scale = nnx.Param(normal(1, WIDTH))
     layer.k_norm.scale = nnx.Param(normal(2, WIDTH))
     x, positions = normal(3, 2, LENGTH, DIM), jnp.arange(LENGTH)
-    q, k = layer.q_norm(layer.query(x)), layer.k_norm(layer.key(x))
-    rotated = (rotary(each, positions, rope) for each in (q, k))
-    q, k = rotated
-    expected = attend(q, k, layer.value(x), causal_layout(LENGTH).visible)
-    close(layer(x), layer.out(expected))
+
+    @jax.jit
+    def expected(x):
+        normed = layer.q_norm(layer.query(x)), layer.k_norm(layer.key(x))
+        q, k = (rotary(each, positions, rope) for each in normed)
+        return layer.out(attend(q, k, layer.value(x), causal_layout(LENGTH).visible))
+
+    close(compiled(layer, x), expected(x))
 
 
 @pytest.mark.release
 def test_a_window_keeps_as_many_tokens_and_sees_no_others():
     window = 3
-    layer = GroupedQueryAttention(
-        DIM, HEADS, num_kv_heads=GROUPS, window=window, rope=Rope(100.0), rngs=nnx.Rngs(0)
-    )
+    fields = dict(num_kv_heads=GROUPS, window=window, rope=Rope(100.0))
+    layer = make(GroupedQueryAttention, DIM, HEADS, **fields)
     x = normal(3, 2, LENGTH, DIM)
-    whole = layer(x)
+    whole = compiled(layer, x)
     # The last tokens alone: positions count only by their distances.
-    close(whole[:, -1], layer(x[:, -window:])[:, -1])
+    close(whole[:, -1], compiled(layer, x[:, -window:])[:, -1])
     # With pads, which `prefill` below has none of.
     mask = jnp.arange(LENGTH + 2) >= 2
     padded = jnp.concatenate([normal(4, 2, 2, DIM), x], axis=1)
     layout = causal_layout(LENGTH + 2, jnp.broadcast_to(mask, (2, LENGTH + 2)))
-    close(layer(padded, layout)[:, 2:], whole)
+    close(compiled(layer, padded, layout)[:, 2:], whole)
     cache = layer.init_cache((2,), 100)
     assert cache.capacity == window
-    y, cache = layer.prefill(x[:, :5], cache)
+    y, cache = compiled(layer.prefill, x[:, :5], cache)
     close(y, whole[:, :5])
+    step = jax.jit(layer.decode_step)
     for t in range(5, LENGTH):
-        y, cache = layer.decode_step(x[:, t : t + 1], cache)
+        y, cache = step(x[:, t : t + 1], cache)
         close(y[:, 0], whole[:, t])
 
 
 def test_heads_that_do_not_divide_into_groups_are_refused():
     """Four heads over three of keys would be cut in the middle of a head's tokens."""
-    attention = GroupedQueryAttention(8, 4, num_kv_heads=3, rngs=nnx.Rngs(0))
+    attention = make(GroupedQueryAttention, 8, 4, num_kv_heads=3)
     with pytest.raises(InputError, match="4 heads of queries and 3 of keys; expected a multiple"):
-        attention(jnp.ones((1, 6, 8)))
+        compiled(attention, jnp.ones((1, 6, 8)))
 
 
 def test_a_cache_that_is_too_small_is_said(attention):
     with pytest.raises(InputError, match=r"7 tokens into a cache of 4.*max_length=7"):
-        attention.prefill(normal(4, 1, LENGTH, DIM), attention.init_cache((1,), 4))
+        compiled(attention.prefill, normal(4, 1, LENGTH, DIM), attention.init_cache((1,), 4))
 
 
 def test_a_full_cache_takes_no_token_and_says_so(attention):
     x = normal(5, 1, LENGTH, DIM)
-    _, cache = attention.prefill(x, attention.init_cache((1,), LENGTH))
+    _, cache = compiled(attention.prefill, x, attention.init_cache((1,), LENGTH))
     with pytest.raises(InputError, match="stores 7 tokens and there is room for 7.*max_length=8"):
         attention.decode_step(x[:, :1], cache)
     _, after = jax.jit(GroupedQueryAttention.decode_step)(attention, x[:, :1], cache)
@@ -128,32 +130,28 @@ def test_a_full_cache_takes_no_token_and_says_so(attention):
 
 def test_a_layer_that_reads_its_own_keys_is_the_plain_one(attention):
     """Cross-layer attention keeps keys as they are made; each reader turns and norms its own."""
-    shared = SharedKeyValues(DIM, GROUPS, WIDTH, rngs=nnx.Rngs(1))
-    reader = CrossLayerAttention(
-        DIM,
-        HEADS,
-        WIDTH,
-        rope=attention.rope,
-        qk_norm_epsilon=attention.qk_norm_epsilon,
-        rngs=nnx.Rngs(2),
-    )
+    shared = make(SharedKeyValues, DIM, GROUPS, WIDTH)
+    fields = dict(rope=attention.rope, qk_norm_epsilon=attention.qk_norm_epsilon)
+    reader = make(CrossLayerAttention, DIM, HEADS, WIDTH, **fields)
     shared.key, shared.value = attention.key, attention.value
     reader.query, reader.out = attention.query, attention.out
     if attention.qk_norm_epsilon is not None:
         reader.q_norm, reader.k_norm = attention.q_norm, attention.k_norm
     x = normal(6, 2, LENGTH, DIM)
-    close(reader(x, shared(x), jnp.arange(LENGTH)), attention(x))
-    _, cache = shared.prefill(x[:, :4], shared.init_cache((2,), LENGTH), jnp.array([4, 2]))
-    made, cache = shared.decode_step(x[:, 4:5], cache)
-    expected = attention(jnp.concatenate([x[1:, :2], x[1:, 4:5]], axis=1))[:, -1:]
+    read = jax.jit(reader)
+    close(read(x, compiled(shared, x), jnp.arange(LENGTH)), compiled(attention, x))
+    empty = shared.init_cache((2,), LENGTH)
+    _, cache = compiled(shared.prefill, x[:, :4], empty, jnp.array([4, 2]))
+    made, cache = compiled(shared.decode_step, x[:, 4:5], cache)
+    expected = compiled(attention, jnp.concatenate([x[1:, :2], x[1:, 4:5]], axis=1))[:, -1:]
     positions = jnp.array([[4], [2]])
-    close(reader(x[:, 4:5], made, positions)[1:], expected)
+    close(read(x[:, 4:5], made, positions)[1:], expected)
     close(cache.tokens_first()[0][0, :5], shared.key(x[0, :5]))
 
 
 def test_a_query_bias_is_added_to_queries_before_all_else():
-    layer = CrossLayerAttention(DIM, HEADS, WIDTH, query_bias=True, rngs=nnx.Rngs(0))
-    shared = SharedKeyValues(DIM, HEADS, WIDTH, rngs=nnx.Rngs(1))
+    layer = make(CrossLayerAttention, DIM, HEADS, WIDTH, query_bias=True)
+    shared = make(SharedKeyValues, DIM, HEADS, WIDTH)
     x = normal(7, 1, LENGTH, DIM)
     made = shared(x)
     assert layer.query_bias is not None
@@ -230,10 +228,10 @@ def test_yarns_temperatures():
 
 
 def test_left_pads_are_not_seen_and_not_counted():
-    layer = GroupedQueryAttention(DIM, HEADS, rope=Rope(), head_dim=WIDTH, rngs=nnx.Rngs(0))
+    layer = make(GroupedQueryAttention, DIM, HEADS, rope=Rope(), head_dim=WIDTH)
     x = normal(10, 1, LENGTH, DIM)
     padded = jnp.concatenate([100 * jnp.ones((1, 3, DIM)), x], axis=1)
     mask = jnp.arange(LENGTH + 3)[None] >= 3
-    y = layer(padded, causal_layout(LENGTH + 3, mask))
-    close(y[:, 3:], layer(x))
+    y = compiled(layer, padded, causal_layout(LENGTH + 3, mask))
+    close(y[:, 3:], compiled(layer, x))
     assert not y[:, :3].any()  # a pad has nothing to attend to

@@ -215,6 +215,7 @@ for mesh, expected in (
 """
 
 
+@pytest.mark.release
 def test_each_process_gives_its_rows_wherever_they_are():
     address = f"127.0.0.1:{free_port()}"
     flags = "--xla_force_host_platform_device_count=3"
@@ -269,6 +270,7 @@ def test_the_one_above_says_how_it_ended(body, code, said, tmp_path):
     assert said in done.stderr and (not said or done.stderr.startswith("stopped: "))
 
 
+@pytest.mark.release
 def test_what_cannot_be_joined_is_told_in_a_line(tmp_path):
     asked = [*command(tmp_path, {}), "--distributed"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "JAX_", "K"))}

@@ -235,6 +235,7 @@ def test_a_template_that_never_ends_is_stopped():
         render_chat(loop, QUESTION)
 
 
+@pytest.mark.release
 def test_every_end_token_ends_an_answer(model):
     prompts, lengths = jnp.array([[5, 6, 7, 8]]), jnp.array([4])
     settings: Any = dict(max_new_tokens=8, pad_id=0)
@@ -250,6 +251,7 @@ def test_every_end_token_ends_an_answer(model):
             greedy_decode(model, None, prompts, lengths, eos_id=wrong, **settings)
 
 
+@pytest.mark.release
 def test_rows_that_are_no_tokens_are_never_chosen(model, tokenizer):
     known = tokenizer.vocab_size
     kernel = model.head.kernel[...]

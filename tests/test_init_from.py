@@ -92,6 +92,7 @@ def begin(source, tmp_path, tokenizer, *changes, provided=()):
     return old, {name: np.asarray(x) for name, x in found.items()}, new, report
 
 
+@pytest.mark.slow
 def test_the_averaged_weights_of_the_best_checkpoint_are_copied(source, tokenizer, tmp_path):
     _, new, state, report = begin(source[0], tmp_path, tokenizer, "optimizer.ema_decay=0.5")
     jax.tree.map(np.testing.assert_array_equal, new, source[1])
@@ -128,6 +129,7 @@ def test_what_does_not_fit_keeps_its_values_and_is_listed_with_the_reason(
     )
 
 
+@pytest.mark.slow
 def test_other_dtypes_are_cast_and_stacked_layers_are_filled_one_by_one(
     source, tokenizer, tmp_path
 ):

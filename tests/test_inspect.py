@@ -220,6 +220,7 @@ def inspect(*arguments, folder):
     )
 
 
+@pytest.mark.release
 def test_the_command_lists_bad_rows_and_writes_the_pictures(folder, tmp_path):
     ended = inspect(
         "inspect",

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -78,16 +79,19 @@ def close(x: Any, y: Any, tolerance: float = 1e-4) -> None:
 each_system = pytest.mark.parametrize("name", SYSTEMS)
 
 
-def some_systems(*fast: str) -> Any:
-    """All systems, of which all but a few are tested with the slow tests only."""
-    return pytest.mark.parametrize(
-        "name",
-        [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in SYSTEMS],
-    )
+def some_systems(*fast: str, release: Collection[str] = ()) -> Any:
+    """All systems: a few, those of a release, and the others with the slow tests only."""
+
+    def marks(name: str) -> Any:
+        return () if name in fast else pytest.mark.release if name in release else pytest.mark.slow
+
+    return pytest.mark.parametrize("name", [pytest.param(x, marks=marks(x)) for x in SYSTEMS])
 
 
 # One of each kind of cache, and of each mixture.
-@some_systems("jamba", "deepseek_v2", "hunyuan_large", "hunyuan_v1_moe", "slam_v5", "slam_v6")
+@some_systems(
+    "jamba", "deepseek_v2", "slam_v6", release=("hunyuan_large", "hunyuan_v1_moe", "slam_v5")
+)
 def test_prompts_of_any_length_and_steps_after_them_are_the_whole_sequence(name):
     model, text = build(name), tokens()
     whole = np.asarray(forward(model, text).logits)
@@ -154,7 +158,7 @@ def test_a_prompt_without_lengths_fills_its_array(name):
     jax.tree.map(close, prefill(model, text), prefill(model, text, full))
 
 
-@each_system
+@some_systems("jamba", "deepseek_v2", "slam_v6", release=SYSTEMS)
 def test_pads_on_either_side_change_nothing(name):
     model, text = build(name), tokens()
     padded = np.pad(text, [(0, 0), (0, 0), (5, 2)], constant_values=1)
@@ -282,6 +286,7 @@ def test_capacity_is_for_training_alone(name):
     assert np.abs(train(bounded, text, jax.random.key(0)) - expected).max() > 1e-2
 
 
+@pytest.mark.release
 @some_systems("deepseek_v2")
 def test_bfloat16_is_near_float32_and_its_cache_agrees(name):
     """As the published sizes are computed. What a system adds is that nothing overflows or dies."""
@@ -344,6 +349,7 @@ def measure_by_layers(name: str, preset: str) -> Size:
     return Size(*(one + (repeats - 1) * (two - one)).tolist())
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(
     ("name", "preset", "total", "active"),
     [
@@ -372,6 +378,7 @@ def test_deep_models_have_the_size_of_their_layers(name, preset):
     assert measure(make_config(name, preset)) == measure_by_layers(name, preset)
 
 
+@pytest.mark.release
 def test_sizes_count_what_there_is():
     for name in SYSTEMS:
         model, size = build(name), measure(make_config(name, "tiny"))
@@ -601,6 +608,7 @@ def speaker(name: str) -> ModelAndTokenizer:
     return ModelAndTokenizer(build(name, **changes), tokenizer)
 
 
+@pytest.mark.release
 @some_systems("deepseek_v2")
 def test_requests_are_answered_alike_alone_in_a_batch_and_in_pieces(name):
     loaded = speaker(name)

@@ -249,6 +249,7 @@ def adapted(rows, published, tmp_path_factory) -> tuple[Path, dict[str, Any], An
     return workdir, config, train(config, workdir)
 
 
+@pytest.mark.slow
 def test_adapters_learn_answers_on_a_frozen_model(adapted, published):
     workdir, _, state = adapted
     loaded, base = load(workdir), load(published)
@@ -283,6 +284,7 @@ def test_a_checkpoint_has_the_adapters_alone_and_names_the_model(adapted, publis
     assert_same(train(config, tmp_path / "broken"), state)
 
 
+@pytest.mark.slow
 def test_all_of_a_published_model_trains_without_adapters(rows, published, tmp_path):
     changes = {"run.init_from": published, "data.held_out": 0.0, "run.num_steps": 2}
     config = config_of(rows, None, **changes, **{"data.batch_size": 2})
@@ -295,6 +297,7 @@ def test_all_of_a_published_model_trains_without_adapters(rows, published, tmp_p
     assert stored["language_model"]["config"]["num_layers"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_another(finished, texts, tmp_path):
     """Its weights, its sizes and its tokenizer."""
     changes = {"run.init_from": finished[0], "run.num_steps": 1, "optimizer.learning_rate": 1e-9}

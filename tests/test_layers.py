@@ -1,5 +1,6 @@
 """Every layer by itself: what it computes, and what it must not look at."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import compiled, make
 
 from slam_jax.errors import InputError
 from slam_jax.layers import (
@@ -40,6 +42,7 @@ def close(x, y, tolerance=1e-5):
     np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
+@functools.cache
 def make_mla(**changes):
     fields = {
         "kv_lora_rank": RANK,
@@ -48,8 +51,7 @@ def make_mla(**changes):
         "v_head_dim": VALUE,
         **changes,
     }
-    # Under jit, since initialising compiles one program then and not a hundred.
-    return jax.jit(lambda: MultiHeadLatentAttention(DIM, HEADS, **fields, rngs=nnx.Rngs(0)))()
+    return make(MultiHeadLatentAttention, DIM, HEADS, **fields)
 
 
 VARIANTS = {"plain": {}, "query rank": {"q_lora_rank": 6}, "window": {"window": 3}}
@@ -64,7 +66,7 @@ def mla(request):
 
 
 def test_latent_attention_is_its_definition_head_by_head(mla):
-    x, positions = normal(1, LENGTH, DIM), jnp.arange(LENGTH)
+    x, positions = np.asarray(normal(1, LENGTH, DIM)), jnp.arange(LENGTH)
 
     def weight(layer, head: Any = ...):
         return np.asarray(layer.kernel[...])[:, head]
@@ -72,8 +74,10 @@ def test_latent_attention_is_its_definition_head_by_head(mla):
     def turned(x):
         return np.asarray(rotary(jnp.asarray(x)[:, None], positions))[:, 0]
 
-    latent = np.asarray(x if mla.q_lora_rank is None else mla.q_norm(x @ weight(mla.q_down)))
-    c_kv = np.asarray(mla.kv_norm(x @ weight(mla.kv_down)))
+    latent = np.asarray(
+        x if mla.q_lora_rank is None else compiled(mla.q_norm, x @ weight(mla.q_down))
+    )
+    c_kv = np.asarray(compiled(mla.kv_norm, x @ weight(mla.kv_down)))
     k_rope = turned(x @ weight(mla.k_rope))
     y = np.zeros((LENGTH, DIM))
     for head in range(HEADS):
@@ -85,7 +89,7 @@ def test_latent_attention_is_its_definition_head_by_head(mla):
             seen = slice(0 if mla.window is None else max(0, t + 1 - mla.window), t + 1)
             probs = np.exp(k[seen] @ q[t] / np.sqrt(NOPE + ROPE))
             y[t] += probs / probs.sum() @ v[seen] @ np.asarray(mla.out.kernel[head])
-    close(mla(x), y)
+    close(compiled(mla, x), y)
 
 
 def test_prefill_and_steps_give_what_the_full_pass_gives_at_every_position(mla):
@@ -171,7 +175,7 @@ def test_cache_is_three_small_arrays():
 
 def test_prefill_without_lengths_fills_the_first_places_and_no_other():
     mla, x = make_mla(), normal(5, 1, 3, DIM)
-    _, cache = mla.prefill(x, mla.init_cache((1,), LENGTH))
+    _, cache = compiled(lambda x: mla.prefill(x, mla.init_cache((1,), LENGTH)), x)
     assert cache.length.tolist() == [3]
     assert cache.c_kv[:, :3].all()
     assert not cache.c_kv[:, 3:].any()
@@ -181,7 +185,7 @@ def test_prefill_without_lengths_fills_the_first_places_and_no_other():
 @pytest.mark.parametrize("window", [None, LENGTH + 1])
 def test_a_full_cache_takes_no_token_and_says_so(window):
     mla, x, token = make_mla(window=window), normal(6, 2, LENGTH, DIM), normal(7, 2, 1, DIM)
-    _, cache = mla.prefill(x, mla.init_cache((2,), LENGTH), jnp.array([5, LENGTH]))
+    _, cache = compiled(mla.prefill, x, mla.init_cache((2,), LENGTH), jnp.array([5, LENGTH]))
     with pytest.raises(InputError, match="stores 8 tokens and there is room for 8.*max_length=9"):
         mla.decode_step(token, cache)
     _, after = jax.jit(MultiHeadLatentAttention.decode_step)(mla, token, cache)
@@ -216,18 +220,19 @@ def test_the_gradient_of_a_cached_step_is_that_of_the_full_pass(rows):
 def test_prefill_of_more_than_the_cache_holds_says_what_would_fit():
     mla = make_mla()
     with pytest.raises(ValueError, match=r"8 tokens into a cache of 4.*max_length=8"):
-        mla.prefill(normal(8, 1, LENGTH, DIM), mla.init_cache((1,), 4))
+        compiled(mla.prefill, normal(8, 1, LENGTH, DIM), mla.init_cache((1,), 4))
 
 
 def test_latent_attention_computes_in_bfloat16_and_keeps_its_parameters():
     exact, half = make_mla(), make_mla(dtype=jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}
     x = normal(9, 2, LENGTH, DIM)
-    y, cache = half.prefill(x[:, :-1].astype(jnp.bfloat16), half.init_cache((2,), LENGTH))
-    step, _ = half.decode_step(x[:, -1:].astype(jnp.bfloat16), cache)
+    rounded, empty = x.astype(jnp.bfloat16), half.init_cache((2,), LENGTH)
+    y, cache = compiled(half.prefill, rounded[:, :-1], empty)
+    step, _ = compiled(half.decode_step, rounded[:, -1:], cache)
     assert y.dtype == step.dtype == cache.c_kv.dtype == cache.k_rope.dtype == jnp.bfloat16
     y = jnp.concatenate([y, step], axis=1).astype(jnp.float32)
-    close(y, exact(x), 0.05)
+    close(y, compiled(exact, x), 0.05)
 
 
 def test_latent_attention_goes_through_jit_grad_and_vmap():
@@ -251,22 +256,26 @@ def test_absorbed_is_expanded(with_rope, with_mask):
     )
     mask = jax.random.bernoulli(jax.random.key(7), 0.5, (2, 3, LENGTH)).at[0, 0].set(False)
     kw: Any = (rope if with_rope else {}) | ({"mask": mask} if with_mask else {})
-    expanded = latent_attend(*arrays, **kw, absorbed=False)
-    # Values of a few tens: relative to them.
-    close(latent_attend(*arrays, **kw, absorbed=True), expanded, 1e-4)
+    expanded, absorbed = (
+        compiled(latent_attend, *arrays, **kw, absorbed=absorbed) for absorbed in (False, True)
+    )
+    close(absorbed, expanded, 1e-4)  # values of a few tens: relative to them
     assert bool(expanded[0, 0].any()) is not with_mask
 
 
 def test_cross_attention_is_attention_to_keys_and_values_made_of_the_latents():
-    cross = LatentCrossAttention(
-        DIM, HEADS, kv_lora_rank=RANK, qk_head_dim=NOPE, v_head_dim=VALUE, rngs=nnx.Rngs(0)
-    )
+    widths = dict(kv_lora_rank=RANK, qk_head_dim=NOPE, v_head_dim=VALUE)
+    cross = make(LatentCrossAttention, DIM, HEADS, **widths)
     x, bank = normal(1, 2, 3, DIM), normal(2, 2, LENGTH, RANK)
     mask = prefix_mask(jnp.array([[5], [0]]), LENGTH)
-    y = cross(x, bank, mask)
-    close(y, cross.out(attend(cross.q(x), cross.k_up(bank), cross.v_up(bank), mask)))
-    close(cross(x, bank, mask, absorbed=True), y)
-    close(cross(x, bank, absorbed=True), cross(x, bank))
+
+    def plain(x, bank):
+        return cross.out(attend(cross.q(x), cross.k_up(bank), cross.v_up(bank), mask))
+
+    y = compiled(cross, x, bank, mask)
+    close(y, compiled(plain, x, bank))
+    close(compiled(cross, x, bank, mask, absorbed=True), y)
+    close(compiled(cross, x, bank, absorbed=True), compiled(cross, x, bank))
     assert y[0].any()
     np.testing.assert_array_equal(y[1], 0)
 
@@ -281,15 +290,14 @@ def test_a_row_that_may_attend_to_nothing_is_0_and_its_gradients_are_finite():
     def loss(q, k, v):
         return jnp.sum(attend(q, k, v, mask) ** 2)
 
-    y = attend(q, k, v, mask)
+    y = compiled(attend, q, k, v, mask)
     np.testing.assert_array_equal(y[0, 1], 0)
-    grads = jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    grads = compiled(jax.grad(loss, argnums=(0, 1, 2)), q, k, v)
     assert all(jnp.isfinite(g).all() for g in grads)
     np.testing.assert_array_equal(grads[0][0, 1], 0)
     assert grads[0][0, 0].any()
-    np.testing.assert_array_equal(
-        masked_softmax(jnp.ones((3, 3)), mask[0]).sum(-1) > 0.9, [1, 0, 1]
-    )
+    probs = compiled(masked_softmax, jnp.ones((3, 3)), mask[0])
+    np.testing.assert_array_equal(probs.sum(-1) > 0.9, [1, 0, 1])
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -297,7 +305,7 @@ def test_attention_is_that_of_jax_where_every_row_has_a_key(masked):
     q, k, v = normal(1, 2, 3, HEADS, 4), normal(2, 2, 5, HEADS, 4), normal(3, 2, 5, HEADS, 4)
     mask = jax.random.bernoulli(jax.random.key(4), 0.5, (2, 3, 5)).at[..., 2].set(True)
     theirs = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None] if masked else None)
-    close(attend(q, k, v, mask if masked else None), theirs)
+    close(compiled(attend, q, k, v, mask if masked else None), theirs)
 
 
 def test_masked_keys_do_not_count_whatever_their_scores():
@@ -413,7 +421,8 @@ def test_logits_are_summed_in_float32():
     def total(x, kernel):
         return jnp.sum(project_to_float32(x, kernel) @ jnp.arange(1.0, 8.0))
 
-    y, gradients = project_to_float32(x, kernel), jax.grad(total, (0, 1))(x, kernel)
+    y = compiled(project_to_float32, x, kernel)
+    gradients = compiled(jax.grad(total, (0, 1)), x, kernel)
     rounded = kernel.astype(jnp.bfloat16).astype(jnp.float32)
     assert [each.dtype for each in (y, *gradients)] == [jnp.float32, jnp.bfloat16, jnp.float32]
     close(y[0, 0], rounded.sum(axis=0), 1e-4)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from bases import write_language_model
 from flax import nnx
-from helpers import assert_same
+from helpers import assert_same, compiled
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file
 
@@ -124,6 +124,7 @@ def test_shapes_are_those_of_the_map_and_its_stack(build):
 # --- Sums
 
 
+@pytest.mark.release
 def test_merged_weights_compute_the_same_also_absorbed(build, make_inputs):
     model, inputs = trained(build(lora=ALL)), make_inputs()
     merged = merge_lora(model)
@@ -136,6 +137,7 @@ def test_merged_weights_compute_the_same_also_absorbed(build, make_inputs):
     assert merge_lora(merged) is merged
 
 
+@pytest.mark.release
 def test_every_adapter_has_a_gradient(build, make_inputs):
     inputs = make_inputs()
     graphdef, params = split_model(build(lora=ALL))
@@ -293,9 +295,9 @@ def test_adapters_do_not_decay_and_are_no_matter_of_muon(build, name):
     for decay in (0.0, 0.5):
         config = OptimizerConfig(name, warmup_steps=0, weight_decay=decay, clip_norm=None)
         optimizer = make_optimizer(config, 10)
-        updates, _ = optimizer.update(gradients, optimizer.init(own), own)
+        updates, _ = compiled(optimizer.update, gradients, optimizer.init(own), own)
         # The first step of Adam has the same size for every gradient.
-        [size] = {round(float(y), 8) for x in jax.tree.leaves(updates) for y in x.ravel()}
+        [size] = {round(float(y), 8) for x in jax.tree.leaves(updates) for y in np.ravel(x)}
         np.testing.assert_allclose(size, -1e-3 if name == "adamw" else -1.4737e-3, rtol=1e-3)
 
 
@@ -325,7 +327,8 @@ def test_merged_weights_are_those_of_peft(tmp_path):
         param = getattr(modules[theirs[f"{layer}.{name}"]], factor.lower())
         param[...] = jnp.asarray(x.T).reshape(param.shape)
     assert len(stored) == len(adapters(model)) == 12
-    np.testing.assert_allclose(model(tokens).logits, np.load(PEFT / "logits.npy"), atol=2e-4)
+    logits = compiled(lambda tokens: model(tokens).logits, tokens)
+    np.testing.assert_allclose(logits, np.load(PEFT / "logits.npy"), atol=2e-4)
     # An export merges by itself, and the publisher's code reads it.
     interop.save_pretrained(model, tmp_path / "model")
     interop.save_pretrained(merge_lora(model), tmp_path / "merged")
@@ -426,7 +429,7 @@ def answered(model):
     return model(TOKENS, INPUTS).logits
 
 
-@pytest.mark.release
+@pytest.mark.slow
 def test_a_loaded_model_keeps_its_adapters_and_a_shared_one_has_them_merged(finished, tmp_path):
     workdir, _, state = finished
     loaded = load(workdir, 4)
@@ -473,7 +476,7 @@ def test_the_command_writes_merged_weights(finished, tmp_path):
     assert_close(found, merged, 1e-6)
 
 
-@pytest.mark.release
+@pytest.mark.slow
 def test_a_new_run_begins_with_merged_weights_unless_it_has_the_adapters(finished, tmp_path):
     workdir, first, _ = finished
     loaded = load(workdir)

@@ -123,6 +123,7 @@ def test_mlflow_has_one_run_with_every_number(tmp_path, monkeypatch):
     assert run.data.metrics == {"train/loss": 0.25, "validation/accuracy": 0.5}
 
 
+@pytest.mark.release
 def test_wandb_writes_one_run_without_a_network(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     for name in ("WANDB_MODE", "WANDB_API_KEY"):

@@ -10,7 +10,7 @@ import optax
 import optax.contrib
 import pytest
 from flax import nnx
-from helpers import assert_same
+from helpers import assert_same, compiled
 
 from slam_jax.slam_v3 import SlamV3, SlamV3Config
 from slam_jax.training import OptimizerConfig, make_optimizer, split_model
@@ -29,7 +29,11 @@ def close(x, y, tolerance=1e-5):
 
 def first_updates(config, grads, params) -> Any:
     optimizer = make_optimizer(config, 10)
-    return optimizer.update(grads, optimizer.init(params), params)[0]
+    return compiled(
+        lambda *given: optimizer.update(given[0], optimizer.init(given[1]), given[1])[0],
+        grads,
+        params,
+    )
 
 
 @pytest.fixture(scope="module")

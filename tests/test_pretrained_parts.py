@@ -176,6 +176,7 @@ def test_a_checkpoint_has_what_trains_alone(run):
     assert sum(path.stat().st_size for path in files) < 1.2 * own + 300_000  # tokenizer, metadata
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_opened_where_its_parts_have_moved(run, language_model, tmp_path):
     workdir, _ = run
     request = [Request("Which digit is it?", image=np.zeros((8, 8, 3), np.uint8))]
@@ -268,6 +269,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(run, language_model, tmp_path):
     assert stored["image"]["tower"]["model_type"] == "siglip_vision_model"
 
 
+@pytest.mark.slow
 def test_a_language_model_may_train_as_well(language_model, tmp_path):
     config = digits_config(language_model, train=("decoder/*",))
     state = train(config, tmp_path)
@@ -278,6 +280,7 @@ def test_a_language_model_may_train_as_well(language_model, tmp_path):
     assert load(tmp_path).step == 4
 
 
+@pytest.mark.slow
 def test_a_plan_counts_published_parts_as_frozen(language_model):
     subject = subject_of(digits_config(language_model))
     _, state = subject.state

@@ -71,6 +71,7 @@ def test_cka_is_1_for_a_rotation_and_small_for_noise():
     assert _cka(Sums(*(s.sum(axis=0) for s in sums)), 2, 2) == pytest.approx(1)
 
 
+@pytest.mark.release
 def test_pads_and_rows_that_do_not_count_change_nothing(build, make_inputs):
     model, inputs = build(), make_inputs()
     inputs.text_mask[:, 4:] = False
@@ -96,6 +97,7 @@ def test_pads_and_rows_that_do_not_count_change_nothing(build, make_inputs):
     assert shares[0, 2, 0] == pytest.approx(read[:, :6].sum(-1).mean(), abs=1e-5)
 
 
+@pytest.mark.release
 def test_a_view_without_examples_is_left_out(opened, monkeypatch):
     monkeypatch.setattr(type(opened.data), "views", ("aux", "text"))
     batches = type(opened).batches

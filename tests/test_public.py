@@ -171,6 +171,7 @@ def every_example(source, tokenizer):
 # --- MNIST
 
 
+@pytest.mark.release
 def test_the_last_5000_digits_of_the_training_split_are_set_aside(directory, no_tensorflow):
     dataset = prepare(config_of("mnist", directory), model=model(image={"size": 28}))
 

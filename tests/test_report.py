@@ -325,6 +325,7 @@ def test_the_score_of_the_most_frequent_answer_is_shown_beside_that_of_the_model
     assert "always answering &#34;yes&#34;" in page and "<b>83.3%</b>baseline" in page
 
 
+@pytest.mark.slow
 def test_views_that_show_the_same_are_evaluated_once(workdir):
     """The table has texts and numbers, so that `all` shows what `text_aux` does."""
     trained = checkpoint.load(workdir)

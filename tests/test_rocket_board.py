@@ -106,6 +106,7 @@ def board(results, protocol) -> dict[str, Any]:
     return protocol.board(about, results)
 
 
+@pytest.mark.release
 def test_metrics_are_sums_over_documents_with_an_interval(board):
     first = board["rows"][0]
     assert first["system"] == "standard"

@@ -209,6 +209,7 @@ def test_every_system_meets_a_budget_of_parameters(name):
     assert size.active - size.embedding == pytest.approx(4e6, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amount", [5e6, pytest.param(5.5e6, marks=pytest.mark.slow)])
 def test_a_system_with_half_of_an_mlp_meets_any_budget(amount):
     size = measure(fit("slam_v6", "parameters", amount, 128, 2_048))
@@ -295,6 +296,7 @@ def test_the_score_of_a_document_is_that_of_its_tokens(settings):
     assert scores["tokens"] == [38, 1, 16] and scores["bytes"] == [76, 2, 32]
 
 
+@pytest.mark.slow
 def test_quality_is_reproducible_and_a_trial_of_a_learning_rate_has_no_test(
     figures, settings, corpus
 ):

@@ -111,6 +111,7 @@ def numbers(workdir):
     ]
 
 
+@pytest.mark.release
 def test_a_run_leaves_checkpoints_and_metrics(config, finished):
     workdir, state = finished
     assert state.step == 6
@@ -131,6 +132,7 @@ def test_a_run_leaves_checkpoints_and_metrics(config, finished):
     assert [dict(e.stats)["step_num"] for e in events if e.name == "train"] == [2, 3]
 
 
+@pytest.mark.release
 def test_the_loaded_model_is_the_one_that_was_trained(config, finished):
     workdir, state = finished
     loaded = load(workdir, "latest")
@@ -145,6 +147,7 @@ def test_the_loaded_model_is_the_one_that_was_trained(config, finished):
     assert jnp.isfinite(logits).all()
 
 
+@pytest.mark.release
 def test_a_finished_run_returns_its_state_at_once(config, finished, monkeypatch):
     workdir, state = finished
     monkeypatch.setattr(slam_v3_task, "validate", None)
@@ -182,6 +185,7 @@ def test_a_score_that_no_evaluation_has_is_named_once_the_step_is_saved(config, 
     assert_same(train(other, workdir), finished[1])
 
 
+@pytest.mark.release
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(config, finished, tmp_path, monkeypatch):
     workdir, state = finished
     # The machine itself repeats: else the comparison below would say nothing.
@@ -288,7 +292,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_resumes(
         assert resumed.read_metrics(known) == unbroken.read_metrics(known)
 
 
-@pytest.mark.release
+@pytest.mark.slow
 def test_an_evaluation_that_fails_or_is_cut_short_loses_no_step(
     config, finished, tmp_path, monkeypatch
 ):
@@ -316,6 +320,7 @@ def test_an_evaluation_that_fails_or_is_cut_short_loses_no_step(
     assert numbers(tmp_path) == numbers(finished[0])
 
 
+@pytest.mark.release
 def test_an_evaluation_takes_its_batches_in_parts(config, finished, monkeypatch):
     taken = []
 
@@ -478,12 +483,14 @@ def test_a_run_that_stays_bad_stops_with_its_checkpoint_whole(config, tmp_path, 
     assert Checkpoints(tmp_path).verify() == {2: None, 4: None}
 
 
+@pytest.mark.release
 def test_a_workdir_belongs_to_one_configuration(config, finished):
     other = override(config, ["--config.optimizer.learning_rate=0.5"])
     with pytest.raises(CheckpointError, match=r"optimizer\.learning_rate=0\.02 .*=0\.5; use ano"):
         train(other, finished[0])
 
 
+@pytest.mark.release
 def test_a_field_that_an_older_config_lacks_has_its_default(config, finished, monkeypatch):
     read = Checkpoints.read_config
 
@@ -500,6 +507,7 @@ def test_a_field_that_an_older_config_lacks_has_its_default(config, finished, mo
         train(override(config, ["--config.optimizer.momentum=0.9"]), finished[0])
 
 
+@pytest.mark.release
 def test_evaluation_of_a_checkpoint_writes_the_views_it_was_trained_on(finished):
     workdir, _ = finished
     evaluation = evaluate_checkpoint(workdir, "latest", ["--config.data.batch_size=16"])
@@ -557,6 +565,7 @@ def test_entry_points_say_in_one_line_what_is_wrong(arguments, message):
     assert not (ROOT / "new").exists()
 
 
+@pytest.mark.release
 def test_an_evaluation_changes_the_data_alone(finished):
     with pytest.raises(ConfigError, match="config.model is part of the checkpoint"):
         evaluate_checkpoint(finished[0], "latest", ["--config.model.embed_dim=64"])
@@ -581,7 +590,7 @@ def config_of_table(config: Any, folder: Path) -> Any:
     return config
 
 
-@pytest.mark.release
+@pytest.mark.slow
 def test_a_run_tells_once_what_is_odd_about_its_data(config, tmp_path, caplog):
     rows = [{"answer": "ab"[i % 2], "size": i, "question": "why?"} for i in range(12)]
     rows[0]["split"] = "train"

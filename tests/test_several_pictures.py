@@ -291,6 +291,7 @@ def run(folder, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_learns_a_question_that_needs_both_pictures(run, folder):
     found = evaluate_checkpoint(run)
     assert found.metrics["views"]["image"]["all"]["accuracy"] >= 0.9
@@ -304,6 +305,7 @@ def test_a_run_learns_a_question_that_needs_both_pictures(run, folder):
     assert said == [0, "first\n", ""]
 
 
+@pytest.mark.slow
 def test_requests_are_resized_as_the_run_was_trained(run, folder):
     loaded = load(run)
     assert loaded.resize == "stretch"

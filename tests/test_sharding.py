@@ -162,6 +162,7 @@ def test_every_parameter_of_every_system_has_exactly_one_rule(shapes):
     assert not wrong
 
 
+@pytest.mark.release
 def test_every_rule_is_of_some_parameter_and_names_no_more_than_its_dimensions(shapes):
     paths = {path: x.ndim for parameters in shapes.values() for path, x in parameters.items()}
     for pattern, axes in RULES:

@@ -96,6 +96,7 @@ def test_there_are_never_more_logits_than_those_of_a_chunk(given):
 FAST = ("standard", "slam_v3_text")
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(
     "name", [pytest.param(x, marks=() if x in FAST else slow) for x in SYSTEMS]
 )
@@ -115,6 +116,7 @@ def test_every_language_model_is_its_head_on_its_hidden_states(name):
 
 
 # A head of its own, one tied to the embeddings, and windows whose pads have to be moved.
+@pytest.mark.release
 @pytest.mark.parametrize(
     "name", ["moe", *(pytest.param(x, marks=slow) for x in ("hunyuan_large", "slam_v3_text"))]
 )

@@ -50,6 +50,7 @@ def weights_of(loaded: slam_jax.training.Loaded) -> dict[str, np.ndarray]:
     return {name: np.asarray(x) for name, x in by_name(split_model(loaded.model)[1]).items()}
 
 
+@pytest.mark.release
 def test_a_folder_has_the_model_of_the_checkpoint(folder, small_run):
     ours, theirs = slam_jax.load(folder), slam_jax.load(small_run)
     assert ours[1:] == theirs[1:]
@@ -65,6 +66,7 @@ def test_a_folder_has_the_model_of_the_checkpoint(folder, small_run):
         slam_jax.load(folder, 99)
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(("dtype", "bits"), [("float16", 10), ("bfloat16", 7)])
 def test_lower_precision_rounds_and_half_as_many_bytes_are_stored(
     folder, small_run, tmp_path, dtype, bits
@@ -159,6 +161,7 @@ def test_the_model_of_the_package_answers_questions_about_new_scenes():
     assert "- command: `" in card and "- commit: " in card
 
 
+@pytest.mark.release
 def test_a_report_about_a_model_of_the_package_needs_a_folder(tmp_path):
     script = Path(slam_jax.__file__).parents[1] / "eval.py"
     done = subprocess.run(
