@@ -39,6 +39,11 @@ def test_the_names_on_the_pages_exist():
             assert is_module or name in slam_jax.__all__, (page, name)
 
 
+def test_the_readme_has_the_version():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert re.findall(r"^Version (\S+) has", readme, re.M) == [slam_jax.__version__]
+
+
 def test_the_citation_has_the_version():
     citation = (ROOT / "CITATION.cff").read_text("utf-8")
     assert re.findall(r"^version: (.*)$", citation, re.M) == [slam_jax.__version__]

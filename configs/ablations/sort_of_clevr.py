@@ -42,7 +42,7 @@ def get_config() -> dict[str, Any]:
     config.model.embed_dim = 64
     config.model.mlp_dim = 128
     config.model.kv_lora_rank = 32
-    # As in version 0.11, in which the published runs were made.
+    # As up to version 0.11; the published runs are of version 0.5.0.
     config.model.decoder_input_norm = False
     config.model.rotate_all_streams = True
     config.model.text_kernel_size = 0

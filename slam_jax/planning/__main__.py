@@ -3,7 +3,7 @@
 NAME is that of a recipe, such as 7b, or the path of a Python file. Prints how much memory the run
 takes on each of N devices, what the devices send each other, and how long a step takes at the given
 speeds. --search=M compiles the M most promising meshes and prints the best one. --program prints
-how long the program of a step is. No accelerator is needed. See docs/planning.md.
+the number of lines of the step's StableHLO. No accelerator is needed. See docs/planning.md.
 """
 
 import os

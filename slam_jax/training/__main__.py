@@ -46,7 +46,8 @@ CHANGE = flags.DEFINE_bool(
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "Read the three flags below from the environment of Slurm, Kubernetes or a TPU slice.",
+    "Read --coordinator, --num_processes and --process_id from the environment of Slurm, "
+    "Kubernetes or a TPU slice.",
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of the first process of a run of several."
