@@ -52,7 +52,7 @@ def check_names(
     """Raises ConfigError for the first unknown name, and suggests the most similar known one."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name[:80], known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise ConfigError(f"{group} has no {kind} {shorten(repr(name))}; {hint}")
 

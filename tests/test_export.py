@@ -298,12 +298,16 @@ def test_weights_of_bfloat16_in_several_files(tmp_path, monkeypatch):
 
 
 OWN = Tokenizer.train(["the cat sat on the mat"] * 3, 280)
+CUT = byte_level(bos=False)
+CUT.enable_truncation(2)
+CUT.enable_padding(length=16)
 TOKENIZERS = {
     "own": OWN,
     "adds its own": HubTokenizer(byte_level(bos=True).to_str(), (1,), 0),
     "adds nothing": HubTokenizer(byte_level(bos=False).to_str(), (1,), 0),
     "adds a BOS": HubTokenizer(byte_level(bos=False).to_str(), (1,), 0, adds_bos=True),
     "strips": TOKENIZER,
+    "has a stored length": HubTokenizer(CUT.to_str(), (1,), 0),
 }
 
 

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import socket
+import threading
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 from servers import chat_model, eventually, serving
 from test_fuzz import run
 
+from slam_jax.generation import Request, Sampling
+from slam_jax.serving.server import app
+from slam_jax.serving.server.calls import read_completion
 from slam_jax.serving.server.limits import Limits
 
 pytestmark = pytest.mark.release
@@ -272,6 +276,34 @@ def test_a_client_that_leaves_frees_its_slots_and_its_place(address, server):
         eventually(lambda: (engine.stats().active, engine.stats().waiting), (0, 0), 5)
     assert engine.stats().requests.get("cancelled", 0) == before + 2
     assert is_served(address)
+
+
+def test_requests_that_take_long_to_read_cost_the_next_no_more_than_the_limit(monkeypatch):
+    """Both readers are busy. Who waits for them is told so after `answer_time`, and what the two
+    that left had asked is not answered."""
+    reading, go_on = threading.Semaphore(0), threading.Event()
+
+    def read(given: Any, served: Any) -> Any:
+        if given["prompt"] == ["slow", "slow"]:
+            reading.release()
+            go_on.wait(LONGEST_S)
+        return read_completion(given, served)
+
+    monkeypatch.setattr(app, "read_completion", read)
+    limits = Limits(answer_time=1.0)
+    with serving(chat_model(), limits=limits, slots=2, context=64) as (server, engine):
+        address = (urlsplit(server).hostname, urlsplit(server).port)
+        engine.submit(Request("the cat"), Sampling(max_new_tokens=2)).result()  # compiles it
+        for _ in range(2):
+            with opened(address, request(prompt=["slow", "slow"])):
+                assert reading.acquire(timeout=LONGEST_S)
+        with opened(address, request()) as link:
+            time.sleep(1.2)
+            go_on.set()
+            reply = read_all(link)
+        assert b"429 " in reply and b"did not begin within 1 seconds" in reply
+        assert is_served(address)
+        assert engine.stats().requests.get("cancelled", 0) == 0
 
 
 def test_a_client_that_does_not_read_is_dropped_and_delays_nobody(address):

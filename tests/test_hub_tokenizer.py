@@ -102,6 +102,25 @@ def model(tokenizer):
     return model
 
 
+def test_a_stored_length_neither_cuts_nor_pads_texts(tokenizer):
+    text = "the cat sat on the mat"
+    own = Tokenizer.train([text], 280)
+    for changed in ({"truncation": 2}, {"padding": 64}):
+        ours = HubTokenizer(_with_length(tokenizer.json, **changed))
+        assert ours.encode_prompt(text) == tokenizer.encode_prompt(text)
+        assert ours.encode(text) == tokenizer.encode(text)
+        assert Tokenizer(_with_length(own.json, **changed)).encode(text) == own.encode(text)
+
+
+def _with_length(json: str, truncation: int | None = None, padding: int | None = None) -> str:
+    model = tokenizers.Tokenizer.from_str(json)
+    if truncation is not None:
+        model.enable_truncation(truncation)
+    if padding is not None:
+        model.enable_padding(length=padding)
+    return model.to_str()
+
+
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("make", [lambda: byte_level(bos=False), sentence_piece])
 def test_ids_and_texts_are_those_of_the_library(make, text):
@@ -178,6 +197,42 @@ def test_everything_that_is_a_tokenizer_is_taken(folder, tokenizer):
     assert HubTokenizer.from_json(tokenizer.to_json()) == tokenizer
     with pytest.raises(InputError, match="tokenizer is a int; expected"):
         as_tokenizer(3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"end_ids": ["a"]}, "end_ids is 'a'; expected a token of"),
+        ({"end_ids": [1e400]}, "end_ids is inf; expected a token of"),
+        ({"end_ids": 1}, "end_ids is 1; expected a list"),
+        ({"special_tokens": 5}, "special_tokens is 5; expected texts by name"),
+        ({"special_tokens": {"bos_token": "\ud800"}}, "bos_token has half a letter"),
+        ({"chat_template": 5}, "chat_template is 5; expected a text or null"),
+        ({"chat_template": "\ud800"}, "chat template has half a letter"),
+    ],
+)
+def test_a_stored_tokenizer_with_other_fields_is_refused(tokenizer, changes, message):
+    stored = json.dumps({**json.loads(tokenizer.to_json()), **changes})
+    with pytest.raises(InputError, match=message):
+        HubTokenizer.from_json(stored)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"bos_token": "\ud800"}, "bos_token has half a letter"),
+        ({"chat_template": [{"name": ["a"]}, {"name": "default", "template": "\ud800"}]}, "half"),
+    ],
+)
+def test_texts_that_are_not_unicode_are_refused(tokenizer, config, message):
+    with pytest.raises(InputError, match=message):
+        HubTokenizer.from_files(tokenizer.json, config, {})
+
+
+def test_a_template_that_writes_half_a_letter_is_refused(tokenizer):
+    written = HubTokenizer(tokenizer.json, (1,), chat_template="{{ '\\ud800' }}")
+    with pytest.raises(InputError, match="what the chat template writes has half a letter"):
+        written.chat_text(QUESTION)
 
 
 def test_a_conversation_is_what_the_template_writes(tokenizer):

@@ -1,11 +1,12 @@
 """Reading pictures of any size, mode and orientation."""
 
 import io
+import os
 import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from slam_jax.data.images import MAX_PIXELS, check_image, load_image
 from slam_jax.errors import InputError
@@ -129,3 +130,18 @@ def test_a_bomb_beyond_the_librarys_own_bound_is_refused_alike(monkeypatch):
     Image.new("1", (8, 8)).save(file, "png")
     with pytest.raises(ValueError, match="has far too many pixels; at most 64,000,000 are read"):
         load_image(file.getvalue(), 8)
+
+
+def test_a_drawing_is_not_handed_to_the_program_that_draws_it(tmp_path, monkeypatch):
+    program, ran = tmp_path / "gs", tmp_path / "ran"
+    program.write_text(f"#!/bin/sh\necho ran > {ran}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # look for it again
+    file = encode(Image.new("RGB", (8, 8)), "eps")
+    (tmp_path / "cat.png").write_bytes(file)
+    for source in (file, tmp_path / "cat.png"):
+        for read in (check_image, lambda source: load_image(source, 8)):
+            with pytest.raises(ValueError, match=r"is a drawing \(EPS\); give a PNG or JPEG"):
+                read(source)
+    assert not ran.exists()

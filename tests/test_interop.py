@@ -367,6 +367,10 @@ def rope(**fields: Any) -> dict[str, Any]:
         (rope(rope_type="dynamic", factor=2.0, alpha=9.0), "alpha is 9.0; expected nothing: it"),
         (rope(rope_type="longrope", short_factor=[1.0]), "long_factor is None; expected a list"),
         (rope(rope_type="longrope", short_factor=[1.0], long_factor=[2.0]), "factors is 1; expect"),
+        (
+            rope(rope_type="longrope", short_factor=[10**400], long_factor=[2.0]),
+            r"short_factor is \[1000.*; expected another value",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; expected nothing"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types is .*; expected nothing"),
         (

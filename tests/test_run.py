@@ -636,7 +636,19 @@ def aux_of(workdir: Path) -> Any:
     return saved["mean"], saved["scale"]
 
 
-@pytest.mark.parametrize("stored", [{"names": None}, {"names": ["a"], "mean": [1.0]}, {"x": 1}])
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"names": None},
+        {"names": ["a"], "mean": [1.0]},
+        {"x": 1},
+        {"names": [1], "mean": [0.0], "scale": [1.0]},
+        {"names": ["a"], "mean": ["b"], "scale": [1.0]},
+        {"names": ["a"], "mean": [None], "scale": [1.0]},
+        {"names": ["a"], "mean": [10**400], "scale": [1.0]},
+        {"names": ["a"], "mean": [0.0], "scale": [0.0]},
+    ],
+)
 def test_a_damaged_format_of_vectors_is_refused_in_words(stored):
     with pytest.raises(InputError, match="aux format: "):
         AuxFormat.from_json(stored)

@@ -57,9 +57,9 @@ def language():
         yield engine, client
 
 
-def png(picture: Any) -> bytes:
+def png(picture: Any, kind: str = "png") -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "png")
+    Image.fromarray(picture).save(file, kind)
     return file.getvalue()
 
 
@@ -214,8 +214,10 @@ def test_errors_are_those_that_the_client_knows(language, client):
         client.chat.completions.create(model="quickstart", messages=[say([url])])
     huge = io.BytesIO()
     Image.new("1", (10_000, 10_000)).save(huge, "png")
+    many_scans = png(draw(OBJECTS, [0]), "jpeg").replace(b"\xff\xda", b"\xff\xda" * 101, 1)
     for file, message in (
         (b"%!PS-Adobe-3.0", "PNG, JPEG, WebP or GIF"),
+        (many_scans, "a JPEG of more than 100 scans"),
         (huge.getvalue(), "10,000 x 10,000 pixels; at most 64,000,000 are read"),
         (png(draw(OBJECTS, [0]))[:100], "cannot be read as a picture"),
     ):

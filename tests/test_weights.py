@@ -148,6 +148,31 @@ def test_the_name_of_a_model_on_the_hub_is_answered_with_the_command(tmp_path, m
     refused("./no/such", "config.json: No such file or directory; expected the folder of")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": [{}] * 3}, r"layer_types is \[{}, {}, {}\]; expected"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [1.0] * 8,
+                    "original_max_position_embeddings": 0,
+                },
+                "original_max_position_embeddings": 0,
+            },
+            "rope_.* is .*; expected another value",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_value_with_which_nothing_can_be_computed_is_named(tmp_path, kind, changes, message):
+    folder = copy(kind, tmp_path)
+    edit(folder, rope_scaling=None, **changes)
+    refused(folder, message)
+
+
 # --- An output head beside tied embeddings
 
 
@@ -163,6 +188,15 @@ def test_a_stored_head_beside_tied_embeddings_is_not_used(tmp_path, caplog):
         assert_same(state(load_pretrained(folder)[0]), expected)
         assert len(caplog.messages) == warns
         assert all("lm_head.weight is not read: " in message for message in caplog.messages)
+
+
+def test_a_head_and_embeddings_that_are_no_tables_are_refused(tmp_path):
+    folder = copy("qwen2", tmp_path)
+    edit(folder, tie_word_embeddings=True)
+    number = np.zeros((), np.float32)
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    change_weights(folder, lambda t: t.update(dict.fromkeys(names, number)))
+    refused(folder, "model.embed_tokens.weight")
 
 
 # --- Dtypes

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from slam_jax.data.tokenizer import check_unicode
 from slam_jax.errors import InputError, shorten
 
 _WORKER = Path(__file__).with_name("chat_worker.py")
@@ -54,6 +55,7 @@ def render_chat(
     except subprocess.TimeoutExpired:
         raise InputError(f"chat template: it runs for more than {_SECONDS} seconds") from None
     if "text" in answer:
+        check_unicode(answer["text"], "what the chat template writes")
         return answer["text"]
     reason = answer.get("error", "it takes too much memory or time")
     raise InputError(f"chat template: {shorten(reason, 200)}")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from slam_jax.data.tokenizer import check_unicode
 from slam_jax.errors import InputError, first_line, is_whole, shorten
 from slam_jax.runtime.files import read_limited
 
@@ -52,13 +53,20 @@ def read_files(folder: str | Path) -> HubFiles:
 
 
 def parse_tokenizer(text: str) -> tokenizers.Tokenizer:
-    """A tokenizer.json. Raises InputError for another text."""
+    """A tokenizer.json. Raises InputError for another text.
+
+    `truncation` and `padding` in the file are left out: they are what the last program that used
+    the tokenizer had chosen, and would cut texts, or pad them, without a message.
+    """
     try:
-        return tokenizers.Tokenizer.from_str(text)
+        model = tokenizers.Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises the bare type, and its panics are no errors
         raise InputError(f"tokenizer: not a tokenizer.json ({shorten(str(error), 120)})") from None
+    model.no_truncation()
+    model.no_padding()
+    return model
 
 
 def parse_group(text: str, name: str) -> dict[str, Any]:
@@ -76,16 +84,23 @@ def read_token(config: Mapping[str, Any], name: str) -> str | None:
     """The text of a special token, which may be a group with a field `content`."""
     value = config.get(name)
     value = value.get("content") if isinstance(value, Mapping) else value
-    return value if isinstance(value, str) and value else None
+    if not isinstance(value, str) or not value:
+        return None
+    check_unicode(value, name)
+    return value
 
 
 def read_template(value: Any) -> str | None:
     """The chat template; of several by name, the default one."""
     if isinstance(value, Sequence) and not isinstance(value, str):
-        value = {x.get("name"): x.get("template") for x in value if isinstance(x, Mapping)}
+        named = (x for x in value if isinstance(x, Mapping) and isinstance(x.get("name"), str))
+        value = {x["name"]: x.get("template") for x in named}
     if isinstance(value, Mapping):
         value = value.get("default")
-    return value if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    check_unicode(value, "chat template")
+    return value
 
 
 def read_ids(data: Mapping[str, Any], key: str) -> tuple[int, ...]:

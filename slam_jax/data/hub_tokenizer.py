@@ -31,6 +31,14 @@ from slam_jax.data.tokenizer import BYTE_OF, Tokenizer, check_unicode
 from slam_jax.errors import InputError, first_line, is_whole, shorten
 
 _MARK = "slam_jax_hub_tokenizer"
+_KINDS: Mapping[str, tuple[Any, str]] = {
+    "json": (str, "a text"),
+    "end_ids": (list, "a list of token ids"),
+    "adds_bos": (bool | None, "true, false or null"),
+    "chat_template": (str | None, "a text or null"),
+    "special_tokens": (dict, "texts by name"),
+    "generation": (dict, "a group of fields"),
+}
 _DEEPEST = 32  # groups in the content of a message
 
 
@@ -60,7 +68,8 @@ class HubTokenizer:
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, hash=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "end_ids", tuple(map(int, self.end_ids)))
+        ends = (int(each) if is_whole(each) else each for each in self.end_ids)
+        object.__setattr__(self, "end_ids", tuple(ends))
         if self.eos_id is None and self.end_ids:
             object.__setattr__(self, "eos_id", self.end_ids[0])
         size = self.vocab_size
@@ -180,6 +189,13 @@ class HubTokenizer:
         data = parse_group(text, "tokenizer")
         if data.pop(_MARK, None) != 1:
             raise InputError("tokenizer: not the text that HubTokenizer.to_json returned")
+        for name, (kind, expected) in _KINDS.items():
+            if name in data and not isinstance(data[name], kind):
+                shown = shorten(repr(data[name]), 60)
+                raise InputError(f"tokenizer: {name} is {shown}; expected {expected}")
+        specials = data.get("special_tokens", {})
+        data["special_tokens"] = {n: each for n in specials if (each := read_token(specials, n))}
+        read_template(data.get("chat_template"))
         try:
             return cls(**data)
         except TypeError as error:

@@ -25,6 +25,8 @@ RESIZE_POLICIES = ("letterbox", "crop", "stretch")
 scales its shorter side and cuts out the centre; "stretch" scales both, without keeping proportions.
 """
 
+# Pillow gives EPS, which is a program, to Ghostscript, and WMF to Windows.
+_PROGRAMS = ("EPS", "WMF")
 _GREY = (128, 128, 128)
 _EXIF_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -110,11 +112,15 @@ def _open_file(source: str | os.PathLike[str] | bytes) -> Image.Image:
         # Pillow warns at a bound of its own, above MAX_PIXELS, before ours can be checked.
         with _warnings_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(file)
+            image = Image.open(file)
     except Image.DecompressionBombError:
         raise _too_large(source, "far too many") from None
     except Exception as error:  # the reader of each format has its own error types
         raise _unreadable(source, error) from error
+    if image.format in _PROGRAMS:
+        image.close()
+        raise InputError(f"{_name(source)} is a drawing ({image.format}); give a PNG or JPEG of it")
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

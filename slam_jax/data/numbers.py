@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,10 +148,20 @@ class AuxFormat:
             made = cls(**value)
         except TypeError as error:
             raise InputError(f"aux format: {error}") from None
+        if not all(isinstance(name, str) for name in made.names):
+            raise InputError("aux format: expected texts as names")
+        numbers = (*(made.mean or ()), *(made.scale or ()))
+        if not all(map(_is_finite, numbers)) or 0 in (made.scale or ()):
+            raise InputError("aux format: expected finite numbers as mean and scale, no scale of 0")
         lengths = {len(v) for v in (made.names, made.mean, made.scale) if v is not None}
         if (made.mean is None) != (made.scale is None) or len(lengths) > 1:
             raise InputError("aux format: names, mean and scale are of different lengths")
         return made
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def as_vectors(value: Any, width: int, names: Sequence[str] = ()) -> Float[np.ndarray, "A C"]:

@@ -172,4 +172,6 @@ class Tokenizer:
             ) from error
         # Not part of the JSON: without it a user's literal "<eos>" would become the special token.
         model.encode_special_tokens = True
+        model.no_truncation()  # as in `hub_files.parse_tokenizer`
+        model.no_padding()
         return model

@@ -76,7 +76,10 @@ class Group:
                 kind = int if row.default in (..., None) else type(row.default)
                 value = self.get(row.key, row.read or kind, row.default)
             else:
-                value = row.read(self, row.key)
+                try:
+                    value = row.read(self, row.key)
+                except (TypeError, OverflowError, ZeroDivisionError):
+                    raise self.wrong(row.key, "another value, with which one can compute") from None
             if row.attribute is not None:
                 values[row.attribute] = value
         return values

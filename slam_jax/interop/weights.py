@@ -128,7 +128,7 @@ def without_head(
         return source
     shapes = [source.stored[key].shape for key in (head, embeddings)]
     equal = shapes[0] == shapes[1]
-    if equal:
+    if equal and len(shapes[0]) == 2:  # else the model names the shape that it expected
         ours, theirs = source.read(embeddings), source.read(head)
         blocks = (slice(i, i + 1_024) for i in range(0, len(ours), 1_024))
         equal = all(np.array_equal(ours[each], theirs[each]) for each in blocks)

@@ -137,7 +137,11 @@ class Model:
     def _tokenizer(self):
         import tokenizers
 
-        return tokenizers.Tokenizer.from_file(str(self._check("tokenizer/tokenizer.json")))
+        path = self._check("tokenizer/tokenizer.json")
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     def _call(self, name, *arguments):
         if name not in self._programs:

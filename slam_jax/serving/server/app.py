@@ -110,13 +110,12 @@ class _Answer:
         def deliver(prompt: int, event: Event) -> None:  # from the engine's thread
             loop.call_soon_threadsafe(events.put_nowait, (prompt, event))
 
-        submit = functools.partial(self._submit, body.take(), tickets, deliver)
+        submit = functools.partial(self._submit, body.take(), tickets, deliver, started)
         call, reply = await loop.run_in_executor(self._readers, submit)
         body.release()
         first = await self._next(events)
         if first[1].finish == "timeout" and not first[1].tokens:
-            message = f"the answer did not begin within {self._served.limits.answer_time:g} seconds"
-            raise Refused(message, status=429, code="busy", retry_after=_RETRY_S)
+            raise self._too_late()
         self._metrics.first_token.observe(time.perf_counter() - started)
         if call.stream:
             await self._stream(reply, first, events, send)
@@ -129,20 +128,30 @@ class _Answer:
         self._metrics.answer.observe(time.perf_counter() - started)
 
     def _submit(
-        self, body: bytes, tickets: "_Tickets", deliver: Callable[[int, Event], None]
+        self,
+        body: bytes,
+        tickets: "_Tickets",
+        deliver: Callable[[int, Event], None],
+        started: float,
     ) -> tuple[Call, Reply]:
-        """Reads the request and hands it to the engine; in a thread of its own."""
-        call, most = self._read(parse_json(body), self._served), self._served.limits.answer_time
+        """Reads the request and hands it to the engine; in a thread of its own, for which it may
+        have waited. Raises Gone if the client is gone before all of it was handed over."""
+        end = started + self._served.limits.answer_time
+        if time.perf_counter() > end:
+            raise self._too_late()
+        call = self._read(parse_json(body), self._served)
         try:
             constraint = as_constraint(self._served.loaded, call.constraint)
             for i, request in enumerate(call.requests):
+                if tickets.closed:  # reading the pictures of the others would be in vain
+                    raise Gone
                 ticket = self._engine.submit(
                     request,
                     call.sampling,
                     constraint=constraint,
                     num_top=call.num_top or 0,
                     on_event=functools.partial(deliver, i),
-                    deadline=most,
+                    deadline=end - time.perf_counter(),
                 )
                 tickets.add(ticket)
         except QueueFull as error:
@@ -154,6 +163,10 @@ class _Answer:
             message = str(error).replace("max_new_tokens", "max_tokens")
             raise Refused(message, code="invalid_input") from None
         return call, Reply(call, self._served, tickets.all)
+
+    def _too_late(self) -> Refused:
+        message = f"the answer did not begin within {self._served.limits.answer_time:g} seconds"
+        return Refused(message, status=429, code="busy", retry_after=_RETRY_S)
 
     async def _next(self, events: asyncio.Queue) -> tuple[int, Event]:
         """The next event; raises Refused where an answer failed."""
@@ -207,6 +220,11 @@ class _Tickets:
             self._closed = True
             for ticket in self._tickets:
                 ticket.cancel()
+
+    @property
+    def closed(self) -> bool:
+        with self._lock:
+            return self._closed
 
     @property
     def all(self) -> list[Ticket]:

@@ -14,6 +14,9 @@ from slam_jax.serving.server.served import Served
 _ROLES = ("system", "developer", "user", "assistant")
 _IMAGE = re.compile(r"data:image/[a-z0-9.+-]{1,40}(;[a-z0-9=.+-]{1,80})*;base64", re.IGNORECASE)
 _KINDS = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP", re.DOTALL)
+_JPEG, _JPEG_SCAN = b"\xff\xd8\xff", b"\xff\xda"
+# A progressive JPEG has about ten; each takes as long as the whole picture, and few bytes.
+_MOST_SCANS = 100
 # What clients send back of an earlier answer, or add to a message, and no answer depends on.
 _IGNORED = frozenset({"name", "refusal", "annotations", "reasoning_content", "id", "metadata"})
 _NO_TOOLS = "this server calls no tools; leave them out"
@@ -103,6 +106,8 @@ def read_image(url: Any, where: str) -> bytes:
     # Pillow reads other kinds too, and some are programs, such as PostScript.
     if not _KINDS.match(file):
         raise Refused(f"{where}: expected the file of a PNG, JPEG, WebP or GIF picture", where)
+    if file.startswith(_JPEG) and file.count(_JPEG_SCAN) > _MOST_SCANS:
+        raise Refused(f"{where}: a JPEG of more than {_MOST_SCANS} scans", where)
     return file
 
 
