@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from own_data import add_file, arrow_table, png, saved_dataset, web_dataset, write_csv, write_jsonl
@@ -19,6 +20,7 @@ from test_folder import MODEL, config, picture, texts_and_answers, write
 from slam_jax.data import ColumnsConfig, DataConfig, prepare, training_batches
 from slam_jax.data import tables as tables_module
 from slam_jax.data.folder import SPLITS, read_table
+from slam_jax.data.formats import arrow as arrow_module
 from slam_jax.data.formats import parquet as parquet_module
 from slam_jax.data.formats import shards
 from slam_jax.data.records import DataError
@@ -336,6 +338,68 @@ def test_a_damaged_or_missing_part_is_named(tmp_path):
     (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["../x"]}')
     with pytest.raises(DataError, match="dataset_dict.json names no splits"):
         read_table(tmp_path / "saved")
+
+
+def test_values_that_rows_share_are_not_repeated_in_memory(tmp_path, monkeypatch):
+    """A Parquet file of 33 kB holds each value once; the 500 rows have 2 MB a column."""
+    file, large = tmp_path / "a.parquet", b"\x89PNG" + b"x" * 4_000
+    columns = {"text": [large.decode("latin-1")] * 500, "image": [large] * 500}
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    assert file.stat().st_size < 50_000
+    monkeypatch.setattr(parquet_module, "_MOST_BATCH_BYTES", 50_000)
+    opened = parquet_module._open(file)
+    batches = list(parquet_module._batches(opened, 0, ["text"]))
+    assert sum(batch.num_rows for batch in batches) == 500
+    assert max(batch.nbytes for batch in batches) <= 50_000
+    picture = parquet_module.ParquetPicture(str(file), 0, 499, "image")
+    assert picture.read_bytes() == large
+    monkeypatch.setattr(parquet_module, "_GROUPS", parquet_module._Groups())
+    monkeypatch.setattr(parquet_module, "_MOST_GROUP_BYTES", 200_000)
+    with pytest.raises(DataError, match="row group 0 has more than 200,000 bytes"):
+        picture.read_bytes()
+
+
+def test_rows_of_no_bytes_are_refused(tmp_path):
+    rows = pyarrow.nulls(1_000_001)
+    table = pyarrow.table({"text": rows, "answer": rows})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    write_arrow(tmp_path / "saved", table)
+    for path in (tmp_path / "a.parquet", tmp_path / "saved"):
+        with pytest.raises(DataError, match=r"1,000,001 rows in [\d,]+ bytes; more than 1,000,000"):
+            read_table(path)
+
+
+@pytest.mark.parametrize("writer", ["new_stream", "new_file"])
+def test_arrow_files_are_read_unless_they_are_compressed(tmp_path, writer):
+    table = arrow_table()
+    table = table.append_column("kind", pyarrow.array(["a", "b"] * 15).dictionary_encode())
+    write_arrow(tmp_path / "plain", table, writer)
+    assert len(every(read_table(tmp_path / "plain"))) == 30
+    write_arrow(tmp_path / "packed", table, writer, compression="zstd")
+    with pytest.raises(DataError, match=r"data.arrow is compressed; save it without compression"):
+        read_table(tmp_path / "packed")
+
+
+def test_few_rows_of_arrow_are_read_at_once_where_they_share_values():
+    text = pyarrow.schema({"a": pyarrow.string(), "b": pyarrow.list_(pyarrow.int64())})
+    assert arrow_module._rows_at_once(text, 1 << 40) == 1_024
+    for kind in (
+        pyarrow.dictionary(pyarrow.int8(), pyarrow.string()),
+        pyarrow.list_(pyarrow.dictionary(pyarrow.int8(), pyarrow.string())),
+        pyarrow.run_end_encoded(pyarrow.int32(), pyarrow.string()),
+        pyarrow.string_view(),
+    ):
+        shared = text.append(pyarrow.field("c", kind))
+        assert arrow_module._rows_at_once(shared, 1 << 26) == 4
+        assert arrow_module._rows_at_once(shared, 1_000) == 1_024
+
+
+def write_arrow(folder: Path, table: Any, writer: str = "new_stream", **options: Any) -> None:
+    folder.mkdir()
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    given = pyarrow.ipc.IpcWriteOptions(**options)
+    with getattr(pyarrow.ipc, writer)(folder / "data.arrow", table.schema, options=given) as file:
+        file.write_table(table)
 
 
 def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):

@@ -1,14 +1,17 @@
 """Data sets that the library `datasets` has saved (`save_to_disk`): Arrow files, memory-mapped."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from slam_jax.data.formats.base import Found, Located, StoredPicture
 from slam_jax.data.formats.parquet import (
+    check_rows,
     class_names,
     features_with_classes,
     import_pyarrow,
@@ -23,6 +26,8 @@ from slam_jax.data.splits import SPLIT_NAMES
 from slam_jax.errors import UserError, first_line
 
 _ROWS_AT_ONCE = 1_024
+_MOST_BATCH_BYTES = 1 << 28
+_DICTIONARY, _ROWS = 2, 3  # kinds of messages
 _MOST_STATE_BYTES = 1 << 24
 _COMPARED_BYTES = 1 << 32
 
@@ -83,21 +88,25 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 
 def _read(files: Sequence[tuple[str, Path]]) -> Iterator[Located]:
+    rows = size = 0
     for split, file in files:
         table = _open(str(file))
+        rows, size = rows + table.num_rows, size + file.stat().st_size
+        check_rows(file, rows, size)
         pictures = {field.name: kind for field in table.schema if (kind := picture_kind(field))}
         classes = class_names(table.schema.metadata)
         if not classes and (file.parent / "dataset_info.json").is_file():
             classes = features_with_classes(_read_json(file.parent / "dataset_info.json"))
         plain = table.select([name for name in table.schema.names if name not in pictures])
         try:
-            for start in range(0, table.num_rows, _ROWS_AT_ONCE):
-                rows = min(_ROWS_AT_ONCE, table.num_rows - start)
+            step = _rows_at_once(plain.schema, file.stat().st_size)
+            for start in range(0, table.num_rows, step):
+                count = min(step, table.num_rows - start)
                 counts = {
-                    name: _counts(table.column(name).slice(start, rows), kind)
+                    name: _counts(table.column(name).slice(start, count), kind)
                     for name, kind in pictures.items()
                 }
-                records = plain.slice(start, rows).to_pylist() or [{} for _ in range(rows)]
+                records = plain.slice(start, count).to_pylist() or [{} for _ in range(count)]
                 for i, record in enumerate(records):
                     for name, found in counts.items():
                         place = str(file), start + i, name
@@ -109,6 +118,15 @@ def _read(files: Sequence[tuple[str, Path]]) -> Iterator[Located]:
             raise
         except Exception as error:  # of Arrow, or of a value that Python cannot hold
             raise DataError(f"{file} cannot be read ({first_line(error)})") from error
+
+
+def _rows_at_once(schema: Any, size: int) -> int:
+    """So many rows that their values take at most 256 MiB, where types let rows share a value."""
+    kinds = " ".join(map(str, schema.types))
+    shared = any(word in kinds for word in ("dictionary", "run_end", "view"))
+    return (
+        max(1, min(_ROWS_AT_ONCE, _MOST_BATCH_BYTES // max(1, size))) if shared else _ROWS_AT_ONCE
+    )
 
 
 def _counts(column: Any, kind: str) -> list[int | None]:
@@ -149,14 +167,52 @@ def _open(file: str) -> Any:
     return _open_as(file, state_of(file))
 
 
+def _messages(reader: Any) -> Iterator[Any]:
+    with contextlib.suppress(StopIteration):
+        while True:
+            yield reader.read_next_message()
+
+
+def is_compressed(metadata: Any) -> bool:
+    """Whether the buffers of a message of an Arrow stream are compressed.
+
+    The columns of a stream are read as they lie in the file, without a copy; compressed ones may
+    become any size. pyarrow does not tell, so this reads the flatbuffer.
+    Source: the Arrow project, format/Message.fbs.
+    """
+    data = memoryview(metadata)
+
+    def follow(place: int) -> int:
+        return place + struct.unpack_from("<I", data, place)[0]
+
+    def field(table: int, number: int) -> int:
+        """The place of a field of a table; 0 where it is left out."""
+        fields = table - struct.unpack_from("<i", data, table)[0]
+        length = struct.unpack_from("<H", data, fields)[0]
+        slot = 4 + 2 * number
+        offset = struct.unpack_from("<H", data, fields + slot)[0] if slot + 2 <= length else 0
+        return table + offset if offset else 0
+
+    message = follow(0)
+    kind, header = data[field(message, 1)], follow(field(message, 2))
+    if kind == _DICTIONARY:
+        header = follow(field(header, 1))
+    return kind in (_DICTIONARY, _ROWS) and field(header, 3) != 0
+
+
 @functools.lru_cache(maxsize=64)
 def _open_as(file: str, state: tuple[int, int, int]) -> Any:
     arrow = import_pyarrow()
     try:
         source = arrow.memory_map(file)
-        is_file = source.read(6) == b"ARROW1"
-        source.seek(0)
-        table = (arrow.ipc.open_file if is_file else arrow.ipc.open_stream)(source).read_all()
+        # A file is a stream with 8 bytes before it and a footer.
+        start = 8 if source.read(6) == b"ARROW1" else 0
+        source.seek(start)
+        for message in _messages(arrow.ipc.MessageReader.open_stream(source)):
+            if is_compressed(message.metadata):
+                raise DataError(f"{file} is compressed; save it without compression")
+        source.seek(start)
+        table = arrow.ipc.open_stream(source).read_all()
         # Offsets that lead out of the file would end the process.
         table.validate(full=True)
         require_names(table.schema.names, file)

@@ -17,8 +17,10 @@ from slam_jax.errors import ConfigError, InputError, UserError, first_line
 from slam_jax.runtime.files import require_file
 
 _ROWS_AT_ONCE = 1_024
+_MOST_BATCH_BYTES = 1 << 28
 _MOST_GROUP_BYTES = 1 << 32
 _LARGE_GROUP_BYTES = 1 << 26
+_MOST_ROWS_OF_NO_BYTES = 1_000_000
 _KEPT_BYTES = 1 << 28
 _COMPARED_BYTES = 1 << 32
 
@@ -41,6 +43,7 @@ def parquet_files(path: Path, files: Sequence[Path]) -> Found:
     """The rows of these files. A name such as `train-00000-of-00002.parquet` says the split."""
     size = sum(file.stat().st_size for file in files)
     largest = max((_picture_bytes(file) for file in files), default=0)
+    check_rows(path, sum(_open(file).metadata.num_rows for file in files), size)
     notes = ()
     if largest > _LARGE_GROUP_BYTES:
         notes = (
@@ -81,8 +84,7 @@ def read_file(file: Path) -> Iterator[Located]:
         _check_group(file, opened, group)
         first = line
         try:
-            batches = opened.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=names)
-            for batch in batches:
+            for batch in _batches(opened, group, names):
                 for record in batch.to_pylist() or [{}] * batch.num_rows:
                     line += 1
                     for name, kind in pictures.items():
@@ -94,6 +96,19 @@ def read_file(file: Path) -> Iterator[Located]:
             raise
         except Exception as error:  # of Arrow, or of a value that Python cannot hold
             raise DataError(f"{file} cannot be read ({first_line(error)})") from error
+
+
+def _batches(opened: Any, group: int, names: Sequence[str]) -> Iterator[Any]:
+    """The rows of a group, so many at a time that their values take at most 256 MiB.
+
+    A file holds equal values once, in a dictionary, and Arrow repeats them in each row.
+    """
+    roots = {name.split(".")[0] for name in names}
+    found = opened.metadata.row_group(group)
+    columns = map(found.column, range(found.num_columns))
+    sizes = [c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in roots]
+    rows = max(1, min(_ROWS_AT_ONCE, _MOST_BATCH_BYTES // max([1, *sizes])))
+    return opened.iter_batches(rows, row_groups=[group], columns=names)
 
 
 def _pictures(found: Any, kind: str, place: tuple[str, int, int, str]) -> Any:
@@ -214,7 +229,9 @@ class _Groups:
             opened = _open(Path(file))
             _check_group(Path(file), opened, group)
             try:
-                found = opened.read_row_group(group, columns=[name]).column(0)
+                found = _read_column(file, opened, group, name)
+            except UserError:
+                raise
             except Exception as error:  # of Arrow
                 raise InputError(f"{file} cannot be read ({first_line(error)})") from error
             self._kept[key] = found
@@ -226,10 +243,29 @@ class _Groups:
 _GROUPS = _Groups()
 
 
+def _read_column(file: str, opened: Any, group: int, name: str) -> Any:
+    parts, size = [], 0
+    for batch in _batches(opened, group, [name]):
+        parts.append(batch.column(0))
+        if (size := size + parts[-1].nbytes) > _MOST_GROUP_BYTES:
+            raise _too_large(file, group, f"more than {_MOST_GROUP_BYTES:,}")
+    kind = opened.schema_arrow.field(name).type
+    return import_pyarrow().chunked_array(parts, kind)
+
+
 def state_of(file: str | Path) -> tuple[int, int, int]:
     """Changes when the file is written again."""
     found = os.stat(file)
     return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def check_rows(path: str | Path, rows: int, size: int) -> None:
+    """Raises DataError for many rows in few bytes, which would take memory without end."""
+    if rows > max(_MOST_ROWS_OF_NO_BYTES, size):
+        raise DataError(
+            f"{path}: {rows:,} rows in {size:,} bytes; more than {_MOST_ROWS_OF_NO_BYTES:,} rows "
+            "are read where they have at least a byte each"
+        )
 
 
 def require_names(names: Sequence[str], file: str | Path) -> None:
@@ -255,10 +291,14 @@ def _check_group(file: Path, opened: Any, group: int) -> None:
     """Refuses a row group that would fill the memory."""
     size = opened.metadata.row_group(group).total_byte_size
     if size > _MOST_GROUP_BYTES:
-        raise DataError(
-            f"{file}: row group {group} has {size:,} bytes; at most 4 GiB are read: write it with "
-            "row_group_size=100"
-        )
+        raise _too_large(file, group, f"{size:,}")
+
+
+def _too_large(file: str | Path, group: int, size: str) -> DataError:
+    return DataError(
+        f"{file}: row group {group} has {size} bytes; at most 4 GiB are read: write it with "
+        "row_group_size=100"
+    )
 
 
 def _picture_bytes(file: Path) -> int:
