@@ -160,7 +160,7 @@ def test_bits_of_every_kind_of_cache_and_answers_of_generate(kind):
             assert_close(answer, generate(loaded, [each[0]], each[1])[0])
 
 
-def test_the_next_turn_of_a_conversation_reads_no_chunk_of_its_prompt_twice(engine, loaded):
+def test_the_next_turn_of_a_conversation_reads_no_chunk_of_its_prompt_twice(engine, monkeypatch):
     turns = [{"role": "user", "content": PROMPTS[1]}]
     first = engine.submit(Request(messages=turns), GREEDY)
     turns += [{"role": "assistant", "content": "the cat"}, {"role": "user", "content": "the dog"}]
@@ -171,7 +171,7 @@ def test_the_next_turn_of_a_conversation_reads_no_chunk_of_its_prompt_twice(engi
     whole = (first.prompt_tokens - 1) // 16 * 16
     assert engine.stats().reused_prompt_tokens - before == whole > 0
     assert (first.reused_prompt_tokens, second.reused_prompt_tokens) == (0, whole)
-    engine._scheduler._prompts.clear()
+    monkeypatch.setattr(engine._scheduler._prompts, "_chunks", Recent(0))
     assert engine.submit(Request(messages=turns), GREEDY).result() == again
     assert engine.stats().reused_prompt_tokens - before == whole
 

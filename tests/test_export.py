@@ -28,6 +28,7 @@ from slam_jax.kernels import fused_attention, grouped_matmul
 from slam_jax.kernels.backend import for_export, on_cpu
 from slam_jax.kernels.fused_attention import kernel_of
 from slam_jax.language_models import SYSTEMS, make_config, make_model
+from slam_jax.runtime.files import sha256
 from slam_jax.slam_v3 import ImageConfig, Inputs, SlamV3, SlamV3Config
 from slam_jax.slam_v3.config import DecoderConfig
 from slam_jax.training import Loaded, merge_model, split_model
@@ -267,7 +268,7 @@ def test_a_changed_file_is_refused_and_nothing_is_unpickled(exported, tmp_path):
     pickled: dict[str, Any] = {name: np.array([print], object) for name in names}
     np.savez(weights, **pickled)
     load = copy_with(
-        tmp_path / "out", tmp_path / "two", {"files": {"weights-0.npz": folder._sha256(weights)}}
+        tmp_path / "out", tmp_path / "two", {"files": {"weights-0.npz": sha256(weights)}}
     )
     with pytest.raises(ValueError, match="allow_pickle"):
         load()
@@ -320,8 +321,8 @@ def test_texts_become_the_same_ids(name, tmp_path):
     about = folder._about(loaded, programs.Sizes(1, 8, (8,), {}), tokenizer is not OWN)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text(tokenizer.json)
-    sha256 = folder._sha256(tmp_path / "tokenizer" / "tokenizer.json")
-    model.folder, model.about = tmp_path, {**about, "files": {"tokenizer/tokenizer.json": sha256}}
+    digest = sha256(tmp_path / "tokenizer" / "tokenizer.json")
+    model.folder, model.about = tmp_path, {**about, "files": {"tokenizer/tokenizer.json": digest}}
     for text in ("the cat", "", "<eos> café", "<|user|> 日本", " two  spaces"):
         assert model.to_ids(text) == tokenizer.encode_prompt(text)
         ids = tokenizer.encode(text)

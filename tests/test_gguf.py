@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from slam_jax.errors import InputError, UserError
 from slam_jax.interop import gguf_header
 from slam_jax.interop.formats import make_layout, read_config
-from slam_jax.interop.gguf import GGUF, read_gguf
+from slam_jax.interop.gguf import GGUF
 from slam_jax.language_models import make_model
 
 NAMES = ("llama", "llama_3_rope", "mistral", "qwen2", "qwen3")
@@ -52,7 +52,7 @@ def load(source: GGUF) -> Any:
 
 @each_golden
 def test_config_names_and_values_are_those_of_the_hub(name, tmp_path):
-    source = read_gguf(files.write_golden(tmp_path / "model.gguf", name))
+    source = GGUF(files.write_golden(tmp_path / "model.gguf", name))
     # llama.cpp does not store the window of Mistral.
     expected = files.golden_config(name) | {"sliding_window": None}
     assert read_config(source.config)[1] == read_config(expected)[1]
@@ -66,7 +66,7 @@ def test_config_names_and_values_are_those_of_the_hub(name, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "mistral"])
 def test_logits_are_the_publishers(name, tmp_path):
-    model = load(read_gguf(files.write_golden(tmp_path / "model.gguf", name)))
+    model = load(GGUF(files.write_golden(tmp_path / "model.gguf", name)))
     tokens, logits = (np.load(files.GOLDENS / name / f"{of}.npy") for of in ("tokens", "logits"))
     found = jax.jit(lambda model, tokens: model(tokens).logits)(model, tokens)
     np.testing.assert_allclose(found, logits, atol=2e-4, rtol=0)
@@ -76,7 +76,7 @@ def test_logits_are_the_publishers(name, tmp_path):
 def test_values_are_those_that_gguf_dequantises(name, tmp_path):
     kinds = {"attn_q.weight": "Q8_0", "attn_k.weight": "Q4_1", "attn_v.weight": "F16"}
     kinds |= {"attn_output.weight": "BF16", "ffn_up.weight": "Q4_1", "token_embd.weight": "Q8_0"}
-    source = read_gguf(files.write_golden(tmp_path / "model.gguf", name, quantised=kinds))
+    source = GGUF(files.write_golden(tmp_path / "model.gguf", name, quantised=kinds))
     config, is_llama = files.golden_config(name), name == "llama"
     heads = {".q_proj.": config["num_attention_heads"], ".k_proj.": config["num_key_value_heads"]}
     dtypes = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -103,7 +103,7 @@ def test_biases_are_put_into_the_hubs_order_too(tmp_path):
         for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
             permuted = part in ("attn_q", "attn_k")
             tensors[f"blk.{layer}.{part}.bias"] = files.permute(bias, 4) if permuted else bias
-    source = read_gguf(files.write_golden(tmp_path / "model.gguf", "llama", tensors=tensors))
+    source = GGUF(files.write_golden(tmp_path / "model.gguf", "llama", tensors=tensors))
     assert source.config["attention_bias"] is True and source.config["mlp_bias"] is False
     assert source.stored.keys() == layout_of(source)[2].keys()
     for part in "qkvo":
@@ -114,17 +114,17 @@ def test_biases_are_put_into_the_hubs_order_too(tmp_path):
 
 def test_a_file_without_an_output_has_tied_embeddings(tmp_path):
     path = files.write_golden(tmp_path / "model.gguf", "llama", tensors={"output.weight": None})
-    source = read_gguf(path)
+    source = GGUF(path)
     assert source.config["tie_word_embeddings"] is True
     assert source.stored.keys() == layout_of(source)[2].keys()
 
 
 def test_one_value_for_each_layer_counts_as_one_where_all_are_equal(tmp_path):
     path = files.write_golden(tmp_path / "m", "qwen2", {".attention.head_count_kv": [2, 2, 2]})
-    assert read_gguf(path).config["num_key_value_heads"] == 2
+    assert GGUF(path).config["num_key_value_heads"] == 2
     path = files.write_golden(tmp_path / "n", "qwen2", {".attention.head_count_kv": [2, 1, 2]})
     with pytest.raises(InputError, match="head_count_kv is 3 values; expected one value"):
-        read_gguf(path)
+        GGUF(path)
 
 
 YARN = {".rope.scaling.type": "yarn", ".rope.scaling.factor": 4.0}
@@ -159,7 +159,7 @@ FACTORS = np.array([1, 1.5, 2, 2.5, 3, 3.5, 4, 9], np.float32)
     ],
 )
 def test_rotary_positions(changes, tensors, rope, tmp_path):
-    source = read_gguf(files.write_golden(tmp_path / "model.gguf", "llama", changes, tensors))
+    source = GGUF(files.write_golden(tmp_path / "model.gguf", "llama", changes, tensors))
     expected = {"rope_type": "default", "rope_theta": 1e4} | rope
     assert source.config["rope_parameters"] == expected
     width = source.config["head_dim"]
@@ -204,7 +204,7 @@ def test_values_that_are_not_built_are_named(changes, message, tmp_path):
     path = tmp_path / "model.gguf"
     files.write(path, kind, metadata | changes, files.golden_tensors("llama"))
     with pytest.raises(InputError, match=message) as caught:
-        read_gguf(path)
+        GGUF(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
@@ -212,8 +212,8 @@ def test_values_that_change_nothing_are_read(tmp_path):
     changes: dict[str, Any] = {".attention.sliding_window": 256, ".expert_count": 0}
     changes |= {".tensor_data_layout": "Meta AI original pth", ".attention.causal": True}
     changes |= {"general.name": "x", "quantize.imatrix.file": "y", ".rope.scaling.attn_factor": 1.0}
-    plain = read_gguf(files.write_golden(tmp_path / "plain.gguf", "llama"))
-    source = read_gguf(files.write_golden(tmp_path / "model.gguf", "llama", changes))
+    plain = GGUF(files.write_golden(tmp_path / "plain.gguf", "llama"))
+    source = GGUF(files.write_golden(tmp_path / "model.gguf", "llama", changes))
     assert source.config == plain.config
 
 
@@ -222,7 +222,7 @@ def test_tensors_that_are_not_built_are_named(name, tmp_path):
     tensors = {name: np.ones((4, 4), np.float32)}
     path = files.write_golden(tmp_path / "model.gguf", "llama", tensors=tensors)
     with pytest.raises(InputError, match="tensor .* is not built") as caught:
-        read_gguf(path)
+        GGUF(path)
     assert "\n" not in str(caught.value)
 
 
@@ -230,7 +230,7 @@ def test_without_the_library_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     path = files.write_golden(tmp_path / "model.gguf", "llama")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(InputError, match=r"pip install 'slam_jax\[gguf\]'"):
-        read_gguf(path)
+        GGUF(path)
 
 
 # --- Files that lie
@@ -305,7 +305,7 @@ def test_headers_that_lie_are_one_line(what, tmp_path):
     tracemalloc.start()
     try:
         with pytest.raises(InputError, match=message) as caught:
-            read_gguf(path)
+            GGUF(path)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -319,12 +319,12 @@ def test_a_large_header_is_refused_before_it_is_read(tmp_path):
     os.truncate(path, 1 << 36)
     start = time.monotonic()
     with pytest.raises(InputError, match="its header is larger than 67,108,864 bytes"):
-        read_gguf(path)
+        GGUF(path)
     counted = value("a", 9, struct.pack("<IQ", 8, gguf_header._MOST_STRINGS + 1))
     path.write_bytes(header([counted]))
     os.truncate(path, 1 << 36)
     with pytest.raises(InputError, match="there are 2,097,153 a, too many"):
-        read_gguf(path)
+        GGUF(path)
     assert time.monotonic() - start < 5
 
 
@@ -334,16 +334,16 @@ def test_paths_that_are_no_files_are_one_line(tmp_path):
     bad = ["fifo", "dangling", "nowhere", "", "/dev/zero", "a\0b", "x" * 5_000]
     for name in bad:
         with pytest.raises(InputError, match="expected a (GGUF )?file") as caught:
-            read_gguf(tmp_path / name)
+            GGUF(tmp_path / name)
         assert "\n" not in str(caught.value)
     path = files.write_golden(tmp_path / "model.gguf", "llama")
     (tmp_path / "link").symlink_to(path)
-    assert read_gguf(tmp_path / "link").config == read_gguf(path).config
+    assert GGUF(tmp_path / "link").config == GGUF(path).config
 
 
 def test_a_file_that_was_cut_since_it_was_opened_is_named(tmp_path):
     path = files.write_golden(tmp_path / "model.gguf", "llama")
-    source = read_gguf(path)
+    source = GGUF(path)
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(InputError, match="cut while it was read"):
         for key in source.stored:
@@ -380,7 +380,7 @@ def test_damaged_files_are_read_or_named_in_one_line(count, tmp_path):
     for _ in range(count):
         path.write_bytes(damage(content, end, rng))
         try:
-            source = read_gguf(path)
+            source = GGUF(path)
             for key in source.stored:
                 assert source.read(key).shape == source.stored[key].shape
             assert source.tokenizer_json is None or source.tokenizer_json
@@ -398,7 +398,7 @@ def test_damaged_files_are_read_or_named_in_one_line(count, tmp_path):
 
 @pytest.mark.slow
 def test_names_and_shapes_of_a_real_file_fit():
-    source = read_gguf(files.real_file())
+    source = GGUF(files.real_file())
     _, shapes, layout, config = layout_of(source)
     assert (config.num_layers, config.embed_dim, config.vocab_size) == (30, 576, 49_152)
     assert config.tie_embeddings and config.rope.base == 1e5 and config.norm_epsilon == 1e-5

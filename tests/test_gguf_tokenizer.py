@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from slam_jax.errors import InputError
-from slam_jax.interop.gguf import GGUF, read_gguf
+from slam_jax.interop.gguf import GGUF
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 LETTERS = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -21,7 +21,7 @@ def source(path: Path, metadata: dict[str, Any]) -> GGUF:
     metadata = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
     metadata |= {"tokenizer.chat_template": "{{ messages }}", ".vocab_size": 1_000}
     tensors = {"token_embd.weight": np.zeros((1_000, 64), np.float32)}
-    return read_gguf(files.write_golden(path / "model.gguf", "llama", metadata, tensors))
+    return GGUF(files.write_golden(path / "model.gguf", "llama", metadata, tensors))
 
 
 def made(path: Path, metadata: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -125,7 +125,7 @@ def test_the_configuration_names_the_special_tokens(tmp_path):
 
 
 def test_a_file_without_a_tokenizer_has_none(tmp_path):
-    found = read_gguf(files.write_golden(tmp_path / "model.gguf", "llama"))
+    found = GGUF(files.write_golden(tmp_path / "model.gguf", "llama"))
     assert found.tokenizer_json is None
     assert found.tokenizer_config == found.generation_config == {}
 
@@ -241,7 +241,7 @@ TOKENS = Path(__file__).parent / "fixtures" / "gguf" / "smollm2_tokens.json"
 @pytest.mark.slow
 def test_a_real_tokenizer_gives_the_ids_of_llama_cpp():
     """The ids are those of llama.cpp's server (xllamacpp 2026.10.11549, POST /tokenize)."""
-    found = read_gguf(files.real_file())
+    found = GGUF(files.real_file())
     tokenizer = tokenizers.Tokenizer.from_str(str(found.tokenizer_json))
     for text, ids in json.loads(TOKENS.read_text()):
         assert tokenizer.encode(text).ids == ids, text
@@ -258,7 +258,7 @@ def test_a_real_tokenizer_gives_the_ids_of_transformers():
     transformers = pytest.importorskip("transformers")
     path = files.real_file()
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    tokenizer = tokenizers.Tokenizer.from_str(str(read_gguf(path).tokenizer_json))
+    tokenizer = tokenizers.Tokenizer.from_str(str(GGUF(path).tokenizer_json))
     texts = [text for text, _ in json.loads(TOKENS.read_text())]
     plain = [text for text in texts if not any(letter.isnumeric() for letter in text)]
     assert len(plain) > 20

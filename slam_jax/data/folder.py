@@ -35,6 +35,7 @@ from slam_jax.data.row_reader import RowReader
 from slam_jax.data.rows import Row, TokenCounts, count_tokens, too_many
 from slam_jax.data.splits import SPLITS, Read, divide, line_of
 from slam_jax.errors import InputError, shorten
+from slam_jax.runtime.files import sha256
 
 __all__ = [
     "SPLITS",
@@ -88,10 +89,10 @@ class Table:
         sizes = [file.stat().st_size for file in files]
         whole = sum(sizes) <= _MOST_HASHED_BYTES and len(files) == len(self.files)
         if whole and len(files) == 1:
-            return _sha256(files[0])
+            return sha256(files[0])
         lines = [
             f"{file.relative_to(self.path) if file != self.path else file.name} "
-            f"{_sha256(file) if whole else size}"
+            f"{sha256(file) if whole else size}"
             for file, size in zip(files, sizes, strict=True)
         ]
         named = "\n".join(sorted(lines)).encode(errors="surrogatepass")
@@ -216,8 +217,3 @@ def _place(found: Found, located: Located) -> str:
 
 def _files_in(path: Path) -> list[Path]:
     return [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

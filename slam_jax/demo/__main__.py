@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 
 from slam_jax.errors import InputError
-from slam_jax.runtime import cli
+from slam_jax.runtime import cli, shared_flags
 from slam_jax.runtime.signals import SIGNALS
 
 WORKDIR = flags.DEFINE_string(
@@ -23,17 +23,14 @@ WORKDIR = flags.DEFINE_string(
     required=True,
 )
 STEP = flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
-BASE = flags.DEFINE_multi_string(
-    "base", [], "Where base weights are now that a checkpoint names; repeatable."
-)
+BASE = shared_flags.define_base()
 PORT = flags.DEFINE_integer(
     "port", 7860, "The port of the page; 0 = any free one.", lower_bound=0, upper_bound=65535
 )
 
 
 def main(arguments: list[str]) -> None:
-    if arguments:
-        raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
+    cli.refuse(arguments)
     if importlib.util.find_spec("gradio") is None:
         raise InputError("the page needs gradio: pip install 'slam_jax[demo]'")
     for number in SIGNALS:  # so that uploaded pictures are removed however the process ends

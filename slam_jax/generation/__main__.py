@@ -52,8 +52,7 @@ def main(arguments: list[str]) -> None:
     from slam_jax.runtime.compile_cache import enable_compile_cache
     from slam_jax.training import load
 
-    if arguments:
-        raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
+    cli.refuse(arguments)
     enable_compile_cache()
     given: Any = flags.FLAGS
     sampling = Sampling(**{each.name: given[each.name].value for each in fields(Sampling)})

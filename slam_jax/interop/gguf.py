@@ -126,11 +126,6 @@ class GGUF:
             return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(block.kind))
 
 
-def read_gguf(path: str | Path) -> GGUF:
-    """The GGUF file at this path; see `GGUF`."""
-    return GGUF(path)
-
-
 def _by_published_name(header: Header) -> dict[str, Block]:
     blocks = {}
     for name, block in header.tensors.items():

@@ -16,8 +16,7 @@ PRESET = flags.DEFINE_string(
 
 
 def main(arguments: list[str]) -> None:
-    if arguments:
-        raise InputError(f"argument {arguments[0]!r}; expected --preset=NAME or nothing")
+    cli.refuse(arguments)
     # Imported here, because importing JAX takes seconds and Ctrl-C must work from the start.
     from slam_jax.language_models.flops import measure
     from slam_jax.language_models.registry import SYSTEMS, make_config

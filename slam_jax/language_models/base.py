@@ -64,9 +64,6 @@ class ForwardPass(NamedTuple):
     training: bool = False
 
 
-Pass = ForwardPass  # its name in version 0.11
-
-
 def feed_forward(mlp: Any, x: Float[Array, "*B T D"], forward: ForwardPass) -> tuple[Any, Any]:
     """The output of an MLP or of a mixture of experts, and how the experts routed their tokens."""
     if not isinstance(mlp, MixtureOfExperts):

@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from slam_jax.errors import InputError
-from slam_jax.runtime import cli
+from slam_jax.runtime import cli, shared_flags
 
 WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -26,9 +26,7 @@ STEP = flags.DEFINE_string("step", "best", "The checkpoint: a step number, best 
 OUT = flags.DEFINE_string(
     "out", None, "Folder for metrics.json, answers.jsonl, report.html; by default WORKDIR/eval."
 )
-BASE = flags.DEFINE_multi_string(
-    "base", [], "Where base weights are now that a checkpoint names; repeatable."
-)
+BASE = shared_flags.define_base()
 PROCESS_EXAMPLES = flags.DEFINE_integer(
     "process_examples", 50, "Test examples per view for what each process is worth; 0 = none.", 0
 )

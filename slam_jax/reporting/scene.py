@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from slam_jax.data.scenes import describe, tabulate
 from slam_jax.data.sort_of_clevr import COLOURS, SHAPES, draw, make_scene
-from slam_jax.errors import InputError, shorten, writing
+from slam_jax.errors import shorten, writing
 from slam_jax.generation import Request, generate
-from slam_jax.runtime import cli
+from slam_jax.runtime import cli, shared_flags
 from slam_jax.training import Loaded, load
 
 _FIRST_TEST_SCENE = 9_800
@@ -55,8 +55,7 @@ def draw_scene(loaded: Loaded, prompt: str, index: int = 0) -> Figure:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments:
-        raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
+    cli.refuse(arguments)
     given = flags.FLAGS
     loaded = load(given.workdir, given.step, given.base)
     path = Path(given.output)
@@ -70,9 +69,7 @@ if __name__ == "__main__":
     # Defined here, as other commands have flags of the same names.
     flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
     flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
-    flags.DEFINE_multi_string(
-        "base", [], "Where base weights are now that a checkpoint names; repeatable."
-    )
+    shared_flags.define_base()
     flags.DEFINE_string("output", "scene.png", "Path of the picture, a PNG.")
     flags.DEFINE_string("prompt", "shape closest to red", "The question.")
     flags.DEFINE_integer("scene", 0, "The number of the test scene.", 0, 199)

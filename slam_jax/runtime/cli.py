@@ -35,6 +35,12 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
+def refuse(arguments: list[str]) -> None:
+    """Raises UserError where a command that has only flags got something else."""
+    if arguments:
+        raise UserError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
+
+
 def prepare_process() -> None:
     """Repairs the standard streams and the locale, and sets up warnings. Call it first.
 

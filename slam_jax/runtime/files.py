@@ -1,5 +1,6 @@
 """Reads small files that somebody else wrote."""
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -36,3 +37,9 @@ def read_limited(path: str | Path, most_bytes: int) -> str:
         raise InputError(f"{path}: {first_line(error)}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({first_line(error)})") from None
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

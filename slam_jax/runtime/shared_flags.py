@@ -21,14 +21,19 @@ def define_model() -> None:
     )
     flags.DEFINE_alias("workdir", "model")
     flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
-    flags.DEFINE_multi_string(
-        "base", [], "Where base weights are now that a checkpoint names; repeatable."
-    )
+    define_base()
     flags.DEFINE_enum(
         "weights",
         None,
         ["float32", "bfloat16", "int8"],
         "The dtype of kernels and tables; by default as stored.",
+    )
+
+
+def define_base() -> flags.FlagHolder[list[str]]:
+    """--base: folders of base weights."""
+    return flags.DEFINE_multi_string(
+        "base", [], "Where base weights are now that a checkpoint names; repeatable."
     )
 
 

@@ -50,8 +50,7 @@ SECONDS = shared_flags.define_seconds(
 
 
 def main(arguments: list[str]) -> None:
-    if arguments:
-        raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
+    cli.refuse(arguments)
     missing = [name for name in ("starlette", "uvicorn") if not importlib.util.find_spec(name)]
     if missing:
         raise InputError(f"the server needs {missing[0]}: pip install 'slam_jax[serve]'")

@@ -10,7 +10,7 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -250,11 +250,3 @@ def _library() -> Any:
             "constraints need llguidance; install it with: pip install 'slam_jax[constraints]'"
         ) from None
     return llguidance
-
-
-BY_NAME: dict[str, Callable[..., Constraint]] = {
-    "choices": choices,
-    "regex": regex,
-    "json_schema": json_schema,
-}
-"""The constraints by name, for commands and servers."""

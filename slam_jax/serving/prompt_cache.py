@@ -26,10 +26,6 @@ class PromptCache:
     def __init__(self, axes: tuple[Axes, ...], chunk: int, most: int):
         self._axes, self._chunk, self._chunks = axes, chunk, Recent(most)
 
-    @property
-    def num_bytes(self) -> int:
-        return self._chunks.num_bytes
-
     def keys(self, tokens: Sequence[int], memory: bytes) -> list[bytes]:
         """The keys of the whole chunks of a prompt. memory: what else its cache depends on."""
         key, found = memory, []
@@ -57,9 +53,6 @@ class PromptCache:
     def touch(self, keys: Sequence[bytes]) -> None:
         """Counts the chunks of a prompt as used, so that the first ones are dropped last."""
         self._chunks.touch(reversed(keys))
-
-    def clear(self) -> None:
-        self._chunks.clear()
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "size"))

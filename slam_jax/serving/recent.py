@@ -44,10 +44,6 @@ class Recent:
         if key in self._values:
             self.num_bytes -= _size(self._values.pop(key))
 
-    def clear(self) -> None:
-        self._values.clear()
-        self.num_bytes = 0
-
 
 def _size(value: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(value))

@@ -10,15 +10,12 @@ It has no optimizer state, so training cannot resume from it.
 
 from absl import flags
 
-from slam_jax.errors import InputError
-from slam_jax.runtime import cli
+from slam_jax.runtime import cli, shared_flags
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "The folder to write.", required=True)
 STEP = flags.DEFINE_string("step", None, "The checkpoint: a step, best or latest.")
-BASE = flags.DEFINE_multi_string(
-    "base", [], "Where base weights are now that a checkpoint names; repeatable."
-)
+BASE = shared_flags.define_base()
 DTYPE = flags.DEFINE_enum(
     "dtype", "float16", ["float32", "bfloat16", "float16"], "Of the stored weights."
 )
@@ -30,8 +27,7 @@ COMMIT = flags.DEFINE_string("commit", None, "The commit that it ran on, for the
 
 
 def main(arguments: list[str]) -> None:
-    if arguments:
-        raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
+    cli.refuse(arguments)
     # Imported here because importing JAX takes seconds, in which Ctrl-C must already work.
     from slam_jax.generation import ModelAndTokenizer
     from slam_jax.layers.quantization import weights_of

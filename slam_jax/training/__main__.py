@@ -16,7 +16,7 @@ import sys
 
 from absl import flags
 
-from slam_jax.runtime import cli
+from slam_jax.runtime import cli, shared_flags
 from slam_jax.runtime.signals import Stop
 from slam_jax.runtime.supervisor import is_supervised, supervise
 
@@ -35,9 +35,7 @@ GRACE = flags.DEFINE_float(
 PROFILE = flags.DEFINE_string(
     "profile", None, "STEP:COUNT: write a trace of these steps to WORKDIR/profile."
 )
-BASE = flags.DEFINE_multi_string(
-    "base", [], "Where base weights are now that a checkpoint names; repeatable."
-)
+BASE = shared_flags.define_base()
 CHANGE = flags.DEFINE_bool(
     "change",
     False,

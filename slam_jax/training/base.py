@@ -5,7 +5,6 @@ opened, `locate` finds the files and checks them. `slam_jax.training.pretrained`
 """
 
 import dataclasses
-import hashlib
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from slam_jax.errors import InputError, first_line, shorten
+from slam_jax.runtime.files import sha256
 from slam_jax.training.state import TrainState
 from slam_jax.training.trainable import Tree, merge, names_in, partition
 
@@ -83,8 +83,7 @@ def sha256_of(folder: str | Path, names: Sequence[str]) -> dict[str, str]:
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise InputError(f"{path}: not a file; expected a file of base weights")
-            with path.open("rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[name] = sha256(path)
         except (OSError, ValueError) as error:
             if isinstance(error, InputError):
                 raise

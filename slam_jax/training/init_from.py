@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from slam_jax.data import AnyTokenizer
 from slam_jax.errors import ConfigError, UserError, write_whole
 from slam_jax.layers.lora import is_adapter, merge_lora
 from slam_jax.runtime import distributed
+from slam_jax.runtime.files import sha256
 from slam_jax.trained.folder import WEIGHTS, find_folder
 from slam_jax.training.checkpoint import Checkpoints
 from slam_jax.training.checkpoint.manifest import NAME as MANIFEST
@@ -169,5 +169,4 @@ def _sha256(source: str, step: int) -> str:
     path = (
         Checkpoints(source).directory / str(step) / MANIFEST if folder is None else folder / WEIGHTS
     )
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)

@@ -25,8 +25,7 @@ _MOST_BYTES = 1 << 24
 
 
 def main(arguments: list[str]) -> None:
-    if arguments:
-        raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
+    cli.refuse(arguments)
     # Imported here because importing JAX takes seconds, in which Ctrl-C must already work.
     from slam_jax.evaluation.weights.measure import (
         measure_weights,

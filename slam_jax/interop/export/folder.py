@@ -1,6 +1,5 @@
 """Writes a trained model as a folder that runs with jax and numpy alone."""
 
-import hashlib
 import importlib
 import json
 import os
@@ -25,6 +24,7 @@ from slam_jax.interop.export.programs import (
     groups_of,
     lower,
 )
+from slam_jax.runtime.files import sha256
 from slam_jax.version import __version__
 
 LOADER = Path(__file__).with_name("run.py")
@@ -115,7 +115,7 @@ def _write(
         "programs": programs,
         "weights": weights,
         "files": {
-            path.relative_to(folder).as_posix(): _sha256(path)
+            path.relative_to(folder).as_posix(): sha256(path)
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         },
@@ -257,8 +257,3 @@ def _in_lines(manifest: Mapping[str, Any]) -> str:
 
 def _shape(x: Any) -> dict[str, Any]:
     return {"shape": list(x.shape), "dtype": np.dtype(x.dtype).name}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,15 +10,13 @@ eval.py wrote. Prints the differences of their scores, and with --out also write
 from absl import flags
 
 from slam_jax.errors import InputError
-from slam_jax.runtime import cli
+from slam_jax.runtime import cli, shared_flags
 
 OUT = flags.DEFINE_string("out", None, "Folder for compare.html and compare.json.")
 METRICS = flags.DEFINE_list("metrics", ["exact_match"], "Scores (docs/evaluation.md).")
 STEP_A = flags.DEFINE_string("step_a", "best", "The checkpoint of A: a step, best or latest.")
 STEP_B = flags.DEFINE_string("step_b", "best", "The checkpoint of B: a step, best or latest.")
-BASE = flags.DEFINE_multi_string(
-    "base", [], "Where base weights are now that a checkpoint names; repeatable."
-)
+BASE = shared_flags.define_base()
 
 
 def main(arguments: list[str]) -> None:

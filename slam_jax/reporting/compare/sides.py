@@ -22,8 +22,7 @@ class Side(NamedTuple):
     """Answers, and what is known about where they are from.
 
     path: as the user gave it. step: of the checkpoint. data: as in metrics.json, which tables of a
-    folder have a sha256 in. data_config: the group `data` of the evaluation. evaluated: whether the
-    answers were made for this comparison.
+    folder have a sha256 in. data_config: the group `data` of the evaluation.
     """
 
     path: str
@@ -31,7 +30,6 @@ class Side(NamedTuple):
     answers: list[Answer]
     data: dict[str, Any] | None
     data_config: dict[str, Any] | None
-    evaluated: bool
 
 
 def read_sides(
@@ -110,7 +108,7 @@ def _read_folder(path: str | Path, folder: Path) -> Side:
         value = metrics.get(name)
         found[name] = dict(value) if isinstance(value, Mapping) else None
     step = step if isinstance(step, int) else None
-    return Side(str(path), step, read_answers(folder / ANSWERS), **found, evaluated=False)
+    return Side(str(path), step, read_answers(folder / ANSWERS), **found)
 
 
 def _same_data(a: Side, b: Side) -> bool:
@@ -135,6 +133,4 @@ def _evaluate(
         )
     found = evaluate_checkpoint(path, step, overrides, base=base, data_config=config)
     metrics = found.metrics
-    return Side(
-        str(path), metrics["step"], found.answers, metrics["data"], metrics["data_config"], True
-    )
+    return Side(str(path), metrics["step"], found.answers, metrics["data"], metrics["data_config"])

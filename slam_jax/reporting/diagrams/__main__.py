@@ -20,11 +20,10 @@ AUX = flags.DEFINE_integer("aux", 6, "Auxiliary vectors of the example.", 1)
 
 
 def main(arguments: list[str]) -> None:
-    from slam_jax.errors import InputError, write_whole
+    from slam_jax.errors import write_whole
     from slam_jax.reporting.diagrams.figures import draw_workdir
 
-    if arguments:
-        raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
+    cli.refuse(arguments)
     folder = Path(OUTPUT.value)
     drawn = draw_workdir(WORKDIR.value, STEP.value, text=TEXT.value, aux=AUX.value)
     for name, svg in drawn.items():

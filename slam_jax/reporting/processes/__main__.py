@@ -10,13 +10,11 @@ attends to. Nothing is retrained.
 
 from absl import flags
 
-from slam_jax.runtime import cli
+from slam_jax.runtime import cli, shared_flags
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
 STEP = flags.DEFINE_string("step", "best", "The checkpoint: a step number, best or latest.")
-BASE = flags.DEFINE_multi_string(
-    "base", [], "Where base weights are now that a checkpoint names; repeatable."
-)
+BASE = shared_flags.define_base()
 SCENES = flags.DEFINE_integer("scenes", 200, "Test examples per view.", 1)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from absl import flags
 
-from slam_jax.errors import InputError
 from slam_jax.runtime import cli, shared_flags
 
 shared_flags.define_model()
@@ -26,8 +25,7 @@ _RULES = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetitio
 
 
 def main(arguments: list[str]) -> None:
-    if arguments:
-        raise InputError(f"unknown argument {arguments[0]!r}; --help shows what may be given")
+    cli.refuse(arguments)
     # Imported here because importing JAX takes seconds, in which Ctrl-C must already work.
     from slam_jax.generation import Sampling
     from slam_jax.runtime.compile_cache import enable_compile_cache

@@ -3,12 +3,13 @@
 A folder without a manifest was never finished; one that differs from its manifest is damaged.
 """
 
-import hashlib
 import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+from slam_jax.runtime.files import sha256
 
 NAME = "manifest.json"
 _MAX_BYTES = 64 << 20  # a manifest is read whole
@@ -19,7 +20,7 @@ def seal(folder: Path) -> None:
     files = {}
     for name, path, size in _files(folder):
         sync(path)
-        files[name] = {"size": size, "sha256": _sha256(path)}
+        files[name] = {"size": size, "sha256": sha256(path)}
     new = folder / f"{NAME}.tmp"
     with new.open("w", encoding="utf-8") as file:
         json.dump({"files": files}, file, indent=1, sort_keys=True)
@@ -59,7 +60,7 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} is not in its manifest"
             if found[name] != expected[name][0]:
                 return f"{name} has {found[name]:,} bytes and had {expected[name][0]}"
-            if _sha256(folder / name) != expected[name][1]:
+            if sha256(folder / name) != expected[name][1]:
                 return f"{name} is not what was written"
     except FileNotFoundError:
         return f"it has no {NAME}: its write was interrupted"
@@ -78,8 +79,3 @@ def _files(folder: Path) -> Iterator[tuple[str, Path, int]]:
             raise ValueError(f"{name} is neither a file nor a folder")
         if name not in (NAME, f"{NAME}.tmp"):
             yield name, path, status.st_size
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
