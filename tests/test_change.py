@@ -1,5 +1,6 @@
 """A run that is changed when it resumes: what may change, what is stored, which examples follow."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,8 +14,16 @@ from slam_jax.data import DataConfig, prepare, training_batches
 from slam_jax.data.order import UNCHANGED, Order
 from slam_jax.errors import ConfigError
 from slam_jax.slam_v3 import SlamV3Config
-from slam_jax.training import CheckpointError, Checkpoints, default_config, override, train
-from slam_jax.training.changes import DATA, changed_at, extended, order_of
+from slam_jax.training import (
+    CheckpointError,
+    Checkpoints,
+    LanguageExperiment,
+    default_config,
+    default_language_config,
+    override,
+    train,
+)
+from slam_jax.training.changes import DATA, changed_at, differences, extended, order_of
 from slam_jax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.release
@@ -103,6 +112,18 @@ def test_a_run_continues_with_what_was_changed(own, finished, tmp_path, capsys):
     shutil.rmtree(workdir / "checkpoints" / "6")
     assert_same(train(config_of(own, **MORE), workdir), state)
     assert checkpoints.read_history(6) == history
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_field_that_only_one_configuration_has_is_a_difference(swapped):
+    config: Any = default_language_config()
+    plain = LanguageExperiment.from_config(config.to_dict())
+    changed = dataclasses.replace(
+        plain, language_model=dataclasses.replace(plain.language_model, others={"theta": 7})
+    )
+    both = (changed, plain) if swapped else (plain, changed)
+    values = [7, None] if swapped else [None, 7]
+    assert differences(*both)["language_model.others.theta"] == values
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Tokenizers of published models: ids, ends, chat templates that nobody checked."""
 
 import json
+import subprocess
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from slam_jax.data import HubTokenizer, Tokenizer, as_tokenizer
-from slam_jax.data.chat import render_chat
+from slam_jax.data.chat import render_chat, render_chats
 from slam_jax.errors import InputError
 from slam_jax.generation import ModelAndTokenizer, Request, Sampling, generate, score, stream
 from slam_jax.generation.decode import greedy_decode
@@ -281,6 +282,31 @@ def test_a_template_can_do_no_harm(template):
     with pytest.raises(InputError, match="^chat template: ") as error:
         render_chat(template, QUESTION)
     assert "\n" not in str(error.value)
+
+
+def test_many_conversations_are_rendered_by_one_process(tokenizer, monkeypatch):
+    processes = []
+    start = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **kw: processes.append(1) or start(*a, **kw))
+    asked = [[{"role": "user", "content": word}] for word in ("the cat", "<|end|>", "the dog")]
+    found = tokenizer.encode_chats(asked)
+    assert found[0] == tokenizer.encode_chat(asked[0]) and "message 0 holds" in str(found[1])
+    assert found[2] == tokenizer.encode_chat(asked[2])
+    assert len(processes) == 3
+
+
+def test_a_conversation_that_takes_too_much_leaves_the_others(monkeypatch):
+    template = "{% set s = messages[0].content * messages[0].times %}{{ s | length }}"
+    asked = [[{"role": "user", "content": "xx", "times": n}] for n in (3, 10**9, 4)]
+    few, failed, more = render_chats(template, asked)
+    assert (few, more) == ("6", "8") and "memory" in str(failed)
+    # Wherever the process itself ends, each conversation gets its own, up to a number of failures.
+    done = subprocess.CompletedProcess([], -9, b"", b"")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **kw: done)
+    found = render_chats("x", asked)
+    assert all("too much memory or time" in str(each) for each in found)
+    with pytest.raises(InputError, match="too much memory or time"):
+        render_chats("x", asked * 4)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from helpers import assert_same, write_texts
 
 import slam_jax
 from slam_jax.data import HubTokenizer, Tokenizer
-from slam_jax.data.packing import TextRows, encode_text
+from slam_jax.data.packing import TextRows, encode_texts
 from slam_jax.data.texts import Text
 from slam_jax.errors import ConfigError, InputError
 from slam_jax.evaluation.language import score_texts, summarise_texts
@@ -105,7 +105,7 @@ def train_until_killed(config: Any, workdir: Path, evaluation: int) -> None:
 def test_packed_rows_have_the_loss_and_gradients_of_single_ones(name):
     tokenizer = Tokenizer.train(["one"], 259)
     given = [Text("abcdefg"), Text("xyz", "ask "), Text("hijk"), Text("lmnopqrs", "x")]
-    encoded = [encode_text(tokenizer, each, chat=False) for each in given]
+    encoded: Any = encode_texts(tokenizer, given, chat=False)
     config = make_config(name, "tiny", vocab_size=259)
     fields = {each.name for each in dataclasses.fields(config)}
     none = {x: 0.0 for x in fields if x.endswith("balance_loss")}  # its mean is over other tokens
@@ -383,12 +383,8 @@ def test_the_commands_train_score_and_share(texts, tmp_path):
 
 def test_a_summary_of_no_wrong_token_is_exact():
     model = make_model(make_config("standard", "tiny", vocab_size=259), rngs=nnx.Rngs(0))
-    rows = TextRows.of(
-        [encode_text(Tokenizer.train(["a"], 259), Text("b", "a"), chat=False)],
-        8,
-        packed=True,
-        pad_id=0,
-    )
+    encoded: Any = encode_texts(Tokenizer.train(["a"], 259), [Text("b", "a")], chat=False)
+    rows = TextRows.of(encoded, 8, packed=True, pad_id=0)
     scores = score_texts(*nnx.split(model), [(rows.batch([0]), rows.owners([0]))], [b"a"] * 259)
     assert (scores.tokens.tolist(), scores.bytes.tolist()) == ([2], [2])
     found = summarise_texts(scores._replace(right=scores.tokens), answers=True)

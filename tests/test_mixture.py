@@ -55,6 +55,13 @@ def test_each_set_is_drawn_as_often_as_its_weight_says():
     assert [MixedOrder([(5, 3.0), (100, 1.0)], seed=4)[i] for i in range(50)] != drawn[:50]
 
 
+@pytest.mark.parametrize("weights", [(2e4, 1.0, 1.0), (1e6, *[1.0] * 100)])
+def test_sets_of_little_weight_are_drawn_once_a_block(weights):
+    order = MixedOrder([(1, weight) for weight in weights], seed=0)
+    drawn = Counter(order[i] for i in range(4096))
+    assert drawn == {0: 4097 - len(weights)} | dict.fromkeys(range(1, len(weights)), 1)
+
+
 def test_a_mixture_draws_rows_by_weight_and_resumes_exactly(tmp_path):
     places = texts(tmp_path, "x", 40, width=1), texts(tmp_path, "y", 90, price=5)
     settings = mixed((places[0], 3.0), (places[1], 1.0), batch_size=8)

@@ -138,6 +138,13 @@ def test_muon_takes_every_kernel_but_the_head_as_a_map_from_inputs_to_outputs(pa
             ), names
 
 
+def test_adam_updates_the_head_of_a_decoder_that_is_a_language_model():
+    kernel = jnp.zeros((4, 8))
+    model = {"head": {"kernel": kernel}, "out": {"kernel": kernel}}
+    axes = muon_axes({"decoder": {"language_model": model}})["decoder"]["language_model"]
+    assert axes["head"]["kernel"] is None and axes["out"]["kernel"] is not None
+
+
 def test_a_muon_update_is_near_orthogonal_and_as_large_as_one_of_adam():
     grads = {"up": {"kernel": jax.random.normal(jax.random.key(0), (8, 3, 16))}}
     update = first_updates(MUON, grads, grads)["up"]["kernel"].reshape(8, 48)

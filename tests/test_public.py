@@ -13,9 +13,17 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from slam_jax.data import DataConfig, evaluation_batches, prepare, training_batches
+from slam_jax.data import (
+    DataConfig,
+    Row,
+    Tokenizer,
+    evaluation_batches,
+    prepare,
+    training_batches,
+)
+from slam_jax.data.public import with_fitting_answers
 from slam_jax.data.records import DataError
-from slam_jax.errors import ConfigError
+from slam_jax.errors import ConfigError, InputError
 from slam_jax.reporting.inspection import inspect_data
 from slam_jax.slam_v3.config import SlamV3Config
 from slam_jax.training import override, read_config, train
@@ -245,6 +253,18 @@ def test_pictures_without_a_fitting_caption_are_skipped_with_a_warning(directory
             prepare(dataclasses.replace(config, max_damaged_records=2), model=model()).train,
             dataset.tokenizer,
         )
+
+
+def test_a_row_whose_text_does_not_fit_is_refused_by_itself():
+    tokenizer = Tokenizer.train(["a"], 262)
+    rows = [Row(None, "a" * length, None, "", ("a",), where="row 1") for length in (CONTEXT, 40)]
+    fitting = with_fitting_answers(rows, tokenizer, CONTEXT)
+    assert fitting[0] == rows[0]
+    longer = with_fitting_answers([rows[0]._replace(text="a" * (CONTEXT + 1))], tokenizer, CONTEXT)
+    with pytest.raises(
+        InputError, match=f"its text has {CONTEXT + 1} tokens; .*length is {CONTEXT}"
+    ):
+        longer[0]
 
 
 def test_with_the_tokenizer_of_a_checkpoint_captions_are_measured_by_it(directory):

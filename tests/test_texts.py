@@ -16,7 +16,7 @@ from slam_jax.data.packing import (
     Encoded,
     TextRows,
     cut,
-    encode_text,
+    encode_texts,
     pack,
     scoring_batches,
     text_batches,
@@ -24,7 +24,7 @@ from slam_jax.data.packing import (
 from slam_jax.data.records import DataError
 from slam_jax.data.text_dataset import open_texts
 from slam_jax.data.texts import SPLITS, Text, TextColumns, TextDataConfig, read_own_texts
-from slam_jax.errors import ConfigError
+from slam_jax.errors import ConfigError, InputError
 
 TOKENIZER = Tokenizer.train(["one two three"], 262)
 CHAT = "{% for m in messages %}<bos>{{ m.role }}:{{ m.content }}{% endfor %}<bos>"
@@ -129,22 +129,56 @@ def test_scoring_takes_every_row_once_and_knows_its_texts():
 
 
 def test_an_answer_alone_counts_with_its_end():
-    prompt, answer = "one <eos>?", "two"
-    with pytest.raises(ValueError, match="holds '<eos>'"):
-        encode_text(TOKENIZER, Text(answer, prompt), chat=False)
-    found = encode_text(TOKENIZER, Text(answer, "one?"), chat=False)
+    [refused, found] = encode_texts(
+        TOKENIZER, [Text("two", "one <eos>?"), Text("two", "one?")], chat=False
+    )
+    assert isinstance(refused, InputError) and "holds '<eos>'" in str(refused)
+    assert isinstance(found, Encoded)
     assert found.ids[found.first :].tolist() == [*TOKENIZER.encode("two"), TOKENIZER.eos_id]
     assert found.ids[: found.first].tolist() == TOKENIZER.encode_prompt("one?")
     chat = dataclasses.replace(HubTokenizer.of(TOKENIZER), chat_template=CHAT)
-    found = encode_text(chat, Text(answer, "one?"), chat=True)
+    given = [Text("two", "one?"), Text("x"), Text("three", "a <eos>"), Text("four", "b")]
+    found, document, refused, last = encode_texts(chat, given, chat=True)
     message = [{"role": "user", "content": "one?"}]
+    assert isinstance(found, Encoded) and isinstance(last, Encoded)
     assert found.ids[: found.first].tolist() == chat.encode_chat(message)
     assert chat.decode(found.ids[found.first :]) == "two"
+    assert isinstance(document, Encoded) and document.first == 1
+    assert isinstance(refused, InputError) and "holds '<eos>'" in str(refused)
+    assert chat.decode(last.ids[last.first :]) == "four"
+
+
+def test_a_conversation_is_asked_with_its_roles(tmp_path):
+    said = ("system", "be brief"), ("user", "a"), ("assistant", "b"), ("user", "c")
+    messages = [{"role": role, "content": text} for role, text in said]
+    answer = {"role": "assistant", "content": "d"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [*messages, answer]}) + "\n")
+    texts = read_own_texts(config(path, held_out=0.0)).splits["train"]
+    assert [(each.prompt, each.text) for each in texts] == [
+        ("be brief\na", "b"),
+        ("be brief\na\nb\nc", "d"),
+    ]
+    chat = dataclasses.replace(HubTokenizer.of(TOKENIZER), chat_template=CHAT)
+    found: Any = encode_texts(chat, texts, chat=True)
+    for i, each in enumerate(found):
+        expected = chat.encode_chat(messages[: 2 + 2 * i])
+        assert each.ids[: each.first].tolist() == expected
+
+
+def test_the_tokens_of_a_template_with_a_date_are_the_same_on_every_day(monkeypatch):
+    template = "{{ strftime_now('%d %b %Y, %f') }}" + CHAT
+    chat = dataclasses.replace(HubTokenizer.of(TOKENIZER), chat_template=template)
+    [found] = encode_texts(chat, [Text("two", "one?")], chat=True)
+    assert isinstance(found, Encoded)
+    assert chat.decode(found.ids[: found.first]).startswith("26 Jul 2024, 000000")
+    assert "2024" not in chat.chat_text([{"role": "user", "content": "one?"}])
 
 
 def test_special_tokens_in_a_document_are_letters():
     for tokenizer in (TOKENIZER, HubTokenizer.of(TOKENIZER)):
-        found = encode_text(tokenizer, Text("a<eos>b"), chat=False)
+        [found] = encode_texts(tokenizer, [Text("a<eos>b")], chat=False)
+        assert isinstance(found, Encoded)
         assert (found.ids == TOKENIZER.eos_id).sum() == 1
         assert (found.ids[0], found.first) == (TOKENIZER.bos_id, 1)
 
@@ -214,6 +248,45 @@ def test_the_hash_of_a_document_chooses_its_split(tmp_path):
     texts = read_own_texts(config(table(tmp_path / "c.jsonl", rows)))
     prompts = [{x.prompt for x in each} for each in texts.splits.values()]
     assert sum(map(len, prompts)) == 20
+
+
+def test_a_given_split_is_kept_where_prompts_are_the_same(tmp_path):
+    rows = [
+        {"prompt": f"q{i % 5}", "answer": f"{split} {i}", "split": split}
+        for split, count in (("train", 9), ("validation", 7), ("test", 6))
+        for i in range(count)
+    ]
+    rows += [{"prompt": "q0", "answer": "follows"}, {"prompt": "other", "answer": "is free"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = read_own_texts(config(path))
+    for split in SPLITS:
+        expected = {row["answer"] for row in rows if row.get("split") == split}
+        assert expected == set(words(found)[split]) - {"follows", "is free"}
+    assert "follows" in words(found)["train"]
+    assert found.notes == (
+        "prompts or texts that are in more than one split: 5; scores on them are too good",
+    )
+    path.write_text("\n".join(json.dumps({**row, "prompt": row["answer"]}) for row in rows))
+    assert read_own_texts(config(path)).notes == ()
+
+
+def test_the_answers_of_a_conversation_are_in_one_split(tmp_path):
+    def turns(i: int) -> list[dict[str, str]]:
+        said = (
+            ("user", f"first {i}"),
+            ("assistant", f"{i}"),
+            ("user", "and?"),
+            ("assistant", f"{i}"),
+        )
+        return [{"role": role, "content": text} for role, text in said]
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": turns(i)}) for i in range(60)))
+    found = words(read_own_texts(config(path, held_out=0.3)))
+    assert sum(map(len, found.values())) == 120 and all(found.values())
+    for a, b in itertools.combinations(found.values(), 2):
+        assert not set(a) & set(b)
 
 
 def test_nothing_is_held_out_where_the_share_is_0(tmp_path):

@@ -18,6 +18,8 @@ from slam_jax.errors import InputError, shorten
 _WORKER = Path(__file__).with_name("chat_worker.py")
 _SECONDS = 10
 _LONGEST_TEMPLATE = 1 << 20  # characters
+_BATCH = 256  # conversations of a process
+_MOST_FAILED = 10  # processes that end without an answer
 
 
 def render_chat(
@@ -37,12 +39,57 @@ def render_chat(
     or it takes too much time or memory.
     """
     check_messages(messages)
+    [text] = render_chats(
+        template, [messages], add_generation_prompt=add_generation_prompt, variables=variables
+    )
+    if isinstance(text, InputError):
+        raise text
+    return text
+
+
+def render_chats(
+    template: str,
+    conversations: Sequence[Any],
+    *,
+    add_generation_prompt: bool = True,
+    variables: Mapping[str, Any] | None = None,
+    date: str | None = None,
+) -> list[str | InputError]:
+    """The text of each conversation, or why there is none; many are rendered by one process.
+
+    The other arguments are those of `render_chat`. date: what `strftime_now` formats, such as
+    "2024-07-26"; None = now.
+
+    Raises InputError where the template is too long, or takes too much time or memory for several
+    conversations.
+    """
     if len(template) > _LONGEST_TEMPLATE:
         raise InputError(f"chat template of {len(template):,} characters; at most 1,048,576")
-    given = dict(variables or {}, messages=list(messages))
-    given["add_generation_prompt"] = add_generation_prompt
+    given = dict(variables or {}, add_generation_prompt=add_generation_prompt)
+    found: list[str | InputError] = []
+    failed = 0
+    for start in range(0, len(conversations), _BATCH):
+        tasks = [{**given, "messages": list(x)} for x in conversations[start : start + _BATCH]]
+        try:
+            found += _render(template, tasks, date)
+        except InputError:  # one of them stops the process: each gets a process of its own
+            for task in tasks:
+                try:
+                    found += _render(template, [task], date)
+                except InputError as error:
+                    found.append(error)
+                    failed += 1
+                    if failed > _MOST_FAILED:
+                        raise
+    return found
+
+
+def _render(
+    template: str, tasks: Sequence[Mapping[str, Any]], date: str | None
+) -> list[str | InputError]:
+    """Raises InputError where the process fails for all."""
     try:
-        task = json.dumps({"template": template, "variables": given})
+        task = json.dumps({"template": template, "variables": tasks, "date": date})
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"messages: {error}; expected texts, numbers, lists and dicts") from None
     # -P: the folder of the script is not searched for modules.
@@ -51,14 +98,22 @@ def render_chat(
         done = subprocess.run(
             command, input=task.encode(), capture_output=True, timeout=_SECONDS, check=False
         )
-        answer = json.loads(done.stdout) if done.stdout else {}
+        answers = json.loads(done.stdout) if done.stdout else []
     except subprocess.TimeoutExpired:
         raise InputError(f"chat template: it runs for more than {_SECONDS} seconds") from None
-    if "text" in answer:
+    if len(answers) != len(tasks):
+        raise InputError("chat template: it takes too much memory or time")
+    return [_text_of(answer) for answer in answers]
+
+
+def _text_of(answer: Mapping[str, str]) -> str | InputError:
+    if "text" not in answer:
+        return InputError(f"chat template: {shorten(answer['error'], 200)}")
+    try:
         check_unicode(answer["text"], "what the chat template writes")
-        return answer["text"]
-    reason = answer.get("error", "it takes too much memory or time")
-    raise InputError(f"chat template: {shorten(reason, 200)}")
+    except InputError as error:
+        return error
+    return answer["text"]
 
 
 def check_messages(messages: Any) -> None:

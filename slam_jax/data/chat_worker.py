@@ -1,6 +1,7 @@
 """Renders one chat template in a process of its own, with limits; see `chat.py`.
 
-Reads {"template": .., "variables": ..} from stdin, and writes {"text": ..} or {"error": ..}.
+Reads {"template": .., "variables": [..], "date": ..} from stdin, and writes a list that has
+{"text": ..} or {"error": ..} for each of the variables.
 """
 
 import datetime
@@ -8,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -35,16 +36,24 @@ def _to_json(value: Any, indent: int | None = None, **others: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
-def render(template: str, variables: dict[str, Any]) -> str:
-    """The settings are those of transformers, for which templates are written."""
+def compile_template(template: str, date: str | None) -> Template:
+    """The settings are those of transformers, for which templates are written.
+
+    date: what `strftime_now` formats; None = now.
+    """
+    now = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.globals["strftime_now"] = now.strftime
+    return environment.from_string(template)
+
+
+def render(template: Template, variables: dict[str, Any]) -> str:
     pieces, length = [], 0
-    for piece in environment.from_string(template).generate(**variables):
+    for piece in template.generate(**variables):
         length += len(piece)
         if length > _LONGEST_TEXT:
             raise TemplateError(f"its text has more than {_LONGEST_TEXT:,} characters")
@@ -55,14 +64,17 @@ def render(template: str, variables: dict[str, Any]) -> str:
 def main() -> None:
     _limit()
     task = json.loads(sys.stdin.read())
-    try:
-        answer = {"text": render(task["template"], task["variables"])}
-    except MemoryError:
-        answer = {"error": "it takes too much memory"}
-    except Exception as error:  # whatever a template raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        answer = {"error": reason}
-    print(json.dumps(answer))
+    template, answers = None, []
+    for variables in task["variables"]:
+        try:
+            template = template or compile_template(task["template"], task["date"])
+            answers.append({"text": render(template, variables)})
+        except MemoryError:
+            answers.append({"error": "it takes too much memory"})
+        except Exception as error:  # whatever a template raises
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            answers.append({"error": reason})
+    print(json.dumps(answers))
 
 
 if __name__ == "__main__":

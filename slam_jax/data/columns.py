@@ -94,7 +94,7 @@ def choose_columns(
 def _look(found: Found, version: int | None) -> _Seen:
     seen = _Seen({}, set(), collections.defaultdict(int), {}, None)
     first = None
-    for _, line, record in found.read():
+    for _, line, record, _ in found.read():
         if isinstance(record, str):
             continue
         first = first or (line, record)

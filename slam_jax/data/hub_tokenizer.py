@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Array, Bool, Int
 
-from slam_jax.data.chat import check_messages, render_chat
+from slam_jax.data.chat import check_messages, render_chat, render_chats
 from slam_jax.data.hub_files import (
     CONFIG,
     FILE,
@@ -102,7 +102,31 @@ class HubTokenizer:
 
     def encode_chat(self, messages: Any, **variables: Any) -> list[int]:
         """Token ids of a conversation, up to where the next answer begins; see `chat_text`."""
-        text = self.chat_text(messages, **variables)
+        return self._encode_chat(self.chat_text(messages, **variables))
+
+    def encode_chats(
+        self, conversations: Sequence[Any], *, date: str | None = None
+    ) -> list[list[int] | InputError]:
+        """`encode_chat` of each conversation, in a few processes for all; or why it has no tokens.
+
+        date: what the template writes as today, such as "2024-07-26"; None = the date of today.
+
+        Raises InputError where there is no template, or it cannot be used at all.
+        """
+        found: list[list[int] | InputError | None] = []
+        for messages in conversations:
+            try:
+                self._check_chat(messages)
+                found.append(None)
+            except InputError as error:
+                found.append(error)
+        fine = [x for x, problem in zip(conversations, found, strict=True) if problem is None]
+        template, names = self.chat_template or "", dict(self.special_tokens)
+        texts = iter(render_chats(template, fine, variables=names, date=date))
+        rendered = [next(texts) if each is None else each for each in found]
+        return [self._encode_chat(x) if isinstance(x, str) else x for x in rendered]
+
+    def _encode_chat(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids or self._first()
 
     def chat_text(self, messages: Any, **variables: Any) -> str:
@@ -111,13 +135,16 @@ class HubTokenizer:
         Raises InputError where there is no template, or a message has a special token in it: the
         model could not tell it from the end of the message.
         """
+        self._check_chat(messages)
+        variables = {**self.special_tokens, **variables}
+        return render_chat(self.chat_template or "", messages, variables=variables)
+
+    def _check_chat(self, messages: Any) -> None:
         if self.chat_template is None:
             raise InputError("this model has no chat template; give it a prompt")
         check_messages(messages)
         for i, message in enumerate(messages):
             self._check_content(message, f"message {i}")
-        variables = {**self.special_tokens, **variables}
-        return render_chat(self.chat_template, messages, variables=variables)
 
     def check(self, text: str, name: str) -> None:
         """Raises InputError, naming the text, where it is not Unicode."""

@@ -63,6 +63,7 @@ def _quotas(weights: Sequence[float]) -> list[int]:
     shares = np.array(weights, float) / sum(weights) * _BLOCK
     quotas = np.maximum(1, np.floor(shares)).astype(int)
     while (missing := _BLOCK - int(quotas.sum())) != 0:
-        place = int(np.argmax(shares - quotas if missing > 0 else quotas - shares + (quotas > 1)))
+        lower = np.where(quotas > 1, quotas - shares, -np.inf)
+        place = int(np.argmax(shares - quotas if missing > 0 else lower))
         quotas[place] += 1 if missing > 0 else -1
     return quotas.tolist()

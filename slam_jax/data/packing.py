@@ -25,6 +25,9 @@ from slam_jax.errors import InputError
 
 _THREADS = 2
 _PREFETCHED_BATCHES = 4
+# What a template writes as today, which must not change while a run is stopped. It is the date that
+# templates of Llama 3 write where nobody gives them one.
+_DATE = "2024-07-26"
 
 
 @struct.dataclass
@@ -57,26 +60,48 @@ class Piece(NamedTuple):
     end: int
 
 
-def encode_text(tokenizer: Any, text: Text, *, chat: bool) -> Encoded:
-    """The tokens of a text as the model is to write it, with the end.
+def encode_texts(
+    tokenizer: Any, texts: Sequence[Text], *, chat: bool
+) -> list[Encoded | InputError]:
+    """The tokens of each text as the model is to write it, with the end; or why there are none.
 
-    An answer follows its prompt, or with `chat` the turn of a user as the tokenizer's template
-    writes it; its own tokens alone count. Special tokens in a text are letters like any others.
+    An answer follows its prompt, or with `chat` the conversation as the tokenizer's template writes
+    it; its own tokens alone count. Special tokens in a document or an answer are letters like any
+    others; a prompt without `chat` is read as `generate` reads it.
 
-    Raises InputError where the template refuses the prompt.
+    Raises InputError where the template cannot be used at all.
     """
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    own = tokenizer.encode(text.text)
-    if text.prompt is None:
-        before = _beginning(tokenizer)
-        ids = [*before, *own, *end]
-        return Encoded(np.array(ids, np.int32), 1)
+    chats: Iterator[list[int] | InputError] = iter(())
     if chat:
-        before = tokenizer.encode_chat([{"role": "user", "content": text.prompt}])
-    else:
-        tokenizer.check(text.prompt, "prompt")
-        before = tokenizer.encode_prompt(text.prompt)
-    return Encoded(np.array([*before, *own, *end], np.int32), len(before))
+        asked = [each for each in texts if each.prompt is not None]
+        conversations = [
+            list(each.messages) or [{"role": "user", "content": each.prompt}] for each in asked
+        ]
+        chats = iter(tokenizer.encode_chats(conversations, date=_DATE))
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    beginning = _beginning(tokenizer)
+
+    def encode(text: Text) -> Encoded:
+        first = None
+        if text.prompt is None:
+            before, first = beginning, 1
+        elif chat:
+            before = next(chats)
+            if isinstance(before, InputError):
+                raise before
+        else:
+            tokenizer.check(text.prompt, "prompt")
+            before = tokenizer.encode_prompt(text.prompt)
+        ids = [*before, *tokenizer.encode(text.text), *end]
+        return Encoded(np.array(ids, np.int32), len(before) if first is None else first)
+
+    found: list[Encoded | InputError] = []
+    for text in texts:
+        try:
+            found.append(encode(text))
+        except InputError as error:
+            found.append(error)
+    return found
 
 
 def _beginning(tokenizer: Any) -> list[int]:

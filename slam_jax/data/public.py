@@ -97,10 +97,16 @@ def with_fitting_answers(
 ) -> Mapped:
     """The rows without the answers that do not fit into the context with prompt, <bos> and <eos>.
 
-    Indexing raises InputError for a row with no fitting answer.
+    Indexing raises InputError for a row with no fitting answer, or whose text does not fit.
     """
 
     def fit(row: Row) -> Row:
+        length = 0 if row.text is None else len(tokenizer.encode(row.text))
+        if length > context_length:
+            raise InputError(
+                f"{row.where}: its text has {length:,} tokens; model.context_length is "
+                f"{context_length}"
+            )
         most = context_length - 2 - len(tokenizer.encode(row.prompt))
         answers = tuple(text for text in row.answers if len(tokenizer.encode(text)) <= most)
         if not answers:

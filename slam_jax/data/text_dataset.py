@@ -4,15 +4,12 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from slam_jax.data.hub_tokenizer import AnyTokenizer
-from slam_jax.data.packing import Encoded, TextRows, encode_text
+from slam_jax.data.packing import Encoded, TextRows, encode_texts
 from slam_jax.data.records import DataError
-from slam_jax.data.texts import SPLITS, Text, TextDataConfig, Texts, read_own_texts
+from slam_jax.data.texts import SPLITS, TextDataConfig, Texts, read_own_texts
 from slam_jax.data.tokenizer import Tokenizer
 from slam_jax.errors import ConfigError, InputError, require
 
@@ -85,24 +82,27 @@ def _encode(
     texts: Texts, tokenizer: AnyTokenizer, config: TextDataConfig, chat: bool
 ) -> dict[str, list[Encoded]]:
     """The tokens of the texts of each split that fit, and of all of them."""
-    known: dict[int, Encoded | None] = {}
-    bad: list[str] = []
-
-    def encoded(each: Text) -> Encoded | None:
-        if id(each) not in known:
-            try:
-                known[id(each)] = _encode_one(each, tokenizer, config.length, chat)
-            except InputError as error:
-                known[id(each)] = None
-                bad.append(f"{each.where}: {error}")
-        return known[id(each)]
-
-    def fitting(given: Sequence[Text]) -> list[Encoded]:
-        return [x for x in map(encoded, given) if x is not None]
-
-    found = {name: fitting(texts.splits[name]) for name in SPLITS}
     alone = {id(each): each for each in texts.all}  # with held_out=0 the splits are the same texts
-    found["all"] = fitting(list(alone.values()))
+    known: dict[int, Encoded] = {}
+    bad: list[str] = []
+    each_encoded = encode_texts(tokenizer, list(alone.values()), chat=chat)
+    for (key, text), encoded in zip(alone.items(), each_encoded, strict=True):
+        problem = encoded if isinstance(encoded, InputError) else None
+        if isinstance(encoded, Encoded):
+            size = len(encoded.ids)
+            if text.prompt is None or size <= config.length + 1:
+                known[key] = encoded
+                continue
+            problem = (
+                f"prompt and answer have {size:,} tokens; data.length={config.length:,} allows "
+                f"{config.length + 1:,}"
+            )
+        bad.append(f"{text.where}: {problem}")
+    splits = {**texts.splits, "all": list(alone.values())}
+    found = {
+        name: [known[id(each)] for each in given if id(each) in known]
+        for name, given in splits.items()
+    }
     if len(bad) > config.max_damaged_records:
         more = f" (and {len(bad) - 1} more such)" if len(bad) > 1 else ""
         raise DataError(
@@ -114,13 +114,3 @@ def _encode(
         if not any(len(x.ids) > 1 for x in each):
             raise DataError(f"{texts.place}: no text is left for {name}; give more or longer ones")
     return found
-
-
-def _encode_one(text: Text, tokenizer: AnyTokenizer, length: int, chat: bool) -> Encoded:
-    encoded = encode_text(tokenizer, text, chat=chat)
-    if text.prompt is not None and len(encoded.ids) > length + 1:
-        raise InputError(
-            f"prompt and answer have {len(encoded.ids):,} tokens; data.length={length:,} allows "
-            f"{length + 1:,}"
-        )
-    return encoded._replace(ids=np.asarray(encoded.ids, np.int32))

@@ -92,11 +92,15 @@ class TextDataConfig:
 
 
 class Text(NamedTuple):
-    """A document, whose prompt is None, or an answer with its prompt. where: for messages."""
+    """A document, whose prompt is None, or an answer with its prompt.
+
+    where: the file and the row in it. messages: where the prompt is a conversation, its messages.
+    """
 
     text: str
     prompt: str | None = None
     where: str = ""
+    messages: tuple[dict[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +158,13 @@ def _read(path: Path, config: TextDataConfig) -> list[tuple[str, Text]]:
         return [("", each) for each in texts]
     rows, left = find(path).read(), _MOST_BYTES
     found, bad = [], []
-    for file, line, record in rows:
+    for file, line, record, messages in rows:
         where = f"{file}, row {line}"
         try:
             if isinstance(record, str):
                 raise InputError(record)
             split, text = _row(where, record, config.columns)
-            found.append((split, text))
+            found.append((split, text._replace(messages=messages)))
             left -= len(text.text) + len(text.prompt or "")
             if left < 0:
                 raise DataError(f"{path} has more than {_MOST_BYTES:,} letters of text; split it")
@@ -227,7 +231,11 @@ def _text(record: Record, name: str) -> str:
 def _split(
     found: Sequence[tuple[str, Text]], held_out: float
 ) -> tuple[dict[str, list[Text]], list[str]]:
-    """Texts by split. Equal documents, and rows of one prompt, are in one split."""
+    """Texts by split.
+
+    Equal documents, rows of one prompt, and the answers of one conversation are in one split,
+    unless others are given.
+    """
     splits: dict[str, list[Text]] = {name: [] for name in SPLITS}
     if not held_out:
         splits["train"] = [each for _, each in found]
@@ -238,16 +246,30 @@ def _split(
         note = ["nothing is held out (data.held_out=0): scores are about the training texts"]
         shown = {name: splits[name] or splits["train"] for name in SPLITS}
         return shown, note if len(empty) == 2 else []
-    key_of = [identity(each.text if each.prompt is None else each.prompt) for _, each in found]
-    named = {key: given for key, (given, _) in zip(key_of, found, strict=True) if given}
+    first_prompts: dict[str, str] = {}  # by line of a table, which may hold a conversation
+    key_of = [
+        identity(
+            each.text if each.prompt is None else first_prompts.setdefault(each.where, each.prompt)
+        )
+        for _, each in found
+    ]
+    given_to: dict[bytes, set[str]] = {}
+    for key, (given, _) in zip(key_of, found, strict=True):
+        if given:
+            given_to.setdefault(key, set()).add(given)
+    named = {key: next(s for s in SPLITS if s in given) for key, given in given_to.items()}
     ends = {"train": 1 - 2 * held_out, "validation": 1 - held_out, "test": 1.0}
     free = [key for key in key_of if key not in named]
-    chosen = choose(free, ends, set(named.values()))
-    for key, (_, each) in zip(key_of, found, strict=True):
-        splits[named.get(key) or chosen[key]].append(each)
+    chosen = choose(free, ends, set().union(*given_to.values()))
+    for key, (given, each) in zip(key_of, found, strict=True):
+        splits[given or named.get(key) or chosen[key]].append(each)
     if empty := [name for name in SPLITS if not splits[name]]:
         raise DataError(
             f"{len(found):,} texts, and none is for {empty[0]}; give at least three different "
             "ones, or data.held_out=0 to train on all"
         )
-    return splits, []
+    shared = sum(len(given) > 1 for given in given_to.values())
+    note = (
+        f"prompts or texts that are in more than one split: {shared:,}; scores on them are too good"
+    )
+    return splits, [note] if shared else []

@@ -48,7 +48,8 @@ def differences(old: Any, new: Any) -> Changes:
     """
     saved, ours = (flatten_dict(dataclasses.asdict(each), sep=".") for each in (old, new))
     found = {}
-    for name, value in ours.items():
+    for name in dict.fromkeys([*ours, *saved]):  # keys of a dict may be in one of them alone
+        value = ours.get(name)
         free = name in ALWAYS or name.startswith("mesh.")
         # It says how a folder's table is read, and nothing about other data sets.
         free |= name == "data.table_version" and new.data.name != "folder"

@@ -26,14 +26,15 @@ class OptimizerConfig:
     name: "adamw"; or "muon", which uses Muon for the kernels inside the network and Adam for the
     rest (`head`, embeddings, norms, biases), with the same learning rate.
     learning_rate: the peak. It is reached from 0 after `warmup_steps`, stays for a share
-    `constant_fraction` of the run, then follows a cosine to `final_fraction` of it at the last
-    step. Skipped steps do not count.
+    `constant_fraction` of the run, then follows a cosine that reaches `final_fraction` of it after
+    the last step. Skipped steps do not count.
     b1, b2: of Adam. momentum: of Muon. epsilon: of both. weight_decay: of kernels; with Muon not of
     `head`. clip_norm: largest global gradient norm, None = no clipping. ema_decay: of the moving
     average of parameters, which evaluations then use; None = no average.
     accumulate_steps: a batch is split into this many parts, one after the other, and their
     gradients are averaged by answer tokens. The result is the gradient of the whole batch, except
-    for the alignment loss, which compares the pairs within a part.
+    for what compares the examples of a batch, which then compares those of a part: the alignment
+    loss, and the load-balancing loss and the capacity of experts.
     train, freeze: patterns of parameter paths, such as "decoder/layers/0/*" or "*/bias". `*` is
     any text, with slashes; a pattern also matches everything below the path it names. Those that
     `train` matches train, without those that `freeze` matches. train=() = all but those that are
@@ -90,7 +91,7 @@ def muon_axes(params: Any) -> Any:
 
     def axes(path, x) -> MuonDimensionNumbers | None:
         names = _names(path)
-        if names[-1] != "kernel" or names[0] == "head":
+        if names[-1] != "kernel" or "head" in names:
             return None
         first = 1 if {"stack", "experts"} & set(names) else 0
         first += _layer_axis(path) is not None

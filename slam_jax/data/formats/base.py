@@ -39,11 +39,16 @@ class StoredPicture(abc.ABC):
 
 
 class Located(NamedTuple):
-    """A record, or why it cannot be read. line: of the file, from 1 on."""
+    """A record, or why it cannot be read.
+
+    line: of the file, from 1 on. messages: of a conversation, those before the answer, with a
+    "role" and a "content".
+    """
 
     file: Path
     line: int
     record: Record | str
+    messages: tuple[dict[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

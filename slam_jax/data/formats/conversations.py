@@ -14,6 +14,7 @@ _ROLES = {
     **dict.fromkeys(("gpt", "assistant", "model"), "answer"),
     "system": "system",
 }
+_CHAT_ROLES = {"prompt": "user", "answer": "assistant", "system": "system"}
 _MARKERS = ("<image>", "<video>")
 _NAMES = {"image": ("image", "images"), "prompt": ("prompt",), "answer": ("answer",)}
 _NAMES |= {"kind": ("kind",), "split": ("split",)}
@@ -28,26 +29,34 @@ def holds_conversations(record: Record) -> bool:
 
 def as_turns(found: Found) -> Found:
     """The same data with a row for each answer. The prompt of a later turn holds the conversation
-    before it, a line for each turn."""
+    before it, a line for each turn; `Located.messages` has it with its roles."""
     read = functools.partial(_read, found)
     name = f"conversations, {found.name}"
     return dataclasses.replace(found, name=name, read=read, aliases=_NAMES, own=False)
 
 
 def _read(found: Found) -> Iterator[Located]:
-    for file, line, record in found.read():
+    for located in found.read():
+        record = located.record
         if isinstance(record, str):
-            yield Located(file, line, record)
+            yield located
             continue
         others = {name: record[name] for name in ("kind", "split") if name in record}
         pictures = record.get("images") if record.get("image") is None else record["image"]
         if pictures is not None:
             others["image"] = pictures
         for turn in _rows(record):
-            yield Located(file, line, turn if isinstance(turn, str) else {**others, **turn})
+            if isinstance(turn, str):
+                yield located._replace(record=turn)
+                continue
+            before, answer = turn
+            prompt = "\n".join(message["content"] for message in before)
+            row = {**others, "prompt": prompt, "answer": answer}
+            yield located._replace(record=row, messages=before)
 
 
-def _rows(record: Record) -> Iterator[Record | str]:
+def _rows(record: Record) -> Iterator[tuple[tuple[dict[str, str], ...], str] | str]:
+    """The messages before each answer and the answer, or why there are none."""
     turns = next((record[key] for key in _KEYS if _is_turns(record.get(key))), None)
     if turns is None:
         yield f"no list of turns in {' or '.join(_KEYS)}"
@@ -55,7 +64,7 @@ def _rows(record: Record) -> Iterator[Record | str]:
     if len(turns) > _MOST_TURNS:
         yield f"a conversation of {len(turns):,} turns; at most {_MOST_TURNS:,} are read"
         return
-    before: list[str] = []
+    before: list[dict[str, str]] = []
     asked = False
     for turn in turns:
         role, text = _turn(turn)
@@ -66,9 +75,9 @@ def _rows(record: Record) -> Iterator[Record | str]:
             yield "a turn whose text is no text"
             return
         if role == "answer" and asked:
-            yield {"prompt": "\n".join(before), "answer": text}
+            yield tuple(before), text
         asked = role == "prompt"
-        before.append(text)
+        before.append({"role": _CHAT_ROLES[role], "content": text})
     if not any(_turn(turn)[0] == "answer" for turn in turns):
         yield "a conversation without an answer"
 
