@@ -35,6 +35,7 @@ from slam_jax.reporting.plots import (
     plot_points,
 )
 from slam_jax.reporting.report import render_report, write_evaluation
+from slam_jax.runtime import shared_flags
 from slam_jax.training import default_config
 
 pytestmark = pytest.mark.release
@@ -420,7 +421,7 @@ def test_the_table_is_printed_even_if_no_file_can_be_written(
         flags, "DEFINE_integer", lambda name, default, *_, **__: SimpleNamespace(value=default)
     )
     monkeypatch.setattr("slam_jax.reporting.language.is_language_model", lambda *_: False)
-    monkeypatch.setattr(flags, "DEFINE_multi_string", lambda *_, **__: SimpleNamespace(value=[]))
+    monkeypatch.setattr(shared_flags, "define_base", lambda: SimpleNamespace(value=[]))
     monkeypatch.setattr(flags, "DEFINE_list", lambda *_, **__: SimpleNamespace(value=["f1"]))
     script = Path(__file__).parents[1] / "slam_jax" / "reporting" / "__main__.py"
     main = runpy.run_path(str(script))["main"]
