@@ -17,8 +17,9 @@ UNUSED = {
         "instruction_std": 0.02,
         "process_dropout": 0.0,
         "memory_reads_processes": False,
+        "balance_fusion": False,
     },
-    "loss": {"similarity": 0.0},
+    "loss": {"similarity": 0.0, "alone": 0.0},
 }
 
 
@@ -35,17 +36,19 @@ def test_fields_that_were_not_used_are_left_out():
 
 
 @pytest.mark.parametrize(
-    ("group", "name", "value"),
+    ("group", "name", "value", "last"),
     [
-        ("model", "exchange_every", 1),
-        ("model", "process_views", ["all", "near", "strided", "others"]),
-        ("model", "process_dropout", 0.1),
-        ("model", "memory_reads_processes", True),
-        ("loss", "similarity", 0.1),
+        ("model", "exchange_every", 1, "0.26"),
+        ("model", "process_views", ["all", "near", "strided", "others"], "0.26"),
+        ("model", "process_dropout", 0.1, "0.26"),
+        ("model", "memory_reads_processes", True, "0.26"),
+        ("loss", "similarity", 0.1, "0.26"),
+        ("model", "balance_fusion", True, "0.27"),
+        ("loss", "alone", 0.1, "0.27"),
     ],
 )
-def test_a_field_that_was_used_is_named_with_the_last_version_that_has_it(group, name, value):
-    with pytest.raises(ConfigError, match=rf"^{group}\.{name} is .*, use slam_jax 0\.26$"):
+def test_a_field_that_was_used_is_named_with_the_last_version_that_has_it(group, name, value, last):
+    with pytest.raises(ConfigError, match=rf"^{group}\.{name} is .*, use slam_jax {last}$"):
         Experiment.from_config(config_with(**{group: {name: value}}))
 
 

@@ -110,7 +110,6 @@ OPTIONS = SlamV3Config.preset(
     num_process_layers=2,
     qk_norm=True,
     decoder_input_norm=True,
-    balance_fusion=True,
     text_kernel_size=3,
 )
 MODELS = {

@@ -355,14 +355,6 @@ def test_shared_attention_may_have_its_own_number_of_heads(build, inputs):
 # --- Fusion
 
 
-def test_a_balanced_fusion_adds_outputs_to_tokens_of_the_same_size(build, inputs):
-    y = run_parts(build(balance_fusion=True), inputs)[2]
-    rms = np.sqrt(np.mean(np.square(y), axis=-1))
-    close(rms, 1.0, 1e-2)
-    small = run_parts(build(), inputs)[2]
-    assert np.sqrt(np.mean(np.square(small))) < 0.5
-
-
 def test_cross_modal_is_exactly_0_without_another_stream(model, inputs, parts):
     streams, _, y = parts
     cross_modal, mean = jax.jit(model.fusion.cross_modal), y.mean(axis=0)

@@ -113,28 +113,6 @@ def test_alignment_counts_where_text_and_image_show_the_same(build, batch, make_
     close(parts.total, parts.cross_entropy + 0.1 * parts.alignment)
 
 
-def test_the_loss_of_a_process_alone_is_added(build, batch):
-    model = build()
-
-    @jax.jit
-    def parts():
-        configs = LossConfig(), LossConfig(alone=0.5)
-        plain, alone = (slam_v3_loss(model, batch, config) for config in configs)
-        y, streams = model.run_processes(batch.inputs)[:2]
-        logits = model.decode(batch.tokens[..., :-1], model.fuse(y.at[1:].set(0), streams))
-        return plain, alone, token_losses(logits, batch.tokens[..., 1:])
-
-    plain, alone, first = parts()
-    close(alone.cross_entropy, plain.cross_entropy)
-    only = first.cross_entropy[batch.answer_mask].mean()
-    close(alone.total, plain.total + 0.5 * only)  # without a key, the first process is alone
-    total = jax.jit(lambda key: slam_v3_loss(model, batch, LossConfig(alone=0.5), key=key).total)
-    keyed = {round(float(total(key)), 6) for key in jax.random.split(jax.random.key(0), 12)}
-    assert len(keyed) == 4  # another process at each step
-    with pytest.raises(ConfigError, match="chunk_tokens is 4; expected None with alone"):
-        LossConfig(alone=0.1, chunk_tokens=4)
-
-
 # --- The step, which is the same for every model: here for one that compiles in no time
 
 

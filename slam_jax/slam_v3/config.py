@@ -144,8 +144,6 @@ class SlamV3Config(ModelConfig):
     mlp_dim: F of every gated MLP. num_processes: P. num_process_layers: layers a process.
     process_mlp_dim: F of the processes alone, None = mlp_dim. num_decoder_layers: layers of the
       decoder.
-    balance_fusion: the fusion norms the tokens that it adds the processes to, and the outputs of
-      the processes begin as large as them.
     num_memory_tokens: M of a bottleneck; 0 = no bottleneck, one memory token per input token.
     num_bottleneck_blocks: transformer blocks between the memory tokens of the bottleneck.
     qk_norm: RMS norms over each head of the queries and keys, in all attention of the encoder. The
@@ -193,7 +191,6 @@ class SlamV3Config(ModelConfig):
     process_mlp_dim: int | None = None
     num_decoder_layers: int = 2
     num_memory_tokens: int = 0
-    balance_fusion: bool = dataclasses.field(default=False, kw_only=True)
     num_bottleneck_blocks: int = dataclasses.field(default=0, kw_only=True)
     qk_norm: bool = dataclasses.field(default=False, kw_only=True)
     rotate_all_streams: bool = dataclasses.field(default=True, kw_only=True)

@@ -138,8 +138,6 @@ class Fusion(nnx.Module):
         self.norm: Any = RMSNorm(dim, param_dtype=kw["param_dtype"]) if has_mlp else None
         self.mlp: Any = GatedMLP(dim, config.mlp_dim, out_scale=scale, **kw) if has_mlp else None
         self.bottleneck = Bottleneck(config, rngs=rngs) if config.num_memory_tokens else None
-        balanced = config.balance_fusion
-        self.token_norm = RMSNorm(dim, param_dtype=kw["param_dtype"]) if balanced else None
 
     def __call__(
         self,
@@ -154,8 +152,6 @@ class Fusion(nnx.Module):
         mask: Any = joined.mask
         mean = divide_rows(jnp.mean(y, axis=0))
         f = joined.tokens if self.has_residual else jnp.zeros_like(joined.tokens)
-        if self.token_norm is not None:
-            f = self.token_norm(f)
         if self.has_mean:
             f += mean
         if self.concat is not None:

@@ -135,7 +135,7 @@ class Process(nnx.Module):
         layer = functools.partial(ProcessLayer, config)
         self.layers = equal_layers(config.scan_layers, num_layers, layer, rngs=rngs)
         # The fusion adds y_p to the tokens, so y_p starts as small as what a sublayer adds.
-        scale = 1.0 if config.balance_fusion else config.encoder_out_scale
+        scale = config.encoder_out_scale
         self.norm = RMSNorm(config.embed_dim, init_scale=scale, param_dtype=param_dtype)
 
     def __call__(

@@ -29,7 +29,7 @@ def forward_flops(model: SlamV3Config, loss: LossConfig, batch: Batch) -> int:
 
     A training step takes three times as many by the usual convention: two more for the gradient,
     none for what is recomputed (Kaplan et al. 2020, arXiv 2001.08361, section 2.1; Chowdhery et al.
-    2022, arXiv 2204.02311, appendix B). The second decoding of `loss.alone` is not counted.
+    2022, arXiv 2204.02311, appendix B).
     """
     sizes = input_sizes(batch.inputs)
     encodes = [sizes]

@@ -23,25 +23,21 @@ class LossConfig:
     """The weights of the terms that are added to the cross-entropy of the answers.
 
     z_loss: of the squared log-normaliser of the logits. alignment: of the sigmoid loss between
-    text and image of a scene, on batches that show both in full. alone: of the cross-entropy of the
-    answers from one process alone, another one at each step; the others are zeroed.
+    text and image of a scene, on batches that show both in full.
     chunk_tokens: number of tokens whose logits are computed at a time, and recomputed for the
     gradient, which saves memory where the vocabulary is large. None = all at once, which is faster.
     """
 
     z_loss: float = 0.0
     alignment: float = 0.0
-    alone: float = 0.0
     chunk_tokens: int | None = None
 
     def __post_init__(self):
-        for field in ("z_loss", "alignment", "alone"):
+        for field in ("z_loss", "alignment"):
             value = getattr(self, field)
             require(value >= 0, f"loss.{field}", value, "0 (off) or more")
         if self.chunk_tokens is not None:
             require_count("loss.chunk_tokens", self.chunk_tokens)
-        whole = self.chunk_tokens is None or not self.alone
-        require(whole, "loss.chunk_tokens", self.chunk_tokens, "None with alone")
 
 
 class LossParts(NamedTuple):
@@ -139,46 +135,19 @@ def slam_v3_loss(
     chex.assert_equal_shape_prefix([batch.tokens, batch.length], 2)
     tokens, targets, inputs = batch.tokens[..., :-1], batch.tokens[..., 1:], batch.inputs
     mask, chunk = batch.answer_mask, config.chunk_tokens
-    if config.alone:
-        losses, extra = _losses_with_one_alone(model, batch, config, key)
-    else:
-        losses, _ = _mean_losses(model, targets, mask, chunk, tokens, inputs, key=key)
-        extra = jnp.zeros(())
+    losses, _ = _mean_losses(model, targets, mask, chunk, tokens, inputs, key=key)
     alignment = jnp.zeros(())
     if config.alignment and batch.paired:
         text = model.embed(Inputs(text=inputs.text, text_mask=inputs.text_mask), key=key)
         image = model.embed(Inputs(image=inputs.image, image_mask=inputs.image_mask), key=key)
         alignment = model.alignment.loss(text, image)
     return LossParts(
-        total=losses.cross_entropy
-        + config.z_loss * losses.z
-        + config.alignment * alignment
-        + extra,
+        total=losses.cross_entropy + config.z_loss * losses.z + config.alignment * alignment,
         cross_entropy=losses.cross_entropy,
         z_loss=losses.z,
         alignment=alignment,
         accuracy=losses.correct,
     )
-
-
-def _losses_with_one_alone(
-    model: SlamV3, batch: Batch, config: LossConfig, key: PRNGKeyArray | None
-) -> tuple[TokenLosses, Float[Array, ""]]:
-    """The mean losses, and the weighted loss of one process alone, from one run of all."""
-    keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
-    tokens, targets, mask = batch.tokens[..., :-1], batch.tokens[..., 1:], batch.answer_mask
-    y, streams, _ = model.run_processes(batch.inputs, key=keys[0])
-
-    def means(y: Float[Array, "P B S D"]) -> TokenLosses:
-        memory = model.fuse(y, streams, key=keys[1])
-        losses = token_losses(model.decode(tokens, memory, key=keys[2]), targets)
-        count = jnp.maximum(mask.sum(), 1)
-        return TokenLosses(*(jnp.where(mask, x, 0.0).sum() / count for x in losses))
-
-    chosen = 0 if keys[3] is None else jax.random.randint(keys[3], (), 0, len(y))
-    only = jax.nn.one_hot(chosen, len(y), dtype=y.dtype)
-    extra = config.alone * means(y * only[:, None, None, None]).cross_entropy
-    return means(y), extra
 
 
 class LanguageLossParts(NamedTuple):
