@@ -133,6 +133,14 @@ def test_rows_that_differ_are_refused_and_named():
     assert len(pair_answers(one, reordered)) == 120
 
 
+def test_rows_about_one_picture_are_paired_by_their_own_number():
+    """A file of version 0.27 numbers the records alone."""
+    grouped = [x._replace(scene=x.scene % 5, record=x.scene) for x in answers(SAID)]
+    pairs = pair_answers(grouped, [*reversed(grouped)])
+    assert [(a.record, b.record) for a, b in pairs] == [(i, i) for i in range(60)]
+    assert len(pair_answers(answers(SAID), grouped)) == 60
+
+
 def test_the_table_and_the_page_show_the_figures_and_escape_text_of_users(tmp_path):
     views = ("text", "text_only_x")
     one, other = answers([EVIL, *SAID[1:]], views=views), answers(OTHER, views=views)

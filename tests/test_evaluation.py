@@ -121,6 +121,29 @@ def test_accuracy_counts_the_answers_that_are_equal_as_text_and_forgets_padding_
     assert [(a.scene, a.predicted, a.correct) for a in relational] == expected
 
 
+def test_records_that_show_the_same_are_one_scene_in_all_views():
+    """A view that skips a record counts on, so that scenes of views have equal numbers."""
+
+    def shown(record, *contents):
+        return scene()._replace(record=record, contents=contents)
+
+    known = np.full((6, 2), 4)
+    known[:3, 1] = 5  # the relational question of one picture is wrong
+    records = [shown(0, b"a"), shown(1, b"a"), shown(2, b"a", b"b"), shown(4, b"c"), shown(5)]
+    views = {
+        "aux": [batch(known[:4], records[:4]), batch(known[4:5], records[4:])],
+        "image": [batch(known[2:4], [shown(3, b"b"), records[3]])],
+    }
+    results = run(Reader(), views)
+    found = [(a.view, a.record, a.scene) for a in results.answers if a.kind == "relational"]
+    assert found[:5] == [("aux", r, s) for r, s in ((0, 0), (1, 0), (2, 0), (4, 4), (5, 5))]
+    assert found[5:] == [("image", 3, 0), ("image", 4, 4)]
+    relational = results.metrics["views"]["aux"]["relational"]
+    correct = [[False] * 3, [True], [True]]
+    expected = bootstrap_interval(correct, seed=0)
+    assert (relational["low"], relational["high"]) == (expected.low, expected.high)
+
+
 def test_the_loss_is_the_mean_over_the_tokens_of_expected_answers():
     known = np.array([[1, 2], [3, 4], [9, 9]])  # the last scene is padding
     given = {"aux": [batch(known, [scene()] * 2)], "text": [batch(known[:1], [scene()])]}

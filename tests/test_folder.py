@@ -16,6 +16,7 @@ from slam_jax.data.folder import SPLITS, read_table
 from slam_jax.data.numbers import find_outliers
 from slam_jax.data.records import DataError
 from slam_jax.errors import ConfigError
+from slam_jax.evaluation.answers import number_scenes
 from slam_jax.slam_v3 import ImageConfig, SlamV3Config
 
 MODEL = SlamV3Config(vocab_size=1, aux_dim=4, aux_slots=True, image=ImageConfig(size=16))
@@ -316,6 +317,30 @@ def test_a_row_is_not_asked_in_a_view_that_shows_nothing_of_it(tmp_path):
     for view, answers in {"text": "aaa", "image": "bbb", "aux": "bbb", "all": "aaabbb"}.items():
         batches = evaluation_batches(dataset.test, dataset.tokenizer, view, 4, seed=0)
         assert "".join(e.answers[0] for batch in batches for e in batch.examples) == answers
+
+
+def test_rows_about_one_picture_are_one_scene(own):
+    """Also where files differ and pixels do not, and in each view that shows the row."""
+    lines = (own / "data.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"split": SPLITS[i // 2 % 3]} for i, line in enumerate(lines)]
+    same = picture(own, "same.bmp", (40, 0, 0))  # as 2.png
+    rows[23] |= {"image": same, "split": "test"}
+    rows.append({"image": None, "width": 1.0, "answer": "0", "split": "test"})
+    tests = [i for i, row in enumerate(rows) if row.get("split") == "test"]
+    dataset = prepare(config(write(own, rows)), model=MODEL)
+    for view in ("image", "all"):
+        found = [
+            example
+            for batch in evaluation_batches(dataset.test, dataset.tokenizer, view, 4, seed=0)
+            for example in batch.examples
+        ]
+        shown: Any = {example.record: example.contents for example in found}
+        assert [*shown] == [*range(len(tests))][: len(found)]
+        scenes = number_scenes(shown)
+        pictures = [rows[tests[i]]["image"] for i in shown]
+        alike = ["2.png" if name == same else name for name in pictures]
+        assert [scenes[i] for i in shown] == [alike.index(name) for name in alike]
+    assert len(found) == len(tests)
 
 
 # --- Tables as other programs write them

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from slam_jax.data import Example
 from slam_jax.reporting.checkpoint import evaluate_checkpoint, evaluate_processes, open_checkpoint
 from slam_jax.reporting.processes.measure import (
     MixedProcesses,
@@ -15,6 +16,7 @@ from slam_jax.reporting.processes.measure import (
     _cka,
     _jackknife,
     _observe,
+    _scenes,
     knock_outs,
     mix_outputs,
 )
@@ -95,6 +97,14 @@ def test_pads_and_rows_that_do_not_count_change_nothing(build, make_inputs):
     np.testing.assert_allclose(shares.sum(axis=-1), 1, atol=1e-5)
     read = np.asarray(weights)[2, 0].mean(axis=(0, 1))[real]
     assert shares[0, 2, 0] == pytest.approx(read[:, :6].sum(-1).mean(), abs=1e-5)
+
+
+def test_intervals_of_outputs_are_over_scenes_too():
+    blank = Example(None, None, None, (), (), (), ())
+    shown = [(3, b"a"), (4, b"b"), (6, b"a"), (7, b"c")]
+    examples = [blank._replace(record=i, contents=(content,)) for i, content in shown]
+    assert _scenes(examples).tolist() == [0, 1, 0, 2]
+    assert _scenes([blank] * 3).tolist() == [0, 1, 2]
 
 
 @pytest.mark.release

@@ -239,6 +239,13 @@ def test_examples_with_a_wrong_answer_come_first_wherever_they_are():
         assert len(list(rows)) == count - max(scenes) - 1  # no more of them are read
         return scenes
 
+    some = [Answer("all", 0, "all", False, EVIL, "yes", "no", -0.1, record=i) for i in (2, 5)]
+    rows = iter([example()._replace(record=i) for i in (2, 5, 7)])
+    found = choose_examples(Results({}, some), {"all": rows})
+    assert [(each.example.record, each.answers) for each in found] == [
+        (2, (some[0],)),
+        (5, (some[1],)),
+    ]
     assert shown({30, 35}) == [30, 35, 0, 1]
     assert shown({1, 30, 35}) == [1, 30, 35, 0, 2]
     assert shown(set(range(1, 40))) == [*range(1, 9), 0]

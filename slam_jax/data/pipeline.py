@@ -44,6 +44,8 @@ class Example(NamedTuple):
       columns or the view does not show them.
     references: for each prompt, all of its right answers; () = `answers` are the only ones.
     place: where the record was read, for people: "data.csv, row 7"; "" = not known.
+    record, contents: set by `evaluation_batches`: the index of the record, and what
+      `Source.contents` says.
     """
 
     text: str | None
@@ -56,6 +58,8 @@ class Example(NamedTuple):
     numbers: tuple[float, ...] | None = None
     references: tuple[tuple[str, ...], ...] = ()
     place: str = ""
+    record: int | None = None
+    contents: tuple[bytes, ...] = ()
 
     @property
     def pictures(self) -> Sequence[UInt8[np.ndarray, "H W 3"]]:
@@ -91,7 +95,9 @@ class Source(Protocol):
     processes pad all texts to the longest. It may have `order(seed)`, an endless sequence of
     indices that training follows instead of reshuffling all records every epoch. And `max_images`,
     how many pictures an example has at most; above 1, those of a batch are
-    [B, max_images, H, W, 3] with a mask.
+    [B, max_images, H, W, 3] with a mask. And `contents(record)`, an identity of each picture that
+    the record shows; without one, of its text or numbers. Intervals take answers about the same
+    as one scene. Without it, each record is a scene.
     """
 
     @property
@@ -217,13 +223,15 @@ def evaluation_batches(
     halves of a split view complete each other.
     """
     collate = _Collate(source, tokenizer, view)
+    contents = getattr(source, "contents", lambda record: ())
 
     def examples() -> Iterator[Example]:
         for i in range(len(source)):
             with contextlib.suppress(DamagedRecord):
-                example = source.render(source[i], view, np.random.default_rng((seed, i)))
+                record = source[i]
+                example = source.render(record, view, np.random.default_rng((seed, i)))
                 if example.shows_something:
-                    yield example
+                    yield example._replace(record=i, contents=contents(record))
 
     remaining = examples()
     while chosen := list(itertools.islice(remaining, batch_size)):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -185,6 +186,17 @@ class Rows(Records):
             for name, view in TRAINING_VIEWS.items()
             if not view.split and (name == "all" or self._streams.issuperset(view.streams))
         )
+
+    def contents(self, record: Row) -> tuple[bytes, ...]:
+        """An identity of each picture of the record; without one, of its text or numbers."""
+        if record.image is not None:
+            pictures = [record.image] if record.image.ndim == 3 else record.image
+            shown = [picture.tobytes() for picture in pictures]
+        elif record.text is not None:
+            shown = [record.text.encode(errors="surrogatepass")]
+        else:
+            shown = [np.asarray(record.numbers).tobytes()]
+        return tuple(dict.fromkeys(hashlib.sha256(each).digest()[:16] for each in shown))
 
     def render(self, record: Row, view: str, rng: np.random.Generator) -> Example:
         shown = self.streams(view)

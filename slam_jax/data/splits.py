@@ -81,8 +81,8 @@ def divide(read: Sequence[Read], version: int | None) -> Divided:
     or test, they are made of these by the same rule, with at least one content each.
     version: see `DataConfig.table_version`.
     """
-    roots = _roots(read)
-    if roots:
+    if any(len(each.contents) > 1 for each in read):
+        roots = connect(each.contents for each in read)
         read = [each._replace(key=roots[each.contents[0]]) for each in read]
     named = {each.key: each.split for each in reversed(read) if each.split}
     follows = named if version is not None else {}
@@ -123,21 +123,20 @@ def _moved(read: Sequence[Read], splits: Sequence[str]) -> Mapping[bytes, str]:
     return {key: split for (_, key), split in zip(last, lacking, strict=True)}
 
 
-def _roots(read: Sequence[Read]) -> dict[bytes, bytes]:
-    """For rows of which some have several pictures: the identity of each group of contents that
-    rows connect, which is the smallest of it. Empty where no row has several."""
-    if all(len(each.contents) == 1 for each in read):
-        return {}
-    parents = {content: content for each in read for content in each.contents}
+def connect(shown: Iterable[Sequence[bytes]]) -> dict[bytes, bytes]:
+    """For what each row shows: the identity of each group of contents that rows connect, which is
+    the smallest of it."""
+    shown = list(shown)
+    parents = {content: content for each in shown for content in each}
 
     def find(content: bytes) -> bytes:
         while parents[content] != content:
             parents[content] = content = parents[parents[content]]
         return content
 
-    for each in read:
-        for other in each.contents[1:]:
-            low, high = sorted((find(each.contents[0]), find(other)))
+    for each in shown:
+        for other in each[1:]:
+            low, high = sorted((find(each[0]), find(other)))
             parents[high] = low
     return {content: find(content) for content in parents}
 

@@ -15,6 +15,7 @@ _MOST_BYTES = 1 << 30
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "view": str,
     "scene": int,
+    "record": (int, type(None)),
     "place": str,
     "kind": str,
     "needs_both": bool,
@@ -27,8 +28,10 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 class Answer(NamedTuple):
-    """One question about example `scene` of a view, and the model's answer to it.
+    """One question about an example of a view, and the model's answer to it.
 
+    scene: the number of the first record that shows the same; intervals resample scenes. record:
+    the number of the record itself; None in files of version 0.27, where it is that of the scene.
     expected: a right answer, the one that the example was drawn with. predicted: what the model
     wrote. logprob: of exactly that text, in nats. references: all right answers; () = `expected`
     alone. place: where the example was read, for people.
@@ -44,6 +47,12 @@ class Answer(NamedTuple):
     logprob: float
     references: tuple[str, ...] = ()
     place: str = ""
+    record: int | None = None
+
+    @property
+    def number(self) -> int:
+        """The number of the record."""
+        return self.scene if self.record is None else self.record
 
     @property
     def accepted(self) -> tuple[str, ...]:

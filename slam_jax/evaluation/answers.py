@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from slam_jax.data import AnyTokenizer, EvaluationBatch
+from slam_jax.data.splits import connect
 from slam_jax.evaluation.answered import Answer, group_by_slice
 from slam_jax.evaluation.metrics import retrieval_metrics
 from slam_jax.evaluation.scores import EXACT_MATCH, score_answers
@@ -68,8 +69,9 @@ def evaluate(
     """
     ids = dict(eos_id=tokenizer.end_ids, pad_id=tokenizer.pad_id, known=tokenizer.known)
     answers, losses, retrieval = [], {}, {}
+    shown: dict[int, tuple[bytes, ...]] = {}
     for view, batches in batches_by_view.items():
-        scene, embeddings, nats = 0, [], np.zeros(2)
+        place, embeddings, nats = 0, [], np.zeros(2)
         for batch, examples, valid in batches:
             new = _generate(graphdef, params, batch, max_new_tokens=max_new_tokens, **ids)
             if view == RETRIEVAL_VIEW and batch.paired:
@@ -82,18 +84,36 @@ def evaluate(
                 predicted = map(tokenizer.decode, tokens)  # up to <eos>
                 questions = (example.kinds, example.needs_both, example.prompts, example.answers)
                 known = example.references or [(answer,) for answer in example.answers]
+                number = place if example.record is None else example.record
                 for row in zip(*questions, predicted, logprobs, known, strict=True):
-                    answers.append(Answer(view, scene, *row, place=example.place))
-                scene += 1
+                    answer = Answer(view, number, *row, place=example.place, record=number)
+                    answers.append(answer)
+                shown[number] = example.contents
+                place += 1
         if nats[1]:
             losses[view] = float(nats[0] / nats[1])
         if embeddings:
             retrieval = retrieval_metrics(*np.concatenate(embeddings, axis=1))
+    scenes = number_scenes(shown)
+    answers = [answer._replace(scene=scenes[answer.scene]) for answer in answers]
     found = {"step": step, "views": summarise(answers, seed, baseline_answer, metrics)}
     found |= {"retrieval": retrieval} if retrieval else {}
     found |= {"loss": losses} if losses else {}
     found |= {} if baseline_answer is None else {"baseline_answer": baseline_answer}
     return Results(found, answers, losses)
+
+
+def number_scenes(shown: Mapping[int, Sequence[bytes]]) -> dict[int, int]:
+    """The scene of each record: the smallest number of the records that show the same.
+
+    shown: what each record shows; () = what no other one does. Two records are also in one scene
+    where others connect them, as A and B, B and C do with A and C.
+    """
+    groups, first = connect(shown.values()), {}
+    return {
+        number: first.setdefault(groups[shown[number][0]], number) if shown[number] else number
+        for number in sorted(shown)
+    }
 
 
 def most_frequent_answer(answers: Iterable[str]) -> str | None:

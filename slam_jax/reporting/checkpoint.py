@@ -7,7 +7,6 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,15 +210,19 @@ def choose_examples(
     """
     answers: dict[str, dict[int, list[Answer]]] = defaultdict(lambda: defaultdict(list))
     for answer in results.answers:
-        answers[answer.view][answer.scene].append(answer)
+        answers[answer.view][answer.number].append(answer)
     chosen = []
     for view, rows in examples.items():
         given = answers[view]
         wrong = [i for i in given if not all(a.correct for a in given[i])][:_SHOWN_WRONG]
         right = [i for i in given if all(a.correct for a in given[i])]
         shown = [*wrong, *right[: max(_LEAST_SHOWN - len(wrong), _LEAST_SHOWN // 2)]]
-        first = list(islice(rows, max(shown, default=-1) + 1))
-        chosen += [ShownExample(view, first[i], tuple(given[i])) for i in shown]
+        found: dict[int, Example] = {}
+        numbered = enumerate(rows)
+        while not found.keys() >= {*shown}:
+            place, example = next(numbered)
+            found[place if example.record is None else example.record] = example
+        chosen += [ShownExample(view, found[i], tuple(given[i])) for i in shown]
     return chosen
 
 

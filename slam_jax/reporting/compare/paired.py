@@ -31,7 +31,7 @@ def pair_answers(a: Sequence[Answer], b: Sequence[Answer]) -> Pairs:
     pairs: Pairs = []
     for view in views:
         ours, theirs = (
-            sorted((x for x in side if x.view == view), key=lambda x: x.scene) for side in (a, b)
+            sorted((x for x in side if x.view == view), key=lambda x: x.number) for side in (a, b)
         )
         if len(ours) != len(theirs):
             counts = f"{len(ours):,} and {len(theirs):,} questions"
@@ -39,7 +39,7 @@ def pair_answers(a: Sequence[Answer], b: Sequence[Answer]) -> Pairs:
         for one, other in zip(ours, theirs, strict=True):
             if _question(one) != _question(other):
                 shown = (
-                    shorten(f"{x.prompt!r} -> {x.expected!r} of {x.place or x.scene}", 120)
+                    shorten(f"{x.prompt!r} -> {x.expected!r} of {x.place or x.number}", 120)
                     for x in (one, other)
                 )
                 raise InputError("rows differ: view {}, {} and {}; {}".format(view, *shown, advice))
@@ -49,7 +49,7 @@ def pair_answers(a: Sequence[Answer], b: Sequence[Answer]) -> Pairs:
 
 def _question(answer: Answer) -> tuple[Any, ...]:
     references = tuple(sorted(text.strip() for text in answer.accepted))
-    return answer.scene, answer.kind, answer.needs_both, answer.prompt, references
+    return answer.number, answer.kind, answer.needs_both, answer.prompt, references
 
 
 def compare_answers(

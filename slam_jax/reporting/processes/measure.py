@@ -15,8 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from slam_jax.array_typing import AnyArray
-from slam_jax.data import AnyTokenizer, EvaluationBatch
-from slam_jax.evaluation.answers import Answer, evaluate
+from slam_jax.data import AnyTokenizer, EvaluationBatch, Example
+from slam_jax.evaluation.answers import Answer, evaluate, number_scenes
 from slam_jax.evaluation.metrics import bootstrap_interval
 from slam_jax.slam_v3 import SlamV3
 from slam_jax.slam_v3.streams import join_streams
@@ -133,17 +133,19 @@ def _interval(values: Float[np.ndarray, "n"], scenes: np.ndarray) -> dict[str, f
 def _observe_view(model: SlamV3, batches: Sequence[EvaluationBatch]) -> tuple[list[Any], list[Any]]:
     """The similarities of the outputs of a view, and what the processes attend to."""
     found: list[Any] = []
-    for i, (batch, _, valid) in enumerate(batches):
-        size = len(batch.tokens)
-        groups = np.eye(_GROUPS, dtype=np.float32)[(i * size + np.arange(size)) % _GROUPS]
-        groups[valid:] = 0  # the other rows repeat an example
+    scenes = _scenes([example for each in batches for example in each.examples])
+    start = 0
+    for batch, _, valid in batches:
+        groups = np.zeros((len(batch.tokens), _GROUPS), np.float32)  # rows beyond repeat an example
+        groups[:valid] = np.eye(_GROUPS)[scenes[start : start + valid] % _GROUPS]
+        start += valid
         sums, by_scene = jax.device_get(_observe(model, batch.inputs, groups))
         found.append((sums, [x[:valid] for x in by_scene]))
     sums = Sums(*(np.sum(parts, axis=0) for parts in zip(*(s for s, _ in found), strict=True)))
     cosine, shares = (
         np.concatenate(parts) for parts in zip(*(by_scene for _, by_scene in found), strict=True)
     )
-    scenes, num_processes = np.arange(len(cosine)), model.config.num_processes
+    num_processes = model.config.num_processes
     similarity = [
         {
             "pair": [p, q],
@@ -160,6 +162,12 @@ def _observe_view(model: SlamV3, batches: Sequence[EvaluationBatch]) -> tuple[li
         if len(names) > 1 and model.config.has("shared")
     ]
     return similarity, attention
+
+
+def _scenes(examples: Sequence[Example]) -> np.ndarray:
+    """The number of the scene of each example, from 0 on without gaps."""
+    shown = {i if e.record is None else e.record: e.contents for i, e in enumerate(examples)}
+    return np.unique(list(number_scenes(shown).values()), return_inverse=True)[1]
 
 
 @jax.jit
