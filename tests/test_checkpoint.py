@@ -80,6 +80,29 @@ def test_round_trip_is_bit_for_bit(tmp_path, ema):
     assert reader.read_metrics(3) == {"accuracy": 0.5}
 
 
+def test_moments_and_averages_may_have_another_width(tmp_path):
+    """Up to version 0.27 they had that of the parameters. `load` reads an average as parameters."""
+
+    def bias(dtype):
+        state = make_state(3, ema=True)
+        wide = jax.tree.map(
+            lambda x: x.astype(dtype) if x.dtype == jnp.bfloat16 else x,
+            (state.opt_state, state.ema),
+        )
+        return dataclasses.replace(state, opt_state=wide[0], ema=wide[1])
+
+    narrow, wide = bias(jnp.bfloat16), bias(jnp.float32)
+    checkpoints = Checkpoints(tmp_path)
+    for step, state in ((1, narrow), (2, wide)):
+        save(checkpoints, step, state)
+    checkpoints.wait()
+    assert_same(checkpoints.restore(1, abstract(wide)), wide)
+    assert_same(checkpoints.restore_subtree(2, "ema", abstract(narrow.ema)), narrow.ema)
+    other = jax.tree.map(lambda x: x.astype(jnp.float32), narrow.params)
+    with pytest.raises(CheckpointError, match="bfloat16.* in the checkpoint and float32"):
+        checkpoints.restore_subtree(1, "params", abstract(other))
+
+
 def test_a_donated_state_is_saved_as_it_was(tmp_path):
     update = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     state = {"x": jnp.arange(1 << 20, dtype=jnp.float32)}

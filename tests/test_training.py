@@ -188,8 +188,33 @@ def test_donated_steps_lower_the_loss_and_the_average_follows(toy, batch):
     assert losses[-1] < 0.5 * losses[0]
     assert state.step == 30
     close(state.ema["head"]["kernel"], average)
-    assert state.best_params is state.ema
+    pairs = zip(jax.tree.leaves(state.best_params), jax.tree.leaves(state.ema), strict=True)
+    assert all(best is average for best, average in pairs)
     assert before.params["head"]["kernel"].is_deleted()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_parameters_of_16_bits_have_moments_and_an_average_of_32(toy, batch, parts):
+    """With 8 bits for a number, an average that takes over a thousandth each step stands still."""
+    graphdef, params = toy
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=5e-2, warmup_steps=0), 30)
+    step = jax.jit(
+        make_train_step(graphdef, toy_loss, optimizer, ema_decay=0.999, accumulate_steps=parts)
+    )
+    state = init_state(params, optimizer, jax.random.key(0), ema=True)
+    state = dataclasses.replace(state, step=jnp.int32(10_000))  # where the average is slow
+    average = np.asarray(params["head"]["kernel"], np.float32)
+    for _ in range(5):
+        state, _ = step(state, batch)
+        kernel = np.asarray(state.params["head"]["kernel"], np.float32)
+        average = 0.999 * average + 0.001 * kernel
+    close(state.ema["head"]["kernel"], average)
+    assert np.abs(average - np.asarray(params["head"]["kernel"], np.float32)).max() > 1e-4
+    floats = [x for x in jax.tree.leaves((state.opt_state, state.ema)) if x.dtype != jnp.int32]
+    assert {x.dtype for x in floats} == {np.dtype("float32")}
+    for tree in (state.params, state.best_params):
+        assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_each_step_drops_out_by_a_key_of_its_own(toy, batch):

@@ -4,12 +4,18 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
 def upcast(dtype: Any) -> Any:
     """float32, or `dtype` where that has more bits."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def widen(tree: Any) -> Any:
+    """The arrays in float32, or as they are where they have more bits."""
+    return jax.tree.map(lambda x: x.astype(upcast(x.dtype)), tree)
 
 
 def precise(method: Callable[..., Any]) -> Callable[..., Any]:

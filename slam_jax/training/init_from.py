@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from slam_jax.data import AnyTokenizer
@@ -23,7 +22,7 @@ from slam_jax.training.checkpoint.manifest import NAME as MANIFEST
 from slam_jax.training.checkpoint.trees import by_name, from_names
 from slam_jax.training.loading import Loaded, LoadedLanguageModel, load
 from slam_jax.training.sharding import on_one_device
-from slam_jax.training.state import TrainState, split_model
+from slam_jax.training.state import TrainState, first_average, split_model
 
 REPORT = "init_from.json"
 VOCABULARY_AXES = {"embedding/embedding": 0, "head/kernel": 1}
@@ -67,7 +66,7 @@ def begin_from(
     if distributed.is_first_process():
         write_whole(workdir / REPORT, json.dumps(report, indent=1) + "\n")
     params, frozen = (part and _replaced(part, new) for part in (state.params, state.frozen))
-    ema = state.ema and jax.tree.map(jnp.copy, params)
+    ema = state.ema and first_average(params)
     state = dataclasses.replace(state, params=params, ema=ema, frozen=frozen)
     return state, report["summary"]
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.stages import Compiled
@@ -16,7 +15,14 @@ from slam_jax.training.base import Bases, load_bases, provided_by, without_bases
 from slam_jax.training.mesh import more_fsdp
 from slam_jax.training.optimizer import OptimizerConfig, make_optimizer
 from slam_jax.training.sharding import bytes_per_device, shardings_of, with_shardings
-from slam_jax.training.state import TrainState, TrainStep, init_state, make_train_step, split_model
+from slam_jax.training.state import (
+    TrainState,
+    TrainStep,
+    first_average,
+    init_state,
+    make_train_step,
+    split_model,
+)
 from slam_jax.training.task import Task
 from slam_jax.training.trainable import merge, names_in, partition, split_of
 
@@ -45,7 +51,7 @@ def initial_state(
     loaded = load_bases(bases, merge(like.params, like.frozen))
     trained, frozen = partition(loaded, names_in(like.frozen))
     params = merge(partition(state.params, names_in(trained))[0], trained)
-    ema = state.ema and jax.tree.map(jnp.copy, params)
+    ema = state.ema and first_average(params)
     frozen = merge(state.frozen, frozen)
     return graphdef, dataclasses.replace(state, params=params, ema=ema, frozen=frozen)
 

@@ -11,6 +11,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from slam_jax.layers.constrain import constrain
+from slam_jax.layers.precision import upcast, widen
 from slam_jax.training.optimizer import global_norm, updates_made
 from slam_jax.training.trainable import merge
 
@@ -21,8 +22,9 @@ class TrainState:
 
     step: number of steps taken, skipped ones included. skipped: number of skipped steps.
     bad_steps: number of steps skipped in a row up to now. params: those that train, as nested dicts
-    of arrays. ema: their moving average, or None. key: the key of a step is folded from it and the
-    step. frozen: the other parameters, which no step changes; None = all train.
+    of arrays. ema: their moving average in float32 or wider, or None. key: the key of a step is
+    folded from it and the step. frozen: the other parameters, which no step changes; None = all
+    train.
     """
 
     step: Int[Array, ""]
@@ -37,8 +39,11 @@ class TrainState:
     @property
     def best_params(self) -> Any:
         """The parameters to evaluate, frozen ones included; of the others their moving average
-        where there is one."""
-        return merge(self.params if self.ema is None else self.ema, self.frozen)
+        where there is one. They have the dtypes of the model."""
+        if self.ema is None:
+            return merge(self.params, self.frozen)
+        average = jax.tree.map(lambda x, like: x.astype(like.dtype), self.ema, self.params)
+        return merge(average, self.frozen)
 
 
 class StepMetrics(NamedTuple):
@@ -62,6 +67,12 @@ def merge_model(graphdef: nnx.GraphDef, params: Any) -> Any:
     return nnx.merge(graphdef, nnx.State(params))
 
 
+def first_average(params: Any) -> Any:
+    """The moving average of the parameters before the first step. In bfloat16, what one step adds
+    to an average would be lost by rounding."""
+    return widen(jax.tree.map(jnp.copy, params))
+
+
 def init_state(
     params: Any,
     optimizer: optax.GradientTransformation,
@@ -71,8 +82,8 @@ def init_state(
     frozen: Any = None,
 ) -> TrainState:
     step, skipped, bad_steps = (jnp.zeros((), jnp.int32) for _ in range(3))
-    average = jax.tree.map(jnp.copy, params) if ema else None
-    opt_state = optimizer.init(params)
+    average = first_average(params) if ema else None
+    opt_state = optimizer.init(widen(params))
     return TrainState(step, skipped, bad_steps, params, opt_state, average, key, frozen)
 
 
@@ -131,7 +142,7 @@ def make_train_step(
     def update(state: TrainState, grads: Any, loss: Any) -> tuple[TrainState, StepMetrics]:
         grad_norm = global_norm(grads)
         bad = ~(jnp.isfinite(loss.total) & jnp.isfinite(grad_norm))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(widen(grads), state.opt_state, widen(state.params))
         params, ema = optax.apply_updates(state.params, updates), state.ema
         if ema_decay is not None:
             # The average forgets the random initial values first, then settles.
@@ -172,5 +183,5 @@ def _accumulate(
         return jax.tree.map(lambda x, y: x + (share * y).astype(x.dtype), total, new), None
 
     shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], parts), key)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, upcast(s.dtype)), shapes)
     return jax.lax.scan(add, zeros, (shares, parts, keys))[0]

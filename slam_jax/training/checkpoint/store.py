@@ -255,6 +255,9 @@ class Checkpoints:
         if alike:
             return state
         state = trees.from_names(trees.by_name(state), target)
+        state = jax.tree.map(
+            lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), state, target
+        )
         return jax.device_put(state, jax.tree.map(lambda x: x.sharding, target))
 
     def restore_subtree(self, step: Step, name: str, like: Any) -> Any:

@@ -4,6 +4,7 @@ Arrays of stacked layers count as one array for each layer.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,16 +72,24 @@ def sharded_as(saved: PyTree[Any], like: PyTree[Any]) -> PyTree[Any]:
 def find_difference(saved: PyTree[Any], like: PyTree[Any]) -> str | None:
     """The first array in which two trees differ by shape or dtype, in words; None if none does.
 
-    Orbax itself casts dtypes silently and does not name an array of another shape.
+    Orbax itself casts dtypes silently and does not name an array of another shape. Only the average
+    and the state of the optimizer may have floats of another width: up to version 0.27 they had the
+    dtype of the parameters.
     """
     ours, theirs = describe(like), describe(saved)
     for name in ours | theirs:
-        if ours.get(name) != theirs.get(name):
+        if _comparable(name, ours.get(name)) != _comparable(name, theirs.get(name)):
             return (
                 f"{name} is {theirs.get(name, 'absent')} in the checkpoint and "
                 f"{ours.get(name, 'absent')} here"
             )
     return None
+
+
+def _comparable(name: str, words: str | None) -> str | None:
+    if words is None or not name.startswith(("ema/", "opt_state/")):
+        return words
+    return re.sub(r"^b?float\d+", "float", words)
 
 
 def find_oversized_chunk(saved: Mapping[str, Any]) -> str | None:
