@@ -470,6 +470,22 @@ def test_a_run_goes_back_past_bad_batches_and_on(config, tmp_path, monkeypatch, 
     assert numbers(tmp_path / "broken") == numbers(tmp_path / "run")
 
 
+@pytest.mark.release
+@pytest.mark.parametrize("bad", [{4, 5}, {4, 5, 6}])
+def test_a_run_may_stop_where_it_goes_back(config, tmp_path, monkeypatch, bad):
+    """The step after the last bad one is taken with the parameters that it goes back to."""
+    changes = {"run.max_bad_steps": 2, "run.num_steps": 8, "run.save_every": 3}
+    arguments = [f"--config.{name}={value}" for name, value in changes.items()]
+    config = override(config, [*arguments, "--config.run.evaluate_every=8"])
+    break_steps(monkeypatch, bad)
+    state = train(config, tmp_path / "run")
+    assert (state.step, state.skipped, state.bad_steps) == (8, len(bad), 0)
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="step 5 is saved"):
+        train(config, tmp_path / "stopped", ask_at(patch, slam_v3_task, "training_batches", 5))
+    assert_same(train(config, tmp_path / "stopped"), state)
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_a_run_that_stays_bad_stops_with_its_checkpoint_whole(config, tmp_path, monkeypatch):
     config = override(config, ["--config.run.max_bad_steps=2", "--config.run.num_steps=40"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -226,7 +227,7 @@ class Trainer:
         step_fn = jit_step(self.task, self.graphdef, state)
         flops: dict[Any, int] = {}  # by the form of a batch, for which a step is compiled
         batch_size = self.task.experiment.data.batch_size
-        unreported: list[tuple[int, str, Any, int, StepMetrics]] = []
+        unreported: tuple[int, str, Any, int, StepMetrics] | None = None
         for step in range(first + 1, run.num_steps + 1):
             self.checkpoints.poll()
             view, batch = next(batches)
@@ -243,17 +244,21 @@ class Trainer:
                 state, metrics = step_fn(state, placed)
             self.profiler.after(step, state)
             self.stop.expect_save()
-            result: tuple[int, str, Any, int, StepMetrics]
-            result = step, view, batch, flops[form], metrics
             stops = self._should_stop()
             saves = stops or run.evaluates(step) or run.saves(step)
             # Unless this step is saved, the device computes it while the host reports the last one.
-            due = [*unreported, result] if saves else unreported
-            unreported = [] if saves else [result]
-            bad_steps = {each[0]: self._report(*each) for each in due}
-            for reported, count in bad_steps.items():
-                if count and count % run.max_bad_steps == 0:
-                    state, unreported = self._go_back(reported, state, count), []
+            if unreported is not None:
+                bad_steps = self._report(*unreported)
+                if bad_steps and bad_steps % run.max_bad_steps == 0:
+                    skipped = state.skipped - (metrics.bad_steps > 0)
+                    state = self._go_back(step - 1, state, bad_steps, skipped)
+                    state, metrics = step_fn(state, placed)  # as a resumed run would take it
+            result = step, view, batch, flops[form], metrics
+            unreported = None if saves else result
+            if saves:
+                bad_steps = self._report(*result)
+                if bad_steps and bad_steps % run.max_bad_steps == 0:
+                    state = self._go_back(step, state, bad_steps, state.skipped)
             scores = None
             if run.evaluates(step) and not stops:
                 scores = self._evaluate(step, state)
@@ -342,8 +347,8 @@ class Trainer:
                 metrics=scores or {},
             )
 
-    def _go_back(self, step: int, state: TrainState, bad_steps: int) -> TrainState:
-        """The state of the last checkpoint before the bad steps, with the step counts of `state`.
+    def _go_back(self, step: int, state: TrainState, bad_steps: int, skipped: Any) -> TrainState:
+        """The state of the last checkpoint before the bad steps, with these step counts.
 
         step: the last bad step. The arrays of `state` are deleted.
 
@@ -365,4 +370,9 @@ class Trainer:
         with explain_out_of_memory("the training state", "resume on a larger machine"):
             changed = {name: getattr(state, name) for name in ("params", "opt_state", "ema")}
             restored = self.checkpoints.restore(last, changed, partial=True)
+        restored |= {
+            "step": jnp.full_like(state.step, step),
+            "skipped": skipped,
+            "bad_steps": jnp.full_like(state.bad_steps, bad_steps),
+        }
         return dataclasses.replace(state, **restored)
