@@ -422,6 +422,23 @@ def test_evaluation_shows_each_scene_once_in_order_and_pads_the_last_batch(datas
         np.testing.assert_array_equal(leaf[8:], np.repeat(leaf[7:8], 4, 0))
 
 
+def test_the_first_batches_of_a_shuffled_evaluation_are_a_sample_of_all(dataset):
+    def records(size) -> Any:
+        args = dataset.validation, dataset.tokenizer, "text", size
+        made = evaluation_batches(*args, seed=5, shuffled=True)
+        return [e.record for batch in made for e in batch.examples]
+
+    found = records(12)
+    assert sorted(found) == [*range(len(dataset.validation))] != found
+    assert min(found[:12]) < 8 and max(found[:12]) >= 24  # of 32
+    assert records(5) == found  # whatever the size of a batch, and each time
+    args = dataset.validation, dataset.tokenizer, "text", 32
+    [[_, shuffled, _]], [[_, ordered, _]] = (
+        evaluation_batches(*args, seed=5, shuffled=each) for each in (True, False)
+    )
+    assert_same(shuffled, [ordered[i] for i in found])
+
+
 class Captions:
     """Another kind of source: texts of different lengths, no pictures, one question."""
 

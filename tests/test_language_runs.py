@@ -80,6 +80,19 @@ def loss_at_the_start(config: Any, folder: Path) -> float:
     return opened.task.validate(*parts, lambda: False)["loss"]
 
 
+@pytest.mark.parametrize("count", [1, None])
+def test_a_validation_of_some_batches_is_a_sample_of_the_split(texts, tmp_path, monkeypatch, count):
+    asked = []
+    score = language_task.scoring_batches
+    monkeypatch.setattr(
+        language_task,
+        "scoring_batches",
+        lambda *args, **more: asked.append(more) or score(*args, **more),
+    )
+    loss_at_the_start(config_of(texts, **{"run.evaluate_batches": count}), tmp_path)
+    assert asked == [{"shuffled": count is not None}]
+
+
 def train_until_killed(config: Any, workdir: Path, evaluation: int) -> None:
     """A run that is killed in an evaluation, counted from 1."""
     score, calls = language_task.score_texts, []

@@ -20,6 +20,7 @@ import pytest
 from helpers import assert_same
 
 from slam_jax.data import AuxFormat, Batch, Tokenizer, prepare, training_batches
+from slam_jax.data.order import evaluation_order
 from slam_jax.errors import ConfigError, InputError
 from slam_jax.reporting.checkpoint import evaluate_checkpoint
 from slam_jax.reporting.report import write_evaluation
@@ -339,6 +340,31 @@ def test_an_evaluation_takes_its_batches_in_parts(config, finished, monkeypatch)
         graphdef, _ = state_shapes(SlamV3Task(experiment), dataset.tokenizer.vocab_size)
         slam_v3_task.validate(experiment, graphdef, finished[1], dataset, lambda: False)
     assert taken == [[(4, 4)] * 2, [(2, 2)] * 4]
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("count", [1, None])
+def test_an_evaluation_of_some_batches_is_a_sample_of_the_split(
+    config, finished, monkeypatch, count
+):
+    taken = []
+
+    def evaluate(graphdef, params, batches_by_view, *args, **more):
+        taken.extend(e.record for b in batches_by_view["aux"] for e in b.examples)
+        metrics = {"views": {"aux": {"relational": {"accuracy": 0.5}}}}
+        return SimpleNamespace(metrics=metrics, losses={"aux": 1.5})
+
+    monkeypatch.setattr(slam_v3_task, "evaluate", evaluate)
+    experiment = Experiment.from_config(
+        override(config, [f"--config.run.evaluate_batches={count}"])
+    )
+    dataset = prepare(experiment.data)
+    graphdef, _ = state_shapes(SlamV3Task(experiment), dataset.tokenizer.vocab_size)
+    slam_v3_task.validate(experiment, graphdef, finished[1], dataset, lambda: False)
+    size = len(dataset.validation)
+    order = evaluation_order(size, shuffled=count is not None)
+    assert taken == [*order][: count and 4 * count]
+    assert count is None or max(taken) > size // 2
 
 
 @pytest.mark.release

@@ -114,15 +114,29 @@ def test_a_batch_depends_on_the_seed_and_the_step_alone():
     assert any((a != b).any() for a, b in zip(whole[:3], drawn(0, 3, seed=4), strict=True))
 
 
-def test_scoring_takes_every_row_once_and_knows_its_texts():
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_scoring_takes_every_row_once_and_knows_its_texts(shuffled):
     texts = encoded(4, 5, 6, 7, 12)
     rows, seen = TextRows.of(texts, 9, packed=True, pad_id=0), []
-    for batch, owners in scoring_batches(rows, 3):
+    for batch, owners in scoring_batches(rows, 3, shuffled=shuffled):
         assert batch.tokens.shape == (3, 10)
         for token, owner in zip(batch.tokens[batch.counted], owners[batch.counted], strict=True):
             assert token in texts[owner].ids
             seen.append(token)
     assert sorted(seen) == sorted(t for x in texts for t in x.ids[1:].tolist())
+
+
+def test_the_first_rows_of_a_shuffled_scoring_are_a_sample():
+    rows = TextRows.of(encoded(*range(2, 80)), 100, packed=False, pad_id=0)
+
+    def first(**how):
+        batch, _ = next(scoring_batches(rows, 8, **how))
+        return (batch.segments > 0).sum(axis=1)
+
+    ordered, shuffled = first(), first(shuffled=True)
+    assert ordered.tolist() == [*range(2, 10)]  # the mean of all is 40.5
+    assert abs(shuffled.mean() - 40.5) < 10
+    np.testing.assert_array_equal(shuffled, first(shuffled=True))
 
 
 # --- Tokens

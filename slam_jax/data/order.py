@@ -1,5 +1,6 @@
 """Which examples the steps of a run have, also after changes of the batch size or the data."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,3 +28,8 @@ class Order(NamedTuple):
 
 
 UNCHANGED = Order()
+
+
+def evaluation_order(count: int, shuffled: bool) -> Sequence[int]:
+    """The numbers below `count`: in order, or shuffled in a way that depends on `count` alone."""
+    return np.random.default_rng(0).permutation(count).tolist() if shuffled else range(count)

@@ -19,7 +19,7 @@ from flax import struct
 from jaxtyping import Bool, Int
 
 from slam_jax.array_typing import AnyArray
-from slam_jax.data.order import UNCHANGED, Order
+from slam_jax.data.order import UNCHANGED, Order, evaluation_order
 from slam_jax.data.texts import Text
 from slam_jax.errors import InputError
 
@@ -234,9 +234,13 @@ def text_batches(
 
 
 def scoring_batches(
-    source: TextRows, batch_size: int
+    source: TextRows, batch_size: int, *, shuffled: bool = False
 ) -> Iterator[tuple[TextBatch, Int[np.ndarray, "B T_1"]]]:
-    """Every row once, in order, and the text of each token; the last batch is filled with pads."""
+    """Every row once, and the text of each token; the last batch is filled with pads. The rows are
+    in order, which for packed ones is from the longest texts on, or `shuffled`, so that the first
+    batches are a sample of all."""
+    order = evaluation_order(len(source), shuffled)
     for start in range(0, len(source), batch_size):
-        numbers = [i if i < len(source) else -1 for i in range(start, start + batch_size)]
+        places = range(start, start + batch_size)
+        numbers = [order[i] if i < len(source) else -1 for i in places]
         yield source.batch(numbers), source.owners(numbers)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, UInt8
 from slam_jax.batch import Batch
 from slam_jax.data.config import DataConfig
 from slam_jax.data.hub_tokenizer import AnyTokenizer
-from slam_jax.data.order import UNCHANGED, Order
+from slam_jax.data.order import UNCHANGED, Order, evaluation_order
 from slam_jax.data.records import DamagedRecord, DataError, Rebuilt
 from slam_jax.errors import InputError
 from slam_jax.slam_v3.streams import Inputs
@@ -214,9 +214,16 @@ class _BatchOfStep(Rebuilt):
 
 
 def evaluation_batches(
-    source: Source, tokenizer: AnyTokenizer, view: str, batch_size: int, *, seed: int
+    source: Source,
+    tokenizer: AnyTokenizer,
+    view: str,
+    batch_size: int,
+    *,
+    seed: int,
+    shuffled: bool = False,
 ) -> Iterator[EvaluationBatch]:
-    """Every example of `source` once, in order.
+    """Every example of `source` once: in order, or `shuffled` in the same way each time, so that
+    the first batches are a sample of all.
 
     Records that are damaged or lack all inputs of the view are skipped. Example i depends on
     (seed, i) and the view alone. All views of a scene make the same random choices, so the two
@@ -226,7 +233,7 @@ def evaluation_batches(
     contents = getattr(source, "contents", lambda record: ())
 
     def examples() -> Iterator[Example]:
-        for i in range(len(source)):
+        for i in evaluation_order(len(source), shuffled):
             with contextlib.suppress(DamagedRecord):
                 record = source[i]
                 example = source.render(record, view, np.random.default_rng((seed, i)))

@@ -31,7 +31,8 @@ class Answer(NamedTuple):
     """One question about an example of a view, and the model's answer to it.
 
     scene: the number of the first record that shows the same; intervals resample scenes. record:
-    the number of the record itself; None in files of version 0.27, where it is that of the scene.
+    the number of the record itself; None in files of version 0.27 or older,
+    where it is that of the scene.
     expected: a right answer, the one that the example was drawn with. predicted: what the model
     wrote. logprob: of exactly that text, in nats. references: all right answers; () = `expected`
     alone. place: where the example was read, for people.

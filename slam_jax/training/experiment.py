@@ -38,8 +38,9 @@ class RunConfig:
     evaluate_views: the views to evaluate, of `TRAINING_VIEWS`; () = those that the run trains on.
     metrics: the scores of `eval.py`, of `slam_jax.evaluation.METRICS`; accuracy, which is
     "exact_match", is always one of them.
-    evaluate_batches: batches per view, None = the whole split. They are split into
-    `optimizer.accumulate_steps` parts, as training batches are.
+    evaluate_batches: batches per view, None = the whole split. They are a random sample of it, the
+    same in each evaluation. They are split into `optimizer.accumulate_steps` parts, as training
+    batches are.
     best_metric: the score that chooses the best checkpoint, by its name among those that an
     evaluation prints: "accuracy"; "loss", of which the lowest is best; or one of a view, such as
     "loss/image" or "image/relational". Of equal ones the later is best.

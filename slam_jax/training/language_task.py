@@ -186,13 +186,13 @@ class LanguageTask:
         dataset: TextDataset,
         should_stop: Callable[[], bool],
     ) -> dict[str, float]:
-        """`summarise_texts` of the validation split, or of its first `run.evaluate_batches`."""
+        """`summarise_texts` of the validation split, or of `run.evaluate_batches` of it."""
         run, parts = self.experiment.run, self.experiment.optimizer.accumulate_steps
         size = self.experiment.data.batch_size // parts
         count = run.evaluate_batches and run.evaluate_batches * parts
 
         def batches() -> Iterator[Any]:
-            every = scoring_batches(dataset.splits["validation"], size)
+            every = scoring_batches(dataset.splits["validation"], size, shuffled=count is not None)
             for each in itertools.islice(every, count):
                 if should_stop():
                     raise Stopped

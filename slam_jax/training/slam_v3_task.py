@@ -182,9 +182,8 @@ def validate(
     size, count = data.batch_size // parts, run.evaluate_batches and run.evaluate_batches * parts
 
     def batches(view: str) -> Iterator[EvaluationBatch]:
-        all_batches = evaluation_batches(
-            dataset.validation, dataset.tokenizer, view, size, seed=data.seed
-        )
+        some: Any = dict(seed=data.seed, shuffled=count is not None)
+        all_batches = evaluation_batches(dataset.validation, dataset.tokenizer, view, size, **some)
         for batch in itertools.islice(all_batches, count):
             if should_stop():
                 raise Stopped
