@@ -179,7 +179,8 @@ def test_odd_answers_are_named(tmp_path, change):
     line = {"view": "v", "scene": 0, "kind": "k", "needs_both": False, "prompt": "p"}
     line |= {"expected": "a", "predicted": "b", "logprob": -1.0, "references": ["a"], "place": ""}
     (tmp_path / "answers.jsonl").write_text(json.dumps(line) + "\n")
-    assert len(read_answers(tmp_path / "answers.jsonl")) == 1
+    [answer] = read_answers(tmp_path / "answers.jsonl")  # as version 0.27 wrote it
+    assert answer.record is None and answer.number == 0
     (tmp_path / "answers.jsonl").write_text(json.dumps({**line, **change}) + "\n")
     with pytest.raises(InputError, match="answers.jsonl"):
         read_answers(tmp_path / "answers.jsonl")

@@ -136,9 +136,9 @@ def _parse(line: str, where: str) -> Answer:
             fits = fits and all(isinstance(each, str) for each in value)
         if not fits:
             raise InputError(f"{where}: {name} is {shorten(repr(value), 60)}; {advice}")
-    known = {name: values[name] for name in _FIELDS}
+    known: dict[str, Any] = {name: values.get(name) for name in _FIELDS}
     try:
-        logprob = math.nan if values["logprob"] is None else float(values["logprob"])
+        logprob = math.nan if known["logprob"] is None else float(known["logprob"])
         for text in (values["prompt"], values["predicted"], *values["references"]):
             text.encode()
     except (OverflowError, UnicodeEncodeError) as error:
